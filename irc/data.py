@@ -1,0 +1,223 @@
+"""Text sources, their splits, and the token windows that training and evaluation read.
+
+A source is a list of named documents. Its splits are fixed by hashes of names and offsets, never by
+order or by a random generator, so that every command sees the same held-out text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sysconfig
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+
+from irc.errors import InputError
+
+Split = Literal["train", "calibration", "heldout"]
+SPLITS: tuple[Split, ...] = ("train", "calibration", "heldout")
+
+TEXT_SUFFIXES = frozenset(".txt .md .rst .py .js .ts .c .h .cpp .java .go .rs .tex .html .xml .csv .yaml .yml .toml".split())
+TEXT_COLUMNS = ("text", "content", "document")
+
+_BLOCK_CHARACTERS = 4096
+_STDLIB_SKIPPED = frozenset("test tests idle_test site-packages dist-packages encodings pydoc_data __pycache__".split())
+
+
+class Tokenizer(Protocol):
+    """What `windows` needs of a Hugging Face tokenizer."""
+
+    eos_token_id: int | None
+
+    def __call__(self, text: str, /, *, add_special_tokens: bool) -> dict[str, list[int]]: ...
+
+
+@dataclass(frozen=True)
+class Document:
+    """One piece of text and the name that decides which split it belongs to."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Documents from one place, with a stable three-way split.
+
+    Attributes:
+        name: What the user asked for (a path, `stdlib`, `hf:NAME`).
+        documents: The text, in a stable order.
+    """
+
+    name: str
+    documents: tuple[Document, ...]
+
+    def split(self, split: Split) -> list[Document]:
+        """Return the documents of one split.
+
+        A document belongs to `heldout` or `calibration` with a chance of one in ten each, by the
+        SHA-256 of its name; all others are `train`.
+        """
+        return [document for document in self.documents if split_of(document.name) == split]
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of all names and texts; equal text gives an equal fingerprint."""
+        digest = hashlib.sha256()
+        for document in self.documents:
+            for part in (document.name, document.text):
+                encoded = part.encode("utf-8", "surrogatepass")
+                digest.update(len(encoded).to_bytes(8, "little"))
+                digest.update(encoded)
+        return digest.hexdigest()
+
+
+def split_of(name: str) -> Split:
+    """Return the split of a document name: 80 % train, 10 % calibration, 10 % held out."""
+    bucket = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % 10
+    return "heldout" if bucket == 0 else "calibration" if bucket == 1 else "train"
+
+
+def load_text(spec: str) -> TextSource:
+    """Read the text that `--data` names.
+
+    Args:
+        spec: `stdlib`, `hf:NAME[:CONFIG]`, a text file, a .jsonl or .parquet file with a text
+            column, or a folder of such files.
+
+    Raises:
+        InputError: Nothing is there, it is not text, or it is empty.
+    """
+    if spec == "stdlib":
+        documents = list(_stdlib_documents())
+    elif spec.startswith("hf:"):
+        documents = _blocks(spec, "\n\n".join(_hub_texts(spec[3:])))
+    else:
+        path = Path(spec)
+        if path.is_dir():
+            documents = list(_folder_documents(path))
+        elif path.is_file():
+            documents = _file_documents(path, path.name)
+        else:
+            raise InputError(f"--data {spec}: there is no such file or folder; give a path, 'stdlib' or 'hf:NAME'")
+    if not any(document.text.strip() for document in documents):
+        raise InputError(f"--data {spec}: it holds no text; give a non-empty text file or folder")
+    return TextSource(spec, tuple(documents))
+
+
+def _stdlib_documents() -> Iterator[Document]:
+    """Yield the sources of the running Python's standard library, tests and generated tables left out."""
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if _STDLIB_SKIPPED.isdisjoint(relative.parts):
+            text = path.read_text(encoding="utf-8", errors="replace")
+            if text.strip():
+                yield Document(relative.as_posix(), text)
+
+
+def _folder_documents(root: Path) -> Iterator[Document]:
+    for path in sorted(root.rglob("*")):
+        if path.is_file() and path.suffix.lower() in TEXT_SUFFIXES | {".jsonl", ".parquet"}:
+            name = path.relative_to(root).as_posix()
+            if path.suffix.lower() in (".jsonl", ".parquet"):
+                yield from _file_documents(path, name)
+            else:
+                yield Document(name, _read_text(path))
+
+
+def _file_documents(path: Path, name: str) -> list[Document]:
+    """Split one file into blocks of lines, so that a single file too has held-out text."""
+    if path.suffix.lower() == ".jsonl":
+        rows = [json.loads(line) for line in _read_text(path).splitlines() if line.strip()]
+        return [Document(f"{name}#{i}", text) for i, text in enumerate(_column(rows, path))]
+    if path.suffix.lower() == ".parquet":
+        from datasets import Dataset
+
+        rows = Dataset.from_parquet(str(path)).to_list()
+        return [Document(f"{name}#{i}", text) for i, text in enumerate(_column(rows, path))]
+    return _blocks(name, _read_text(path))
+
+
+def _column(rows: Sequence[dict[str, object]], path: Path) -> list[str]:
+    for column in TEXT_COLUMNS:
+        if rows and isinstance(rows[0], dict) and column in rows[0]:
+            return [str(row.get(column, "")) for row in rows]
+    raise InputError(f"{path}: no text column; expected one of {', '.join(TEXT_COLUMNS)}")
+
+
+def _hub_texts(name: str) -> list[str]:
+    from datasets import load_dataset
+
+    dataset, _, config = name.partition(":")
+    try:
+        rows = load_dataset(dataset, config or None, split="train").to_list()
+    except Exception as error:
+        raise InputError(f"--data hf:{name}: the dataset could not be loaded: {error}") from error
+    return _column(rows, Path(name))
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _blocks(name: str, text: str) -> list[Document]:
+    """Cut text at line ends into blocks of about 4,096 characters, named after their number.
+
+    Block numbers are spread over the splits in a fixed rota (one held-out and one calibration block
+    in ten), so that even a short file has all three.
+    """
+    blocks: list[str] = []
+    size = 0
+    for line in text.splitlines(keepends=True):
+        for start in range(0, len(line), _BLOCK_CHARACTERS):
+            piece = line[start : start + _BLOCK_CHARACTERS]
+            if not blocks or size + len(piece) > _BLOCK_CHARACTERS:
+                blocks.append("")
+                size = 0
+            blocks[-1] += piece
+            size += len(piece)
+    return [Document(f"{name}#{i}", block) for i, block in enumerate(blocks)]
+
+
+def token_stream(documents: Sequence[Document], tokenizer: Tokenizer) -> torch.Tensor:
+    """Tokenise documents into one stream with an end-of-text token after each.
+
+    Returns:
+        int64 [tokens].
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids: list[int] = []
+    for document in documents:
+        ids += tokenizer(document.text, add_special_tokens=False)["input_ids"] + end
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def windows(stream: torch.Tensor, length: int, what: str = "text") -> torch.Tensor:
+    """Cut a stream into whole windows; the rest shorter than one window is dropped.
+
+    Args:
+        stream: int64 [tokens].
+        length: Tokens a window.
+        what: Name of the text, for the error.
+
+    Returns:
+        int64 [windows, length].
+
+    Raises:
+        InputError: The stream is shorter than one window.
+    """
+    count = stream.numel() // length
+    if count == 0:
+        raise InputError(
+            f"{what}: {stream.numel()} tokens are less than one window of {length}; give more text or a shorter --seq-len"
+        )
+    return stream[: count * length].view(count, length)
