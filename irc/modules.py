@@ -1,0 +1,198 @@
+"""The modules that passes insert: router, forecaster and mux, and the control that all muxes share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+EXECUTE, APPROXIMATE = 0, 1
+
+Mode = Literal["route", "sample", "execute", "approximate", "forced"]
+
+
+def default_rank(width: int) -> int:
+    """Forecaster rank for a hidden size: the paper's 100 for 3,072 and above, a tenth of smaller ones."""
+    return max(1, min(100, width // 10))
+
+
+def router_hidden(width: int, rank: int) -> int:
+    """Hidden size of a router: d//4 - 2r, never under 8 (arXiv 2510.13831: d//4 - 200 at r = 100)."""
+    return max(8, width // 4 - 2 * rank)
+
+
+class Router(nn.Sequential):
+    """Two-layer decision maker: x [batch, tokens, d] -> logits [batch, tokens, 2] (execute, approximate)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, 2))
+
+    def shift(self, amount: float) -> None:
+        """Add `amount` to the execute logit of every token."""
+        last = self[2]
+        assert isinstance(last, nn.Linear)
+        with torch.no_grad():
+            last.bias[EXECUTE] += amount
+
+
+class Forecaster(nn.Module):
+    """Low-rank approximation of a unit: d -> r -> d, linear or with a SiLU at the bottleneck.
+
+    Args:
+        width: Hidden size d.
+        rank: Bottleneck r.
+        activation: `linear` (the paper) or `silu` (the authors' code).
+    """
+
+    def __init__(self, width: int, rank: int, activation: str = "linear") -> None:
+        super().__init__()
+        self.down = nn.Linear(width, rank)
+        self.act: nn.Module = nn.SiLU() if activation == "silu" else nn.Identity()
+        self.up = nn.Linear(rank, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Approximate unit(x); x and the result are [batch, tokens, d]."""
+        result: torch.Tensor = self.up(self.act(self.down(x)))
+        return result
+
+
+class ZeroForecaster(nn.Module):
+    """The greedy baseline's forecast: a skipped unit adds nothing to the residual stream."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return zeros of x's shape."""
+        return torch.zeros_like(x)
+
+
+@dataclass
+class Record:
+    """What one mux saw in one forward call; every tensor is [batch, tokens] unless it says otherwise.
+
+    Attributes:
+        execute: 1 where the unit was executed, 0 where approximated.
+        soft: Probability of executing that carries the router's gradient (sampling only).
+        difference: Logit of execute minus logit of approximate (only where a router is).
+        y: The unit's output [batch, tokens, d] (only where asked for).
+        forecast: The forecaster's output [batch, tokens, d] (only where asked for).
+    """
+
+    execute: torch.Tensor
+    soft: torch.Tensor | None = None
+    difference: torch.Tensor | None = None
+    y: torch.Tensor | None = None
+    forecast: torch.Tensor | None = None
+
+
+@dataclass
+class RoutingControl:
+    """How every mux of one model decides; all muxes of a model share one.
+
+    Attributes:
+        mode: `route` follows the routers' argmax (inference), `sample` draws hard Gumbel-softmax
+            decisions (training), `execute` and `approximate` ignore the routers, `forced` follows `masks`.
+        temperature: Of the sampling.
+        noise: Uniform draws per unit, [batch, tokens], for the sampling; reproducible because they are given.
+        masks: Per unit, bool [batch, tokens], True where the unit executes.
+        tape: Receives a `Record` per unit and call while not None.
+        keep_features: Whether records keep y and forecast.
+    """
+
+    mode: Mode = "route"
+    temperature: float = 1.0
+    noise: dict[str, torch.Tensor] = field(default_factory=dict)
+    masks: dict[str, torch.Tensor] = field(default_factory=dict)
+    tape: dict[str, Record] | None = None
+    keep_features: bool = False
+
+    @contextmanager
+    def using(self, **changes: Any) -> Iterator[RoutingControl]:
+        """Set attributes for the time of a `with` block."""
+        before = {key: getattr(self, key) for key in changes}
+        for key, value in changes.items():
+            setattr(self, key, value)
+        try:
+            yield self
+        finally:
+            for key, value in before.items():
+                setattr(self, key, value)
+
+
+class Mux(nn.Module):
+    """Chooses per token between a unit's output and its forecast.
+
+    Args:
+        unit: Name of the unit, the key of its records, masks and noise.
+        control: Shared by all muxes of the model.
+    """
+
+    def __init__(self, unit: str, control: RoutingControl) -> None:
+        super().__init__()
+        self.unit = unit
+        self.control = control
+
+    def forward(self, y: torch.Tensor, forecast: torch.Tensor, logits: torch.Tensor | None = None) -> torch.Tensor:
+        """Return y where the token executes, else forecast.
+
+        Args:
+            y: Unit output [batch, tokens, d].
+            forecast: Forecaster output [batch, tokens, d].
+            logits: Router output [batch, tokens, 2]; without it every token executes in mode `route`.
+        """
+        control = self.control
+        difference = None if logits is None else logits[..., EXECUTE].float() - logits[..., APPROXIMATE].float()
+        soft = None
+        if control.mode == "sample" and difference is not None:
+            uniform = control.noise[self.unit].to(difference)
+            soft = torch.sigmoid((difference + torch.logit(uniform, eps=1e-6)) / control.temperature)
+            execute = soft >= 0.5
+        elif control.mode == "route" and difference is not None:
+            execute = difference >= 0
+        elif control.mode == "forced":
+            execute = control.masks[self.unit]
+        else:
+            execute = torch.full(y.shape[:-1], control.mode != "approximate", device=y.device)
+        if control.tape is not None:
+            features = (y, forecast) if control.keep_features else (None, None)
+            control.tape[self.unit] = Record(execute, soft, difference, *features)
+        if control.mode == "execute":
+            return y
+        if soft is None:
+            return torch.where(execute.unsqueeze(-1), y, forecast.to(y.dtype))
+        chosen: torch.Tensor = StraightThroughMux.apply(y, forecast.to(y.dtype), execute, soft)
+        return chosen
+
+
+class StraightThroughMux(torch.autograd.Function):
+    """Hard choice forward; backward as if the output were soft * y + (1 - soft) * forecast at soft = hard.
+
+    Forward values are exact copies of y or forecast (no rounding by a multiplication with a gate).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, forecast: torch.Tensor, execute: torch.Tensor, soft: torch.Tensor) -> torch.Tensor:
+        """Return y where execute, else forecast."""
+        ctx.save_for_backward(y, forecast, execute)
+        return torch.where(execute.unsqueeze(-1), y, forecast)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Route the gradient to the chosen branch, and (grad . (y - forecast)) to the soft gate."""
+        (grad,) = grads
+        y, forecast, execute = ctx.saved_tensors
+        mask = execute.unsqueeze(-1)
+        zero = grad.new_zeros(())
+        to_y = torch.where(mask, grad, zero) if ctx.needs_input_grad[0] else None
+        to_forecast = torch.where(mask, zero, grad) if ctx.needs_input_grad[1] else None
+        to_soft = (grad * (y - forecast)).sum(-1).float() if ctx.needs_input_grad[3] else None
+        return to_y, to_forecast, None, to_soft
+
+
+def forecast_error(forecast: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return per-token L1 error (mean over d) and cosine similarity, each float32 [batch, tokens]."""
+    forecast, y = forecast.float(), y.float()
+    return (forecast - y).abs().mean(-1), F.cosine_similarity(forecast, y, dim=-1)

@@ -1,0 +1,217 @@
+"""Finds the units of a captured model: attention and FFN sublayers that add to a residual stream.
+
+Matching goes by structure and dataflow. In every captured graph that has submodule calls it looks for
+`add(stream, y)` where `y` comes out of one submodule call. That submodule is an attention unit when a
+score operator (scaled dot-product attention, or softmax) runs inside it, an FFN unit when it is built
+of linears and row-wise operators only. The unit's input `x` is the one tensor that its first linears read.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from torch import fx, nn
+
+Kind = Literal["attention", "ffn"]
+
+_ADDS = frozenset({torch.ops.aten.add.Tensor})
+_SCORES = frozenset({"scaled_dot_product_attention", "softmax", "_softmax"})
+_TOKEN_MIXING = frozenset({"matmul", "bmm", "cumsum", "index", "index_put", "index_add", "gather", "scatter", "topk", "sort", "conv1d"})
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One attention or FFN sublayer of a decoder layer, without its norm and its residual add.
+
+    Attributes:
+        name: Path of the submodule in the model, such as `model.layers.3.mlp`.
+        kind: `attention` or `ffn`.
+        layer: Index of the decoder layer, counted over the model.
+        block: Path of the captured module whose graph calls the unit.
+        target: Name of the submodule in the block.
+        call: Name of the node that calls it.
+        x: Name of the node that is the unit's input, [batch, tokens, width].
+        y: Name of the node that is the unit's output, [batch, tokens, width].
+        add: Name of the residual add that takes `y`, or the mux that stands for it.
+        width: Size of the hidden state.
+    """
+
+    name: str
+    kind: Kind
+    layer: int
+    block: str
+    target: str
+    call: str
+    x: str
+    y: str
+    add: str
+    width: int
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a submodule with linears is not a unit."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class MatchResult:
+    """All units in the order in which a token meets them, and the near misses."""
+
+    units: tuple[Unit, ...]
+    refusals: tuple[Refusal, ...]
+
+    def why(self, name: str) -> str:
+        """Say in one sentence what the matcher made of the submodule whose path ends in `name`."""
+        for unit in self.units:
+            if unit.name == name or unit.name.endswith("." + name):
+                return f"{unit.name}: matched as {unit.kind}; reads %{unit.x}, its output %{unit.y} is added to the residual stream"
+        for refusal in self.refusals:
+            if refusal.name == name or refusal.name.endswith("." + name):
+                return f"{refusal.name}: not matched: {refusal.reason}"
+        near = ", ".join(unit.name for unit in self.units[:2])
+        return f"{name}: no submodule of that name holds linears; units are named like {near or 'model.layers.0.mlp'}"
+
+
+class _NoMatch(Exception):
+    """Carries the reason why a call is not a unit."""
+
+
+def match_units(model: fx.GraphModule) -> MatchResult:
+    """Find all units of a captured model.
+
+    Args:
+        model: The captured model; running the match changes nothing.
+    """
+    units: list[Unit] = []
+    refusals: list[Refusal] = []
+    layers: dict[str, int] = {}
+    for path, block in _blocks(model):
+        graph = cast(fx.Graph, block.graph)
+        for node in graph.nodes:
+            if node.op != "call_module" or any(is_mux(user) and node in user.args[1:] for user in node.users):
+                continue
+            if not _has_linear(block.get_submodule(str(node.target))):
+                continue
+            name = f"{path}.{node.target}"
+            try:
+                layer = layers.get(path, len(layers))
+                units.append(_match_call(block, node, path, layer))
+                layers[path] = layer
+            except _NoMatch as error:
+                refusals.append(Refusal(name, str(error)))
+    return MatchResult(tuple(units), tuple(refusals))
+
+
+def _blocks(model: fx.GraphModule) -> Iterator[tuple[str, nn.Module]]:
+    """Yield captured submodules whose graph has a residual add of a submodule's output."""
+    for path, module in model.named_modules():
+        graph = getattr(module, "graph", None)
+        if path and isinstance(graph, fx.Graph):
+            calls = [node for node in graph.nodes if node.op == "call_module"]
+            if any(_residual_adds(node) for node in calls):
+                yield path, module
+
+
+def _match_call(block: nn.Module, call: fx.Node, path: str, layer: int) -> Unit:
+    submodule = block.get_submodule(str(call.target))
+    kind = _kind(submodule)
+    adds = _residual_adds(call)
+    if not adds:
+        raise _NoMatch("none of its outputs is added to the residual stream")
+    if len(adds) > 1:
+        raise _NoMatch(f"its outputs feed {len(adds)} adds; expected one residual add")
+    y, add = adds[0]
+    if len(y.users) != 1:
+        raise _NoMatch(f"its output %{y.name} has {len(y.users)} readers; expected the residual add alone")
+    x, width = _input(submodule, call)
+    _check_output(submodule, y, call, width)
+    return Unit(f"{path}.{call.target}", kind, layer, path, str(call.target), call.name, x.name, y.name, add.name, width)
+
+
+def _residual_adds(call: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+    """Return (y, add) pairs: outputs of the call that an add, or a mux before an add, joins to a stream."""
+    outputs = [user for user in call.users if user.target is operator.getitem] or [call]
+    pairs = []
+    for y in outputs:
+        for user in y.users:
+            if user.op == "call_function" and user.target in _ADDS and len(user.all_input_nodes) == 2:
+                pairs.append((y, user))
+            elif is_mux(user) and user.args[0] is y:
+                pairs.append((y, user))
+    return pairs
+
+
+def is_mux(node: fx.Node) -> bool:
+    """Whether a node is a mux that an earlier pass put between a unit and its residual add."""
+    return node.op == "call_module" and str(node.target).endswith("_mux")
+
+
+
+
+def _kind(submodule: nn.Module) -> Kind:
+    names = {_overload(node) for graph in _graphs(submodule) for node in graph.nodes if node.op == "call_function"}
+    if names & _SCORES:
+        return "attention"
+    mixing = names & _TOKEN_MIXING
+    if mixing:
+        raise _NoMatch(f"it holds no attention scores, yet {sorted(mixing)[0]} mixes tokens; expected row-wise operators")
+    return "ffn"
+
+
+def _graphs(module: nn.Module) -> Iterator[fx.Graph]:
+    for child in module.modules():
+        graph = getattr(child, "graph", None)
+        if isinstance(graph, fx.Graph):
+            yield graph
+
+
+def _overload(node: fx.Node) -> str:
+    packet = getattr(node.target, "overloadpacket", None)
+    return str(getattr(packet, "__name__", getattr(node.target, "__name__", "")))
+
+
+def _has_linear(module: nn.Module) -> bool:
+    return any(isinstance(child, nn.Linear) for child in module.modules()) and not isinstance(module, nn.Linear)
+
+
+def _input(submodule: nn.Module, call: fx.Node) -> tuple[fx.Node, int]:
+    """Return the block's node that the unit's first linears read, and its width."""
+    graph = getattr(submodule, "graph", None)
+    if not isinstance(graph, fx.Graph):
+        raise _NoMatch("it was captured without a graph of its own")
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    read: dict[fx.Node, int] = {}
+    for node in graph.nodes:
+        if node.op == "call_module" and isinstance(linear := submodule.get_submodule(str(node.target)), nn.Linear):
+            source = node.args[0]
+            if isinstance(source, fx.Node) and source.op == "placeholder":
+                read[source] = linear.in_features
+    if len(read) != 1:
+        names = ", ".join(f"%{node.name}" for node in read) or "none"
+        raise _NoMatch(f"its linears read {len(read)} inputs ({names}); expected one normed hidden state")
+    inner, width = next(iter(read.items()))
+    outer = call.args[placeholders.index(inner)]
+    assert isinstance(outer, fx.Node)
+    return outer, width
+
+
+def _check_output(submodule: nn.Module, y: fx.Node, call: fx.Node, width: int) -> None:
+    """Refuse a unit whose output is not made by a linear back to the stream's width."""
+    graph = cast(fx.Graph, submodule.graph)
+    result = next(node for node in graph.nodes if node.op == "output").args[0]
+    if y is not call:
+        result = cast("list[fx.Node]", result)[cast(int, y.args[1])]
+    if isinstance(result, (list, tuple)) and len(result) == 1:
+        result = result[0]
+    if not isinstance(result, fx.Node) or result.op != "call_module":
+        raise _NoMatch(f"its output is made by {getattr(result, 'target', result)}; expected a linear")
+    last = submodule.get_submodule(str(result.target))
+    if not isinstance(last, nn.Linear) or last.out_features != width:
+        raise _NoMatch(f"its last module {result.target} does not return the width {width} of the stream")

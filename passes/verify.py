@@ -1,0 +1,76 @@
+"""What a valid graph is, as data: a list of rules, each a name and a check."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from passes.match import is_mux
+
+Check = Callable[[nn.Module, fx.Graph], Iterator[tuple[fx.Node, str]]]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A broken rule and where it is broken."""
+
+    rule: str
+    where: str
+    message: str
+
+
+def _targets_exist(module: nn.Module, graph: fx.Graph) -> Iterator[tuple[fx.Node, str]]:
+    for node in graph.nodes:
+        if node.op == "call_module":
+            try:
+                module.get_submodule(str(node.target))
+            except AttributeError:
+                yield node, f"calls the submodule {node.target}, which does not exist"
+
+
+def _muxes_choose(module: nn.Module, graph: fx.Graph) -> Iterator[tuple[fx.Node, str]]:
+    for node in graph.nodes:
+        if is_mux(node) and len(node.args) not in (2, 3):
+            yield node, f"a mux takes (y, forecast) or (y, forecast, logits), not {len(node.args)} arguments"
+
+
+def _muxes_lead_to_adds(module: nn.Module, graph: fx.Graph) -> Iterator[tuple[fx.Node, str]]:
+    for node in graph.nodes:
+        if is_mux(node) and len(node.users) != 1:
+            yield node, f"a mux feeds one residual add, not {len(node.users)} nodes"
+
+
+def _one_input(module: nn.Module, graph: fx.Graph) -> Iterator[tuple[fx.Node, str]]:
+    """Router and forecaster of a unit read the same node."""
+    for node in graph.nodes:
+        if is_mux(node) and len(node.args) == 3:
+            forecast, logits = node.args[1], node.args[2]
+            if isinstance(forecast, fx.Node) and isinstance(logits, fx.Node) and forecast.args != logits.args:
+                yield node, "its forecaster and its router read different inputs"
+
+
+RULES: tuple[tuple[str, Check], ...] = (
+    ("module calls have targets", _targets_exist),
+    ("a mux has an output, a forecast and at most one decision", _muxes_choose),
+    ("a mux feeds one residual add", _muxes_lead_to_adds),
+    ("forecaster and router share the unit's input", _one_input),
+)
+
+
+def verify_model(model: nn.Module) -> list[Problem]:
+    """Check every graph of a captured model against all rules and fx's own lint."""
+    problems: list[Problem] = []
+    for path, module in model.named_modules():
+        graph = getattr(module, "graph", None)
+        if not isinstance(graph, fx.Graph):
+            continue
+        where = path or "(root)"
+        try:
+            graph.lint()
+        except RuntimeError as error:
+            problems.append(Problem("fx lint", where, str(error)))
+        for rule, check in RULES:
+            problems += [Problem(rule, f"{where}, node %{node.name}", message) for node, message in check(module, graph)]
+    return problems
