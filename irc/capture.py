@@ -73,6 +73,7 @@ def capture(config: PretrainedConfig, dtype: torch.dtype) -> Captured:
     module = unflatten(program)
     _relink(module, twin)
     graph = _root(module)
+    _check_outputs(graph, config)
     PassManager([CleanUp()]).run(graph)
     return Captured(graph, config, dtype)
 
@@ -88,22 +89,20 @@ def assign_weights(captured: Captured, weights: Mapping[str, torch.Tensor], devi
     Raises:
         InputError: A weight is missing or has another shape than the configuration says.
     """
-    shared: dict[int, nn.Parameter] = {}
+    shared: dict[str, nn.Parameter] = {}
     model = captured.graph
     tied = _tied_names(captured.config)
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-        source = weights.get(name)
-        if source is None and name in tied:
-            source = weights.get(tied[name])
+        stored = tied.get(name, name)
+        source = weights.get(stored)
         if source is None:
             raise InputError(f"weight {name} is missing from the checkpoint; expected {list(parameter.shape)}")
         if source.shape != parameter.shape:
             raise InputError(f"weight {name} is {list(source.shape)}, the configuration says {list(parameter.shape)}")
-        key = source.data_ptr()
-        if key not in shared:
+        if stored not in shared:
             # A mixed-dtype checkpoint is converted here; the same dtype and device is no copy.
-            shared[key] = nn.Parameter(source.detach().to(device, captured.dtype), requires_grad=False)
-        _set(model, name, shared[key])
+            shared[stored] = nn.Parameter(source.detach().to(device, captured.dtype), requires_grad=False)
+        _set(model, name, shared[stored])
     _rebuild_buffers(captured, device)
     PassManager([SetDevice(device)]).run(model)
 
@@ -125,7 +124,9 @@ def _meta_twin(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
         with torch.device("meta"):
             twin: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     except (ValueError, KeyError, AttributeError) as error:
-        raise InputError(f"{config.model_type}: transformers has no causal language model for it ({_first_line(error)})") from error
+        raise InputError(
+            f"{config.model_type}: transformers has no causal language model for it ({_first_line(error)})"
+        ) from error
     return twin.eval()
 
 
@@ -139,7 +140,8 @@ def cache_shape(config: PretrainedConfig) -> tuple[int, int, int]:
 def _example_inputs(config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
     layers, heads, size = cache_shape(config)
     meta: dict[str, Any] = {"device": "meta"}
-    cache = DynamicCache(config=config)
+    # Plain, not of the configuration: sliding layers too keep their whole past, and the mask cuts the window.
+    cache = DynamicCache()
     for layer in range(layers):
         key, value = (torch.zeros(_BATCH, heads, _PAST, size, dtype=dtype, **meta) for _ in range(2))
         cache.update(key, value, layer)
@@ -189,6 +191,17 @@ def _root(module: nn.Module) -> fx.GraphModule:
     return root
 
 
+def _check_outputs(graph: fx.GraphModule, config: PretrainedConfig) -> None:
+    """Refuse a model that returns no key/value cache, such as an encoder with a language model head."""
+    outputs = next(node for node in graph.graph.nodes if node.op == "output").args[0]
+    expected = 1 + 2 * config.num_hidden_layers
+    if len(outputs) != expected:
+        raise InputError(
+            f"{config.model_type}: the model returns {len(outputs)} tensors, expected {expected} (logits, and keys and "
+            "values of every layer); convert a decoder-only model with a key/value cache"
+        )
+
+
 def _set(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, parameter)
@@ -210,7 +223,9 @@ def _rebuild_buffers(captured: Captured, device: torch.device | str) -> None:
             try:
                 made[owner] = type(twin.get_submodule(owner))(captured.config)
             except (AttributeError, TypeError) as error:
-                raise IrcError(f"buffer {name}: {owner} cannot be rebuilt ({error}); this architecture is not supported") from error
+                raise IrcError(
+                    f"buffer {name}: {owner} cannot be rebuilt ({error}); this architecture is not supported"
+                ) from error
         value = getattr(made[owner], leaf).to(device)
         setattr(captured.graph.get_submodule(owner), leaf, value)
 

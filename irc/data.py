@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -21,11 +21,15 @@ from irc.errors import InputError
 Split = Literal["train", "calibration", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "calibration", "heldout")
 
-TEXT_SUFFIXES = frozenset(".txt .md .rst .py .js .ts .c .h .cpp .java .go .rs .tex .html .xml .csv .yaml .yml .toml".split())
+TEXT_SUFFIXES = frozenset(
+    ".txt .md .rst .py .js .ts .c .h .cpp .java .go .rs .tex .html .xml .csv .yaml .yml .toml".split()
+)
 TEXT_COLUMNS = ("text", "content", "document")
 
 _BLOCK_CHARACTERS = 4096
-_STDLIB_SKIPPED = frozenset("test tests idle_test site-packages dist-packages encodings pydoc_data __pycache__".split())
+_NEEDS_DATASETS = "needs the package datasets; install it with: pip install 'informed-routing-compiler[data]'"
+_STDLIB_SKIPPED = frozenset("site-packages dist-packages encodings pydoc_data __pycache__".split())
+_STDLIB_TESTS = frozenset("test tests idle_test".split())
 
 
 class Tokenizer(Protocol):
@@ -33,7 +37,9 @@ class Tokenizer(Protocol):
 
     eos_token_id: int | None
 
-    def __call__(self, text: str, /, *, add_special_tokens: bool) -> dict[str, list[int]]: ...
+    def __call__(self, text: str, /, *, add_special_tokens: bool) -> dict[str, list[int]]:
+        """Return `input_ids` of a text."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -59,8 +65,7 @@ class TextSource:
     def split(self, split: Split) -> list[Document]:
         """Return the documents of one split.
 
-        A document belongs to `heldout` or `calibration` with a chance of one in ten each, by the
-        SHA-256 of its name; all others are `train`.
+        One document in ten is `heldout`, one in ten `calibration`, all others are `train` (see `split_of`).
         """
         return [document for document in self.documents if split_of(document.name) == split]
 
@@ -76,8 +81,16 @@ class TextSource:
 
 
 def split_of(name: str) -> Split:
-    """Return the split of a document name: 80 % train, 10 % calibration, 10 % held out."""
-    bucket = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % 10
+    """Return the split of a document name: 80 % train, 10 % calibration, 10 % held out.
+
+    Numbered pieces of one file (`name#3`) take turns, so that a file of three pieces has all three splits;
+    other names are spread by their SHA-256.
+    """
+    _, mark, number = name.rpartition("#")
+    if mark and number.isdecimal():
+        bucket = (int(number) - 1) % 10
+    else:
+        bucket = int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8], "big") % 10
     return "heldout" if bucket == 0 else "calibration" if bucket == 1 else "train"
 
 
@@ -85,14 +98,16 @@ def load_text(spec: str) -> TextSource:
     """Read the text that `--data` names.
 
     Args:
-        spec: `stdlib`, `hf:NAME[:CONFIG]`, a text file, a .jsonl or .parquet file with a text
+        spec: `stdlib`, `stdlib-tests`, `hf:NAME[:CONFIG]`, a text file, a .jsonl or .parquet file with a text
             column, or a folder of such files.
 
     Raises:
         InputError: Nothing is there, it is not text, or it is empty.
     """
     if spec == "stdlib":
-        documents = list(_stdlib_documents())
+        documents = list(_stdlib_documents(tests=False))
+    elif spec == "stdlib-tests":
+        documents = list(_stdlib_documents(tests=True))
     elif spec.startswith("hf:"):
         documents = _blocks(spec, "\n\n".join(_hub_texts(spec[3:])))
     else:
@@ -108,12 +123,16 @@ def load_text(spec: str) -> TextSource:
     return TextSource(spec, tuple(documents))
 
 
-def _stdlib_documents() -> Iterator[Document]:
-    """Yield the sources of the running Python's standard library, tests and generated tables left out."""
+def _stdlib_documents(*, tests: bool) -> Iterator[Document]:
+    """Yield the sources of the running Python's standard library, generated tables left out.
+
+    Args:
+        tests: Yield its test suite instead of the library itself (some distributions ship none).
+    """
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
-        if _STDLIB_SKIPPED.isdisjoint(relative.parts):
+        if _STDLIB_SKIPPED.isdisjoint(relative.parts) and tests != _STDLIB_TESTS.isdisjoint(relative.parts):
             text = path.read_text(encoding="utf-8", errors="replace")
             if text.strip():
                 yield Document(relative.as_posix(), text)
@@ -132,26 +151,49 @@ def _folder_documents(root: Path) -> Iterator[Document]:
 def _file_documents(path: Path, name: str) -> list[Document]:
     """Split one file into blocks of lines, so that a single file too has held-out text."""
     if path.suffix.lower() == ".jsonl":
-        rows = [json.loads(line) for line in _read_text(path).splitlines() if line.strip()]
-        return [Document(f"{name}#{i}", text) for i, text in enumerate(_column(rows, path))]
+        return [Document(f"{name}#{i}", text) for i, text in enumerate(_column(_json_rows(path), path))]
     if path.suffix.lower() == ".parquet":
-        from datasets import Dataset
-
-        rows = Dataset.from_parquet(str(path)).to_list()
+        try:
+            from datasets import Dataset
+        except ImportError as error:
+            raise InputError(f"{path}: {_NEEDS_DATASETS}") from error
+        try:
+            rows = Dataset.from_parquet(str(path)).to_list()
+        except Exception as error:
+            raise InputError(f"{path}: not a parquet file ({str(error)[:200]})") from error
         return [Document(f"{name}#{i}", text) for i, text in enumerate(_column(rows, path))]
     return _blocks(name, _read_text(path))
 
 
+def _json_rows(path: Path) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = []
+    # Only line feeds end a row: JSON strings may hold the other line ends that splitlines() knows.
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{path}, line {number}: not JSON ({error}); give one object a line") from error
+        if not isinstance(row, dict):
+            raise InputError(f"{path}, line {number}: a {type(row).__name__}, not an object; give one object a line")
+        rows.append(row)
+    return rows
+
+
 def _column(rows: Sequence[dict[str, object]], path: Path) -> list[str]:
     for column in TEXT_COLUMNS:
-        if rows and isinstance(rows[0], dict) and column in rows[0]:
-            return [str(row.get(column, "")) for row in rows]
+        if rows and column in rows[0]:
+            texts = [row.get(column) for row in rows]
+            return ["" if text is None else str(text) for text in texts]
     raise InputError(f"{path}: no text column; expected one of {', '.join(TEXT_COLUMNS)}")
 
 
 def _hub_texts(name: str) -> list[str]:
-    from datasets import load_dataset
-
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise InputError(f"--data hf:{name}: {_NEEDS_DATASETS}") from error
     dataset, _, config = name.partition(":")
     try:
         rows = load_dataset(dataset, config or None, split="train").to_list()
@@ -172,15 +214,14 @@ def _read_text(path: Path) -> str:
 def _blocks(name: str, text: str) -> list[Document]:
     """Cut text at line ends into blocks of about 4,096 characters, named after their number.
 
-    Block numbers are spread over the splits in a fixed rota (one held-out and one calibration block
-    in ten), so that even a short file has all three.
+    The blocks take turns in the splits (see `split_of`), so that even a short file has all three.
     """
     blocks: list[str] = []
     size = 0
     for line in text.splitlines(keepends=True):
-        for start in range(0, len(line), _BLOCK_CHARACTERS):
-            piece = line[start : start + _BLOCK_CHARACTERS]
-            if not blocks or size + len(piece) > _BLOCK_CHARACTERS:
+        for start in range(0, len(line), limit):
+            piece = line[start : start + limit]
+            if not blocks or size + len(piece) > limit:
                 blocks.append("")
                 size = 0
             blocks[-1] += piece
@@ -218,6 +259,7 @@ def windows(stream: torch.Tensor, length: int, what: str = "text") -> torch.Tens
     count = stream.numel() // length
     if count == 0:
         raise InputError(
-            f"{what}: {stream.numel()} tokens are less than one window of {length}; give more text or a shorter --seq-len"
+            f"{what}: {stream.numel()} tokens are less than one window of {length}; "
+            "give more text or a shorter --seq-len"
         )
     return stream[: count * length].view(count, length)

@@ -77,15 +77,15 @@ class Record:
         execute: 1 where the unit was executed, 0 where approximated.
         soft: Probability of executing that carries the router's gradient (sampling only).
         difference: Logit of execute minus logit of approximate (only where a router is).
-        y: The unit's output [batch, tokens, d] (only where asked for).
-        forecast: The forecaster's output [batch, tokens, d] (only where asked for).
+        l1: Mean absolute error of the forecast over d (only where asked for).
+        cosine: Cosine between forecast and unit output (only where asked for).
     """
 
     execute: torch.Tensor
     soft: torch.Tensor | None = None
     difference: torch.Tensor | None = None
-    y: torch.Tensor | None = None
-    forecast: torch.Tensor | None = None
+    l1: torch.Tensor | None = None
+    cosine: torch.Tensor | None = None
 
 
 @dataclass
@@ -99,7 +99,7 @@ class RoutingControl:
         noise: Uniform draws per unit, [batch, tokens], for the sampling; reproducible because they are given.
         masks: Per unit, bool [batch, tokens], True where the unit executes.
         tape: Receives a `Record` per unit and call while not None.
-        keep_features: Whether records keep y and forecast.
+        measure_error: Whether records hold the forecast's error.
     """
 
     mode: Mode = "route"
@@ -107,7 +107,7 @@ class RoutingControl:
     noise: dict[str, torch.Tensor] = field(default_factory=dict)
     masks: dict[str, torch.Tensor] = field(default_factory=dict)
     tape: dict[str, Record] | None = None
-    keep_features: bool = False
+    measure_error: bool = False
 
     @contextmanager
     def using(self, **changes: Any) -> Iterator[RoutingControl]:
@@ -157,8 +157,8 @@ class Mux(nn.Module):
         else:
             execute = torch.full(y.shape[:-1], control.mode != "approximate", device=y.device)
         if control.tape is not None:
-            features = (y, forecast) if control.keep_features else (None, None)
-            control.tape[self.unit] = Record(execute, soft, difference, *features)
+            error = forecast_error(forecast, y) if control.measure_error else (None, None)
+            control.tape[self.unit] = Record(execute, soft, difference, *error)
         if control.mode == "execute":
             return y
         if soft is None:
@@ -174,7 +174,9 @@ class StraightThroughMux(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, y: torch.Tensor, forecast: torch.Tensor, execute: torch.Tensor, soft: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, y: torch.Tensor, forecast: torch.Tensor, execute: torch.Tensor, soft: torch.Tensor
+    ) -> torch.Tensor:
         """Return y where execute, else forecast."""
         ctx.save_for_backward(y, forecast, execute)
         return torch.where(execute.unsqueeze(-1), y, forecast)

@@ -98,12 +98,12 @@ class PassManager:
                 step.requires(model)
                 result = step.call(model)
                 step.ensures(result.model)
-                problems = verify_model(result.model)
-                if problems:
-                    raise PassError(problems[0].where, problems[0].message, "this is a fault of the pass: please report it")
+                for problem in verify_model(result.model):
+                    raise PassError(problem.where, problem.message, "this is a fault of the pass: please report it")
             except PassError as error:
                 ran = ", ".join(self.history) or "none"
-                raise PassError(error.where, f"{step.name} failed: {error.expected}", f"{error.remedy} (ran before: {ran})") from error
+                remedy = f"{error.remedy} (ran before: {ran})"
+                raise PassError(error.where, f"{step.name} failed: {error.expected}", remedy) from error
             model = result.model
             modified |= result.modified
             self.history.append(step.name)

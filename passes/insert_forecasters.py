@@ -32,7 +32,8 @@ class InsertForecasters(Pass):
         if not found.units:
             reason = found.refusals[0] if found.refusals else None
             detail = f" ({reason.name}: {reason.reason})" if reason else ""
-            raise PassError("model", f"no attention or FFN unit matched{detail}", "only decoder-only models of Llama's shape can be converted")
+            remedy = "only decoder-only models of Llama's shape can be converted"
+            raise PassError("model", f"no attention or FFN unit matched{detail}", remedy)
 
     def call(self, model: fx.GraphModule) -> PassResult:
         """Insert forecaster and mux where they are missing."""

@@ -1,8 +1,8 @@
 """Finds the units of a captured model: attention and FFN sublayers that add to a residual stream.
 
 Matching goes by structure and dataflow. In every captured graph that has submodule calls it looks for
-`add(stream, y)` where `y` comes out of one submodule call. That submodule is an attention unit when a
-score operator (scaled dot-product attention, or softmax) runs inside it, an FFN unit when it is built
+`add(stream, y)` where `y` comes out of one submodule call. That submodule is an attention unit when it
+computes scores (scaled dot-product attention, or a softmax between products), an FFN unit when it is built
 of linears and row-wise operators only. The unit's input `x` is the one tensor that its first linears read.
 """
 
@@ -19,8 +19,16 @@ from torch import fx, nn
 Kind = Literal["attention", "ffn"]
 
 _ADDS = frozenset({torch.ops.aten.add.Tensor})
-_SCORES = frozenset({"scaled_dot_product_attention", "softmax", "_softmax"})
-_TOKEN_MIXING = frozenset({"matmul", "bmm", "cumsum", "index", "index_put", "index_add", "gather", "scatter", "topk", "sort", "conv1d"})
+_SCORES = frozenset({"scaled_dot_product_attention"})
+_SOFTMAX, _PRODUCTS = frozenset({"softmax", "_softmax"}), frozenset({"matmul", "bmm", "einsum"})
+# What may stand between the linears of an FFN: one token's values in, the same token's values out.
+_ELEMENTWISE = frozenset(
+    "abs add alias clamp clone contiguous detach div dropout elu erf exp gelu getitem hardsigmoid hardswish hardtanh "
+    "leaky_relu linear log mish mul neg pow reciprocal relu relu6 rsqrt sigmoid silu softplus sqrt square sub tanh to "
+    "_to_copy".split()
+)
+_END = 9223372036854775807
+_OVER_FEATURES = frozenset("amax chunk layer_norm mean rms_norm slice softmax split split_with_sizes sum var".split())
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,8 @@ class MatchResult:
         """Say in one sentence what the matcher made of the submodule whose path ends in `name`."""
         for unit in self.units:
             if unit.name == name or unit.name.endswith("." + name):
-                return f"{unit.name}: matched as {unit.kind}; reads %{unit.x}, its output %{unit.y} is added to the residual stream"
+                flow = f"reads %{unit.x}, its output %{unit.y} is added to the residual stream"
+                return f"{unit.name}: matched as {unit.kind}; {flow}"
         for refusal in self.refusals:
             if refusal.name == name or refusal.name.endswith("." + name):
                 return f"{refusal.name}: not matched: {refusal.reason}"
@@ -132,7 +141,8 @@ def _match_call(block: nn.Module, call: fx.Node, path: str, layer: int) -> Unit:
         raise _NoMatch(f"its output %{y.name} has {len(y.users)} readers; expected the residual add alone")
     x, width = _input(submodule, call)
     _check_output(submodule, y, call, width)
-    return Unit(f"{path}.{call.target}", kind, layer, path, str(call.target), call.name, x.name, y.name, add.name, width)
+    target = str(call.target)
+    return Unit(f"{path}.{target}", kind, layer, path, target, call.name, x.name, y.name, add.name, width)
 
 
 def _residual_adds(call: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
@@ -141,9 +151,8 @@ def _residual_adds(call: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
     pairs = []
     for y in outputs:
         for user in y.users:
-            if user.op == "call_function" and user.target in _ADDS and len(user.all_input_nodes) == 2:
-                pairs.append((y, user))
-            elif is_mux(user) and user.args[0] is y:
+            is_add = user.op == "call_function" and user.target in _ADDS and len(user.all_input_nodes) == 2
+            if is_add or (is_mux(user) and user.args[0] is y):
                 pairs.append((y, user))
     return pairs
 
@@ -153,16 +162,40 @@ def is_mux(node: fx.Node) -> bool:
     return node.op == "call_module" and str(node.target).endswith("_mux")
 
 
-
-
 def _kind(submodule: nn.Module) -> Kind:
-    names = {_overload(node) for graph in _graphs(submodule) for node in graph.nodes if node.op == "call_function"}
-    if names & _SCORES:
+    nodes = [node for graph in _graphs(submodule) for node in graph.nodes if node.op == "call_function"]
+    names = {_overload(node) for node in nodes}
+    if names & _SCORES or (names & _SOFTMAX and names & _PRODUCTS):
         return "attention"
-    mixing = names & _TOKEN_MIXING
-    if mixing:
-        raise _NoMatch(f"it holds no attention scores, yet {sorted(mixing)[0]} mixes tokens; expected row-wise operators")
+    for node in nodes:
+        if not _is_row_wise(node):
+            found = f"it holds no attention scores, and {_overload(node)} may mix tokens"
+            raise _NoMatch(f"{found}; expected linears and row-wise operators")
     return "ffn"
+
+
+def _is_row_wise(node: fx.Node) -> bool:
+    """Whether each token's result depends on that token alone."""
+    name = _overload(node)
+    if name in _ELEMENTWISE:
+        return True
+    if name not in _OVER_FEATURES:
+        return False
+    if name == "slice" and tuple(node.args[2:4]) == (0, _END):
+        return True
+    arguments = _arguments(node)
+    dims = arguments.get("dim", -len(cast("list[int]", arguments.get("normalized_shape", [0]))))
+    rank = getattr(node.all_input_nodes[0].meta.get("val"), "ndim", 0)
+    last = {-1, rank - 1} if rank else {-1}
+    return set(dims if isinstance(dims, (list, tuple)) else [dims]) <= last
+
+
+def _arguments(node: fx.Node) -> dict[str, object]:
+    """Return the arguments of an operator by name, defaults included."""
+    schema = cast(torch._ops.OpOverload, node.target)._schema.arguments
+    values = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
+    values |= {argument.name: value for argument, value in zip(schema, node.args, strict=False)}
+    return values | dict(node.kwargs)
 
 
 def _graphs(module: nn.Module) -> Iterator[fx.Graph]:

@@ -23,7 +23,8 @@ class SetDevice(Pass):
         modified = False
         for module in model.modules():
             graph = graph_of(module)
-            if graph is not None and any([self._rewrite(node) for node in graph.nodes]):
+            rewritten = [self._rewrite(node) for node in graph.nodes] if graph is not None else []
+            if any(rewritten):
                 finish(module)
                 modified = True
         return PassResult(model, modified)

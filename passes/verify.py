@@ -72,5 +72,6 @@ def verify_model(model: nn.Module) -> list[Problem]:
         except RuntimeError as error:
             problems.append(Problem("fx lint", where, str(error)))
         for rule, check in RULES:
-            problems += [Problem(rule, f"{where}, node %{node.name}", message) for node, message in check(module, graph)]
+            for node, message in check(module, graph):
+                problems.append(Problem(rule, f"{where}, node %{node.name}", message))
     return problems

@@ -1,0 +1,50 @@
+# `make demo` and `make test` need python >= 3.11 with its venv module, and a package index; nothing else.
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+EXTRAS ?= dev
+PYTHON ?=
+CANDIDATES = $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.14 python)
+DEMO := build/demo-bundle
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z.]*\):[^#]*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
+
+demo: $(STAMP)  ## convert the embedded model, measure it against the dense one, show its units
+	$(BIN)/irc convert demo -o $(DEMO) --sparsity 0.25 --force
+	$(BIN)/irc eval $(DEMO)
+	$(BIN)/irc inspect $(DEMO)
+
+test: lint  ## lint, then run the tests
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)  ## ruff, mypy --strict, the import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:  ## remove build/ and the caches; .venv stays
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+# The stamp is older than pyproject.toml whenever the requirements may have changed.
+# PYTHON=... chooses the interpreter of a new .venv, EXTRAS=dev,data,onnx what is installed beside the tool.
+$(STAMP): pyproject.toml
+	@$(BIN)/python -c '' 2>/dev/null || { \
+	  for python in $(CANDIDATES); do \
+	    if $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	      echo "$$python -m venv $(VENV)"; rm -rf $(VENV); exec $$python -m venv $(VENV); \
+	    fi; \
+	    found="$$found $$($$python --version 2>&1 | sed -n 's/^Python //p')"; \
+	  done; \
+	  set -- $$found; \
+	  echo "error: no python >= 3.11 with the venv module among '$(CANDIDATES)' (found: $${*:-none});" \
+	       "install one, or name it: make PYTHON=/path/to/python3.12" >&2; \
+	  exit 1; }
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[$(EXTRAS)]'
+	@touch $@

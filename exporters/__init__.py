@@ -1,0 +1,1 @@
+"""What a graph may become outside PyTorch."""

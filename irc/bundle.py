@@ -1,0 +1,212 @@
+"""A bundle: what `irc convert` writes. Small, without the base's weights, never a pickle.
+
+    irc_config.json            format version, base and its hash, units, spec, figures of keep and recoverability
+    irc_adapter.safetensors    routers and forecasters
+    lora/                      a peft folder, when trained
+    recipe.yaml                the resolved recipe
+    metrics.json, README.md    measured figures
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from irc.checkpoint import BaseModel, find_base
+from irc.config import LoraRecipe
+from irc.errors import InputError, IrcError
+from irc.lora import load_lora, save_lora
+from irc.routed import RoutedForCausalLM, RoutingSpec, build_routed
+from irc.train import write_safetensors
+
+FORMAT_VERSION = 1
+CONFIG, ADAPTER, METRICS, RECIPE, CARD = (
+    "irc_config.json",
+    "irc_adapter.safetensors",
+    "metrics.json",
+    "recipe.yaml",
+    "README.md",
+)
+
+
+def load(path: str | os.PathLike[str], *, base: str | None = None, dtype: str = "auto", device: str = "cpu") -> RoutedForCausalLM:
+    """Load a bundle as a model that routes deterministically.
+
+    Args:
+        path: Bundle folder.
+        base: Where the base model is, when it has moved; its weights must have the recorded hash.
+        dtype: `auto`, `fp32` or `bf16`.
+        device: Where the model will run.
+
+    Returns:
+        A transformers model in eval mode: `model(input_ids, attention_mask)`, `model.generate(...)`.
+
+    Raises:
+        InputError: The bundle is damaged, of a newer format, or the base is another one.
+    """
+    folder = Path(path)
+    config = read_config(folder)
+    model_base = find_base(base or config["base"]["name"], config["base"].get("revision"))
+    found = model_base.sha256()
+    if found != config["base"]["sha256"]:
+        raise InputError(
+            f"{folder}: made for a base whose weights hash to {config['base']['sha256'][:12]}, but {model_base.name} "
+            f"hashes to {found[:12]}; point --base to the right model"
+        )
+    adapter = _read_adapter(folder, config["adapter_sha256"])
+    model = build_routed(model_base, RoutingSpec(**config["spec"]), dtype, device)
+    set_adapter(model, adapter, str(folder))
+    if config.get("lora"):
+        load_lora(model, folder / "lora", LoraRecipe(**config["lora"]))
+    model.facts.update(base=model_base, bundle=folder, config=config)
+    return model.eval()
+
+
+def set_adapter(model: RoutedForCausalLM, tensors: dict[str, torch.Tensor], where: str) -> None:
+    """Copy saved routers and forecasters into a model; names and shapes must agree exactly."""
+    parameters = model.adapter_parameters("router", "forecaster")
+    for name in sorted(parameters.keys() ^ tensors.keys()):
+        missing = "misses" if name in parameters else "holds an unknown"
+        raise InputError(f"{where}: the adapter {missing} weight {name}; it belongs to another model")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if parameter.shape != tensors[name].shape:
+                raise InputError(f"{where}: {name} is {list(tensors[name].shape)}, expected {list(parameter.shape)}")
+            parameter.copy_(tensors[name])
+
+
+def adapter_tensors(model: RoutedForCausalLM) -> dict[str, torch.Tensor]:
+    """Return routers and forecasters by their names in the bundle."""
+    return {name: p.detach().cpu() for name, p in model.adapter_parameters("router", "forecaster").items()}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read and check `irc_config.json`.
+
+    Raises:
+        InputError: It is missing, damaged, or of a newer format.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise InputError(f"{folder}: not a bundle ({CONFIG} is missing); make one with irc convert")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        version = int(config["format_version"])
+        if version > FORMAT_VERSION:
+            raise InputError(
+                f"{folder}: bundle format {version} is newer than this irc reads ({FORMAT_VERSION}); upgrade irc"
+            )
+        if not {"name", "sha256"} <= config["base"].keys() or not {"rank"} <= config["spec"].keys():
+            raise KeyError("base or spec")
+        str(config["adapter_sha256"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: damaged ({type(error).__name__}: {error}); convert again") from error
+    return dict(config)
+
+
+def _read_adapter(folder: Path, expected: str) -> dict[str, torch.Tensor]:
+    path = folder / ADAPTER
+    if not path.is_file():
+        raise InputError(f"{folder}: {ADAPTER} is missing; convert again")
+    if file_sha256(path) != expected:
+        raise InputError(f"{path}: its hash is not the one in {CONFIG}: the file is truncated or was changed; convert again")
+    try:
+        return dict(load_file(path))
+    except SafetensorError as error:
+        raise InputError(f"{path}: not a safetensors file ({error}); convert again") from error
+
+
+def save_bundle(model: RoutedForCausalLM, folder: Path, metrics: dict[str, Any] | None = None, recipe: dict[str, Any] | None = None, card: str = "") -> None:
+    """Write a bundle whole or not at all: into a folder beside `folder`, which then takes its place.
+
+    Args:
+        model: Rewritten model with its base in `facts["base"]`.
+        folder: Where the bundle goes; a bundle there stays whole until the new one is complete.
+        metrics: Measured figures.
+        recipe: The resolved recipe.
+        card: Text of README.md.
+    """
+    if model.spec is None:
+        raise InputError("a plain model has nothing to save; convert it first")
+    staging = folder.with_name(folder.name + ".new")
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        write_bundle(model, staging, metrics or {}, recipe or {}, card)
+    except OSError as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise IrcError(f"{folder}: could not be written ({error.strerror or error}); free some space and try again") from error
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    replace_folder(staging, folder)
+
+
+def write_bundle(model: RoutedForCausalLM, folder: Path, metrics: dict[str, Any], recipe: dict[str, Any], card: str) -> None:
+    """Write the files of a bundle into an existing folder."""
+    assert model.spec is not None
+    base: BaseModel = model.facts["base"]
+    write_safetensors(folder / ADAPTER, adapter_tensors(model), {"format": "pt"})
+    if "lora" in model.facts:
+        save_lora(model, folder / "lora")
+    config = {
+        "format_version": FORMAT_VERSION,
+        "base": {"name": _base_name(base), "revision": None, "sha256": base.sha256(), "architecture": base.config.model_type},
+        "spec": asdict(model.spec),
+        "units": [
+            {"name": u.name, "kind": u.kind, "layer": u.layer, "width": u.width} | metrics.get("units", {}).get(u.name, {})
+            for u in model.units
+        ],
+        "sparsity": metrics.get("sparsity", {}),
+        "data": {key: metrics["data"][key] for key in ("name", "fingerprint", "seq_len")} if "data" in metrics else {},
+        "kv_policy": "full",
+        "seed": recipe.get("seed"),
+        "lora": asdict(model.facts["lora"]) if "lora" in model.facts else None,
+        "adapter_sha256": file_sha256(folder / ADAPTER),
+    }
+    _write(folder / METRICS, json.dumps(metrics, indent=2) + "\n")
+    _write(folder / RECIPE, yaml.safe_dump(recipe, sort_keys=False))
+    _write(folder / CARD, card or "# An informed-routing bundle\n")
+    _write(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+
+
+def replace_folder(staging: Path, folder: Path) -> None:
+    """Put a complete folder in the place of another; the old one is whole until the moment of the rename."""
+    if folder.exists():
+        old = folder.with_name(folder.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(folder, old)
+        os.replace(staging, folder)
+        shutil.rmtree(old)
+    else:
+        os.replace(staging, folder)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes."""
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _base_name(base: BaseModel) -> str:
+    return str(Path(base.name).resolve()) if Path(base.name).is_dir() and base.name != "demo" else base.name
+
+
+def _write(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as opened:
+        opened.write(text)
+        opened.flush()
+        os.fsync(opened.fileno())
+
+
+__all__ = ["FORMAT_VERSION", "load", "read_config", "save_bundle"]

@@ -1,0 +1,62 @@
+"""`irc convert`: capture a model, insert routers and forecasters, train them, save a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from irc.cli.options import (
+    common_options,
+    data_option,
+    device_option,
+    dtype_option,
+    force_option,
+    output_option,
+    resume_option,
+    seed_option,
+    seq_len_option,
+)
+
+
+@click.command()
+@click.argument("model", required=False)
+@output_option("Folder to write the bundle to.", required=True)
+@data_option(None)
+@click.option("--sparsity", type=float, metavar="SHARE", help="Share of (token, unit) pairs to approximate. [default: 0.25]")
+@click.option("--policy", metavar="NAME", help="Routing policy. [default: informed]")
+@click.option("--rank", type=int, metavar="N", help="Forecaster rank. [default: min(100, hidden / 10)]")
+@click.option("--forecaster", type=click.Choice(["linear", "silu"]), help="Forecaster. [default: linear]")
+@click.option("--stages", metavar="LIST", help="Comma-separated stages of lff, router, lora. [default: lff,router]")
+@click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), metavar="FILE", help="Recipe (YAML) to start from.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe field, such as router.steps=500.")
+@device_option()
+@dtype_option()
+@seq_len_option(None)
+@seed_option(None)
+@resume_option()
+@force_option()
+@common_options
+def command(model: str | None, output: Path, as_json: bool, force: bool, resume: bool, **flags: Any) -> None:
+    """Convert MODEL (a folder, a hub id, or demo) into a bundle of routers and forecasters."""
+    from irc import console
+    from irc.cli.report import conversion_report
+    from irc.config import load_recipe
+    from irc.pipeline import convert
+
+    recipe = load_recipe(flags.pop("recipe_file"), flags.pop("overrides"))
+    stages = flags.pop("stages")
+    if stages is not None:
+        recipe.stages = [stage.strip() for stage in stages.split(",") if stage.strip()]
+    for name, value in {"model": model, **flags}.items():
+        if value is not None and not (name in ("device", "dtype") and value == "auto"):
+            setattr(recipe, name, value)
+    console.note(
+        f"converting {recipe.model} with {recipe.data}: sparsity {recipe.sparsity}, stages {', '.join(recipe.stages)}, seed {recipe.seed}"
+    )
+    metrics = convert(recipe, output, console.progress, force=force, resume=resume)
+    if as_json:
+        console.emit_json(metrics)
+    else:
+        conversion_report(metrics)

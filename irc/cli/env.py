@@ -1,0 +1,67 @@
+"""`irc env`: what this machine and its installation can do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from irc.cli.options import common_options
+
+if TYPE_CHECKING:
+    from irc.environment import Environment
+
+
+@click.command()
+@common_options
+def command(as_json: bool) -> None:
+    """Show versions, devices and execution providers, and whether they really work.
+
+    Each execution provider of ONNX Runtime runs a one-node model, since a provider that is listed may
+    still fail to load and be replaced by the CPU without a word.
+    """
+    from irc import console
+    from irc.environment import inspect_environment
+
+    environment = inspect_environment()
+    for warning in environment.warnings:
+        console.warn(warning)
+    if as_json:
+        console.emit_json(environment.as_dict())
+    else:
+        _show(environment)
+
+
+def _show(environment: Environment) -> None:
+    from irc import console
+
+    installed = {name: number or "not installed" for name, number in environment.versions.items()}
+    runtimes = dict(environment.onnxruntime) or {"onnxruntime": "not installed"}
+    usable = {True: "usable", False: "not usable", None: "not tried"}
+    providers = {
+        each.name: f"{usable[each.usable]}{f' ({each.reason})' if each.reason else ''}"
+        for each in environment.providers
+    }
+    cpu, cuda = environment.cpu, environment.cuda
+    devices = {
+        f"{index} {each.name}": f"{_gib(each.memory_total)}, {_gib(each.memory_free)} free, "
+        f"compute capability {each.compute_capability}"
+        for index, each in enumerate(cuda.devices)
+    }
+    content: dict[str, object] = {
+        "platform": environment.platform,
+        "versions": installed | runtimes,
+        "execution providers": providers or "none: ONNX Runtime is not usable",
+        "CUDA": {"torch build": cuda.build or "none", "driver": cuda.driver or "none"}
+        | (devices or {"devices": f"none: {cuda.reason}"}),
+        "CPU": {
+            "cores": f"{cpu.usable} usable of {cpu.total}",
+            "memory": f"{_gib(cpu.memory_total)}, {_gib(cpu.memory_available)} available",
+            "torch threads": cpu.torch_threads,
+        },
+    }
+    console.tree("environment", content)
+
+
+def _gib(size: int | None) -> str:
+    return "unknown" if size is None else f"{size / 2**30:.1f} GiB"

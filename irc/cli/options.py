@@ -1,0 +1,142 @@
+"""The options that verbs share, each a decorator, so that a flag means the same everywhere.
+
+@click.command()
+@output_option("Folder to write the bundle to.", required=True)
+@seed_option()
+@common_options
+def command(output: Path, seed: int, as_json: bool) -> None: ...
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import click
+
+Decorated = TypeVar("Decorated", bound=Callable[..., Any] | click.Command)
+
+_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+class Decorator(Protocol):
+    """What adds an option to a function or a command."""
+
+    def __call__(self, function: Decorated, /) -> Decorated:
+        """Return the function with the option added."""
+
+
+@dataclass
+class Session:
+    """What holds for one run of the command line, whichever verb runs; click carries it as `ctx.obj`."""
+
+    debug: bool = False
+
+
+def common_options(function: Decorated) -> Decorated:
+    """Add what every verb has: --json (argument `as_json`) and --debug (no argument)."""
+    return json_option()(debug_option()(function))
+
+
+def json_option() -> Decorator:
+    """Add --json: stdout carries one JSON object. Argument `as_json: bool`."""
+
+    def switch(ctx: click.Context, _: click.Parameter, value: bool) -> bool:
+        if value:
+            from irc import console
+
+            console.set_json_mode(True)
+        return value
+
+    text = "Print one JSON object on stdout and everything else on stderr."
+    return click.option("--json", "as_json", is_flag=True, is_eager=True, callback=switch, help=text)
+
+
+def debug_option() -> Decorator:
+    """Add --debug: tracebacks and the detailed log. The function gets no argument for it."""
+
+    def switch(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+        if value:
+            ctx.ensure_object(Session).debug = True
+            for name in ("irc", "exporters", "passes"):
+                logging.getLogger(name).setLevel(logging.DEBUG)
+
+    text = "Show tracebacks and the detailed log."
+    return click.option("--debug", is_flag=True, is_eager=True, expose_value=False, callback=switch, help=text)
+
+
+def output_option(help_text: str, *, required: bool = False) -> Decorator:
+    """Add -o/--output. Argument `output: Path`, or `Path | None` where it is not required."""
+    kind = click.Path(path_type=Path)
+    return click.option("-o", "--output", type=kind, required=required, metavar="PATH", help=help_text)
+
+
+def data_option(default: str | None = "stdlib") -> Decorator:
+    """Add --data, what `irc.data.load_text` reads. Argument `data: str`, or `str | None` by a None default."""
+    text = (
+        "Text: a file, a folder, a .jsonl or .parquet file with a text column, hf:NAME, or stdlib "
+        "(the sources of the running Python's standard library)."
+    )
+    return click.option("--data", default=default, show_default=True, metavar="TEXT", help=text)
+
+
+def seed_option(default: int | None = 0) -> Decorator:
+    """Add --seed. Argument `seed: int`, or `int | None` by a None default."""
+    kind = click.IntRange(0, 2**32 - 1)
+    return click.option(
+        "--seed", type=kind, default=default, show_default=True, metavar="N", help="Seed of all random numbers."
+    )
+
+
+def device_option(default: str = "auto") -> Decorator:
+    """Add --device. Argument `device: str`: auto, cpu, cuda, cuda:N or mps, not yet checked for presence."""
+    text = "auto (a GPU where there is one), cpu, cuda, cuda:N or mps."
+    return click.option(
+        "--device", default=default, show_default=True, callback=_check_device, metavar="NAME", help=text
+    )
+
+
+def _check_device(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
+        raise click.BadParameter(f"'{value}' is no device; use auto, cpu, cuda, cuda:N or mps", ctx, parameter)
+    return value
+
+
+def dtype_option(default: str = "auto") -> Decorator:
+    """Add --dtype. Argument `dtype: str`: auto or the name of a torch dtype; fp32, fp16, bf16 are understood."""
+    kind = click.Choice(["auto", *_DTYPES.values(), *_DTYPES])
+    return click.option(
+        "--dtype",
+        type=kind,
+        default=default,
+        show_default=True,
+        callback=lambda ctx, parameter, value: _DTYPES.get(value, value),
+        metavar="NAME",
+        help="auto (the checkpoint's own), float32 (fp32), float16 (fp16) or bfloat16 (bf16).",
+    )
+
+
+def seq_len_option(default: int | None = 512) -> Decorator:
+    """Add --seq-len, tokens a window. Argument `seq_len: int`, or `int | None` by a None default."""
+    return click.option(
+        "--seq-len",
+        type=click.IntRange(min=2),
+        default=default,
+        show_default=True,
+        metavar="N",
+        help="Tokens a window of text.",
+    )
+
+
+def force_option() -> Decorator:
+    """Add --force. Argument `force: bool`."""
+    return click.option("--force", is_flag=True, help="Overwrite what is at --output.")
+
+
+def resume_option() -> Decorator:
+    """Add --resume. Argument `resume: bool`."""
+    return click.option("--resume", is_flag=True, help="Continue from the last checkpoint at --output.")

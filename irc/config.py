@@ -1,0 +1,217 @@
+"""The recipe: every choice of a conversion, as dataclasses with a help text for each field."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from irc.errors import InputError
+from irc.modules import default_rank
+
+STAGES = ("lff", "router", "lora")
+POLICIES = ("informed",)
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+def setting(default: Any, text: str) -> Any:
+    """Declare a recipe field with its default and its help."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class LffRecipe:
+    """Stage `lff`: fit the forecasters."""
+
+    tokens: int = setting(131_072, "calibration tokens of the streaming pass, from the train split")
+    ridge: float = setting(1e-4, "ridge of the regression, relative to the mean input variance")
+    steps: int = setting(100, "refinement steps by L1 + (1 - cosine); 0 leaves the closed form")
+    batch_size: int = setting(8, "windows a refinement step")
+    lr: float = setting(1e-3, "refinement learning rate, cosine to zero")
+
+
+@dataclass
+class RouterRecipe:
+    """Stage `router`: train the routers, then set their decision threshold."""
+
+    steps: int = setting(300, "training steps")
+    batch_size: int = setting(8, "windows a step")
+    lr: float = setting(2e-3, "learning rate of the routers, cosine to a tenth")
+    forecaster_lr: float = setting(5e-4, "learning rate of the forecasters in this stage; 0 freezes them")
+    temperature_start: float = setting(5.0, "Gumbel-softmax temperature at the first step")
+    temperature_end: float = setting(1.0, "temperature at the last step, linear in between")
+    sparsity_weight: float = setting(8.0, "weight of |(1 - sparsity) - mean execution|")
+    cosine_weight: float = setting(0.1, "weight of mean(1 - cosine) over approximated tokens")
+    calibration_tokens: int = setting(65_536, "tokens that set the threshold, from the calibration split")
+
+
+@dataclass
+class LoraRecipe:
+    """Stage `lora` (optional): low-rank adapters on the base's linears, routing on."""
+
+    steps: int = setting(200, "training steps")
+    batch_size: int = setting(8, "windows a step")
+    lr: float = setting(2e-4, "learning rate, cosine to zero")
+    rank: int = setting(16, "rank of the adapters")
+    alpha: int = setting(32, "scale of the adapters: alpha / rank")
+    dropout: float = setting(0.1, "dropout before the adapters")
+    targets: list[str] = field(
+        default_factory=lambda: ["q_proj", "v_proj", "gate_proj"], metadata={"help": "names of the adapted linears"}
+    )
+
+
+@dataclass
+class Recipe:
+    """Everything that decides what `irc convert` makes."""
+
+    model: str = setting("demo", "local folder, hub id, or demo")
+    data: str = setting("stdlib", "text file, folder, .jsonl, .parquet, hf:NAME, or stdlib")
+    policy: str = setting("informed", "routing policy")
+    sparsity: float = setting(0.25, "share of (token, unit) pairs to approximate, 0 to 1")
+    rank: int = setting(0, "forecaster rank; 0 means min(100, hidden size / 10)")
+    forecaster: str = setting("linear", "linear or silu")
+    stages: list[str] = field(default_factory=lambda: ["lff", "router"], metadata={"help": "stages, in order"})
+    seq_len: int = setting(256, "tokens a window")
+    eval_tokens: int = setting(65_536, "held-out tokens that the closing evaluation reads; 0 means all")
+    seed: int = setting(0, "seed of data order, noise and initial weights")
+    device: str = setting("auto", "cpu, cuda, or auto")
+    dtype: str = setting("auto", "weights' data type: fp32, bf16, or auto (bf16 for a checkpoint of over 1e9 weights)")
+    precision: str = setting("auto", "autocast in training: fp32, bf16, or auto (bf16 where the processor has it)")
+    checkpoint_seconds: float = setting(30.0, "seconds between checkpoints inside a stage")
+    lff: LffRecipe = field(default_factory=LffRecipe, metadata={"help": "stage lff"})
+    router: RouterRecipe = field(default_factory=RouterRecipe, metadata={"help": "stage router"})
+    lora: LoraRecipe = field(default_factory=LoraRecipe, metadata={"help": "stage lora"})
+
+    def check(self) -> None:
+        """Refuse values that cannot work together.
+
+        Raises:
+            InputError: Names the field, its value and what it may be.
+        """
+        if not 0.0 <= self.sparsity <= 1.0:
+            raise InputError(f"sparsity is {self.sparsity}; give a share between 0 and 1, such as 0.25")
+        if self.policy not in POLICIES:
+            raise InputError(f"policy is '{self.policy}'; choose from {', '.join(POLICIES)}")
+        if self.forecaster not in ("linear", "silu"):
+            raise InputError(f"forecaster is '{self.forecaster}'; choose linear or silu")
+        if self.precision not in PRECISIONS:
+            raise InputError(f"precision is '{self.precision}'; choose from {', '.join(PRECISIONS)}")
+        unknown = [stage for stage in self.stages if stage not in STAGES]
+        if unknown or not self.stages or sorted(self.stages, key=STAGES.index) != self.stages:
+            raise InputError(
+                f"stages are {', '.join(self.stages) or 'empty'}; give some of {', '.join(STAGES)}, in this order"
+            )
+        if self.stages[0] != "lff":
+            raise InputError("stages must begin with lff: routers need forecasters")
+        if self.rank < 0:
+            raise InputError(f"rank is {self.rank}; give a positive number, or 0 for the default")
+        if self.seq_len < 2:
+            raise InputError(f"seq_len is {self.seq_len}; a window needs at least 2 tokens")
+        for name, least in (("lff.tokens", 1), ("lff.steps", 0), ("router.steps", 1), ("lora.steps", 1)):
+            part, _, key = name.partition(".")
+            value = getattr(getattr(self, part), key)
+            if value < least:
+                raise InputError(f"{name} is {value}; give at least {least}")
+
+    def rank_for(self, width: int) -> int:
+        """Return the forecaster rank for a hidden size.
+
+        Raises:
+            InputError: The rank is larger than the hidden size.
+        """
+        rank = self.rank or default_rank(width)
+        if rank > width:
+            raise InputError(f"rank is {rank}, the model's hidden size is {width}; give a rank of at most {width}")
+        return rank
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, ready for YAML or JSON."""
+        return dataclasses.asdict(self)
+
+
+def load_recipe(path: Path | None, overrides: typing.Sequence[str] = ()) -> Recipe:
+    """Read a recipe file and apply `a.b=c` overrides.
+
+    Args:
+        path: YAML file, or None for the defaults.
+        overrides: Such as `router.steps=500`; values are YAML.
+
+    Raises:
+        InputError: The file cannot be read, a key is unknown, or a value has the wrong type.
+    """
+    data: Any = {}
+    if path is not None:
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise InputError(f"recipe {path}: cannot be read: {str(error).splitlines()[0]}") from error
+        if not isinstance(data, dict):
+            raise InputError(f"recipe {path}: expected keys and values, found {type(data).__name__}")
+    recipe = recipe_from(data)
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator:
+            raise InputError(f"--set {override}: expected key=value, such as router.steps=500")
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InputError(f"--set {override}: the value is not YAML") from error
+        target: Any = recipe
+        *parts, leaf = key.split(".")
+        for part in parts:
+            target = getattr(target, _known(target, part, key))
+        _assign(target, _known(target, leaf, key), parsed, key)
+    return recipe
+
+
+def recipe_from(data: dict[str, Any]) -> Recipe:
+    """Build a recipe from plain data; unknown keys are refused with the nearest right one."""
+    recipe = Recipe()
+    _fill(recipe, data, "")
+    return recipe
+
+
+def _fill(target: Any, data: dict[str, Any], prefix: str) -> None:
+    for key, value in data.items():
+        name = _known(target, str(key), prefix + str(key))
+        current = getattr(target, name)
+        if dataclasses.is_dataclass(current):
+            if not isinstance(value, dict):
+                raise InputError(f"{prefix}{key}: expected keys and values, found {value!r}")
+            _fill(current, value, f"{prefix}{key}.")
+        else:
+            _assign(target, name, value, prefix + str(key))
+
+
+def _known(target: Any, key: str, full: str) -> str:
+    names = [entry.name for entry in dataclasses.fields(target)] if dataclasses.is_dataclass(target) else []
+    if key in names:
+        return key
+    near = difflib.get_close_matches(key, names, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(names)}"
+    raise InputError(f"recipe: unknown key {full}; {hint}")
+
+
+def _assign(target: Any, name: str, value: Any, full: str) -> None:
+    wanted = typing.get_type_hints(type(target))[name]
+    origin = wanted.__origin__ if isinstance(wanted, types.GenericAlias) else wanted
+    if origin is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if isinstance(value, str) and origin is float:
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    if (
+        dataclasses.is_dataclass(origin)
+        or not isinstance(value, origin)
+        or (isinstance(value, bool) and origin is not bool)
+    ):
+        raise InputError(f"recipe: {full} is {value!r}; expected {getattr(origin, '__name__', origin)}")
+    setattr(target, name, value)

@@ -1,0 +1,24 @@
+"""What people and tools see: results on stdout, everything else on stderr; the only package that imports rich.
+
+Colours, boxes and live bars appear on terminals alone, and NO_COLOR turns colours off. Texts are shown
+as they are: square brackets in a path are no markup.
+"""
+
+from irc.console.layout import bar, table, tree
+from irc.console.output import ConsoleHandler, emit_json, fail, note, say, set_json_mode, warn
+from irc.console.live import ProgressBar, progress
+
+__all__ = [
+    "ConsoleHandler",
+    "ProgressBar",
+    "bar",
+    "emit_json",
+    "fail",
+    "note",
+    "progress",
+    "say",
+    "set_json_mode",
+    "table",
+    "tree",
+    "warn",
+]

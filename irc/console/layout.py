@@ -1,0 +1,95 @@
+"""Tables, trees and small bars."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+from irc.console.output import results, say
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Show a table on stdout; columns that hold only numbers are aligned to the right.
+
+    Args:
+        title: Its heading, or an empty string.
+        columns: The columns' headings.
+        rows: One value a column; None shows as a dash, floats with four digits.
+
+    Raises:
+        ValueError: A row is longer or shorter than `columns`.
+    """
+    values = [list(row) for row in rows]
+    if any(len(row) != len(columns) for row in values):
+        raise ValueError(f"table {title!r}: every row needs {len(columns)} cells, one for each of {list(columns)}")
+    grid = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    for index, column in enumerate(columns):
+        cells = [row[index] for row in values]
+        numeric = bool(cells) and all(cell is None or isinstance(cell, int | float) for cell in cells)
+        grid.add_column(Text(column), justify="right" if numeric else "left", overflow="fold")
+    for row in values:
+        grid.add_row(*(Text(cell_text(cell)) for cell in row))
+    if title:
+        say(title, style="bold")
+    results().print(grid)
+
+
+def cell_text(value: object) -> str:
+    """Format one value: `-` for None, yes or no, thousands separators, floats with four digits."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
+    return str(value)
+
+
+def tree(title: str, content: Mapping[str, object] | Sequence[object]) -> None:
+    """Show a nested structure on stdout.
+
+    Args:
+        title: The root's label.
+        content: A mapping's keys are branches, or `key: value` where the value is a leaf; a sequence's
+            items are leaves or structures of their own; a None value leaves the bare key.
+    """
+    root = Tree(Text(title, style="bold"), guide_style="dim")
+    _grow(root, content)
+    results().print(root)
+
+
+def _grow(branch: Tree, content: object) -> None:
+    if isinstance(content, Mapping):
+        for key, value in content.items():
+            if value is None:
+                branch.add(Text(str(key)))
+            elif isinstance(value, Mapping | list | tuple):
+                _grow(branch.add(Text(str(key))), value)
+            else:
+                branch.add(Text(f"{key}: {cell_text(value)}"))
+    elif isinstance(content, list | tuple):
+        for item in content:
+            _grow(branch, item)
+    else:
+        branch.add(Text(cell_text(content)))
+
+
+def bar(fraction: float, width: int = 20) -> str:
+    """Draw a fraction of 0 to 1 as a bar, in ASCII where stdout cannot encode blocks.
+
+    Values outside are cut to the range, and NaN is drawn empty. Only 0 is empty and only 1 is full.
+
+    Args:
+        fraction: What to draw.
+        width: Characters in all, two or more.
+    """
+    full, empty = ("#", ".") if results().options.ascii_only else ("█", "░")
+    filled = 0
+    if fraction > 0:
+        filled = width if fraction >= 1 else min(max(round(fraction * width), 1), width - 1)
+    return full * filled + empty * (width - filled)

@@ -1,0 +1,113 @@
+"""The two consoles, lines for people, and the one JSON object for tools."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+_PIPE_WIDTH = 200
+_json_mode = False
+
+
+def set_json_mode(enabled: bool) -> None:
+    """Send every result but `emit_json`'s to stderr, so that stdout holds one JSON object."""
+    global _json_mode
+    _json_mode = enabled
+
+
+def results() -> Console:
+    """Return the console for results: stdout, or stderr in JSON mode."""
+    return _console(stderr=_json_mode)
+
+
+def messages() -> Console:
+    """Return the console for progress, logs and errors: stderr."""
+    return _console(stderr=True)
+
+
+@cache
+def _console(stderr: bool) -> Console:
+    """Make the one console of a stream; a live bar and the lines printed meanwhile must share it."""
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH
+    return Console(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
+
+
+def say(message: str = "", style: str | None = None) -> None:
+    """Show a line of the result, on stdout; long lines are left to the terminal to wrap.
+
+    Args:
+        message: The text.
+        style: A rich style such as `bold` or `green`.
+    """
+    results().print(message, style=style, soft_wrap=True)
+
+
+def note(message: str, style: str | None = None) -> None:
+    """Show a line about the work (what is loaded, what is slow), on stderr."""
+    messages().print(message, style=style, soft_wrap=True)
+
+
+def warn(message: str) -> None:
+    """Show a warning, on stderr."""
+    messages().print(Text.assemble(("warning: ", "bold yellow"), message), soft_wrap=True)
+
+
+def fail(message: str) -> None:
+    """Show why a command failed, on stderr; the caller chooses the exit code."""
+    messages().print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+
+
+def emit_json(data: Mapping[str, object]) -> None:
+    """Write one JSON object to stdout.
+
+    Paths become strings, tensors and arrays of one element numbers; infinities and NaN, which JSON
+    does not have, become null.
+
+    Raises:
+        TypeError: A value has no JSON form; nothing is written.
+    """
+    text = json.dumps(_plain(data), indent=2, allow_nan=False)
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def _plain(value: object) -> object:
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, Path):
+        return str(value)
+    scalar = getattr(value, "item", None)
+    if callable(scalar):
+        return _plain(scalar())
+    if isinstance(value, Iterable):
+        return [_plain(item) for item in value]
+    raise TypeError(f"{type(value).__name__} has no JSON form: {value!r}")
+
+
+class ConsoleHandler(logging.Handler):
+    """A logging handler that writes through the stderr console, above a live bar where one is shown."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show one record; warnings and errors are marked as such."""
+        try:
+            message = self.format(record)
+            if record.levelno >= logging.WARNING:
+                warn(message)
+            else:
+                note(message, style="dim")
+        except Exception:
+            self.handleError(record)

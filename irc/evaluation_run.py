@@ -1,0 +1,97 @@
+"""Opens a bundle or a plain model and evaluates it on the text that the user names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from irc.bundle import CONFIG, load
+from irc.checkpoint import BaseModel, find_base
+from irc.config import Recipe, recipe_from
+from irc.data import TextSource, load_text, token_stream, windows
+from irc.errors import InputError
+from irc.evaluate import evaluate
+from irc.pipeline import pick, result_metrics
+from irc.routed import RoutedForCausalLM, build_plain
+from irc.stages import ProgressFactory
+
+
+def open_model(name: str, *, base: str | None = None, dtype: str = "auto", device: str = "auto") -> RoutedForCausalLM:
+    """Open a bundle, or capture a plain model."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"device is '{device}', but torch sees no CUDA device; use --device cpu")
+    if (Path(name) / CONFIG).is_file():
+        return load(name, base=base, dtype=dtype, device=device)
+    plain = find_base(name)
+    model = build_plain(plain, dtype, device)
+    model.facts["base"] = plain
+    return model
+
+
+def run_evaluation(
+    name: str,
+    progress: ProgressFactory,
+    *,
+    data: str | None = None,
+    split: str = "auto",
+    tokens: int | None = None,
+    base: str | None = None,
+    seq_len: int | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Evaluate a bundle or a plain model; what is not said is as in the bundle's conversion.
+
+    Returns:
+        The JSON object of `irc eval`.
+    """
+    model = open_model(name, base=base, dtype=dtype, device=device)
+    recipe = _recipe(model)
+    text = load_text(data or recipe.data)
+    if split == "auto":
+        known = model.facts.get("config", {}).get("data", {}).get("fingerprint")
+        split = "heldout" if text.name == "stdlib" or text.fingerprint() == known else "all"
+    stream = token_stream(_documents(text, split), _base(model).tokenizer)  # type: ignore[arg-type]
+    limit = getattr(model.config, "max_position_embeddings", None)
+    length = seq_len or min(recipe.seq_len, limit or recipe.seq_len)
+    if limit and length > limit:
+        raise InputError(f"--seq-len is {length}, the model's context is {limit}; give at most {limit}")
+    chosen = pick(windows(stream, length, text.name), recipe.eval_tokens if tokens is None else tokens)
+    with progress("evaluate", len(chosen)) as bar:
+        result = evaluate(model, chosen, bar)
+    target = recipe.sparsity if model.spec else None
+    return {
+        "model": name,
+        "data": {
+            "name": text.name,
+            "fingerprint": text.fingerprint(),
+            "split": split,
+            "tokens": result.tokens,
+            "seq_len": length,
+        },
+        **result_metrics(model, result, target),
+        "seconds": {"evaluate": round(result.seconds, 2)},
+    }
+
+
+def _recipe(model: RoutedForCausalLM) -> Recipe:
+    folder = model.facts.get("bundle")
+    if folder is None:
+        return Recipe()
+    from irc.config import load_recipe
+
+    path = folder / "recipe.yaml"
+    return load_recipe(path) if path.is_file() else recipe_from({})
+
+
+def _documents(text: TextSource, split: str) -> list[Any]:
+    return list(text.documents) if split == "all" else text.split(split)  # type: ignore[arg-type]
+
+
+def _base(model: RoutedForCausalLM) -> BaseModel:
+    base: BaseModel = model.facts["base"]
+    return base

@@ -1,0 +1,78 @@
+"""LoRA on the base's linears, by peft, saved and loaded as a peft folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import nn
+
+from irc.config import LoraRecipe
+from irc.errors import InputError
+from irc.routed import RoutedForCausalLM
+from irc.train import write_safetensors
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def lora_config(model: RoutedForCausalLM, recipe: LoraRecipe) -> LoraConfig:
+    """Return peft's configuration for the recipe's linears inside the model's units.
+
+    Raises:
+        InputError: A named linear is nowhere in the units.
+    """
+    inside = [unit.name for unit in model.units]
+    names: list[str] = []
+    for target in recipe.targets:
+        found = [
+            name
+            for name, module in model.graph.named_modules()
+            if isinstance(module, nn.Linear) and name.endswith("." + target) and name.rpartition(".")[0] in inside
+        ]
+        if not found:
+            raise InputError(f"lora.targets: no linear named {target} in the model's units; look at irc inspect --graph 0")
+        names += found
+    return LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout, target_modules=names, task_type="CAUSAL_LM")
+
+
+def inject_lora(model: RoutedForCausalLM, recipe: LoraRecipe, seed: int) -> None:
+    """Put LoRA adapters on the model's linears; only they are trainable afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(lora_config(model, recipe), model.graph)
+    model.facts["lora"] = recipe
+
+
+def lora_parameters(model: RoutedForCausalLM) -> dict[str, nn.Parameter]:
+    """Return the adapters' parameters by name."""
+    return {name: parameter for name, parameter in model.graph.named_parameters() if "lora_" in name}
+
+
+def save_lora(model: RoutedForCausalLM, folder: Path) -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors`, as peft's own loaders read them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe = model.facts["lora"]
+    config = lora_config(model, recipe)
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+    tensors = {f"base_model.model.{k}": v.detach().cpu() for k, v in get_peft_model_state_dict(model.graph, "default", ).items()}
+    write_safetensors(folder / WEIGHTS, tensors, {"format": "pt"})
+
+
+def load_lora(model: RoutedForCausalLM, folder: Path, recipe: LoraRecipe) -> None:
+    """Put saved adapters on a model.
+
+    Raises:
+        InputError: The folder's weights do not fit the model.
+    """
+    inject_lora(model, recipe, 0)
+    tensors: dict[str, Any] = load_file(folder / WEIGHTS)
+    stripped = {key.removeprefix("base_model.model."): value for key, value in tensors.items()}
+    result = set_peft_model_state_dict(model.graph, stripped)
+    if result.unexpected_keys:
+        raise InputError(f"{folder}: LoRA weight {result.unexpected_keys[0]} fits no linear of this model")
+    for parameter in lora_parameters(model).values():
+        parameter.requires_grad_(False)

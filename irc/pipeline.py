@@ -1,0 +1,326 @@
+"""convert(): the whole way of a model, phase by phase. The list of phases is `PHASES`; read it first."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from irc.bundle import adapter_tensors, replace_folder, set_adapter, write_bundle
+from irc.card import model_card
+from irc.checkpoint import BaseModel, check_finite, find_base
+from irc.config import Recipe
+from irc.data import TextSource, load_text, token_stream, windows
+from irc.errors import InputError, IrcError
+from irc.evaluate import Evaluation, evaluate
+from irc.lora import load_lora, save_lora
+from irc.routed import RoutedForCausalLM, RoutingSpec, build_routed
+from irc.stages import ProgressFactory, StageContext, check_text, run_lff, run_lora, run_router
+from irc.train import write_safetensors
+
+log = logging.getLogger(__name__)
+
+STAGE_RUNNERS = {"lff": run_lff, "router": run_router, "lora": run_lora}
+
+
+@dataclass
+class Conversion:
+    """What the phases hand on.
+
+    Attributes:
+        recipe: Resolved: no `auto` is left in it.
+        output: Where the bundle goes.
+        work: Folder beside it with the stages' checkpoints and results.
+        progress: Makes progress bars.
+        base: The base model.
+        text: The text.
+        model: The rewritten model.
+        heldout: Held-out windows.
+        seconds: Time of every phase.
+        stage_figures: What every stage measured.
+    """
+
+    recipe: Recipe
+    output: Path
+    work: Path
+    progress: ProgressFactory
+    base: BaseModel = field(init=False)
+    text: TextSource = field(init=False)
+    model: RoutedForCausalLM = field(init=False)
+    streams: dict[str, torch.Tensor] = field(default_factory=dict)
+    heldout: torch.Tensor = field(init=False)
+    seconds: dict[str, float] = field(default_factory=dict)
+    stage_figures: dict[str, dict[str, float]] = field(default_factory=dict)
+    evaluation: Evaluation = field(init=False)
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+def convert(recipe: Recipe, output: Path, progress: ProgressFactory, *, force: bool = False, resume: bool = False) -> dict[str, Any]:
+    """Convert a model into a bundle.
+
+    Args:
+        recipe: What to do.
+        output: Folder of the bundle; the work in progress lies beside it in `OUTPUT.partial`.
+        progress: Makes progress bars.
+        force: Replace what is at `output`, and drop unfinished work.
+        resume: Continue unfinished work; a finished bundle is returned as it is.
+
+    Returns:
+        The metrics, as written to metrics.json.
+    """
+    recipe = resolve(recipe)
+    if resume and (output / "metrics.json").is_file() and not _work(output).exists():
+        _same_recipe(recipe, output / "recipe.yaml")
+        finished: dict[str, Any] = json.loads((output / "metrics.json").read_text())
+        return finished
+    if output.exists() and not force and not resume:
+        raise InputError(f"{output}: exists already; --force replaces it, --resume continues it")
+    conversion = Conversion(recipe, output, _work(output), progress)
+    read_inputs(conversion)
+    with _work_folder(conversion, force, resume):
+        for name, phase in PHASES:
+            started = time.monotonic()
+            phase(conversion)
+            conversion.seconds[name] = time.monotonic() - started
+            log.debug("phase %s: %.1f s", name, conversion.seconds[name])
+        finish(conversion)
+    return conversion.metrics
+
+
+def resolve(recipe: Recipe) -> Recipe:
+    """Check a recipe and replace every `auto` by what it means on this machine."""
+    recipe.check()
+    if recipe.device == "auto":
+        recipe.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if recipe.device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"device is '{recipe.device}', but torch sees no CUDA device; use --device cpu")
+    if recipe.precision == "auto":
+        fast = recipe.device != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+        recipe.precision = "bf16" if fast else "fp32"
+    return recipe
+
+
+def read_inputs(conversion: Conversion) -> None:
+    """Read base and text, and refuse bad input before any work is done."""
+    recipe = conversion.recipe
+    base = conversion.base = find_base(recipe.model)
+    recipe.rank = recipe.rank_for(base.config.hidden_size)
+    limit = getattr(base.config, "max_position_embeddings", None)
+    if limit and recipe.seq_len > limit:
+        raise InputError(f"seq_len is {recipe.seq_len}, the model's context is {limit}; give a shorter --seq-len")
+    _ = base.shards
+    conversion.text = load_text(recipe.data)
+    for split in ("train", "calibration", "heldout"):
+        conversion.streams[split] = token_stream(conversion.text.split(split), base.tokenizer)  # type: ignore[arg-type]
+    vocabulary = base.config.vocab_size
+    largest = max(int(stream.max()) for stream in conversion.streams.values() if stream.numel())
+    if largest >= vocabulary:
+        raise InputError(f"{recipe.model}: its tokenizer yields id {largest}, the model's vocabulary ends at {vocabulary - 1}")
+    conversion.heldout = pick(windows(conversion.streams["heldout"], recipe.seq_len, "held-out split"), recipe.eval_tokens)
+
+
+def capture_and_rewrite(conversion: Conversion) -> None:
+    """Capture the base and insert untrained forecasters, routers and muxes."""
+    recipe = conversion.recipe
+    check_finite(conversion.base.weights(), recipe.model)
+    spec = RoutingSpec(recipe.rank, recipe.forecaster, recipe.policy)
+    conversion.model = build_routed(conversion.base, spec, recipe.dtype, recipe.device, recipe.seed)
+    conversion.model.facts["base"] = conversion.base
+
+
+def run_stages(conversion: Conversion) -> None:
+    """Run every stage that is not finished, each from the result of the one before."""
+    recipe, work = conversion.recipe, conversion.work
+    context = StageContext(
+        conversion.model, recipe, conversion.streams["train"], conversion.streams["calibration"], work, conversion.progress
+    )
+    check_text(context)
+    for stage in recipe.stages:
+        done = work / f"{stage}.json"
+        if not done.is_file():
+            started = time.monotonic()
+            figures = STAGE_RUNNERS[stage](context)
+            figures["seconds"] = figures.get("train_seconds", time.monotonic() - started)
+            figures["seconds"] += figures.get("calibration_seconds", 0.0)
+            if is_main_process():
+                _save_stage(conversion.model, work, stage, figures)
+        facts = json.loads(done.read_text()) if done.is_file() else figures
+        conversion.stage_figures[stage] = facts
+        conversion.seconds[stage] = facts["seconds"]
+        if done.is_file():
+            _load_stage(conversion, stage)
+
+
+def evaluate_heldout(conversion: Conversion) -> None:
+    """Measure the result on held-out text."""
+    with conversion.progress("held-out text", len(conversion.heldout)) as progress:
+        conversion.evaluation = evaluate(conversion.model, conversion.heldout, progress)
+
+
+PHASES = (
+    ("capture", capture_and_rewrite),
+    ("stages", run_stages),
+    ("evaluate", evaluate_heldout),
+)
+
+
+def finish(conversion: Conversion) -> None:
+    """Write the bundle whole, and drop the work folder."""
+    conversion.metrics = metrics_of(conversion)
+    if not is_main_process():
+        return
+    staging = conversion.work / "bundle"
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        staging.mkdir()
+        recipe = conversion.recipe.to_dict()
+        card = model_card(conversion.metrics, conversion.recipe)
+        write_bundle(conversion.model, staging, conversion.metrics, recipe, card)
+        replace_folder(staging, conversion.output)
+    except OSError as error:
+        raise IrcError(
+            f"{conversion.output}: could not be written ({error.strerror or error}); free some space and use --resume"
+        ) from error
+    shutil.rmtree(conversion.work)
+
+
+def metrics_of(conversion: Conversion) -> dict[str, Any]:
+    """Return the metrics of a finished conversion (keys as in docs/json.md)."""
+    result = conversion.evaluation
+    seconds = {name: round(value, 2) for name, value in conversion.seconds.items() if name != "stages"}
+    return {
+        "model": conversion.recipe.model,
+        "data": {
+            "name": conversion.text.name,
+            "fingerprint": conversion.text.fingerprint(),
+            "split": "heldout",
+            "tokens": result.tokens,
+            "seq_len": conversion.recipe.seq_len,
+        },
+        **result_metrics(conversion.model, result, conversion.recipe.sparsity),
+        "seconds": seconds,
+        "stages": conversion.stage_figures,
+        "output": str(conversion.output),
+    }
+
+
+def result_metrics(model: RoutedForCausalLM, result: Evaluation, target: float | None) -> dict[str, Any]:
+    """Return an evaluation as the JSON keys that convert and eval share."""
+    if result.routed is None:
+        return {"perplexity": {"dense": result.dense}, "flops_ratio": 1.0}
+    return {
+        "perplexity": {"dense": result.dense, "routed": result.routed, "ratio": result.routed / result.dense},
+        "sparsity": {
+            "target": target,
+            "realized": result.sparsity(model),
+            "attention": result.sparsity(model, "attention"),
+            "ffn": result.sparsity(model, "ffn"),
+        },
+        "flops_ratio": result.flops_ratio,
+        "units": {
+            unit.name: {"keep_ratio": result.keep[unit.name], "recoverability": result.recoverability[unit.name]}
+            for unit in model.units
+        },
+    }
+
+
+def pick(text: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Return about `tokens` tokens of windows spread evenly over the text; all of them when 0."""
+    count = len(text) if tokens <= 0 else max(1, min(len(text), tokens // text.shape[1]))
+    return text[torch.linspace(0, len(text) - 1, count).long()]
+
+
+def is_main_process() -> bool:
+    """Whether this process writes files; the others of a distributed run do not."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _work(output: Path) -> Path:
+    return output.with_name(output.name + ".partial")
+
+
+@contextmanager
+def _work_folder(conversion: Conversion, force: bool, resume: bool) -> Iterator[None]:
+    """Hold the work folder of one output: locked against a second convert, checked against another recipe."""
+    work = conversion.work
+    if not is_main_process():
+        yield
+        return
+    saved = work / "recipe.yaml"
+    if work.exists() and saved.exists() and not (force or resume):
+        raise InputError(f"{work}: an unfinished conversion lies here; --resume continues it, --force starts over")
+    try:
+        work.parent.mkdir(parents=True, exist_ok=True)
+        work.mkdir(exist_ok=True)
+        with _locked(work.parent / f"{work.name}.lock"):
+            if force and not resume:
+                shutil.rmtree(work)
+                work.mkdir()
+            if resume and saved.exists():
+                _same_recipe(conversion.recipe, saved)
+            saved.write_text(yaml.safe_dump(conversion.recipe.to_dict(), sort_keys=False))
+            yield
+    except OSError as error:
+        raise IrcError(f"{work}: cannot be written ({error.strerror or error}); check space and permissions") from error
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    opened: IO[str]
+    with path.open("w") as opened:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"{path.name}: another irc convert is writing to this output; wait for it") from error
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _same_recipe(recipe: Recipe, saved: Path) -> None:
+    try:
+        before = yaml.safe_load(saved.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise InputError(f"{saved}: damaged; start over with --force") from error
+    now = recipe.to_dict()
+    for key, value in now.items():
+        if key == "rank" and value == 0:
+            continue
+        if key not in ("checkpoint_seconds",) and before.get(key) != value:
+            raise InputError(
+                f"{saved.parent}: was begun with {key} = {before.get(key)}, now it is {value}; "
+                "give the same settings with --resume, or start over with --force"
+            )
+
+
+def _save_stage(model: RoutedForCausalLM, work: Path, stage: str, figures: dict[str, float]) -> None:
+    write_safetensors(work / f"{stage}.safetensors", adapter_tensors(model), {"format": "pt"})
+    if "lora" in model.facts:
+        save_lora(model, work / "lora")
+    partial = work / f"{stage}.json.tmp"
+    partial.write_text(json.dumps(figures))
+    os.replace(partial, work / f"{stage}.json")
+    (work / f"{stage}.checkpoint.safetensors").unlink(missing_ok=True)
+
+
+def _load_stage(conversion: Conversion, stage: str) -> None:
+    tensors = load_file(conversion.work / f"{stage}.safetensors")
+    set_adapter(conversion.model, tensors, str(conversion.work))
+    if stage == "lora" and "lora" not in conversion.model.facts:
+        load_lora(conversion.model, conversion.work / "lora", conversion.recipe.lora)
+
+
+__all__ = ["Conversion", "PHASES", "convert", "metrics_of", "pick", "resolve", "result_metrics"]

@@ -1,0 +1,63 @@
+"""Whether one ONNX Runtime execution provider really runs a node: `python -P provider_probe.py NAME`.
+
+A process of its own, because a provider that cannot load may end the process, and says why on stderr
+below Python's level only. It imports nothing of `irc`. The last line of stdout is a JSON object with
+`usable` and `reason`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+
+_CPU = "CPUExecutionProvider"
+
+
+def probe(provider: str) -> tuple[bool, str]:
+    """Run a one-node model on a provider.
+
+    Args:
+        provider: Its name in ONNX Runtime.
+
+    Returns:
+        Whether it ran the node itself, and the reason if not.
+    """
+    import numpy
+    import onnxruntime
+
+    if provider != _CPU and hasattr(onnxruntime, "preload_dlls"):
+        onnxruntime.preload_dlls()  # finds the CUDA libraries that pip installed beside torch
+    x = numpy.ones(2, dtype=numpy.float32)
+    try:
+        session = onnxruntime.InferenceSession(_model(), providers=[provider], enable_fallback=0)
+        taken = session.get_providers()
+        if taken[0] != provider:
+            return False, f"ONNX Runtime silently fell back to {taken[0]}"
+        if provider != _CPU:
+            options = onnxruntime.SessionOptions()
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+            session = onnxruntime.InferenceSession(_model(), options, providers=[provider], enable_fallback=0)
+        (y,) = session.run(None, {"x": x})
+    except Exception as error:
+        return False, str(error)
+    if y.tolist() != [2.0, 2.0]:
+        return False, f"1 + 1 gave {y.tolist()}"
+    return True, ""
+
+
+def _model() -> bytes:
+    """Build the model y = x + x for two floats."""
+    from onnx import TensorProto, helper
+
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Add", ["x", "x"], ["y"])], "probe", [x], [y])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    serialized: bytes = model.SerializeToString()
+    return serialized
+
+
+if __name__ == "__main__":
+    with contextlib.redirect_stdout(sys.stderr):
+        usable, reason = probe(sys.argv[1])
+    sys.stdout.write(json.dumps({"usable": usable, "reason": reason}) + "\n")

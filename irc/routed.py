@@ -1,0 +1,211 @@
+"""The rewritten model as a Hugging Face model: forward, loss, cache and generation over the captured graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from irc.capture import Captured, assign_weights, cache_shape, capture
+from irc.checkpoint import BaseModel
+from irc.errors import InputError
+from irc.modules import Forecaster, Mux, Router, RoutingControl, router_hidden
+from passes.base import PassManager
+from passes.insert_forecasters import InsertForecasters
+from passes.insert_routers import InsertRouters
+from passes.match import MatchResult, Unit, match_units
+
+
+@dataclass(frozen=True)
+class RoutingSpec:
+    """The shape of what is inserted.
+
+    Attributes:
+        rank: Bottleneck of the forecasters.
+        forecaster: `linear` or `silu`.
+        policy: Routing policy.
+    """
+
+    rank: int
+    forecaster: str = "linear"
+    policy: str = "informed"
+
+
+class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
+    """A captured causal language model, rewritten or not, that transformers' own generation drives.
+
+    Attributes:
+        graph: The captured model (see `irc.capture.Captured`).
+        match: Its units as they were matched in the original graph, and the refusals.
+        control: How all muxes decide; mode `route` (deterministic argmax) unless training says otherwise.
+        spec: What was inserted, None for a plain model.
+    """
+
+    config_class = PretrainedConfig
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _no_split_modules: list[str] = []
+
+    def __init__(
+        self, captured: Captured, match: MatchResult, control: RoutingControl, spec: RoutingSpec | None
+    ) -> None:
+        super().__init__(captured.config)
+        self.graph = captured.graph
+        self.match = match
+        self.control = control
+        self.spec = spec
+        self.facts: dict[str, Any] = {}
+        self.generation_config = GenerationConfig.from_model_config(captured.config)
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """The units, in the order in which a token meets them."""
+        return self.match.units
+
+    def part(self, unit: Unit, role: str) -> nn.Module:
+        """Return a unit's `forecaster`, `router` or `mux`."""
+        return self.graph.get_submodule(f"{unit.name}_{role}")
+
+    def adapter_parameters(self, *roles: str) -> dict[str, nn.Parameter]:
+        """Return the parameters of all forecasters and/or routers by their names in the bundle."""
+        return {
+            f"{unit.name}_{role}.{name}": parameter
+            for unit in self.units
+            for role in roles
+            for name, parameter in self.part(unit, role).named_parameters()
+        }
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **ignored: Any,
+    ) -> CausalLMOutputWithPast:
+        """Compute next-token logits.
+
+        Args:
+            input_ids: int64 [batch, tokens].
+            attention_mask: [batch, past + tokens], 0 on padding; all ones when None.
+            position_ids: int64 [batch, tokens]; counted from the mask when None.
+            past_key_values: Cache of earlier tokens; updated and returned.
+            labels: int64 [batch, tokens], -100 where no loss counts; shifted inside.
+            use_cache: Whether to return the cache; True when None and not training.
+            **ignored: Options of transformers' generation that mean nothing here.
+
+        Returns:
+            Logits [batch, tokens, vocabulary], the loss when labels are given, the cache.
+        """
+        batch, tokens = input_ids.shape
+        past = _flat_past(self.config, past_key_values, batch, self.dtype, input_ids.device)
+        if attention_mask is None:
+            attention_mask = input_ids.new_ones(batch, past[0].shape[2] + tokens)
+        if position_ids is None:
+            position_ids = positions(attention_mask)[:, -tokens:]
+        logits, *present = self.graph(input_ids, attention_mask, position_ids, *past)
+        if use_cache is None:
+            use_cache = not self.training
+        cache = _updated(past_key_values, present) if use_cache else None
+        loss = None
+        if labels is not None:
+            flat = logits[:, :-1].float().flatten(0, 1)
+            loss = F.cross_entropy(flat, labels[:, 1:].flatten(), ignore_index=-100)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+
+    def save_pretrained(self, save_directory: Any, **options: Any) -> None:
+        """Save as a bundle (see `irc.bundle.save_bundle`)."""
+        from pathlib import Path
+
+        from irc.bundle import save_bundle
+
+        save_bundle(self, Path(save_directory))
+
+
+def positions(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Count positions from an attention mask [batch, length]: padding takes none; int64, same shape."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def build_plain(base: BaseModel, dtype: str = "auto", device: str = "cpu") -> RoutedForCausalLM:
+    """Capture a base model without inserting anything."""
+    captured = _captured(base, dtype, device)
+    return RoutedForCausalLM(captured, match_units(captured.graph), RoutingControl(), None).eval()
+
+
+def build_routed(
+    base: BaseModel, spec: RoutingSpec, dtype: str = "auto", device: str = "cpu", seed: int = 0
+) -> RoutedForCausalLM:
+    """Capture a base model and insert untrained forecasters, routers and muxes round every unit.
+
+    Args:
+        base: Model on disk.
+        spec: What to insert.
+        dtype: `auto`, `fp32` or `bf16`.
+        device: Where it will run.
+        seed: Of the inserted modules' initial weights.
+    """
+    captured = _captured(base, dtype, device)
+    match = match_units(captured.graph)
+    for unit in match.units:
+        if spec.rank > unit.width:
+            raise InputError(
+                f"rank is {spec.rank}, {unit.name} has hidden size {unit.width}; give a rank of at most {unit.width}"
+            )
+    control = RoutingControl()
+
+    def place(module: nn.Module) -> nn.Module:
+        return module.to(device, captured.dtype)
+
+    passes = PassManager(
+        [
+            InsertForecasters(
+                lambda unit: place(Forecaster(unit.width, spec.rank, spec.forecaster)),
+                lambda unit: Mux(unit.name, control),
+            ),
+            InsertRouters(lambda unit: place(Router(unit.width, router_hidden(unit.width, spec.rank)))),
+        ]
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        passes.run(captured.graph)
+    return RoutedForCausalLM(captured, match, control, spec).eval()
+
+
+def _captured(base: BaseModel, dtype: str, device: str) -> Captured:
+    weights = base.weights()
+    captured = capture(base.config, base.dtype(dtype))
+    assign_weights(captured, weights, device)
+    return captured
+
+
+def _flat_past(
+    config: PretrainedConfig, cache: Cache | None, batch: int, dtype: torch.dtype, device: torch.device
+) -> list[torch.Tensor]:
+    layers, heads, size = cache_shape(config)
+    if cache is None or cache.get_seq_length() == 0:
+        empty = torch.zeros(batch, heads, 0, size, dtype=dtype, device=device)
+        return [empty] * (2 * layers)
+    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+
+
+def _updated(cache: Cache | None, present: list[torch.Tensor]) -> Cache:
+    if cache is None or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        # The captured graph keeps the whole past of sliding layers too, so plain layers hold it.
+        cache = DynamicCache()
+    for index, (keys, values) in enumerate(zip(present[::2], present[1::2], strict=True)):
+        while len(cache.layers) <= index:
+            cache.layers.append(cache.layer_class_to_replicate())
+        layer = cache.layers[index]
+        if not layer.is_initialized:
+            layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+    return cache

@@ -1,0 +1,214 @@
+"""One training loop for all stages: accelerate drives it, checkpoints make it resumable to the bit.
+
+Everything random in a step is a function of (seed, step): data order comes from a seeded sampler, routing
+noise and dropout from generators seeded by the step. A run that was killed continues to the same weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+
+from irc.errors import InputError, IrcError
+
+
+class Progress(Protocol):
+    """Where a loop reports to."""
+
+    def update(self, step: int, **figures: float | str) -> None:
+        """Report that `step` steps are done."""
+
+
+class Objective(nn.Module):
+    """A model with a loss; data-parallel training wraps it as a whole.
+
+    `forward(windows, step)` returns the scalar loss and a dict of figures to show.
+    """
+
+    def trainable(self) -> list[dict[str, Any]]:
+        """Return the optimizer's parameter groups, each with `params` (name to parameter) and `lr`."""
+        raise IrcError(f"{type(self).__name__} names no parameters to train; this is a fault of irc")
+
+
+@dataclass
+class LoopSettings:
+    """How one stage runs.
+
+    Attributes:
+        steps: Optimizer steps.
+        batch_size: Windows a step, over all processes.
+        schedule: Factor of the learning rate at progress 0..1.
+        seed: Of data order and per-step randomness.
+        precision: Autocast of the forward pass, `fp32` or `bf16`.
+        checkpoint: File to write and to continue from.
+        checkpoint_seconds: Time between two writes.
+        weight_decay: Of AdamW.
+    """
+
+    steps: int
+    batch_size: int
+    schedule: Callable[[float], float]
+    seed: int
+    precision: str
+    checkpoint: Path
+    checkpoint_seconds: float = 30.0
+    weight_decay: float = 0.0
+
+
+@dataclass
+class LoopResult:
+    """Figures of a finished loop.
+
+    Attributes:
+        seconds: Training time over all runs of the stage.
+        tokens: Tokens seen.
+        figures: The last step's figures.
+        history: `[step, loss]` pairs, at most a hundred.
+    """
+
+    seconds: float
+    tokens: int
+    figures: dict[str, float]
+    history: list[list[float]] = field(default_factory=list)
+
+
+def accelerator_for(device: str, precision: str) -> Accelerator:
+    """Make the accelerator: mixed precision, and the global batch split over processes."""
+    return Accelerator(
+        cpu=device == "cpu",
+        mixed_precision="bf16" if precision == "bf16" else "no",
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+    )
+
+
+def train(
+    objective: Objective, windows: torch.Tensor, settings: LoopSettings, progress: Progress, accelerator: Accelerator
+) -> LoopResult:
+    """Train an objective's parameters, from its checkpoint if there is one.
+
+    Args:
+        objective: Model with loss.
+        windows: int64 [windows, length].
+        settings: Steps, batch, schedule, checkpoint.
+        progress: Told after every step.
+        accelerator: From `accelerator_for`.
+    """
+    groups = objective.trainable()
+    names = {f"{g}.{name}": p for g, group in enumerate(groups) for name, p in group["params"].items()}
+    optimizer = torch.optim.AdamW(
+        [{"params": list(g["params"].values()), "lr": g["lr"], "initial_lr": g["lr"]} for g in groups],
+        weight_decay=settings.weight_decay,
+    )
+    first, before = _restore(settings.checkpoint, names, optimizer)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: settings.schedule(step / settings.steps), last_epoch=first - 1
+    )
+    loader = _loader(windows, settings)
+    model, optimizer, loader, scheduler = accelerator.prepare(objective, optimizer, loader, scheduler)
+    batches = accelerator.skip_first_batches(loader, first) if first else loader
+    model.train()
+    tokens_a_step = settings.batch_size * windows.shape[1]
+    started = saved = time.monotonic()
+    figures: dict[str, float] = dict(before.figures)
+    for step, (batch,) in enumerate(batches, start=first):
+        torch.manual_seed(settings.seed * 1_000_003 + step)
+        loss, shown = model(batch, step)
+        if not bool(torch.isfinite(loss)):
+            raise IrcError(f"the loss is {loss.item()} at step {step}; lower the learning rate of this stage")
+        accelerator.backward(loss)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        figures = {"loss": loss.item(), **shown}
+        now = time.monotonic()
+        progress.update(step + 1, **figures, tokens_per_s=(step + 1 - first) * tokens_a_step / (now - started))
+        if (step + 1) % max(1, settings.steps // 100) == 0:
+            before.history.append([step + 1, figures["loss"]])
+        if now - saved >= settings.checkpoint_seconds and accelerator.is_main_process:
+            state = LoopResult(before.seconds + now - started, 0, figures, before.history)
+            _save(settings.checkpoint, names, optimizer, step + 1, state)
+            saved = now
+    objective.eval()
+    seconds = before.seconds + time.monotonic() - started
+    return LoopResult(seconds, settings.steps * tokens_a_step, figures, before.history)
+
+
+def _loader(windows: torch.Tensor, settings: LoopSettings) -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(settings.seed)
+    dataset = TensorDataset(windows)
+    total = settings.steps * settings.batch_size
+    sampler = RandomSampler(dataset, num_samples=total, generator=generator)
+    return DataLoader(dataset, batch_size=settings.batch_size, sampler=sampler)
+
+
+def step_noise(units: Sequence[str], seed: int, step: int, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """Draw the uniform noise of one step, the same whatever the number of processes.
+
+    Args:
+        units: Names of the units.
+        seed: Of the run.
+        step: Of the loop.
+        shape: This process's (batch, tokens); its rows of the global draw are returned.
+    """
+    from accelerate.state import PartialState
+
+    state = PartialState()
+    rows, tokens = shape
+    generator = torch.Generator().manual_seed((seed + 1) * 7_368_787 + step)
+    draws = torch.rand(len(units), rows * state.num_processes, tokens, generator=generator)
+    start = rows * state.process_index
+    return {unit: draws[index, start : start + rows] for index, unit in enumerate(units)}
+
+
+def _save(path: Path, names: Mapping[str, nn.Parameter], optimizer: Any, step: int, state: LoopResult) -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    for name, parameter in names.items():
+        tensors[f"weight/{name}"] = parameter.detach().cpu().clone()
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"{key}/{name}"] = value.detach().cpu().clone()
+    facts = {"step": step, "seconds": state.seconds, "figures": state.figures, "history": state.history}
+    write_safetensors(path, tensors, {"irc": json.dumps(facts)})
+
+
+def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file whole or not at all: a temporary file beside it, synced, then renamed."""
+    partial = path.with_name(path.name + ".tmp")
+    try:
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial, metadata)
+        with partial.open("rb") as opened:
+            os.fsync(opened.fileno())
+        os.replace(partial, path)
+    except Exception as error:
+        partial.unlink(missing_ok=True)
+        raise IrcError(f"{path}: could not be written ({error}); free some space and try again with --resume") from error
+
+
+def _restore(path: Path, names: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> tuple[int, LoopResult]:
+    if not path.is_file():
+        return 0, LoopResult(0.0, 0, {})
+    try:
+        with safe_open(path, framework="pt") as opened:
+            facts = json.loads(opened.metadata()["irc"])
+            tensors = {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118 - no mapping
+    except Exception as error:
+        raise InputError(f"{path}: damaged checkpoint ({error}); start over with --force") from error
+    for name, parameter in names.items():
+        with torch.no_grad():
+            parameter.copy_(tensors[f"weight/{name}"])
+        kept = {key.split("/", 1)[0]: tensor for key, tensor in tensors.items() if key.split("/", 1)[1] == name}
+        optimizer.state[parameter] = {
+            key: tensor if key == "step" else tensor.to(parameter) for key, tensor in kept.items() if key != "weight"
+        }
+    return facts["step"], LoopResult(facts["seconds"], 0, facts["figures"], facts["history"])

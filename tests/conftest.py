@@ -1,0 +1,141 @@
+"""Tiny models, eager and captured; each is captured once a session and copied for every test."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import fx, nn
+from torch.export import export, unflatten
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    logging,
+)
+
+from irc.capture import Captured, _relink, _root, assign_weights, cache_shape, capture
+
+logging.set_verbosity_error()
+
+# initializer_range is ten times the usual one: a tiny model must not be nearly linear.
+_SHAPE = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
+    "llama": lambda: LlamaConfig(**_SHAPE, tie_word_embeddings=True),
+    "llama-mha-biased-rope3": lambda: LlamaConfig(
+        **_SHAPE | {"num_hidden_layers": 1, "num_key_value_heads": 4},
+        attention_bias=True,
+        mlp_bias=True,
+        rope_scaling=_LLAMA3_ROPE,
+    ),
+    "llama-3-layers": lambda: LlamaConfig(**_SHAPE | {"num_hidden_layers": 3, "num_key_value_heads": 1}),
+    "mistral": lambda: MistralConfig(**_SHAPE, sliding_window=None),
+    "mistral-sliding": lambda: MistralConfig(**_SHAPE | {"num_key_value_heads": 4}, sliding_window=4),
+    "qwen2": lambda: Qwen2Config(**_SHAPE),
+    "qwen3": lambda: Qwen3Config(**_SHAPE, head_dim=16),
+}
+
+
+@dataclass
+class Tiny:
+    """A random tiny model twice: as transformers runs it, and captured with the same weights."""
+
+    config: PretrainedConfig
+    eager: PreTrainedModel
+    captured: Captured
+
+    @property
+    def graph(self) -> fx.GraphModule:
+        return self.captured.graph
+
+    def no_past(self, batch: int) -> list[torch.Tensor]:
+        layers, heads, size = cache_shape(self.config)
+        return [torch.zeros(batch, heads, 0, size, dtype=self.captured.dtype) for _ in range(2 * layers)]
+
+    def ids(self, batch: int, length: int, seed: int = 0) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(0, self.config.vocab_size, (batch, length), generator=generator)
+
+    def run(self, ids: torch.Tensor) -> list[torch.Tensor]:
+        """Return logits and present of the captured model, without padding and past."""
+        positions = torch.arange(ids.shape[1]).expand_as(ids)
+        return list(self.graph(ids, torch.ones_like(ids), positions, *self.no_past(len(ids))))
+
+
+def build_tiny(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> Tiny:
+    """Build a random model and capture it; biases and norms get random values too."""
+    torch.manual_seed(0)
+    eager = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+    with torch.no_grad():
+        for parameter in eager.parameters():
+            if parameter.ndim == 1:
+                parameter += torch.randn_like(parameter) * 0.2
+    captured = capture(config, dtype)
+    assign_weights(captured, eager.state_dict())
+    return Tiny(config, eager, captured)
+
+
+@pytest.fixture(scope="session")
+def _built() -> dict[tuple[str, torch.dtype], Tiny]:
+    return {}
+
+
+@pytest.fixture
+def tiny(_built: dict[tuple[str, torch.dtype], Tiny]) -> Callable[..., Tiny]:
+    """Give `tiny(name, dtype)`: a fresh copy of one of `CONFIGS`."""
+
+    def make(name: str = "llama", dtype: torch.dtype = torch.float32) -> Tiny:
+        key = (name, dtype)
+        if key not in _built:
+            _built[key] = build_tiny(CONFIGS[name](), dtype)
+        return copy.deepcopy(_built[key])
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_of() -> Callable[..., Tiny]:
+    """Give `tiny_of(config, dtype)`: a tiny model of a configuration of the test's own."""
+    return build_tiny
+
+
+@pytest.fixture(scope="session")
+def captured_module() -> Callable[..., fx.GraphModule]:
+    """Give `captured_module(module, *inputs)`: any module captured in the way of `irc.capture`."""
+
+    def make(module: nn.Module, *inputs: Any) -> fx.GraphModule:
+        unflattened = unflatten(export(module.eval(), inputs, strict=False))
+        _relink(unflattened, module)
+        return _root(unflattened)
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> Iterator[None]:
+    torch.manual_seed(0)
+    yield

@@ -1,0 +1,225 @@
+"""The command line as a process sees it: help, exit codes, error sentences, and what is on which stream."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+from irc import console
+from irc.cli import group, main, options
+from irc.errors import GateMissed, InputError, IrcError
+
+START = "import sys; from irc.cli import main; code = main(sys.argv[1:]); "
+HELP_SECONDS = 0.6  # the promise is 0.3 s on an idle machine; torch alone takes over 1 s, transformers more
+HEAVY = ("torch", "transformers", "peft", "onnxruntime", "numpy")
+
+
+@pytest.fixture(autouse=True)
+def _restore_process_state() -> Iterator[None]:
+    with warnings.catch_warnings():
+        yield
+    console.set_json_mode(False)
+    for name in ("irc", "exporters", "passes"):
+        log = logging.getLogger(name)
+        log.handlers, log.propagate = [], True
+        log.setLevel(logging.NOTSET)
+
+
+def verb(monkeypatch: pytest.MonkeyPatch, error: BaseException | None = None) -> None:
+    """Replace every verb by one that fails with `error`, or shows one result of each kind."""
+
+    @click.command()
+    @options.common_options
+    def command(as_json: bool) -> None:
+        if error is not None:
+            raise error
+        console.say("a line")
+        console.table("a table", ["n"], [[1]])
+        if as_json:
+            console.emit_json({"n": 1})
+
+    monkeypatch.setattr(group.LazyGroup, "get_command", lambda self, ctx, name: command)
+
+
+def run(*arguments: str, after: str = "sys.exit(code)") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", START + after, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def fastest(*arguments: str) -> float:
+    """Return the least of several wall times, so that a busy machine disturbs little."""
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        assert run(*arguments).returncode == 0
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+@pytest.mark.parametrize("arguments", [("--help",), *((name, "--help") for name in group.VERBS)], ids=" ".join)
+def test_help_is_immediate(arguments: tuple[str, ...]) -> None:
+    assert fastest(*arguments) < HELP_SECONDS
+
+
+@pytest.mark.parametrize("arguments", [("--help",), *((name, "--help") for name in group.VERBS)], ids=" ".join)
+def test_help_imports_nothing_heavy(arguments: tuple[str, ...]) -> None:
+    done = run(*arguments, after=f"print('loaded', [name for name in {HEAVY} if name in sys.modules])")
+    assert done.stdout.startswith("Usage: irc ")
+    assert done.stdout.splitlines()[-1] == "loaded []"
+
+
+def test_group_help_imports_no_verb_and_lists_each_in_one_line() -> None:
+    done = run("--help", after="print('loaded', [name for name in sys.modules if name == 'irc.cli.env'])")
+    assert done.stdout.splitlines()[-1] == "loaded []"
+    for name, summary in group.VERBS.items():
+        assert f"  {name:<7}  {summary}" in done.stdout.splitlines()
+
+
+def test_every_verb_has_a_file_and_every_file_a_verb() -> None:
+    files = {path.stem for path in Path(group.__file__).parent.glob("*.py")}
+    assert files - {"__init__", "group", "options"} == set(group.VERBS)
+
+
+@pytest.mark.parametrize("name", group.VERBS)
+def test_every_verb_takes_json_and_debug(name: str) -> None:
+    command = group.group.get_command(click.Context(group.group), name)
+    assert command is not None
+    assert {"--json", "--debug"} <= {flag for parameter in command.params for flag in parameter.opts}
+
+
+def test_no_arguments_show_the_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["irc"])
+    assert main() == 0
+    assert capsys.readouterr().out.startswith("Usage: irc ")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "sentence"),
+    [
+        (IrcError("the pass failed; do this"), 1, "the pass failed; do this"),
+        (InputError("no [such] file; give another"), 2, "no [such] file; give another"),
+        (GateMissed("0.2 is less than 0.3"), 3, "0.2 is less than 0.3"),
+        (KeyboardInterrupt(), 1, "interrupted"),
+        (RuntimeError("two\n  lines"), 1, "RuntimeError: two lines (--debug shows the traceback)"),
+        (ZeroDivisionError(), 1, "ZeroDivisionError: no message (--debug shows the traceback)"),
+        (click.UsageError("Wrong use."), 2, "Wrong use (see 'irc --help')"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+@pytest.mark.parametrize("flags", [(), ("--json",)], ids=["plain", "json"])
+def test_a_failure_is_one_sentence_and_its_exit_code(
+    error: BaseException,
+    code: int,
+    sentence: str,
+    flags: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    verb(monkeypatch, error)
+    assert main(["env", *flags]) == code
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.strip().replace("(see 'irc env --help')", "(see 'irc --help')") == f"error: {sentence}"
+
+
+@pytest.mark.parametrize("arguments", [["--debug", "env"], ["env", "--debug"]], ids=" ".join)
+def test_debug_shows_the_traceback_then_the_sentence(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    verb(monkeypatch, IrcError("the sentence"))
+    assert main(arguments) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("Traceback (most recent call last)")
+    assert shown.err.endswith("\nerror: the sentence\n")
+
+
+def test_json_leaves_one_object_on_stdout(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    verb(monkeypatch)
+    assert main(["env", "--json"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out) == {"n": 1}
+    assert "a line" in shown.err
+    assert "a table" in shown.err
+
+
+def test_json_mode_does_not_outlive_a_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    verb(monkeypatch)
+    main(["env", "--json"])
+    capsys.readouterr()
+    main(["env"])
+    assert "a line" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "suggested"), [("evl", "'eval'"), ("inspct", "'inspect'"), ("convertt", "'convert'"), ("xyzzy", None)]
+)
+def test_an_unknown_verb_suggests_the_nearest(
+    given: str, suggested: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([given]) == 2
+    error = capsys.readouterr().err
+    expected = f"did you mean {suggested}?" if suggested else f"there are {', '.join(group.VERBS)}"
+    assert error == f"error: no such command '{given}'; {expected} (see 'irc --help')\n"
+
+
+def test_a_wrong_option_names_the_verbs_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["env", "--bogus"]) == 2
+    assert capsys.readouterr().err == "error: No such option '--bogus' (see 'irc env --help')\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--dtype", "bf16", "--device", "cuda:1"], ("bfloat16", "cuda:1", 512)),
+        (["--seq-len", "64"], ("auto", "auto", 64)),
+        (["--device", "gpu"], None),
+        (["--dtype", "int8"], None),
+        (["--seq-len", "1"], None),
+        (["--seed", "-1"], None),
+    ],
+)
+def test_shared_options_check_their_values(arguments: list[str], expected: tuple[str, str, int] | None) -> None:
+    @click.command()
+    @options.device_option()
+    @options.dtype_option()
+    @options.seq_len_option()
+    @options.seed_option()
+    def command(device: str, dtype: str, seq_len: int, seed: int) -> tuple[str, str, int]:
+        return dtype, device, seq_len
+
+    if expected is None:
+        with pytest.raises(click.UsageError):
+            command.main(arguments, standalone_mode=False)
+    else:
+        assert command.main(arguments, standalone_mode=False) == expected
+
+
+def test_warnings_and_logs_of_the_library_reach_stderr(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @click.command()
+    def command() -> None:
+        logging.getLogger("irc.stages").info("a remark")
+        logging.getLogger("passes.match").warning("a doubt")
+        logging.getLogger("irc.stages").debug("a detail")
+
+    monkeypatch.setattr(group.LazyGroup, "get_command", lambda self, ctx, name: command)
+    main(["env"])
+    assert capsys.readouterr().err == "a remark\nwarning: a doubt\n"
+
+
+def test_a_closed_pipe_ends_quietly() -> None:
+    command = f'"{sys.executable}" -c "{START}sys.exit(code)" --help | true; echo "${{PIPESTATUS[0]}}"'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stderr == ""
+    assert done.stdout.strip() in ("0", "1")
