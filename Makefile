@@ -37,7 +37,7 @@ clean:  ## remove build/ and the caches; .venv stays
 $(STAMP): pyproject.toml
 	@$(BIN)/python -c '' 2>/dev/null || { \
 	  for python in $(CANDIDATES); do \
-	    if $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    if $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
 	      echo "$$python -m venv $(VENV)"; rm -rf $(VENV); exec $$python -m venv $(VENV); \
 	    fi; \
 	    found="$$found $$($$python --version 2>&1 | sed -n 's/^Python //p')"; \

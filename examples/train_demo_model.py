@@ -162,7 +162,10 @@ def main() -> None:
             os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
         if (step + 1) % 500 == 0:
             loss_now = heldout_loss(model, held_out[::8, : CONTEXT // 2])
-            print(f"step {step + 1} held-out loss (every 8th window, half context) {loss_now:.4f} ppl {math.exp(loss_now):.2f}", flush=True)
+            print(
+                f"step {step + 1} held-out loss (every 8th window, half context) {loss_now:.4f} ppl {math.exp(loss_now):.2f}",
+                flush=True,
+            )
 
     final = model.to(torch.bfloat16)
     loss_now = heldout_loss(final.float(), held_out)

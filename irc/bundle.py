@@ -1,10 +1,10 @@
 """A bundle: what `irc convert` writes. Small, without the base's weights, never a pickle.
 
-    irc_config.json            format version, base and its hash, units, spec, figures of keep and recoverability
-    irc_adapter.safetensors    routers and forecasters
-    lora/                      a peft folder, when trained
-    recipe.yaml                the resolved recipe
-    metrics.json, README.md    measured figures
+irc_config.json            format version, base and its hash, units, spec, figures of keep and recoverability
+irc_adapter.safetensors    routers and forecasters
+lora/                      a peft folder, when trained
+recipe.yaml                the resolved recipe
+metrics.json, README.md    measured figures
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ CONFIG, ADAPTER, METRICS, RECIPE, CARD = (
 )
 
 
-def load(path: str | os.PathLike[str], *, base: str | None = None, dtype: str = "auto", device: str = "cpu") -> RoutedForCausalLM:
+def load(
+    path: str | os.PathLike[str], *, base: str | None = None, dtype: str = "auto", device: str = "cpu"
+) -> RoutedForCausalLM:
     """Load a bundle as a model that routes deterministically.
 
     Args:
@@ -119,14 +121,22 @@ def _read_adapter(folder: Path, expected: str) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise InputError(f"{folder}: {ADAPTER} is missing; convert again")
     if file_sha256(path) != expected:
-        raise InputError(f"{path}: its hash is not the one in {CONFIG}: the file is truncated or was changed; convert again")
+        raise InputError(
+            f"{path}: its hash is not the one in {CONFIG}: the file is truncated or was changed; convert again"
+        )
     try:
         return dict(load_file(path))
     except SafetensorError as error:
         raise InputError(f"{path}: not a safetensors file ({error}); convert again") from error
 
 
-def save_bundle(model: RoutedForCausalLM, folder: Path, metrics: dict[str, Any] | None = None, recipe: dict[str, Any] | None = None, card: str = "") -> None:
+def save_bundle(
+    model: RoutedForCausalLM,
+    folder: Path,
+    metrics: dict[str, Any] | None = None,
+    recipe: dict[str, Any] | None = None,
+    card: str = "",
+) -> None:
     """Write a bundle whole or not at all: into a folder beside `folder`, which then takes its place.
 
     Args:
@@ -145,14 +155,18 @@ def save_bundle(model: RoutedForCausalLM, folder: Path, metrics: dict[str, Any] 
         write_bundle(model, staging, metrics or {}, recipe or {}, card)
     except OSError as error:
         shutil.rmtree(staging, ignore_errors=True)
-        raise IrcError(f"{folder}: could not be written ({error.strerror or error}); free some space and try again") from error
+        raise IrcError(
+            f"{folder}: could not be written ({error.strerror or error}); free some space and try again"
+        ) from error
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
     replace_folder(staging, folder)
 
 
-def write_bundle(model: RoutedForCausalLM, folder: Path, metrics: dict[str, Any], recipe: dict[str, Any], card: str) -> None:
+def write_bundle(
+    model: RoutedForCausalLM, folder: Path, metrics: dict[str, Any], recipe: dict[str, Any], card: str
+) -> None:
     """Write the files of a bundle into an existing folder."""
     assert model.spec is not None
     base: BaseModel = model.facts["base"]
@@ -161,10 +175,16 @@ def write_bundle(model: RoutedForCausalLM, folder: Path, metrics: dict[str, Any]
         save_lora(model, folder / "lora")
     config = {
         "format_version": FORMAT_VERSION,
-        "base": {"name": _base_name(base), "revision": None, "sha256": base.sha256(), "architecture": base.config.model_type},
+        "base": {
+            "name": _base_name(base),
+            "revision": None,
+            "sha256": base.sha256(),
+            "architecture": base.config.model_type,
+        },
         "spec": asdict(model.spec),
         "units": [
-            {"name": u.name, "kind": u.kind, "layer": u.layer, "width": u.width} | metrics.get("units", {}).get(u.name, {})
+            {"name": u.name, "kind": u.kind, "layer": u.layer, "width": u.width}
+            | metrics.get("units", {}).get(u.name, {})
             for u in model.units
         ],
         "sparsity": metrics.get("sparsity", {}),

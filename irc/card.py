@@ -26,10 +26,12 @@ def model_card(metrics: dict[str, Any], recipe: Recipe) -> str:
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return (
         f"# {recipe.model}, informed routing at {recipe.sparsity:.0%} sparsity\n\n"
-        f"Routers and forecasters of rank {recipe.rank} round every attention and FFN unit of `{recipe.model}`. "
+        f"Routers and forecasters (rank {recipe.rank}) round every attention and FFN unit of `{recipe.model}`. "
         "The base's own weights are not in this folder.\n\n"
-        f"Measured on {metrics['data']['tokens']:,} held-out tokens of `{recipe.data}`, windows of {recipe.seq_len}:\n\n"
+        f"Measured on {metrics['data']['tokens']:,} held-out tokens of `{recipe.data}` in windows of "
+        f"{recipe.seq_len}:\n\n"
         f"| figure | value |\n|---|---|\n{table}\n\n"
-        "Use it:\n\n```python\nimport irc\n\nmodel = irc.load(\"PATH/OF/THIS/FOLDER\")\n```\n\n"
-        f"Make it again: `irc convert --recipe recipe.yaml -o OUTPUT` (stages {', '.join(recipe.stages)}, seed {recipe.seed}).\n"
+        'Use it:\n\n```python\nimport irc\n\nmodel = irc.load("PATH/OF/THIS/FOLDER")\n```\n\n'
+        "Make it again: `irc convert --recipe recipe.yaml -o OUTPUT` "
+        f"(stages {', '.join(recipe.stages)}, seed {recipe.seed}).\n"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import types
@@ -200,14 +201,12 @@ def _known(target: Any, key: str, full: str) -> str:
 
 def _assign(target: Any, name: str, value: Any, full: str) -> None:
     wanted = typing.get_type_hints(type(target))[name]
-    origin = wanted.__origin__ if isinstance(wanted, types.GenericAlias) else wanted
+    origin: Any = wanted.__origin__ if isinstance(wanted, types.GenericAlias) else wanted
     if origin is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if isinstance(value, str) and origin is float:
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     if (
         dataclasses.is_dataclass(origin)
         or not isinstance(value, origin)

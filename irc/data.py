@@ -26,7 +26,7 @@ TEXT_SUFFIXES = frozenset(
 )
 TEXT_COLUMNS = ("text", "content", "document")
 
-_BLOCK_CHARACTERS = 4096
+_BLOCK_CHARACTERS, _LEAST_BLOCK_CHARACTERS = 4096, 256
 _NEEDS_DATASETS = "needs the package datasets; install it with: pip install 'informed-routing-compiler[data]'"
 _STDLIB_SKIPPED = frozenset("site-packages dist-packages encodings pydoc_data __pycache__".split())
 _STDLIB_TESTS = frozenset("test tests idle_test".split())
@@ -212,10 +212,11 @@ def _read_text(path: Path) -> str:
 
 
 def _blocks(name: str, text: str) -> list[Document]:
-    """Cut text at line ends into blocks of about 4,096 characters, named after their number.
+    """Cut text at line ends into numbered blocks of at most 4,096 characters, a hundred of them if it can be.
 
     The blocks take turns in the splits (see `split_of`), so that even a short file has all three.
     """
+    limit = min(_BLOCK_CHARACTERS, max(_LEAST_BLOCK_CHARACTERS, len(text) // 100))
     blocks: list[str] = []
     size = 0
     for line in text.splitlines(keepends=True):

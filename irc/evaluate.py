@@ -66,7 +66,9 @@ def evaluate(
     rows = max(1, _BATCH_TOKENS // text.shape[1])
     for index in range(0, len(text), rows):
         batch = text[index : index + rows].to(model.device)
-        mask = torch.ones_like(batch) if attention_mask is None else attention_mask[index : index + rows].to(model.device)
+        mask = (
+            torch.ones_like(batch) if attention_mask is None else attention_mask[index : index + rows].to(model.device)
+        )
         totals.add(batch, mask)
         progress.update(min(index + rows, len(text)), **totals.figures())
     return totals.result(text.shape[1], time.monotonic() - started)

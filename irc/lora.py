@@ -33,9 +33,13 @@ def lora_config(model: RoutedForCausalLM, recipe: LoraRecipe) -> LoraConfig:
             if isinstance(module, nn.Linear) and name.endswith("." + target) and name.rpartition(".")[0] in inside
         ]
         if not found:
-            raise InputError(f"lora.targets: no linear named {target} in the model's units; look at irc inspect --graph 0")
+            raise InputError(
+                f"lora.targets: no linear named {target} in the model's units; look at irc inspect --graph 0"
+            )
         names += found
-    return LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout, target_modules=names, task_type="CAUSAL_LM")
+    return LoraConfig(
+        r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout, target_modules=names, task_type="CAUSAL_LM"
+    )
 
 
 def inject_lora(model: RoutedForCausalLM, recipe: LoraRecipe, seed: int) -> None:
@@ -58,7 +62,13 @@ def save_lora(model: RoutedForCausalLM, folder: Path) -> None:
     config = lora_config(model, recipe)
     config.inference_mode = True
     config.save_pretrained(str(folder))
-    tensors = {f"base_model.model.{k}": v.detach().cpu() for k, v in get_peft_model_state_dict(model.graph, "default", ).items()}
+    tensors = {
+        f"base_model.model.{k}": v.detach().cpu()
+        for k, v in get_peft_model_state_dict(
+            model.graph,
+            "default",
+        ).items()
+    }
     write_safetensors(folder / WEIGHTS, tensors, {"format": "pt"})
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -163,8 +163,8 @@ class Mux(nn.Module):
             return y
         if soft is None:
             return torch.where(execute.unsqueeze(-1), y, forecast.to(y.dtype))
-        chosen: torch.Tensor = StraightThroughMux.apply(y, forecast.to(y.dtype), execute, soft)
-        return chosen
+        apply: Callable[..., torch.Tensor] = StraightThroughMux.apply
+        return apply(y, forecast.to(y.dtype), execute, soft)
 
 
 class StraightThroughMux(torch.autograd.Function):

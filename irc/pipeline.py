@@ -67,7 +67,9 @@ class Conversion:
     metrics: dict[str, Any] = field(default_factory=dict)
 
 
-def convert(recipe: Recipe, output: Path, progress: ProgressFactory, *, force: bool = False, resume: bool = False) -> dict[str, Any]:
+def convert(
+    recipe: Recipe, output: Path, progress: ProgressFactory, *, force: bool = False, resume: bool = False
+) -> dict[str, Any]:
     """Convert a model into a bundle.
 
     Args:
@@ -127,8 +129,12 @@ def read_inputs(conversion: Conversion) -> None:
     vocabulary = base.config.vocab_size
     largest = max(int(stream.max()) for stream in conversion.streams.values() if stream.numel())
     if largest >= vocabulary:
-        raise InputError(f"{recipe.model}: its tokenizer yields id {largest}, the model's vocabulary ends at {vocabulary - 1}")
-    conversion.heldout = pick(windows(conversion.streams["heldout"], recipe.seq_len, "held-out split"), recipe.eval_tokens)
+        raise InputError(
+            f"{recipe.model}: its tokenizer yields id {largest}, the model's vocabulary ends at {vocabulary - 1}"
+        )
+    conversion.heldout = pick(
+        windows(conversion.streams["heldout"], recipe.seq_len, "held-out split"), recipe.eval_tokens
+    )
 
 
 def capture_and_rewrite(conversion: Conversion) -> None:
@@ -144,7 +150,12 @@ def run_stages(conversion: Conversion) -> None:
     """Run every stage that is not finished, each from the result of the one before."""
     recipe, work = conversion.recipe, conversion.work
     context = StageContext(
-        conversion.model, recipe, conversion.streams["train"], conversion.streams["calibration"], work, conversion.progress
+        conversion.model,
+        recipe,
+        conversion.streams["train"],
+        conversion.streams["calibration"],
+        work,
+        conversion.progress,
     )
     check_text(context)
     for stage in recipe.stages:
@@ -323,4 +334,4 @@ def _load_stage(conversion: Conversion, stage: str) -> None:
         load_lora(conversion.model, conversion.work / "lora", conversion.recipe.lora)
 
 
-__all__ = ["Conversion", "PHASES", "convert", "metrics_of", "pick", "resolve", "result_metrics"]
+__all__ = ["PHASES", "Conversion", "convert", "metrics_of", "pick", "resolve", "result_metrics"]

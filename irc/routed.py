@@ -50,7 +50,6 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = PretrainedConfig
     main_input_name = "input_ids"
     _supports_sdpa = True
-    _no_split_modules: list[str] = []
 
     def __init__(
         self, captured: Captured, match: MatchResult, control: RoutingControl, spec: RoutingSpec | None

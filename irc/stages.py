@@ -1,4 +1,4 @@
-"""The stages: `lff` fits the forecasters, `router` trains the routers and sets their threshold, `lora` adapts the base."""
+"""The stages: `lff` fits forecasters, `router` trains routers and sets their threshold, `lora` adapts the base."""
 
 from __future__ import annotations
 
@@ -108,13 +108,18 @@ def fit_closed_form(context: StageContext, text: torch.Tensor) -> float:
     started = time.monotonic()
     count = max(1, min(len(text), recipe.lff.tokens // text.shape[1]))
     chosen = text[torch.linspace(0, len(text) - 1, count).long()]
-    with gathering(model) as statistics, model.control.using(mode="execute"), torch.no_grad(), _autocast(context):
-        with context.progress("lff statistics", count) as progress:
-            done = 0
-            for batch in chosen.split(_EVAL_BATCH):
-                model(input_ids=batch.to(model.device), use_cache=False)
-                done += len(batch)
-                progress.update(done, tokens_per_s=done * text.shape[1] / (time.monotonic() - started))
+    with (
+        context.progress("lff statistics", count) as progress,
+        gathering(model) as statistics,
+        model.control.using(mode="execute"),
+        torch.no_grad(),
+        _autocast(context),
+    ):
+        done = 0
+        for batch in chosen.split(_EVAL_BATCH):
+            model(input_ids=batch.to(model.device), use_cache=False)
+            done += len(batch)
+            progress.update(done, tokens_per_s=done * text.shape[1] / (time.monotonic() - started))
     for unit in model.units:
         forecaster = model.part(unit, "forecaster")
         assert isinstance(forecaster, Forecaster)

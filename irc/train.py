@@ -192,7 +192,9 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: di
         os.replace(partial, path)
     except Exception as error:
         partial.unlink(missing_ok=True)
-        raise IrcError(f"{path}: could not be written ({error}); free some space and try again with --resume") from error
+        raise IrcError(
+            f"{path}: could not be written ({error}); free some space and try again with --resume"
+        ) from error
 
 
 def _restore(path: Path, names: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> tuple[int, LoopResult]:

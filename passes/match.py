@@ -18,7 +18,7 @@ from torch import fx, nn
 
 Kind = Literal["attention", "ffn"]
 
-_ADDS = frozenset({torch.ops.aten.add.Tensor})
+ADDS = frozenset({torch.ops.aten.add.Tensor})
 _SCORES = frozenset({"scaled_dot_product_attention"})
 _SOFTMAX, _PRODUCTS = frozenset({"softmax", "_softmax"}), frozenset({"matmul", "bmm", "einsum"})
 # What may stand between the linears of an FFN: one token's values in, the same token's values out.
@@ -151,7 +151,7 @@ def _residual_adds(call: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
     pairs = []
     for y in outputs:
         for user in y.users:
-            is_add = user.op == "call_function" and user.target in _ADDS and len(user.all_input_nodes) == 2
+            is_add = user.op == "call_function" and user.target in ADDS and len(user.all_input_nodes) == 2
             if is_add or (is_mux(user) and user.args[0] is y):
                 pairs.append((y, user))
     return pairs

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from passes.match import is_mux
+from passes.match import ADDS, is_mux
 
 Check = Callable[[nn.Module, fx.Graph], Iterator[tuple[fx.Node, str]]]
 
@@ -38,8 +38,13 @@ def _muxes_choose(module: nn.Module, graph: fx.Graph) -> Iterator[tuple[fx.Node,
 
 def _muxes_lead_to_adds(module: nn.Module, graph: fx.Graph) -> Iterator[tuple[fx.Node, str]]:
     for node in graph.nodes:
-        if is_mux(node) and len(node.users) != 1:
-            yield node, f"a mux feeds one residual add, not {len(node.users)} nodes"
+        if not is_mux(node):
+            continue
+        users = list(node.users)
+        if len(users) != 1:
+            yield node, f"a mux feeds one residual add, not {len(users)} nodes"
+        elif users[0].target not in ADDS:
+            yield node, f"a mux feeds one residual add, not {getattr(users[0].target, '__name__', users[0].target)}"
 
 
 def _one_input(module: nn.Module, graph: fx.Graph) -> Iterator[tuple[fx.Node, str]]:

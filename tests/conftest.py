@@ -25,6 +25,7 @@ from transformers import (
 from irc.capture import Captured, _relink, _root, assign_weights, cache_shape, capture
 
 logging.set_verbosity_error()
+torch.set_num_threads(1)  # tiny models only lose time to threads that wait for each other
 
 # initializer_range is ten times the usual one: a tiny model must not be nearly linear.
 _SHAPE = {

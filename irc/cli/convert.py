@@ -24,13 +24,19 @@ from irc.cli.options import (
 @click.argument("model", required=False)
 @output_option("Folder to write the bundle to.", required=True)
 @data_option(None)
-@click.option("--sparsity", type=float, metavar="SHARE", help="Share of (token, unit) pairs to approximate. [default: 0.25]")
+@click.option(
+    "--sparsity", type=float, metavar="SHARE", help="Share of (token, unit) pairs to approximate. [default: 0.25]"
+)
 @click.option("--policy", metavar="NAME", help="Routing policy. [default: informed]")
 @click.option("--rank", type=int, metavar="N", help="Forecaster rank. [default: min(100, hidden / 10)]")
 @click.option("--forecaster", type=click.Choice(["linear", "silu"]), help="Forecaster. [default: linear]")
 @click.option("--stages", metavar="LIST", help="Comma-separated stages of lff, router, lora. [default: lff,router]")
-@click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), metavar="FILE", help="Recipe (YAML) to start from.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe field, such as router.steps=500.")
+@click.option(
+    "--recipe", "recipe_file", type=click.Path(path_type=Path), metavar="FILE", help="Recipe (YAML) to start from."
+)
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe field, such as router.steps=500."
+)
 @device_option()
 @dtype_option()
 @seq_len_option(None)
@@ -53,7 +59,8 @@ def command(model: str | None, output: Path, as_json: bool, force: bool, resume:
         if value is not None and not (name in ("device", "dtype") and value == "auto"):
             setattr(recipe, name, value)
     console.note(
-        f"converting {recipe.model} with {recipe.data}: sparsity {recipe.sparsity}, stages {', '.join(recipe.stages)}, seed {recipe.seed}"
+        f"converting {recipe.model} with {recipe.data}: sparsity {recipe.sparsity}, "
+        f"stages {', '.join(recipe.stages)}, seed {recipe.seed}"
     )
     metrics = convert(recipe, output, console.progress, force=force, resume=resume)
     if as_json:

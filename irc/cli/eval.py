@@ -19,7 +19,12 @@ from irc.cli.options import common_options, data_option, device_option, dtype_op
     show_default=True,
     help="Part of the text; auto is heldout for the text of the conversion and for stdlib, else all.",
 )
-@click.option("--tokens", type=click.IntRange(min=0), metavar="N", help="Tokens to read, spread evenly; 0 reads all. [default: as in convert]")
+@click.option(
+    "--tokens",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Tokens to read, spread evenly; 0 reads all. [default: as in convert]",
+)
 @click.option("--base", metavar="MODEL", help="Where the bundle's base model is, if it has moved.")
 @device_option()
 @dtype_option()

@@ -5,8 +5,8 @@ as they are: square brackets in a path are no markup.
 """
 
 from irc.console.layout import bar, table, tree
-from irc.console.output import ConsoleHandler, emit_json, fail, note, say, set_json_mode, warn
 from irc.console.live import ProgressBar, progress
+from irc.console.output import ConsoleHandler, emit_json, fail, note, say, set_json_mode, warn
 
 __all__ = [
     "ConsoleHandler",

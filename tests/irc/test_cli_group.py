@@ -85,8 +85,8 @@ def test_group_help_imports_no_verb_and_lists_each_in_one_line() -> None:
 
 
 def test_every_verb_has_a_file_and_every_file_a_verb() -> None:
-    files = {path.stem for path in Path(group.__file__).parent.glob("*.py")}
-    assert files - {"__init__", "group", "options"} == set(group.VERBS)
+    files = Path(group.__file__).parent.glob("*.py")
+    assert {path.stem for path in files if "\ndef command(" in path.read_text()} == set(group.VERBS)
 
 
 @pytest.mark.parametrize("name", group.VERBS)

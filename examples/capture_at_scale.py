@@ -1,0 +1,135 @@
+"""Capture and rewrite Llamas of real size with random weights, and print time and peak memory of each.
+
+    python examples/capture_at_scale.py            # 1B from safetensors shards (2.5 GB of disk), 8B on meta
+
+Each measurement runs in a process of its own, so that the peaks do not mix. The 1B shape is written as
+bf16 shards first; the time and memory of reading the weights is told apart from capture and rewriting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+SHAPES = {
+    "llama-3.2-1b": {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128_256, "tie_word_embeddings": True,
+    },
+    "llama-3.1-8b": {
+        "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128_256, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+
+
+def write_random_model(folder: Path, shape: str) -> None:
+    """Write a random-weight bf16 checkpoint in safetensors shards."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=131_072, dtype=torch.bfloat16)
+    torch.set_default_dtype(torch.bfloat16)
+    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="1GB")
+
+
+def measure(shape: str, folder: Path | None) -> dict[str, float]:
+    """Capture, rewrite and (with a folder) assign and touch all weights; returns seconds and GB."""
+    import torch
+    from transformers import LlamaConfig
+
+    from irc.capture import assign_weights, capture
+    from irc.checkpoint import BaseModel
+    from irc.modules import Forecaster, Mux, Router, RoutingControl, default_rank, router_hidden
+    from passes.base import PassManager
+    from passes.insert_forecasters import InsertForecasters
+    from passes.insert_routers import InsertRouters
+
+    before = _peak()
+    config = BaseModel(shape, folder).config if folder else LlamaConfig(**SHAPES[shape])
+    started = time.monotonic()
+    captured = capture(config, torch.bfloat16)
+    weights: dict[str, torch.Tensor] = {}
+    reading = 0.0
+    if folder:
+        reading = time.monotonic()
+        weights = BaseModel(shape, folder).weights()
+        for tensor in weights.values():
+            tensor.view(torch.int16).sum()
+        reading = time.monotonic() - reading
+        assign_weights(captured, weights)
+    rank, control = default_rank(config.hidden_size), RoutingControl()
+    device = torch.device("cpu" if folder else "meta")
+    with device:
+        torch.set_default_dtype(torch.bfloat16)
+        passes = [
+            InsertForecasters(lambda unit: Forecaster(unit.width, rank), lambda unit: Mux(unit.name, control)),
+            InsertRouters(lambda unit: Router(unit.width, router_hidden(unit.width, rank))),
+        ]
+        PassManager(passes).run(captured.graph)
+    seconds = time.monotonic() - started - reading
+    size = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+    return {
+        "seconds": seconds,
+        "reading": reading,
+        "peak": _peak() / 1e9,
+        "import_peak": before / 1e9,
+        "weights": size / 1e9,
+    }
+
+
+def _peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+
+
+def _in_own_process(*arguments: str) -> dict[str, float]:
+    command = [sys.executable, __file__, *arguments]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1]) if done.stdout.strip() else {}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", nargs=2, metavar=("SHAPE", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs="+", metavar="SHAPE", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.write:
+        write_random_model(Path(arguments.write[1]), arguments.write[0])
+        return
+    if arguments.measure:
+        folder = Path(arguments.measure[1]) if len(arguments.measure) > 1 else None
+        print(json.dumps(measure(arguments.measure[0], folder)))
+        return
+    from irc import console
+
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        _in_own_process("--write", "llama-3.2-1b", folder)
+        found = _in_own_process("--measure", "llama-3.2-1b", folder)
+        rows.append(["llama-3.2-1b, bf16 shards", found])
+    rows.append(["llama-3.1-8b, meta device", _in_own_process("--measure", "llama-3.1-8b")])
+    console.table(
+        "capture and rewrite, random weights",
+        ["model", "seconds", "reading weights", "weights GB", "peak GB", "peak / weights"],
+        [
+            [
+                name,
+                f"{f['seconds']:.1f}",
+                f"{f['reading']:.1f}",
+                f"{f['weights']:.2f}",
+                f"{f['peak']:.2f}",
+                f"{f['peak'] / f['weights']:.3f}" if f["weights"] else "-",
+            ]
+            for name, f in rows
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()

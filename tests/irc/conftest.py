@@ -1,0 +1,298 @@
+"""A tiny random Llama on disk with its tokenizer, a text file, and what stages and commands need to run on them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import random
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
+
+from irc import console, routed
+from irc.capture import Captured, capture
+from irc.checkpoint import BaseModel, find_base
+from irc.config import LffRecipe, LoraRecipe, Recipe, RouterRecipe
+from irc.data import load_text, token_stream
+from irc.routed import RoutedForCausalLM, RoutingSpec, build_routed
+from irc.stages import ProgressFactory, StageContext
+
+SEQ_LEN = 16
+CONFIG = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,  # ten times the usual one: a tiny model must not be nearly linear
+    "tie_word_embeddings": True,
+    "eos_token_id": 256,
+    "bos_token_id": 256,
+}
+SETTINGS = [
+    "lff.tokens=2048",
+    "lff.steps=4",
+    "lff.batch_size=4",
+    "router.steps=6",
+    "router.batch_size=4",
+    "router.calibration_tokens=4096",
+    "lora.steps=4",
+    "lora.batch_size=4",
+    "lora.rank=2",
+    "eval_tokens=1024",
+    "checkpoint_seconds=0",
+    "precision=fp32",
+]
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the package may catch it."""
+
+
+@dataclass
+class Bar:
+    """A progress bar that remembers, and that calls `on_step` after every step."""
+
+    name: str
+    on_step: Callable[[str, int], None] | None = None
+    steps: list[int] = field(default_factory=list)
+
+    def update(self, step: int, **figures: float | str) -> None:
+        self.steps.append(step)
+        if self.on_step is not None:
+            self.on_step(self.name, step)
+
+
+@dataclass
+class Bars:
+    """A progress factory that remembers its bars; `kill=(name, step)` raises Killed at that step of that bar."""
+
+    kill: tuple[str, int] | None = None
+    made: list[Bar] = field(default_factory=list)
+
+    @contextmanager
+    def __call__(self, name: str, total: int) -> Iterator[Bar]:
+        self.made.append(Bar(name, self._check))
+        yield self.made[-1]
+
+    def _check(self, name: str, step: int) -> None:
+        if (name, step) == self.kill:
+            raise Killed
+
+    def names(self) -> list[str]:
+        return [bar.name for bar in self.made]
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer of one token a byte, and an end-of-text token 256."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama, its tokenizer beside it. Read it, never write to it."""
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(1)
+    LlamaForCausalLM(LlamaConfig(vocab_size=257, **CONFIG)).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 60 kB of sentences from a few words."""
+    words = "the a token router unit layer reads writes skips keeps slowly often every model small deep".split()
+    draw = random.Random(0)
+    lines = [" ".join(draw.choices(words, k=draw.randint(4, 12))) + "." for _ in range(1300)]
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def base(model_folder: Path) -> BaseModel:
+    return find_base(str(model_folder))
+
+
+@pytest.fixture(scope="session")
+def _captured(base: BaseModel) -> Captured:
+    return capture(base.config, torch.float32)
+
+
+@pytest.fixture
+def quick_capture(monkeypatch: pytest.MonkeyPatch, base: BaseModel, _captured: Captured) -> None:
+    """Let commands in this process copy the tiny model's capture instead of exporting it every time."""
+
+    def cached(config: PretrainedConfig, dtype: torch.dtype) -> Captured:
+        same = config.to_dict() == base.config.to_dict() and dtype == torch.float32
+        return copy.deepcopy(_captured) if same else capture(config, dtype)
+
+    monkeypatch.setattr(routed, "capture", cached)
+
+
+@pytest.fixture
+def make_routed(quick_capture: None, base: BaseModel) -> Callable[..., RoutedForCausalLM]:
+    """Give `make_routed(rank, forecaster)`: the tiny model with untrained routers and forecasters, fp32."""
+
+    def make(rank: int = 4, forecaster: str = "linear") -> RoutedForCausalLM:
+        model = build_routed(base, RoutingSpec(rank, forecaster), "fp32")
+        model.facts["base"] = base
+        return model
+
+    return make
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    """Random token ids, int64 [4, SEQ_LEN]."""
+    return torch.randint(0, 256, (4, SEQ_LEN), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="session")
+def streams(base: BaseModel, text_file: Path) -> dict[str, torch.Tensor]:
+    text = load_text(str(text_file))
+    return {name: token_stream(text.split(name), base.tokenizer) for name in ("train", "calibration", "heldout")}
+
+
+@pytest.fixture
+def make_context(
+    make_routed: Callable[..., RoutedForCausalLM], streams: dict[str, torch.Tensor], tmp_path: Path
+) -> Callable[..., StageContext]:
+    """Give `make_context(progress, sparsity)`: all that a stage needs; checkpoints after every step in tmp_path."""
+
+    def make(progress: ProgressFactory | None = None, sparsity: float = 0.25) -> StageContext:
+        recipe = Recipe(
+            sparsity=sparsity,
+            rank=4,
+            seq_len=SEQ_LEN,
+            device="cpu",
+            precision="fp32",
+            checkpoint_seconds=0.0,
+            lff=LffRecipe(tokens=2048, steps=4, batch_size=4),
+            router=RouterRecipe(steps=6, batch_size=4, calibration_tokens=8192),
+            lora=LoraRecipe(steps=4, batch_size=4, rank=2),
+        )
+        return StageContext(
+            make_routed(), recipe, streams["train"], streams["calibration"], tmp_path, progress or Bars()
+        )
+
+    return make
+
+
+@pytest.fixture
+def shake() -> Callable[[RoutedForCausalLM], RoutedForCausalLM]:
+    """Give `shake(model)`: its routers disagree between tokens, so that about half of the pairs are skipped."""
+
+    def change(model: RoutedForCausalLM) -> RoutedForCausalLM:
+        generator = torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            for parameter in model.adapter_parameters("router", "forecaster").values():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+        return model
+
+    return change
+
+
+@pytest.fixture
+def lora_on(shake: Any) -> Callable[[RoutedForCausalLM], RoutedForCausalLM]:
+    """Give `lora_on(model)`: LoRA adapters with weights that matter."""
+    from irc.lora import inject_lora, lora_parameters
+
+    def change(model: RoutedForCausalLM) -> RoutedForCausalLM:
+        inject_lora(model, LoraRecipe(rank=2), 0)
+        generator = torch.Generator().manual_seed(8)
+        with torch.no_grad():
+            for parameter in lora_parameters(model).values():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+        return model.eval()
+
+    return change
+
+
+@dataclass
+class Outcome:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+    def sentence(self) -> str:
+        """Return the error: exactly one line `error: ...` ends stderr, and there is no traceback."""
+        errors = [line for line in self.err.splitlines() if line.startswith("error: ")]
+        assert "Traceback" not in self.err, self.err
+        assert len(errors) == 1, self.err
+        assert self.err.rstrip().endswith(errors[0]), self.err
+        return errors[0].removeprefix("error: ")
+
+
+@pytest.fixture
+def irc_main(capsys: pytest.CaptureFixture[str], quick_capture: None) -> Iterator[Callable[..., Outcome]]:
+    """Give `irc_main(*arguments)`: the command line inside this process."""
+    from irc.cli import main
+
+    def call(*arguments: str | Path) -> Outcome:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        shown = capsys.readouterr()
+        return Outcome(code, shown.out, shown.err)
+
+    with warnings.catch_warnings():
+        yield call
+    console.set_json_mode(False)
+    for name in ("irc", "exporters", "passes"):
+        log = logging.getLogger(name)
+        log.handlers, log.propagate = [], True
+        log.setLevel(logging.NOTSET)
+
+
+@pytest.fixture
+def convert_arguments(model_folder: Path, text_file: Path) -> Callable[..., list[str]]:
+    """Give `convert_arguments(output, **settings)`: a conversion of a second or two."""
+
+    def make(output: Path, **settings: object) -> list[str]:
+        chosen = [*SETTINGS, *(f"{key.replace('__', '.')}={value}" for key, value in settings.items())]
+        flags = [flag for setting in chosen for flag in ("--set", setting)]
+        return [
+            *("convert", str(model_folder), "-o", str(output), "--data", str(text_file), "--rank", "4"),
+            *("--seq-len", str(SEQ_LEN), "--device", "cpu", "--json", *flags),
+        ]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def start_irc() -> Callable[..., subprocess.Popen[str]]:
+    """Give `start_irc(arguments, **environment)`: the command line as a process of its own."""
+
+    def start(arguments: Sequence[str], **environment: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "irc", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        )
+
+    return start

@@ -1,0 +1,203 @@
+"""Matching of small hand-written decoders: unusual names, and near misses with their reasons."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from passes.match import match_units
+
+WIDTH = 16
+
+
+class Blender(nn.Module):
+    """Causal attention with a softmax of its own and a fused projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all_three = nn.Linear(WIDTH, 3 * WIDTH)
+        self.back = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.all_three(x).chunk(3, dim=-1)
+        scores = q @ k.transpose(1, 2) / WIDTH**0.5
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), float("-inf"))
+        result: torch.Tensor = self.back(scores.softmax(-1) @ v)
+        return result
+
+
+class Grinder(nn.Module):
+    """An FFN; subclasses spoil it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(WIDTH, 2 * WIDTH)
+        self.down = nn.Linear(2 * WIDTH, WIDTH)
+
+    def inner(self, x: torch.Tensor) -> torch.Tensor:
+        return F.gelu(self.up(x))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.down(self.inner(x))
+        return result
+
+
+class SplitGate(Grinder):
+    """One wide linear, cut into gate and value along the features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(WIDTH, 4 * WIDTH)
+
+    def inner(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.up(x)
+        return F.silu(hidden[..., : 2 * WIDTH]) * hidden[..., 2 * WIDTH :]
+
+
+class FeatureSoftmax(Grinder):
+    def inner(self, x: torch.Tensor) -> torch.Tensor:
+        return self.up(x).softmax(-1)
+
+
+class Cumulative(Grinder):
+    def inner(self, x: torch.Tensor) -> torch.Tensor:
+        return self.up(x).cumsum(1)
+
+
+class Rolled(Grinder):
+    def inner(self, x: torch.Tensor) -> torch.Tensor:
+        return self.up(x).roll(1, 1)
+
+
+class TokenSoftmax(Grinder):
+    def inner(self, x: torch.Tensor) -> torch.Tensor:
+        return self.up(x).softmax(1)
+
+
+class TokenMean(Grinder):
+    def inner(self, x: torch.Tensor) -> torch.Tensor:
+        return self.up(x) - self.up(x).mean(1, keepdim=True)
+
+
+class Scaled(Grinder):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 0.5
+
+
+class Narrow(Grinder):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Linear(2 * WIDTH, 1)
+
+
+class TwoInputs(Grinder):
+    def forward(self, x: torch.Tensor, raw: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.down(F.gelu(self.up(x)) * self.up(raw))
+        return result
+
+
+class Stage(nn.Module):
+    """A decoder layer with unusual names."""
+
+    def __init__(self, grinder: nn.Module) -> None:
+        super().__init__()
+        self.calm_a, self.blender = nn.LayerNorm(WIDTH), Blender()
+        self.calm_b, self.grinder = nn.LayerNorm(WIDTH), grinder
+
+    def forward(self, stream: torch.Tensor) -> torch.Tensor:
+        stream = stream + self.blender(self.calm_a(stream))
+        return self.join(stream, self.calm_b(stream))
+
+    def join(self, stream: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return stream + self.grinder(x)
+
+
+class PostNorm(Stage):
+    """An extra norm stands between the FFN and its residual add."""
+
+    def __init__(self, grinder: nn.Module) -> None:
+        super().__init__(grinder)
+        self.calm_c = nn.LayerNorm(WIDTH)
+
+    def join(self, stream: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return stream + self.calm_c(self.grinder(x))
+
+
+class GivesTwo(Stage):
+    def join(self, stream: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return stream + self.grinder(x, stream)
+
+
+class AddsTwice(Stage):
+    def join(self, stream: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        y = self.grinder(x)
+        return (stream + y) * (x + y)
+
+
+class ReadsTwice(Stage):
+    def join(self, stream: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        y = self.grinder(x)
+        return (stream + y) * y.tanh()
+
+
+class Machine(nn.Module):
+    """Stages one after the other, registered in the opposite order."""
+
+    def __init__(self, *stages: nn.Module) -> None:
+        super().__init__()
+        self.count = len(stages)
+        for index in reversed(range(self.count)):
+            self.add_module(f"stage_{index}", stages[index])
+
+    def forward(self, stream: torch.Tensor) -> torch.Tensor:
+        for index in range(self.count):
+            stream = self.get_submodule(f"stage_{index}")(stream)
+        return stream
+
+
+def test_units_come_in_the_order_in_which_a_token_meets_them(captured_module: Callable) -> None:
+    model = captured_module(Machine(Stage(Grinder()), Stage(SplitGate())), torch.randn(2, 5, WIDTH))
+    found = match_units(model)
+    assert found.refusals == ()
+    assert [(unit.name, unit.kind, unit.layer, unit.width) for unit in found.units] == [
+        ("stage_0.blender", "attention", 0, WIDTH),
+        ("stage_0.grinder", "ffn", 0, WIDTH),
+        ("stage_1.blender", "attention", 1, WIDTH),
+        ("stage_1.grinder", "ffn", 1, WIDTH),
+    ]
+
+
+@pytest.mark.parametrize("ffn", [SplitGate, FeatureSoftmax])
+def test_operators_along_the_features_keep_tokens_apart(captured_module: Callable, ffn: type[Grinder]) -> None:
+    model = captured_module(Machine(Stage(ffn())), torch.randn(2, 5, WIDTH))
+    assert [unit.kind for unit in match_units(model).units] == ["attention", "ffn"]
+
+
+NEAR_MISSES = [
+    (PostNorm, Grinder, "none of its outputs is added to the residual stream"),
+    (GivesTwo, TwoInputs, "its linears read 2 inputs"),
+    (AddsTwice, Grinder, "its outputs feed 2 adds; expected one residual add"),
+    (ReadsTwice, Grinder, "its output %grinder has 2 readers; expected the residual add alone"),
+    (Stage, Cumulative, "cumsum may mix tokens"),
+    (Stage, Rolled, "roll may mix tokens"),
+    (Stage, TokenSoftmax, "softmax may mix tokens"),
+    (Stage, TokenMean, "mean may mix tokens"),
+    (Stage, Scaled, "its output is made by aten.mul.Tensor; expected a linear"),
+    (Stage, Narrow, "its last module down does not return the width 16 of the stream"),
+]
+
+
+@pytest.mark.parametrize(
+    ("stage", "ffn", "reason"), NEAR_MISSES, ids=[f"{stage.__name__}-{ffn.__name__}" for stage, ffn, _ in NEAR_MISSES]
+)
+def test_near_miss_says_why(captured_module: Callable, stage: type[Stage], ffn: type[Grinder], reason: str) -> None:
+    model = captured_module(Machine(stage(ffn())), torch.randn(2, 5, WIDTH))
+    found = match_units(model)
+    assert [unit.name for unit in found.units] == ["stage_0.blender"]
+    assert [refusal.name for refusal in found.refusals] == ["stage_0.grinder"]
+    assert reason in found.refusals[0].reason
+    assert found.why("grinder") == f"stage_0.grinder: not matched: {found.refusals[0].reason}"
