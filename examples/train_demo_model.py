@@ -163,7 +163,7 @@ def main() -> None:
         if (step + 1) % 500 == 0:
             loss_now = heldout_loss(model, held_out[::8, : CONTEXT // 2])
             print(
-                f"step {step + 1} held-out loss (every 8th window, half context) {loss_now:.4f} ppl {math.exp(loss_now):.2f}",
+                f"step {step + 1} held-out loss (256-token windows) {loss_now:.4f} ppl {math.exp(loss_now):.2f}",
                 flush=True,
             )
 

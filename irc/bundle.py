@@ -71,7 +71,7 @@ def load(
     if config.get("lora"):
         load_lora(model, folder / "lora", LoraRecipe(**config["lora"]))
     model.facts.update(base=model_base, bundle=folder, config=config)
-    return model.eval()
+    return model
 
 
 def set_adapter(model: RoutedForCausalLM, tensors: dict[str, torch.Tensor], where: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -130,9 +131,14 @@ def _stdlib_documents(*, tests: bool) -> Iterator[Document]:
         tests: Yield its test suite instead of the library itself (some distributions ship none).
     """
     root = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(root.rglob("*.py")):
+    paths: list[Path] = []
+    for folder, children, files in os.walk(root):
+        # Pruned here: installed packages lie below the library, and walking them can take most of a minute.
+        children[:] = [child for child in children if child not in _STDLIB_SKIPPED]
+        paths += [Path(folder, file) for file in files if file.endswith(".py")]
+    for path in sorted(paths):
         relative = path.relative_to(root)
-        if _STDLIB_SKIPPED.isdisjoint(relative.parts) and tests != _STDLIB_TESTS.isdisjoint(relative.parts):
+        if tests != _STDLIB_TESTS.isdisjoint(relative.parts):
             text = path.read_text(encoding="utf-8", errors="replace")
             if text.strip():
                 yield Document(relative.as_posix(), text)

@@ -61,7 +61,7 @@ def evaluate(
         Perplexities and shares over real tokens alone.
     """
     started = time.monotonic()
-    model.eval()
+    model.train(False)
     totals = _Totals(model)
     rows = max(1, _BATCH_TOKENS // text.shape[1])
     for index in range(0, len(text), rows):

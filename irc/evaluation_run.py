@@ -55,7 +55,7 @@ def run_evaluation(
     if split == "auto":
         known = model.facts.get("config", {}).get("data", {}).get("fingerprint")
         split = "heldout" if text.name == "stdlib" or text.fingerprint() == known else "all"
-    stream = token_stream(_documents(text, split), _base(model).tokenizer)  # type: ignore[arg-type]
+    stream = token_stream(_documents(text, split), _base(model).tokenizer)
     limit = getattr(model.config, "max_position_embeddings", None)
     length = seq_len or min(recipe.seq_len, limit or recipe.seq_len)
     if limit and length > limit:
@@ -89,7 +89,7 @@ def _recipe(model: RoutedForCausalLM) -> Recipe:
 
 
 def _documents(text: TextSource, split: str) -> list[Any]:
-    return list(text.documents) if split == "all" else text.split(split)  # type: ignore[arg-type]
+    return list(text.documents) if split == "all" else text.split(split)
 
 
 def _base(model: RoutedForCausalLM) -> BaseModel:

@@ -81,7 +81,7 @@ def load_lora(model: RoutedForCausalLM, folder: Path, recipe: LoraRecipe) -> Non
     inject_lora(model, recipe, 0)
     tensors: dict[str, Any] = load_file(folder / WEIGHTS)
     stripped = {key.removeprefix("base_model.model."): value for key, value in tensors.items()}
-    result = set_peft_model_state_dict(model.graph, stripped)
+    result: Any = set_peft_model_state_dict(model.graph, stripped)
     if result.unexpected_keys:
         raise InputError(f"{folder}: LoRA weight {result.unexpected_keys[0]} fits no linear of this model")
     for parameter in lora_parameters(model).values():

@@ -132,7 +132,7 @@ def _skipped_error(tape: dict[str, Record]) -> torch.Tensor:
     """Mean of 1 - cosine over all approximated (token, unit) pairs; 0 when there are none."""
     skipped = torch.stack([~record.execute for record in tape.values()])
     error = torch.stack([1 - _some(record.cosine) for record in tape.values()])
-    count = reduce(skipped.sum().float(), "mean")
+    count: torch.Tensor = reduce(skipped.sum().float(), "mean")
     return (error * skipped).sum() / count.clamp(min=1)
 
 

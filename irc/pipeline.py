@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
-import os
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
-import yaml
-from safetensors.torch import load_file
 
-from irc.bundle import adapter_tensors, replace_folder, set_adapter, write_bundle
+from irc.bundle import replace_folder, write_bundle
 from irc.card import model_card
 from irc.checkpoint import BaseModel, check_finite, find_base
 from irc.config import Recipe
 from irc.data import TextSource, load_text, token_stream, windows
 from irc.errors import InputError, IrcError
 from irc.evaluate import Evaluation, evaluate
-from irc.lora import load_lora, save_lora
 from irc.routed import RoutedForCausalLM, RoutingSpec, build_routed
 from irc.stages import ProgressFactory, StageContext, check_text, run_lff, run_lora, run_router
-from irc.train import write_safetensors
+from irc.workspace import check_same_recipe, held, is_main_process, load_stage, save_stage, stage_figures, work_folder
 
 log = logging.getLogger(__name__)
 
@@ -83,15 +76,15 @@ def convert(
         The metrics, as written to metrics.json.
     """
     recipe = resolve(recipe)
-    if resume and (output / "metrics.json").is_file() and not _work(output).exists():
-        _same_recipe(recipe, output / "recipe.yaml")
+    if resume and (output / "metrics.json").is_file() and not work_folder(output).exists():
+        check_same_recipe(recipe, output / "recipe.yaml")
         finished: dict[str, Any] = json.loads((output / "metrics.json").read_text())
         return finished
     if output.exists() and not force and not resume:
         raise InputError(f"{output}: exists already; --force replaces it, --resume continues it")
-    conversion = Conversion(recipe, output, _work(output), progress)
+    conversion = Conversion(recipe, output, work_folder(output), progress)
     read_inputs(conversion)
-    with _work_folder(conversion, force, resume):
+    with held(conversion.work, recipe, force=force, resume=resume):
         for name, phase in PHASES:
             started = time.monotonic()
             phase(conversion)
@@ -125,7 +118,7 @@ def read_inputs(conversion: Conversion) -> None:
     _ = base.shards
     conversion.text = load_text(recipe.data)
     for split in ("train", "calibration", "heldout"):
-        conversion.streams[split] = token_stream(conversion.text.split(split), base.tokenizer)  # type: ignore[arg-type]
+        conversion.streams[split] = token_stream(conversion.text.split(split), base.tokenizer)
     vocabulary = base.config.vocab_size
     largest = max(int(stream.max()) for stream in conversion.streams.values() if stream.numel())
     if largest >= vocabulary:
@@ -159,19 +152,17 @@ def run_stages(conversion: Conversion) -> None:
     )
     check_text(context)
     for stage in recipe.stages:
-        done = work / f"{stage}.json"
-        if not done.is_file():
+        figures = stage_figures(work, stage)
+        if figures is None:
             started = time.monotonic()
             figures = STAGE_RUNNERS[stage](context)
-            figures["seconds"] = figures.get("train_seconds", time.monotonic() - started)
-            figures["seconds"] += figures.get("calibration_seconds", 0.0)
+            figures["seconds"] = time.monotonic() - started
             if is_main_process():
-                _save_stage(conversion.model, work, stage, figures)
-        facts = json.loads(done.read_text()) if done.is_file() else figures
-        conversion.stage_figures[stage] = facts
-        conversion.seconds[stage] = facts["seconds"]
-        if done.is_file():
-            _load_stage(conversion, stage)
+                save_stage(conversion.model, work, stage, figures)
+        else:
+            load_stage(conversion.model, work, stage, recipe)
+        conversion.stage_figures[stage] = figures
+        conversion.seconds[stage] = figures["seconds"]
 
 
 def evaluate_heldout(conversion: Conversion) -> None:
@@ -251,87 +242,6 @@ def pick(text: torch.Tensor, tokens: int) -> torch.Tensor:
     """Return about `tokens` tokens of windows spread evenly over the text; all of them when 0."""
     count = len(text) if tokens <= 0 else max(1, min(len(text), tokens // text.shape[1]))
     return text[torch.linspace(0, len(text) - 1, count).long()]
-
-
-def is_main_process() -> bool:
-    """Whether this process writes files; the others of a distributed run do not."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def _work(output: Path) -> Path:
-    return output.with_name(output.name + ".partial")
-
-
-@contextmanager
-def _work_folder(conversion: Conversion, force: bool, resume: bool) -> Iterator[None]:
-    """Hold the work folder of one output: locked against a second convert, checked against another recipe."""
-    work = conversion.work
-    if not is_main_process():
-        yield
-        return
-    saved = work / "recipe.yaml"
-    if work.exists() and saved.exists() and not (force or resume):
-        raise InputError(f"{work}: an unfinished conversion lies here; --resume continues it, --force starts over")
-    try:
-        work.parent.mkdir(parents=True, exist_ok=True)
-        work.mkdir(exist_ok=True)
-        with _locked(work.parent / f"{work.name}.lock"):
-            if force and not resume:
-                shutil.rmtree(work)
-                work.mkdir()
-            if resume and saved.exists():
-                _same_recipe(conversion.recipe, saved)
-            saved.write_text(yaml.safe_dump(conversion.recipe.to_dict(), sort_keys=False))
-            yield
-    except OSError as error:
-        raise IrcError(f"{work}: cannot be written ({error.strerror or error}); check space and permissions") from error
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    opened: IO[str]
-    with path.open("w") as opened:
-        try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"{path.name}: another irc convert is writing to this output; wait for it") from error
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
-def _same_recipe(recipe: Recipe, saved: Path) -> None:
-    try:
-        before = yaml.safe_load(saved.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise InputError(f"{saved}: damaged; start over with --force") from error
-    now = recipe.to_dict()
-    for key, value in now.items():
-        if key == "rank" and value == 0:
-            continue
-        if key not in ("checkpoint_seconds",) and before.get(key) != value:
-            raise InputError(
-                f"{saved.parent}: was begun with {key} = {before.get(key)}, now it is {value}; "
-                "give the same settings with --resume, or start over with --force"
-            )
-
-
-def _save_stage(model: RoutedForCausalLM, work: Path, stage: str, figures: dict[str, float]) -> None:
-    write_safetensors(work / f"{stage}.safetensors", adapter_tensors(model), {"format": "pt"})
-    if "lora" in model.facts:
-        save_lora(model, work / "lora")
-    partial = work / f"{stage}.json.tmp"
-    partial.write_text(json.dumps(figures))
-    os.replace(partial, work / f"{stage}.json")
-    (work / f"{stage}.checkpoint.safetensors").unlink(missing_ok=True)
-
-
-def _load_stage(conversion: Conversion, stage: str) -> None:
-    tensors = load_file(conversion.work / f"{stage}.safetensors")
-    set_adapter(conversion.model, tensors, str(conversion.work))
-    if stage == "lora" and "lora" not in conversion.model.facts:
-        load_lora(conversion.model, conversion.work / "lora", conversion.recipe.lora)
 
 
 __all__ = ["PHASES", "Conversion", "convert", "metrics_of", "pick", "resolve", "result_metrics"]

@@ -137,7 +137,7 @@ def positions(attention_mask: torch.Tensor) -> torch.Tensor:
 def build_plain(base: BaseModel, dtype: str = "auto", device: str = "cpu") -> RoutedForCausalLM:
     """Capture a base model without inserting anything."""
     captured = _captured(base, dtype, device)
-    return RoutedForCausalLM(captured, match_units(captured.graph), RoutingControl(), None).eval()
+    return _ready(RoutedForCausalLM(captured, match_units(captured.graph), RoutingControl(), None))
 
 
 def build_routed(
@@ -176,7 +176,12 @@ def build_routed(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         passes.run(captured.graph)
-    return RoutedForCausalLM(captured, match, control, spec).eval()
+    return _ready(RoutedForCausalLM(captured, match, control, spec))
+
+
+def _ready(model: RoutedForCausalLM) -> RoutedForCausalLM:
+    model.train(False)
+    return model
 
 
 def _captured(base: BaseModel, dtype: str, device: str) -> Captured:
@@ -193,7 +198,8 @@ def _flat_past(
     if cache is None or cache.get_seq_length() == 0:
         empty = torch.zeros(batch, heads, 0, size, dtype=dtype, device=device)
         return [empty] * (2 * layers)
-    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    stored: list[Any] = list(cache.layers)
+    return [tensor for layer in stored for tensor in (layer.keys, layer.values)]
 
 
 def _updated(cache: Cache | None, present: list[torch.Tensor]) -> Cache:
@@ -201,9 +207,9 @@ def _updated(cache: Cache | None, present: list[torch.Tensor]) -> Cache:
         # The captured graph keeps the whole past of sliding layers too, so plain layers hold it.
         cache = DynamicCache()
     for index, (keys, values) in enumerate(zip(present[::2], present[1::2], strict=True)):
-        while len(cache.layers) <= index:
-            cache.layers.append(cache.layer_class_to_replicate())
-        layer = cache.layers[index]
+        if len(cache.layers) <= index:
+            cache.layers.append(DynamicLayer())
+        layer: Any = cache.layers[index]
         if not layer.is_initialized:
             layer.lazy_initialization(keys, values)
         layer.keys, layer.values = keys, values

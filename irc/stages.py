@@ -165,8 +165,8 @@ def calibrate_threshold(context: StageContext) -> dict[str, float]:
     """Set one threshold on the logit difference so that argmax routing meets the target sparsity.
 
     Routing changes the hidden states that later routers read, so the quantile is taken again under the
-    new routes until realized sparsity stands within 0.001 of the target. The threshold is folded into
-    the execute bias of every router.
+    new routes until realized sparsity stands within 0.001 of the target, or the rounds are used up: then
+    the best threshold met stays. It is folded into the execute bias of every router.
 
     Returns:
         Total shift, rounds, and the realized sparsity on the calibration text.
@@ -176,13 +176,17 @@ def calibrate_threshold(context: StageContext) -> dict[str, float]:
     text = windows(context.calibration_stream, context.recipe.seq_len, "calibration split")
     count = max(1, min(len(text), context.recipe.router.calibration_tokens // text.shape[1]))
     chosen = text[torch.linspace(0, len(text) - 1, count).long()]
-    total, realized, rounds = 0.0, math.nan, 0
+    biases = [p for name, p in model.adapter_parameters("router").items() if name.endswith("2.bias")]
+    total, gap, rounds = 0.0, math.inf, 0
+    best = (math.nan, total, [bias.clone() for bias in biases])
     with context.progress("threshold", _CALIBRATION_ROUNDS) as progress:
         for rounds in range(1, _CALIBRATION_ROUNDS + 1):
             differences = _differences(model, chosen)
-            realized = (differences < 0).float().mean().item()
+            realized = (differences < 0).double().mean().item()
             progress.update(rounds, sparsity=realized)
-            if abs(realized - target) <= _CALIBRATION_TOLERANCE:
+            if abs(realized - target) < gap:
+                gap, best = abs(realized - target), (realized, total, [bias.clone() for bias in biases])
+            if gap <= _CALIBRATION_TOLERANCE or rounds == _CALIBRATION_ROUNDS:
                 break
             threshold = _quantile(differences, target)
             for unit in model.units:
@@ -190,6 +194,9 @@ def calibrate_threshold(context: StageContext) -> dict[str, float]:
                 assert isinstance(router, Router)
                 router.shift(-threshold)
             total -= threshold
+    realized, total, kept = best
+    for bias, value in zip(biases, kept, strict=True):
+        bias.copy_(value)
     return {
         "threshold_shift": total,
         "calibration_rounds": float(rounds),

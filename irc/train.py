@@ -204,6 +204,10 @@ def _restore(path: Path, names: Mapping[str, nn.Parameter], optimizer: torch.opt
         with safe_open(path, framework="pt") as opened:
             facts = json.loads(opened.metadata()["irc"])
             tensors = {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118 - no mapping
+        step, before = facts["step"], LoopResult(facts["seconds"], 0, facts["figures"], facts["history"])
+        for name, parameter in names.items():
+            if tensors[f"weight/{name}"].shape != parameter.shape:
+                raise ValueError(f"{name} has another shape")
     except Exception as error:
         raise InputError(f"{path}: damaged checkpoint ({error}); start over with --force") from error
     for name, parameter in names.items():
@@ -213,4 +217,4 @@ def _restore(path: Path, names: Mapping[str, nn.Parameter], optimizer: torch.opt
         optimizer.state[parameter] = {
             key: tensor if key == "step" else tensor.to(parameter) for key, tensor in kept.items() if key != "weight"
         }
-    return facts["step"], LoopResult(facts["seconds"], 0, facts["figures"], facts["history"])
+    return step, before

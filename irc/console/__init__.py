@@ -6,11 +6,13 @@ as they are: square brackets in a path are no markup.
 
 from irc.console.layout import bar, table, tree
 from irc.console.live import ProgressBar, progress
-from irc.console.output import ConsoleHandler, emit_json, fail, note, say, set_json_mode, warn
+from irc.console.output import ConsoleHandler, emit_json, fail, note, say, set_json_mode, warn, width
+from irc.console.styled import Styled, shade
 
 __all__ = [
     "ConsoleHandler",
     "ProgressBar",
+    "Styled",
     "bar",
     "emit_json",
     "fail",
@@ -18,7 +20,9 @@ __all__ = [
     "progress",
     "say",
     "set_json_mode",
+    "shade",
     "table",
     "tree",
     "warn",
+    "width",
 ]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
 from irc.console.output import results, say
+from irc.console.styled import Styled
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -31,10 +33,14 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
         numeric = bool(cells) and all(cell is None or isinstance(cell, int | float) for cell in cells)
         grid.add_column(Text(column), justify="right" if numeric else "left", overflow="fold")
     for row in values:
-        grid.add_row(*(Text(cell_text(cell)) for cell in row))
+        grid.add_row(*(_label(cell) for cell in row))
     if title:
         say(title, style="bold")
     results().print(grid)
+
+
+def _label(value: object) -> Text:
+    return Text(cell_text(value), style=value.style if isinstance(value, Styled) else "")
 
 
 def cell_text(value: object) -> str:
@@ -50,7 +56,7 @@ def cell_text(value: object) -> str:
     return str(value)
 
 
-def tree(title: str, content: Mapping[str, object] | Sequence[object]) -> None:
+def tree(title: str, content: Mapping[Any, object] | Sequence[object]) -> None:
     """Show a nested structure on stdout.
 
     Args:
@@ -67,16 +73,16 @@ def _grow(branch: Tree, content: object) -> None:
     if isinstance(content, Mapping):
         for key, value in content.items():
             if value is None:
-                branch.add(Text(str(key)))
+                branch.add(_label(key))
             elif isinstance(value, Mapping | list | tuple):
-                _grow(branch.add(Text(str(key))), value)
+                _grow(branch.add(_label(key)), value)
             else:
                 branch.add(Text(f"{key}: {cell_text(value)}"))
     elif isinstance(content, list | tuple):
         for item in content:
             _grow(branch, item)
     else:
-        branch.add(Text(cell_text(content)))
+        branch.add(_label(content))
 
 
 def bar(fraction: float, width: int = 20) -> str:

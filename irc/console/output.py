@@ -42,6 +42,11 @@ def _console(stderr: bool) -> Console:
     return Console(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
 
 
+def width() -> int:
+    """Return how many columns results have."""
+    return results().width
+
+
 def say(message: str = "", style: str | None = None) -> None:
     """Show a line of the result, on stdout; long lines are left to the terminal to wrap.
 

@@ -96,6 +96,18 @@ class Bars:
         return [bar.name for bar in self.made]
 
 
+@pytest.fixture(scope="session")
+def bars() -> Callable[..., Bars]:
+    """Give `bars(kill)`: a progress factory that remembers, and raises `killed` at the step `kill` of a bar."""
+    return Bars
+
+
+@pytest.fixture(scope="session")
+def killed() -> type[BaseException]:
+    """The exception that stands for a kill."""
+    return Killed
+
+
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """Return a tokenizer of one token a byte, and an end-of-text token 256."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -1,0 +1,123 @@
+"""The folder of an unfinished conversion: locked, tied to one recipe, holding every finished stage's result."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors.torch import load_file
+
+from irc.bundle import adapter_tensors, set_adapter
+from irc.config import Recipe
+from irc.errors import InputError, IrcError
+from irc.lora import load_lora, save_lora
+from irc.routed import RoutedForCausalLM
+from irc.train import write_safetensors
+
+_FREE_TO_CHANGE = frozenset({"checkpoint_seconds"})
+
+
+def is_main_process() -> bool:
+    """Whether this process writes files; the others of a distributed run do not."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def work_folder(output: Path) -> Path:
+    """Return where the unfinished conversion of an output lies: beside it."""
+    return output.with_name(output.name + ".partial")
+
+
+@contextmanager
+def held(work: Path, recipe: Recipe, *, force: bool, resume: bool) -> Iterator[None]:
+    """Hold a work folder: made, locked against a second convert, checked against another recipe.
+
+    Args:
+        work: The folder.
+        recipe: Resolved recipe; with `resume` it must be the one that the folder was begun with.
+        force: Drop what is there.
+        resume: Continue what is there.
+
+    Raises:
+        InputError: Unfinished work lies there and neither flag is set, or another convert holds it.
+    """
+    if not is_main_process():
+        yield
+        return
+    saved = work / "recipe.yaml"
+    if saved.exists() and not (force or resume):
+        raise InputError(f"{work}: an unfinished conversion lies here; --resume continues it, --force starts over")
+    try:
+        work.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(work.parent / f"{work.name}.lock"):
+            if force and not resume:
+                shutil.rmtree(work, ignore_errors=True)
+            work.mkdir(exist_ok=True)
+            if resume and saved.exists():
+                check_same_recipe(recipe, saved)
+            saved.write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+            yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise IrcError(f"{work}: cannot be written ({reason}); check space and permissions, then --resume") from error
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as opened:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"{path.name}: another irc convert is writing to this output; wait for it") from error
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def check_same_recipe(recipe: Recipe, saved: Path) -> None:
+    """Refuse to continue work that was begun with other settings, naming the first that differs."""
+    try:
+        before = yaml.safe_load(saved.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise InputError(f"{saved}: damaged; start over with --force") from error
+    for key, value in recipe.to_dict().items():
+        automatic = key == "rank" and value == 0
+        if key not in _FREE_TO_CHANGE and not automatic and before.get(key) != value:
+            raise InputError(
+                f"{saved.parent}: was begun with {key} = {before.get(key)}, now it is {value}; "
+                "give the same settings with --resume, or start over with --force"
+            )
+
+
+def stage_figures(work: Path, stage: str) -> dict[str, float] | None:
+    """Return what a finished stage measured; None when it is not finished."""
+    done = work / f"{stage}.json"
+    if not done.is_file():
+        return None
+    figures: dict[str, Any] = json.loads(done.read_text())
+    return figures
+
+
+def save_stage(model: RoutedForCausalLM, work: Path, stage: str, figures: dict[str, float]) -> None:
+    """Write a finished stage's weights, then mark it finished, then drop its checkpoint."""
+    write_safetensors(work / f"{stage}.safetensors", adapter_tensors(model), {"format": "pt"})
+    if "lora" in model.facts:
+        save_lora(model, work / "lora")
+    partial = work / f"{stage}.json.tmp"
+    partial.write_text(json.dumps(figures))
+    os.replace(partial, work / f"{stage}.json")
+    (work / f"{stage}.checkpoint.safetensors").unlink(missing_ok=True)
+
+
+def load_stage(model: RoutedForCausalLM, work: Path, stage: str, recipe: Recipe) -> None:
+    """Give a model the weights that a finished stage saved."""
+    set_adapter(model, load_file(work / f"{stage}.safetensors"), str(work))
+    if stage == "lora" and "lora" not in model.facts:
+        load_lora(model, work / "lora", recipe.lora)

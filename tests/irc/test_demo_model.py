@@ -1,0 +1,48 @@
+"""The embedded model must really model text: its shape, its size, and its held-out perplexity, measured."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from irc.checkpoint import find_base
+from irc.data import load_text, token_stream, windows
+from irc.evaluate import evaluate
+from irc.pipeline import pick
+from irc.routed import build_plain
+
+
+class Silent:
+    def update(self, step: int, **figures: float | str) -> None:
+        pass
+
+
+def test_shape_and_size() -> None:
+    base = find_base("demo")
+    config = base.config
+    assert config.model_type == "llama"
+    assert config.num_hidden_layers >= 6
+    assert config.hidden_size >= 256
+    assert config.num_key_value_heads < config.num_attention_heads
+    assert sum(shard.stat().st_size for shard in base.shards) <= 16 << 20
+    assert all(tensor.dtype == torch.bfloat16 for tensor in base.weights().values())
+
+
+def test_model_card_states_what_was_measured() -> None:
+    folder = find_base("demo").folder
+    facts = json.loads((folder / "training.json").read_text())
+    card = (folder / "README.md").read_text()
+    for figure in (f"{facts['steps']:,}", f"{facts['heldout_loss']:.3f}", f"{facts['heldout_perplexity']:.2f}"):
+        assert figure in card
+
+
+def test_it_has_learnt() -> None:
+    base = find_base("demo")
+    text = token_stream(load_text("stdlib").split("heldout"), base.tokenizer)
+    if text.numel() < 50_000:
+        pytest.fail("the running Python ships too little of its library's source to measure on")
+    model = build_plain(base)
+    result = evaluate(model, pick(windows(text, 256), 24_576), Silent())
+    assert result.dense < 25.0
