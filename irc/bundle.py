@@ -25,14 +25,15 @@ from safetensors.torch import load_file
 from irc.checkpoint import BaseModel, find_base
 from irc.config import LoraRecipe
 from irc.errors import InputError, IrcError
-from irc.lora import load_lora, save_lora
+from irc.lora import WEIGHTS, load_lora, save_lora
 from irc.routed import RoutedForCausalLM, RoutingSpec, build_routed
 from irc.train import write_safetensors
 
 FORMAT_VERSION = 1
-CONFIG, ADAPTER, METRICS, RECIPE, CARD = (
+CONFIG, ADAPTER, LORA, METRICS, RECIPE, CARD = (
     "irc_config.json",
     "irc_adapter.safetensors",
+    "lora",
     "metrics.json",
     "recipe.yaml",
     "README.md",
@@ -66,10 +67,12 @@ def load(
             f"hashes to {found[:12]}; point --base to the right model"
         )
     adapter = _read_adapter(folder, config["adapter_sha256"])
+    if config.get("lora"):
+        _check_hash(folder / LORA / WEIGHTS, config.get("lora_sha256"))
     model = build_routed(model_base, RoutingSpec(**config["spec"]), dtype, device)
     set_adapter(model, adapter, str(folder))
     if config.get("lora"):
-        load_lora(model, folder / "lora", LoraRecipe(**config["lora"]))
+        load_lora(model, folder / LORA, LoraRecipe(**config["lora"]))
     model.facts.update(base=model_base, bundle=folder, config=config)
     return model
 
@@ -108,9 +111,12 @@ def read_config(folder: Path) -> dict[str, Any]:
             raise InputError(
                 f"{folder}: bundle format {version} is newer than this irc reads ({FORMAT_VERSION}); upgrade irc"
             )
-        if not {"name", "sha256"} <= config["base"].keys() or not {"rank"} <= config["spec"].keys():
-            raise KeyError("base or spec")
-        str(config["adapter_sha256"])
+        for part in (config["base"]["name"], config["base"]["sha256"], config["adapter_sha256"]):
+            if not isinstance(part, str):
+                raise TypeError(f"{part!r} is no text")
+        if type(RoutingSpec(**config["spec"]).rank) is not int:
+            raise TypeError("rank is no integer")
+        LoraRecipe(**(config.get("lora") or {}))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: damaged ({type(error).__name__}: {error}); convert again") from error
     return dict(config)
@@ -118,16 +124,20 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def _read_adapter(folder: Path, expected: str) -> dict[str, torch.Tensor]:
     path = folder / ADAPTER
-    if not path.is_file():
-        raise InputError(f"{folder}: {ADAPTER} is missing; convert again")
-    if file_sha256(path) != expected:
-        raise InputError(
-            f"{path}: its hash is not the one in {CONFIG}: the file is truncated or was changed; convert again"
-        )
+    _check_hash(path, expected)
     try:
         return dict(load_file(path))
     except SafetensorError as error:
         raise InputError(f"{path}: not a safetensors file ({error}); convert again") from error
+
+
+def _check_hash(path: Path, expected: str | None) -> None:
+    if not path.is_file():
+        raise InputError(f"{path}: the file is missing; convert again")
+    if file_sha256(path) != expected:
+        raise InputError(
+            f"{path}: its hash is not the one in {CONFIG}: the file is truncated or was changed; convert again"
+        )
 
 
 def save_bundle(
@@ -153,6 +163,7 @@ def save_bundle(
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         write_bundle(model, staging, metrics or {}, recipe or {}, card)
+        replace_folder(staging, folder)
     except OSError as error:
         shutil.rmtree(staging, ignore_errors=True)
         raise IrcError(
@@ -161,7 +172,6 @@ def save_bundle(
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
-    replace_folder(staging, folder)
 
 
 def write_bundle(
@@ -172,7 +182,7 @@ def write_bundle(
     base: BaseModel = model.facts["base"]
     write_safetensors(folder / ADAPTER, adapter_tensors(model), {"format": "pt"})
     if "lora" in model.facts:
-        save_lora(model, folder / "lora")
+        save_lora(model, folder / LORA)
     config = {
         "format_version": FORMAT_VERSION,
         "base": {
@@ -192,6 +202,7 @@ def write_bundle(
         "kv_policy": "full",
         "seed": recipe.get("seed"),
         "lora": asdict(model.facts["lora"]) if "lora" in model.facts else None,
+        "lora_sha256": file_sha256(folder / LORA / WEIGHTS) if "lora" in model.facts else None,
         "adapter_sha256": file_sha256(folder / ADAPTER),
     }
     _write(folder / METRICS, json.dumps(metrics, indent=2) + "\n")
@@ -206,8 +217,12 @@ def replace_folder(staging: Path, folder: Path) -> None:
         old = folder.with_name(folder.name + ".old")
         shutil.rmtree(old, ignore_errors=True)
         os.replace(folder, old)
-        os.replace(staging, folder)
-        shutil.rmtree(old)
+        try:
+            os.replace(staging, folder)
+        except BaseException:
+            os.replace(old, folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
     else:
         os.replace(staging, folder)
 

@@ -160,13 +160,13 @@ def _file_documents(path: Path, name: str) -> list[Document]:
         return [Document(f"{name}#{i}", text) for i, text in enumerate(_column(_json_rows(path), path))]
     if path.suffix.lower() == ".parquet":
         try:
-            from datasets import Dataset
+            from pyarrow import parquet
         except ImportError as error:
             raise InputError(f"{path}: {_NEEDS_DATASETS}") from error
         try:
-            rows = Dataset.from_parquet(str(path)).to_list()
-        except Exception as error:
-            raise InputError(f"{path}: not a parquet file ({str(error)[:200]})") from error
+            rows = parquet.read_table(path).to_pylist()
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: not a parquet file ({str(error).splitlines()[0][:200]})") from error
         return [Document(f"{name}#{i}", text) for i, text in enumerate(_column(rows, path))]
     return _blocks(name, _read_text(path))
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -16,6 +16,7 @@ from irc.routed import RoutedForCausalLM
 from irc.train import write_safetensors
 
 WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
 
 
 def lora_config(model: RoutedForCausalLM, recipe: LoraRecipe) -> LoraConfig:
@@ -25,13 +26,14 @@ def lora_config(model: RoutedForCausalLM, recipe: LoraRecipe) -> LoraConfig:
         InputError: A named linear is nowhere in the units.
     """
     inside = [unit.name for unit in model.units]
+    linears = [
+        name.removesuffix(".base_layer")  # so is a linear called that carries adapters already
+        for name, module in model.graph.named_modules()
+        if isinstance(module, nn.Linear) and "lora_" not in name
+    ]
     names: list[str] = []
     for target in recipe.targets:
-        found = [
-            name
-            for name, module in model.graph.named_modules()
-            if isinstance(module, nn.Linear) and name.endswith("." + target) and name.rpartition(".")[0] in inside
-        ]
+        found = [name for name in linears if name.endswith("." + target) and name.rpartition(".")[0] in inside]
         if not found:
             raise InputError(
                 f"lora.targets: no linear named {target} in the model's units; look at irc inspect --graph 0"
@@ -47,6 +49,7 @@ def inject_lora(model: RoutedForCausalLM, recipe: LoraRecipe, seed: int) -> None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(lora_config(model, recipe), model.graph)
+    model.train(model.training)  # peft's dropouts are born in training mode
     model.facts["lora"] = recipe
 
 
@@ -62,13 +65,7 @@ def save_lora(model: RoutedForCausalLM, folder: Path) -> None:
     config = lora_config(model, recipe)
     config.inference_mode = True
     config.save_pretrained(str(folder))
-    tensors = {
-        f"base_model.model.{k}": v.detach().cpu()
-        for k, v in get_peft_model_state_dict(
-            model.graph,
-            "default",
-        ).items()
-    }
+    tensors = {f"{_PREFIX}{name}": tensor.detach().cpu() for name, tensor in _state(model).items()}
     write_safetensors(folder / WEIGHTS, tensors, {"format": "pt"})
 
 
@@ -78,11 +75,24 @@ def load_lora(model: RoutedForCausalLM, folder: Path, recipe: LoraRecipe) -> Non
     Raises:
         InputError: The folder's weights do not fit the model.
     """
+    path = folder / WEIGHTS
+    try:
+        tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(path).items()}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: missing, truncated or not a safetensors file ({error})") from error
     inject_lora(model, recipe, 0)
-    tensors: dict[str, Any] = load_file(folder / WEIGHTS)
-    stripped = {key.removeprefix("base_model.model."): value for key, value in tensors.items()}
-    result: Any = set_peft_model_state_dict(model.graph, stripped)
-    if result.unexpected_keys:
-        raise InputError(f"{folder}: LoRA weight {result.unexpected_keys[0]} fits no linear of this model")
+    expected = _state(model)
+    for name in sorted(expected.keys() ^ tensors.keys()):
+        missing = "misses" if name in expected else "holds an unknown"
+        raise InputError(f"{path}: it {missing} weight {name}; it belongs to another model or recipe")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            raise InputError(f"{path}: {name} is {list(tensor.shape)}, expected {list(expected[name].shape)}")
+    set_peft_model_state_dict(model.graph, tensors)
     for parameter in lora_parameters(model).values():
         parameter.requires_grad_(False)
+
+
+def _state(model: RoutedForCausalLM) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = get_peft_model_state_dict(model.graph)
+    return state

@@ -116,7 +116,7 @@ def test_cached_logits_equal_those_without_cache(bundle: Path, ids: torch.Tensor
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda b: (b / CONFIG).unlink(), "not a bundle"),
-    "no adapter": (lambda b: (b / ADAPTER).unlink(), "is missing"),
+    "no adapter": (lambda b: (b / ADAPTER).unlink(), "is missing; convert again"),
     "truncated adapter": (
         lambda b: (b / ADAPTER).write_bytes((b / ADAPTER).read_bytes()[:-9]),
         "truncated or was changed",

@@ -63,6 +63,16 @@ def test_tied_weights_are_one_parameter_even_if_the_checkpoint_holds_one_name() 
     assert graph.get_parameter("lm_head.weight") is graph.get_parameter("model.embed_tokens.weight")
 
 
+def test_tied_weights_are_one_parameter_if_the_checkpoint_holds_both_names() -> None:
+    """As in transformers, the embedding's values count."""
+    captured = capture(LlamaConfig(**SMALL, tie_word_embeddings=True), torch.float32)
+    weights = _random(captured.graph, tied=False)
+    assign_weights(captured, weights)
+    embedding = captured.graph.get_parameter("model.embed_tokens.weight")
+    assert captured.graph.get_parameter("lm_head.weight") is embedding
+    assert embedding.data_ptr() == weights["model.embed_tokens.weight"].data_ptr()
+
+
 def test_untied_weights_stay_apart() -> None:
     captured = capture(LlamaConfig(**SMALL, tie_word_embeddings=False), torch.float32)
     weights = _random(captured.graph, tied=False)
