@@ -3,7 +3,7 @@
     python examples/train_demo_model.py -o irc/demo --steps 2000
 
 A Llama of 7 million parameters and its byte-level BPE tokenizer, trained on the train splits of
-`stdlib` and of its test suite: about an hour and a half on 2 CPU cores, minutes on a GPU. No held-out file of
+`stdlib` and of its test suite: about an hour on 2 CPU cores, minutes on a GPU. No held-out file of
 either is seen. Every 100 steps a checkpoint goes
 to OUTPUT/../demo-training/; the same command again continues there. Hidden matrices are trained by
 Muon, embeddings and norms by AdamW; the learning rate is constant, then falls linearly over the last

@@ -122,12 +122,14 @@ def _refuse_unsupported(config: PretrainedConfig) -> None:
 def _meta_twin(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     try:
         with torch.device("meta"):
-            twin: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+            twin: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     except (ValueError, KeyError, AttributeError) as error:
         raise InputError(
             f"{config.model_type}: transformers has no causal language model for it ({_first_line(error)})"
         ) from error
-    return twin.eval()
+    twin.train(False)
+    model: PreTrainedModel = twin
+    return model
 
 
 def cache_shape(config: PretrainedConfig) -> tuple[int, int, int]:
@@ -155,7 +157,7 @@ def _example_inputs(config: PretrainedConfig, dtype: torch.dtype) -> dict[str, A
 
 
 def _dynamic_shapes(config: PretrainedConfig) -> dict[str, Any]:
-    auto = Dim.AUTO  # type: ignore[attr-defined]
+    auto = Dim.AUTO
     tokens = {0: auto, 1: auto}
     caches = [{0: auto, 2: auto} for _ in range(2 * config.num_hidden_layers)]
     return {

@@ -43,7 +43,9 @@ class BaseModel:
     def config(self) -> PretrainedConfig:
         """Configuration; code that a folder may hold is never run."""
         try:
-            config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False, local_files_only=True)
+            config: PretrainedConfig = AutoConfig.from_pretrained(
+                self.folder, trust_remote_code=False, local_files_only=True
+            )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{self.name}: config.json cannot be used ({_sentence(error)})") from error
         return config

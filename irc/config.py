@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import operator
 import types
 import typing
 from dataclasses import dataclass, field
@@ -19,6 +20,19 @@ from irc.modules import default_rank
 STAGES = ("lff", "router", "lora")
 POLICIES = ("informed",)
 PRECISIONS = ("auto", "fp32", "bf16")
+_LEAST = {
+    "eval_tokens": 0,
+    "checkpoint_seconds": 0,
+    "lff.tokens": 1,
+    "lff.steps": 0,
+    "lff.batch_size": 1,
+    "router.steps": 1,
+    "router.batch_size": 1,
+    "router.calibration_tokens": 1,
+    "lora.steps": 1,
+    "lora.batch_size": 1,
+    "lora.rank": 1,
+}
 
 
 def setting(default: Any, text: str) -> Any:
@@ -30,9 +44,9 @@ def setting(default: Any, text: str) -> Any:
 class LffRecipe:
     """Stage `lff`: fit the forecasters."""
 
-    tokens: int = setting(131_072, "calibration tokens of the streaming pass, from the train split")
+    tokens: int = setting(65_536, "calibration tokens of the streaming pass, from the train split")
     ridge: float = setting(1e-4, "ridge of the regression, relative to the mean input variance")
-    steps: int = setting(100, "refinement steps by L1 + (1 - cosine); 0 leaves the closed form")
+    steps: int = setting(50, "refinement steps by L1 + (1 - cosine); 0 leaves the closed form")
     batch_size: int = setting(8, "windows a refinement step")
     lr: float = setting(1e-3, "refinement learning rate, cosine to zero")
 
@@ -41,7 +55,7 @@ class LffRecipe:
 class RouterRecipe:
     """Stage `router`: train the routers, then set their decision threshold."""
 
-    steps: int = setting(300, "training steps")
+    steps: int = setting(250, "training steps")
     batch_size: int = setting(8, "windows a step")
     lr: float = setting(2e-3, "learning rate of the routers, cosine to a tenth")
     forecaster_lr: float = setting(5e-4, "learning rate of the forecasters in this stage; 0 freezes them")
@@ -49,7 +63,7 @@ class RouterRecipe:
     temperature_end: float = setting(1.0, "temperature at the last step, linear in between")
     sparsity_weight: float = setting(8.0, "weight of |(1 - sparsity) - mean execution|")
     cosine_weight: float = setting(0.1, "weight of mean(1 - cosine) over approximated tokens")
-    calibration_tokens: int = setting(65_536, "tokens that set the threshold, from the calibration split")
+    calibration_tokens: int = setting(49_152, "tokens that set the threshold, from the calibration split")
 
 
 @dataclass
@@ -79,7 +93,7 @@ class Recipe:
     forecaster: str = setting("linear", "linear or silu")
     stages: list[str] = field(default_factory=lambda: ["lff", "router"], metadata={"help": "stages, in order"})
     seq_len: int = setting(256, "tokens a window")
-    eval_tokens: int = setting(65_536, "held-out tokens that the closing evaluation reads; 0 means all")
+    eval_tokens: int = setting(32_768, "held-out tokens that the closing evaluation reads; 0 means all")
     seed: int = setting(0, "seed of data order, noise and initial weights")
     device: str = setting("auto", "cpu, cuda, or auto")
     dtype: str = setting("auto", "weights' data type: fp32, bf16, or auto (bf16 for a checkpoint of over 1e9 weights)")
@@ -114,9 +128,8 @@ class Recipe:
             raise InputError(f"rank is {self.rank}; give a positive number, or 0 for the default")
         if self.seq_len < 2:
             raise InputError(f"seq_len is {self.seq_len}; a window needs at least 2 tokens")
-        for name, least in (("lff.tokens", 1), ("lff.steps", 0), ("router.steps", 1), ("lora.steps", 1)):
-            part, _, key = name.partition(".")
-            value = getattr(getattr(self, part), key)
+        for name, least in _LEAST.items():
+            value = operator.attrgetter(name)(self)
             if value < least:
                 raise InputError(f"{name} is {value}; give at least {least}")
 

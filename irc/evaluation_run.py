@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from irc.bundle import CONFIG, load
+from irc.bundle import CONFIG, RECIPE, load
 from irc.checkpoint import BaseModel, find_base
-from irc.config import Recipe, recipe_from
-from irc.data import TextSource, load_text, token_stream, windows
+from irc.config import Recipe, load_recipe
+from irc.data import Split, TextSource, load_text, token_stream, windows
 from irc.errors import InputError
 from irc.evaluate import evaluate
 from irc.pipeline import pick, result_metrics
@@ -25,7 +25,8 @@ def open_model(name: str, *, base: str | None = None, dtype: str = "auto", devic
     elif device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"device is '{device}', but torch sees no CUDA device; use --device cpu")
     if (Path(name) / CONFIG).is_file():
-        return load(name, base=base, dtype=dtype, device=device)
+        made_with = _saved_recipe(Path(name)).dtype  # so that its figures come out again
+        return load(name, base=base, dtype=made_with if dtype == "auto" else dtype, device=device)
     plain = find_base(name)
     model = build_plain(plain, dtype, device)
     model.facts["base"] = plain
@@ -80,16 +81,16 @@ def run_evaluation(
 
 def _recipe(model: RoutedForCausalLM) -> Recipe:
     folder = model.facts.get("bundle")
-    if folder is None:
-        return Recipe()
-    from irc.config import load_recipe
+    return Recipe() if folder is None else _saved_recipe(folder)
 
-    path = folder / "recipe.yaml"
-    return load_recipe(path) if path.is_file() else recipe_from({})
+
+def _saved_recipe(folder: Path) -> Recipe:
+    path = folder / RECIPE
+    return load_recipe(path if path.is_file() else None)
 
 
 def _documents(text: TextSource, split: str) -> list[Any]:
-    return list(text.documents) if split == "all" else text.split(split)
+    return list(text.documents) if split == "all" else text.split(cast(Split, split))
 
 
 def _base(model: RoutedForCausalLM) -> BaseModel:

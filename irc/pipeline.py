@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from irc.bundle import replace_folder, write_bundle
+from irc.bundle import CONFIG, replace_folder, write_bundle
 from irc.card import model_card
 from irc.checkpoint import BaseModel, check_finite, find_base
 from irc.config import Recipe
@@ -80,6 +80,7 @@ def convert(
         check_same_recipe(recipe, output / "recipe.yaml")
         finished: dict[str, Any] = json.loads((output / "metrics.json").read_text())
         return finished
+    _check_output(output)
     if output.exists() and not force and not resume:
         raise InputError(f"{output}: exists already; --force replaces it, --resume continues it")
     conversion = Conversion(recipe, output, work_folder(output), progress)
@@ -92,6 +93,12 @@ def convert(
             log.debug("phase %s: %.1f s", name, conversion.seconds[name])
         finish(conversion)
     return conversion.metrics
+
+
+def _check_output(output: Path) -> None:
+    """Refuse to ever replace what is not a bundle: a mistyped path must not cost a folder."""
+    if output.exists() and not (output / CONFIG).is_file() and not (output.is_dir() and not any(output.iterdir())):
+        raise InputError(f"{output}: exists and is not a bundle; give another --output")
 
 
 def resolve(recipe: Recipe) -> Recipe:
@@ -151,6 +158,7 @@ def run_stages(conversion: Conversion) -> None:
         conversion.progress,
     )
     check_text(context)
+    context.accelerator.wait_for_everyone()  # the work folder is the main process's alone until here
     for stage in recipe.stages:
         figures = stage_figures(work, stage)
         if figures is None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -120,10 +122,8 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
             loss = F.cross_entropy(flat, labels[:, 1:].flatten(), ignore_index=-100)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
 
-    def save_pretrained(self, save_directory: Any, **options: Any) -> None:
+    def save_pretrained(self, save_directory: str | PathLike[Any], *args: Any, **kwargs: Any) -> None:
         """Save as a bundle (see `irc.bundle.save_bundle`)."""
-        from pathlib import Path
-
         from irc.bundle import save_bundle
 
         save_bundle(self, Path(save_directory))

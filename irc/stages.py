@@ -21,6 +21,7 @@ from irc.lora import inject_lora, lora_parameters
 from irc.modules import Forecaster, Record, Router
 from irc.objectives import ForecastObjective, RoutingObjective
 from irc.routed import RoutedForCausalLM
+from irc.threshold import choose_shifts
 from irc.train import LoopResult, LoopSettings, Progress, accelerator_for, train
 
 log = logging.getLogger(__name__)
@@ -162,14 +163,14 @@ def run_lora(context: StageContext) -> dict[str, float]:
 
 @torch.no_grad()
 def calibrate_threshold(context: StageContext) -> dict[str, float]:
-    """Set one threshold on the logit difference so that argmax routing meets the target sparsity.
+    """Set a threshold on the logit difference so that argmax routing meets the target sparsity.
 
     Routing changes the hidden states that later routers read, so the quantile is taken again under the
     new routes until realized sparsity stands within 0.001 of the target, or the rounds are used up: then
     the best threshold met stays. It is folded into the execute bias of every router.
 
     Returns:
-        Total shift, rounds, and the realized sparsity on the calibration text.
+        Shift (the units' mean), rounds, and the realized sparsity on the calibration text.
     """
     model, target = context.model, context.recipe.sparsity
     started = time.monotonic()
@@ -182,18 +183,18 @@ def calibrate_threshold(context: StageContext) -> dict[str, float]:
     with context.progress("threshold", _CALIBRATION_ROUNDS) as progress:
         for rounds in range(1, _CALIBRATION_ROUNDS + 1):
             differences = _differences(model, chosen)
-            realized = (differences < 0).double().mean().item()
+            realized = (torch.cat(list(differences.values())) < 0).double().mean().item()
             progress.update(rounds, sparsity=realized)
             if abs(realized - target) < gap:
                 gap, best = abs(realized - target), (realized, total, [bias.clone() for bias in biases])
             if gap <= _CALIBRATION_TOLERANCE or rounds == _CALIBRATION_ROUNDS:
                 break
-            threshold = _quantile(differences, target)
+            shifts = choose_shifts(differences, target, _CALIBRATION_TOLERANCE)
             for unit in model.units:
                 router = model.part(unit, "router")
                 assert isinstance(router, Router)
-                router.shift(-threshold)
-            total -= threshold
+                router.shift(-shifts[unit.name])
+            total -= sum(shifts.values()) / len(shifts)
     realized, total, kept = best
     for bias, value in zip(biases, kept, strict=True):
         bias.copy_(value)
@@ -205,25 +206,17 @@ def calibrate_threshold(context: StageContext) -> dict[str, float]:
     }
 
 
-def _differences(model: RoutedForCausalLM, text: torch.Tensor) -> torch.Tensor:
-    """Return the logit differences of all tokens and units under deterministic routing, float32 [pairs]."""
-    found: list[torch.Tensor] = []
+def _differences(model: RoutedForCausalLM, text: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the logit differences of all tokens by unit under deterministic routing, float32 [tokens]."""
+    found: dict[str, list[torch.Tensor]] = {unit.name: [] for unit in model.units}
     for batch in text.split(_EVAL_BATCH):
         tape: dict[str, Record] = {}
         with model.control.using(mode="route", tape=tape):
             model(input_ids=batch.to(model.device), use_cache=False)
-        found += [record.difference.flatten().cpu() for record in tape.values() if record.difference is not None]
-    return torch.cat(found)
-
-
-def _quantile(values: torch.Tensor, share: float) -> float:
-    """Return a threshold under which `share` of the values lie (0 and 1 lie outside all values)."""
-    ordered = values.sort().values
-    if share <= 0:
-        return ordered[0].item() - 1.0
-    if share >= 1:
-        return ordered[-1].item() + 1.0
-    return ordered[min(len(ordered) - 1, round(share * len(ordered)))].item()
+        for name, record in tape.items():
+            assert record.difference is not None
+            found[name].append(record.difference.flatten().cpu())
+    return {name: torch.cat(parts) for name, parts in found.items()}
 
 
 def _learn(model: RoutedForCausalLM, role: str) -> None:

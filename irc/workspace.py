@@ -62,7 +62,12 @@ def held(work: Path, recipe: Recipe, *, force: bool, resume: bool) -> Iterator[N
             if resume and saved.exists():
                 check_same_recipe(recipe, saved)
             saved.write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
-            yield
+            try:
+                yield
+            except BaseException:
+                if [path.name for path in work.iterdir()] == [saved.name]:
+                    shutil.rmtree(work)  # nothing to continue
+                raise
     except OSError as error:
         reason = error.strerror or error
         raise IrcError(f"{work}: cannot be written ({reason}); check space and permissions, then --resume") from error

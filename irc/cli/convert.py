@@ -50,6 +50,7 @@ def command(model: str | None, output: Path, as_json: bool, force: bool, resume:
     from irc.cli.report import conversion_report
     from irc.config import load_recipe
     from irc.pipeline import convert
+    from irc.workspace import is_main_process
 
     recipe = load_recipe(flags.pop("recipe_file"), flags.pop("overrides"))
     stages = flags.pop("stages")
@@ -63,6 +64,8 @@ def command(model: str | None, output: Path, as_json: bool, force: bool, resume:
         f"stages {', '.join(recipe.stages)}, seed {recipe.seed}"
     )
     metrics = convert(recipe, output, console.progress, force=force, resume=resume)
+    if not is_main_process():
+        return
     if as_json:
         console.emit_json(metrics)
     else:

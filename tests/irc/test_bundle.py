@@ -191,7 +191,7 @@ def test_a_failing_save_leaves_the_old_bundle_whole(
         next(iter(model.adapter_parameters("router").values())).add_(1)
     with monkeypatch.context() as patch:
         patch.setattr(failing, no_space)
-        with pytest.raises(IrcError, match="could not be written.*No space left"):
+        with pytest.raises(IrcError, match=r"could not be written.*No space left"):
             save_bundle(model, bundle)
     assert files_of(bundle) == before
     assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]

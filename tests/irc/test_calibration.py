@@ -89,7 +89,9 @@ def test_streaming_in_pieces_equals_one_piece() -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
 
 
-def test_gathered_statistics_leave_padding_out(make_routed: Callable[..., RoutedForCausalLM], ids: torch.Tensor) -> None:
+def test_gathered_statistics_leave_padding_out(
+    make_routed: Callable[..., RoutedForCausalLM], ids: torch.Tensor
+) -> None:
     model = make_routed()
     keep = torch.ones_like(ids, dtype=torch.bool)
     keep[1, :5] = keep[3, :9] = False

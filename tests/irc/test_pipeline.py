@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import signal
 import time
@@ -36,7 +37,7 @@ def untimed(value: Any) -> Any:
 
 def recipe_of(arguments: list[str]) -> Recipe:
     """Return the recipe that the command line of `convert_arguments` means."""
-    sets = [value for flag, value in zip(arguments, arguments[1:], strict=False) if flag == "--set"]
+    sets = [value for flag, value in itertools.pairwise(arguments) if flag == "--set"]
     recipe = load_recipe(None, sets)
     recipe.model, recipe.data = arguments[1], arguments[arguments.index("--data") + 1]
     recipe.rank, recipe.seq_len, recipe.device = 4, 16, "cpu"
@@ -129,8 +130,11 @@ def test_resume_after_a_kill_is_bit_identical(
     with pytest.raises(killed):
         run(output, bars(place))
     assert not output.exists()
-    with pytest.raises(InputError, match="unfinished conversion lies here; --resume continues it, --force"):
-        run(output, bars())
+    if place[0] == "lff statistics":
+        assert list(tmp_path.iterdir()) == []  # nothing was done yet, nothing is left
+    else:
+        with pytest.raises(InputError, match="unfinished conversion lies here; --resume continues it, --force"):
+            run(output, bars())
     second = bars()
     metrics = run(output, second, resume=True)
     order = ["lff statistics", "lff", "router", "threshold", "lora", "threshold", "held-out text"]
@@ -226,7 +230,7 @@ def test_a_lock_left_by_a_killed_run_does_not_hinder(
 def test_kill_9_in_the_router_stage_then_resume(
     irc_main: Any, convert_arguments: Arguments, start_irc: Any, tmp_path: Path
 ) -> None:
-    settings = {"router__steps": 400, "router__batch_size": 8}
+    settings = {"router__steps": 80}
     arguments = convert_arguments(tmp_path / "b", **settings)
     process = start_irc(arguments)
     checkpoint = tmp_path / "b.partial" / "router.checkpoint.safetensors"

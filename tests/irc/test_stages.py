@@ -14,7 +14,6 @@ from irc.modules import Record
 from irc.routed import RoutedForCausalLM
 from irc.stages import (
     StageContext,
-    _quantile,
     calibrate_threshold,
     check_text,
     cosine_schedule,
@@ -69,12 +68,14 @@ def test_threshold_only_moves_the_execute_biases(make_context: Callable[..., Sta
     before = {name: tensor.clone() for name, tensor in context.model.state_dict().items()}
     shift = calibrate_threshold(context)["threshold_shift"]
     assert shift != 0
+    shifts: list[float] = []
     for name, tensor in context.model.state_dict().items():
         if name.endswith("_router.2.bias"):
-            assert tensor[0].item() == pytest.approx(before[name][0].item() + shift, abs=1e-5)
+            shifts.append(tensor[0].item() - before[name][0].item())
             assert tensor[1] == before[name][1]
         else:
             assert torch.equal(tensor, before[name]), name
+    assert sum(shifts) / len(shifts) == pytest.approx(shift, abs=1e-5)
 
 
 def test_argmax_after_folding_is_thresholding_before(
@@ -99,14 +100,6 @@ def test_argmax_after_folding_is_thresholding_before(
         clear = (old - threshold).abs() > 1e-6  # one rounding of the bias in fp32
         assert torch.equal((record.difference >= 0)[clear], (old >= threshold)[clear])  # type: ignore[operator]
         assert int(clear.sum()) > 0.9 * clear.numel()
-
-
-@pytest.mark.parametrize(
-    ("share", "below"), [(0.0, 0), (0.1, 10), (0.25, 25), (0.5, 50), (0.9, 90), (1.0, 100), (-1.0, 0), (2.0, 100)]
-)
-def test_quantile_leaves_the_share_below(share: float, below: int) -> None:
-    values = torch.randperm(100).float()
-    assert int((values < _quantile(values, share)).sum()) == below
 
 
 def test_lff_without_refinement_is_the_closed_form(make_context: Callable[..., StageContext]) -> None:

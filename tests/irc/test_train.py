@@ -169,7 +169,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("irc.train.save_file", full)
-    with pytest.raises(IrcError, match="could not be written.*No space left"):
+    with pytest.raises(IrcError, match=r"could not be written.*No space left"):
         write_safetensors(path, {"a": torch.zeros(2)}, {})
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,260 @@
+"""Every bad input of `irc convert` and `irc eval`: one sentence, the right exit code, and nothing written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+Arguments = Callable[..., list[str]]
+
+
+@pytest.fixture
+def copied(model_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model that may be damaged."""
+    return shutil.copytree(model_folder, tmp_path / "model")
+
+
+def with_data(arguments: list[str], data: str | Path) -> list[str]:
+    return [*arguments[: arguments.index("--data") + 1], str(data), *arguments[arguments.index("--data") + 2 :]]
+
+
+def refused(irc_main: Any, arguments: list[str], output: Path, *parts: str, code: int = 2) -> None:
+    before = sorted(output.parent.rglob("*"))
+    done = irc_main(*arguments)
+    assert done.code == code, done.err
+    assert done.out == ""
+    sentence = done.sentence()
+    for part in parts:
+        assert part in sentence, sentence
+    assert sorted(output.parent.rglob("*")) == before
+
+
+TEXTS: dict[str, tuple[bytes | None, tuple[str, ...]]] = {
+    "missing": (None, ("no such file or folder", "give a path")),
+    "empty": (b"", ("holds no text",)),
+    "blank": (b" \n\n\t\n", ("holds no text",)),
+    "short": (b"short", ("less than one window", "shorter --seq-len")),
+    "binary": (b"\xff\xfe\x00\x81" * 100, ("not UTF-8",)),
+}
+
+
+@pytest.mark.parametrize("which", TEXTS)
+@pytest.mark.parametrize("verb", ["convert", "eval"])
+def test_text_that_cannot_be_used(
+    irc_main: Any, convert_arguments: Arguments, model_folder: Path, tmp_path: Path, which: str, verb: str
+) -> None:
+    content, parts = TEXTS[which]
+    data = tmp_path / "data.txt"
+    if content is not None:
+        data.write_bytes(content)
+    output = tmp_path / "b"
+    if verb == "convert":
+        refused(irc_main, with_data(convert_arguments(output), data), output, *parts)
+    else:
+        refused(irc_main, ["eval", str(model_folder), "--data", str(data), "--json"], output, *parts)
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"body": "x"}', "[1]", "no json"])
+def test_rows_without_text(irc_main: Any, convert_arguments: Arguments, tmp_path: Path, content: str) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text(content)
+    refused(irc_main, with_data(convert_arguments(tmp_path / "b"), data), tmp_path / "b", "data.jsonl")
+
+
+def test_an_empty_folder_of_text(irc_main: Any, convert_arguments: Arguments, tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    arguments = with_data(convert_arguments(tmp_path / "b"), tmp_path / "texts")
+    refused(irc_main, arguments, tmp_path / "b", "holds no text")
+
+
+def set_nan(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name][3, 2] = float("nan")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def only_pickles(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def lack_a_weight(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def change_config(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return change
+
+
+def lack_a_shard(folder: Path) -> None:
+    index = {"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+MODELS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), ("model.safetensors is missing", "no weights")),
+    "only .bin": (only_pickles, (".bin", "never loaded")),
+    "NaN": (set_nan, ("model.layers.1.mlp.up_proj.weight holds NaN",)),
+    "truncated": (truncate, ("model.safetensors", "truncated")),
+    "a weight lacks": (lack_a_weight, ("model.layers.1.mlp.up_proj.weight",)),
+    "a shard lacks": (lack_a_shard, ("model-00001-of-00002.safetensors is missing",)),
+    "junk index": (lambda f: (f / "model.safetensors.index.json").write_text("[]"), ("not a safetensors index",)),
+    "no config": (lambda f: (f / "config.json").unlink(), ("no config.json",)),
+    "junk config": (lambda f: (f / "config.json").write_text("{"), ("config.json cannot be used",)),
+    "unknown type": (change_config(model_type="nosuch"), ("config.json cannot be used",)),
+    "remote code": (
+        change_config(model_type="nosuch", auto_map={"AutoConfig": "x.Y"}),
+        ("config.json cannot be used",),
+    ),
+    "not causal": (change_config(model_type="bert", architectures=["BertModel"]), ("bert",)),
+    "other shape": (change_config(intermediate_size=40), ("mlp",)),
+    "small vocabulary": (change_config(vocab_size=100), ("vocabulary ends at 99",)),
+    "no tokenizer": (
+        lambda f: [(f / name).unlink() for name in ("tokenizer.json", "tokenizer_config.json")],
+        ("no usable tokenizer",),
+    ),
+}
+
+
+@pytest.mark.parametrize("which", MODELS)
+def test_models_that_cannot_be_used(
+    irc_main: Any, convert_arguments: Arguments, copied: Path, tmp_path: Path, which: str
+) -> None:
+    damage, parts = MODELS[which]
+    damage(copied)
+    arguments = convert_arguments(tmp_path / "b")
+    arguments[1] = str(copied)
+    refused(irc_main, arguments, tmp_path / "b", *parts)
+
+
+def test_a_model_that_is_nowhere(
+    irc_main: Any, convert_arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name, part in (("/no/such/folder", "no such model folder"), ("nobody/nothing", "the hub did not give it")):
+        arguments = convert_arguments(tmp_path / "b")
+        arguments[1] = name
+        refused(irc_main, arguments, tmp_path / "b", name, part)
+
+
+SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
+    "sparsity above": (["--sparsity", "1.5"], ("sparsity is 1.5", "between 0 and 1")),
+    "sparsity below": (["--sparsity", "-0.1"], ("sparsity is -0.1",)),
+    "sparsity nan": (["--sparsity", "nan"], ("sparsity is nan",)),
+    "sparsity text": (["--sparsity", "much"], ("much", "--help")),
+    "rank": (["--rank", "33"], ("rank is 33", "hidden size is 32")),
+    "negative rank": (["--rank", "-1"], ("rank is -1",)),
+    "context": (["--seq-len", "65"], ("65", "context is 64")),
+    "one token": (["--seq-len", "1"], ("--seq-len",)),
+    "unknown key": (["--set", "router.stepps=5"], ("unknown key router.stepps", "did you mean steps?")),
+    "unknown part": (["--set", "routr.steps=5"], ("unknown key routr.steps", "did you mean router?")),
+    "no value": (["--set", "router.steps"], ("expected key=value",)),
+    "wrong type": (["--set", "router.steps=many"], ("router.steps", "'many'", "expected int")),
+    "whole part": (["--set", "router=5"], ("router", "5")),
+    "no steps": (["--set", "router.steps=0"], ("router.steps is 0", "at least 1")),
+    "no batch": (["--set", "lff.batch_size=0"], ("lff.batch_size is 0", "at least 1")),
+    "no lora rank": (["--set", "lora.rank=0"], ("lora.rank is 0", "at least 1")),
+    "stages": (["--stages", "router"], ("begin with lff",)),
+    "unknown stage": (["--stages", "lff,train"], ("lff, train", "lff, router, lora")),
+    "order": (["--stages", "lff,lora,router"], ("in this order",)),
+    "policy": (["--policy", "greedy"], ("greedy", "informed")),
+    "no recipe": (["--recipe", "nowhere.yaml"], ("nowhere.yaml", "cannot be read")),
+}
+
+
+@pytest.mark.parametrize("which", SETTINGS)
+def test_settings_that_cannot_be_used(irc_main: Any, convert_arguments: Arguments, tmp_path: Path, which: str) -> None:
+    flags, parts = SETTINGS[which]
+    refused(irc_main, [*convert_arguments(tmp_path / "b"), *flags], tmp_path / "b", *parts)
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [("sparsty: 0.2", "did you mean sparsity?"), ("- 1", "expected keys and values"), ("{", "cannot be read")],
+)
+def test_recipes_that_cannot_be_used(
+    irc_main: Any, convert_arguments: Arguments, tmp_path: Path, content: str, part: str
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content)
+    refused(irc_main, [*convert_arguments(tmp_path / "b"), "--recipe", str(path)], tmp_path / "b", part)
+
+
+@pytest.mark.parametrize("what", ["bundle", "folder of other things", "file"])
+@pytest.mark.parametrize("flag", [None, "--force", "--resume"])
+def test_outputs_that_exist(
+    irc_main: Any, convert_arguments: Arguments, tmp_path: Path, what: str, flag: str | None
+) -> None:
+    """Only a bundle may be replaced, and only when asked: a mistyped path must not cost a folder."""
+    output = tmp_path / "b"
+    if what == "file":
+        output.write_text("mine")
+    else:
+        output.mkdir()
+        (output / ("irc_config.json" if what == "bundle" else "thesis.txt")).write_text("{}")
+    arguments = [*convert_arguments(output, lff__steps=0, router__steps=1), *([flag] if flag else [])]
+    if what == "bundle" and flag:
+        assert irc_main(*arguments).code == 0
+        assert (output / "metrics.json").is_file()
+    else:
+        refused(irc_main, arguments, output, "exists already" if what == "bundle" else "not a bundle")
+
+
+def test_an_output_whose_place_cannot_be_written(irc_main: Any, convert_arguments: Arguments, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    refused(irc_main, convert_arguments(tmp_path / "file" / "b"), tmp_path / "b", "cannot be written", code=1)
+
+
+def test_a_full_disk_at_the_end_keeps_the_work(
+    irc_main: Any, convert_arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    output = tmp_path / "b"
+    with monkeypatch.context() as patch:
+        patch.setattr("irc.bundle._write", full)
+        failed = irc_main(*convert_arguments(output))
+    assert (failed.code, output.exists()) == (1, False)
+    assert "could not be written (No space left on device)" in failed.sentence()
+    assert "--resume" in failed.sentence()
+    assert irc_main(*convert_arguments(output), "--resume").code == 0
+    assert (output / "metrics.json").is_file()
+
+
+@pytest.mark.parametrize("place", ["router", "early"])
+def test_ctrl_c_leaves_no_half_bundle(start_irc: Any, convert_arguments: Arguments, tmp_path: Path, place: str) -> None:
+    process = start_irc(convert_arguments(tmp_path / "b", router__steps=5000))
+    name = "router.checkpoint.safetensors" if place == "router" else "recipe.yaml"
+    while not (tmp_path / "b.partial" / name).exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert out == ""
+    assert "Traceback" not in err
+    assert err.rstrip().endswith("error: interrupted")
+    assert not (tmp_path / "b").exists()
+    assert not list(tmp_path.rglob("*.tmp"))
