@@ -64,33 +64,29 @@ class Killed(BaseException):
 
 @dataclass
 class Bar:
-    """A progress bar that remembers, and that calls `on_step` after every step."""
+    """A progress bar that remembers; raises Killed when it comes to the step `kill`."""
 
     name: str
-    on_step: Callable[[str, int], None] | None = None
+    kill: int | None
     steps: list[int] = field(default_factory=list)
 
     def update(self, step: int, **figures: float | str) -> None:
         self.steps.append(step)
-        if self.on_step is not None:
-            self.on_step(self.name, step)
+        if step == self.kill:
+            raise Killed
 
 
 @dataclass
 class Bars:
     """A progress factory that remembers its bars; `kill=(name, step)` raises Killed at that step of that bar."""
 
-    kill: tuple[str, int] | None = None
+    kill: tuple[str, int] = ("", 0)
     made: list[Bar] = field(default_factory=list)
 
     @contextmanager
     def __call__(self, name: str, total: int) -> Iterator[Bar]:
-        self.made.append(Bar(name, self._check))
+        self.made.append(Bar(name, self.kill[1] if name == self.kill[0] else None))
         yield self.made[-1]
-
-    def _check(self, name: str, step: int) -> None:
-        if (name, step) == self.kill:
-            raise Killed
 
     def names(self) -> list[str]:
         return [bar.name for bar in self.made]
@@ -223,7 +219,7 @@ def shake() -> Callable[[RoutedForCausalLM], RoutedForCausalLM]:
 
 
 @pytest.fixture
-def lora_on(shake: Any) -> Callable[[RoutedForCausalLM], RoutedForCausalLM]:
+def lora_on() -> Callable[[RoutedForCausalLM], RoutedForCausalLM]:
     """Give `lora_on(model)`: LoRA adapters with weights that matter."""
     from irc.lora import inject_lora, lora_parameters
 

@@ -222,7 +222,7 @@ def test_a_killed_stage_continues_to_the_same_bits(
     step: int,
 ) -> None:
     def context(kill: tuple[str, int] | None, folder: str) -> StageContext:
-        made = make_context(bars(kill))
+        made = make_context(bars(*([kill] if kill else [])))
         made.work = tmp_path / folder
         made.work.mkdir(exist_ok=True)
         shake(made.model)
