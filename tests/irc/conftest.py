@@ -26,6 +26,7 @@ from irc.capture import Captured, capture
 from irc.checkpoint import BaseModel, find_base
 from irc.config import LffRecipe, LoraRecipe, Recipe, RouterRecipe
 from irc.data import load_text, token_stream
+from irc.lora import inject_lora, lora_parameters
 from irc.routed import RoutedForCausalLM, RoutingSpec, build_routed
 from irc.stages import ProgressFactory, StageContext
 
@@ -42,20 +43,10 @@ CONFIG = {
     "eos_token_id": 256,
     "bos_token_id": 256,
 }
-SETTINGS = [
-    "lff.tokens=2048",
-    "lff.steps=4",
-    "lff.batch_size=4",
-    "router.steps=6",
-    "router.batch_size=4",
-    "router.calibration_tokens=4096",
-    "lora.steps=4",
-    "lora.batch_size=4",
-    "lora.rank=2",
-    "eval_tokens=1024",
-    "checkpoint_seconds=0",
-    "precision=fp32",
-]
+SETTINGS = (
+    "lff.tokens=2048 lff.steps=4 lff.batch_size=4 router.steps=6 router.batch_size=4 router.calibration_tokens=4096 "
+    "lora.steps=4 lora.batch_size=4 lora.rank=2 eval_tokens=1024 checkpoint_seconds=0 precision=fp32"
+).split()
 
 
 class Killed(BaseException):
@@ -93,14 +84,12 @@ class Bars:
 
 
 @pytest.fixture(scope="session")
-def bars() -> Callable[..., Bars]:
-    """Give `bars(kill)`: a progress factory that remembers, and raises `killed` at the step `kill` of a bar."""
+def bars() -> type[Bars]:
     return Bars
 
 
 @pytest.fixture(scope="session")
 def killed() -> type[BaseException]:
-    """The exception that stands for a kill."""
     return Killed
 
 
@@ -221,7 +210,6 @@ def shake() -> Callable[[RoutedForCausalLM], RoutedForCausalLM]:
 @pytest.fixture
 def lora_on() -> Callable[[RoutedForCausalLM], RoutedForCausalLM]:
     """Give `lora_on(model)`: LoRA adapters with weights that matter."""
-    from irc.lora import inject_lora, lora_parameters
 
     def change(model: RoutedForCausalLM) -> RoutedForCausalLM:
         inject_lora(model, LoraRecipe(rank=2), 0)
