@@ -1,10 +1,6 @@
 """The options that verbs share, each a decorator, so that a flag means the same everywhere.
 
-@click.command()
-@output_option("Folder to write the bundle to.", required=True)
-@seed_option()
-@common_options
-def command(output: Path, seed: int, as_json: bool) -> None: ...
+A verb stacks them over its function, `@common_options` last; each says which argument it passes.
 """
 
 from __future__ import annotations
