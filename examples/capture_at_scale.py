@@ -45,7 +45,7 @@ def measure(shape: str, folder: Path | None) -> dict[str, float]:
     from transformers import LlamaConfig
 
     from irc.capture import assign_weights, capture
-    from irc.checkpoint import BaseModel
+    from irc.checkpoint import BaseModel, check_finite
     from irc.modules import Forecaster, Mux, Router, RoutingControl, default_rank, router_hidden
     from passes.base import PassManager
     from passes.insert_forecasters import InsertForecasters
@@ -60,8 +60,7 @@ def measure(shape: str, folder: Path | None) -> dict[str, float]:
     if folder:
         reading = time.monotonic()
         weights = BaseModel(shape, folder).weights()
-        for tensor in weights.values():
-            tensor.view(torch.int16).sum()
+        check_finite(weights, shape)
         reading = time.monotonic() - reading
         assign_weights(captured, weights)
     rank, control = default_rank(config.hidden_size), RoutingControl()

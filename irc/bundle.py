@@ -102,6 +102,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         InputError: It is missing, damaged, or of a newer format.
     """
     path = folder / CONFIG
+    old = folder.with_name(folder.name + ".old")
+    if not folder.exists() and (old / CONFIG).is_file():
+        raise InputError(f"{folder}: a save was killed while it replaced this bundle; the whole one before is {old}")
     if not path.is_file():
         raise InputError(f"{folder}: not a bundle ({CONFIG} is missing); make one with irc convert")
     try:
@@ -213,8 +216,8 @@ def write_bundle(
 
 def replace_folder(staging: Path, folder: Path) -> None:
     """Put a complete folder in the place of another; the old one is whole until the moment of the rename."""
+    old = folder.with_name(folder.name + ".old")
     if folder.exists():
-        old = folder.with_name(folder.name + ".old")
         shutil.rmtree(old, ignore_errors=True)
         os.replace(folder, old)
         try:
@@ -222,9 +225,9 @@ def replace_folder(staging: Path, folder: Path) -> None:
         except BaseException:
             os.replace(old, folder)
             raise
-        shutil.rmtree(old, ignore_errors=True)
     else:
         os.replace(staging, folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def file_sha256(path: Path) -> str:

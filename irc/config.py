@@ -122,8 +122,11 @@ class Recipe:
             raise InputError(
                 f"stages are {', '.join(self.stages) or 'empty'}; give some of {', '.join(STAGES)}, in this order"
             )
-        if self.stages[0] != "lff":
-            raise InputError("stages must begin with lff: routers need forecasters")
+        if self.stages[:2] != ["lff", "router"]:
+            raise InputError(
+                f"stages are {', '.join(self.stages)}; they begin with lff,router: routers need forecasters, "
+                "and without trained routers nothing is routed"
+            )
         if self.rank < 0:
             raise InputError(f"rank is {self.rank}; give a positive number, or 0 for the default")
         if self.seq_len < 2:

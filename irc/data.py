@@ -114,7 +114,7 @@ def load_text(spec: str) -> TextSource:
     else:
         path = Path(spec)
         if path.is_dir():
-            documents = list(_folder_documents(path))
+            documents = _in_every_split(list(_folder_documents(path)))
         elif path.is_file():
             documents = _file_documents(path, path.name)
         else:
@@ -152,6 +152,15 @@ def _folder_documents(root: Path) -> Iterator[Document]:
                 yield from _file_documents(path, name)
             else:
                 yield Document(name, _read_text(path))
+
+
+def _in_every_split(documents: list[Document]) -> list[Document]:
+    """Return the documents, cut into blocks where whole ones would leave a split empty (a folder of few files)."""
+    blocks = [block for document in documents for block in _blocks(document.name, document.text)]
+    for pieces in (documents, blocks):
+        if {split_of(piece.name) for piece in pieces} == set(SPLITS):
+            return pieces
+    return documents
 
 
 def _file_documents(path: Path, name: str) -> list[Document]:
@@ -270,3 +279,9 @@ def windows(stream: torch.Tensor, length: int, what: str = "text") -> torch.Tens
             "give more text or a shorter --seq-len"
         )
     return stream[: count * length].view(count, length)
+
+
+def pick(text: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Return about `tokens` tokens of windows [windows, length] spread evenly over the text; all of them when 0."""
+    count = len(text) if tokens <= 0 else max(1, min(len(text), tokens // text.shape[1]))
+    return text[torch.linspace(0, len(text) - 1, count).long()]

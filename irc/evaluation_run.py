@@ -10,10 +10,10 @@ import torch
 from irc.bundle import CONFIG, RECIPE, load
 from irc.checkpoint import BaseModel, find_base
 from irc.config import Recipe, load_recipe
-from irc.data import Split, TextSource, load_text, token_stream, windows
+from irc.data import Split, TextSource, load_text, pick, token_stream, windows
 from irc.errors import InputError
 from irc.evaluate import evaluate
-from irc.pipeline import pick, result_metrics
+from irc.pipeline import result_metrics
 from irc.routed import RoutedForCausalLM, build_plain
 from irc.stages import ProgressFactory
 

@@ -16,7 +16,7 @@ from irc.bundle import CONFIG, replace_folder, write_bundle
 from irc.card import model_card
 from irc.checkpoint import BaseModel, check_finite, find_base
 from irc.config import Recipe
-from irc.data import TextSource, load_text, token_stream, windows
+from irc.data import TextSource, load_text, pick, token_stream, windows
 from irc.errors import InputError, IrcError
 from irc.evaluate import Evaluation, evaluate
 from irc.routed import RoutedForCausalLM, RoutingSpec, build_routed
@@ -246,10 +246,4 @@ def result_metrics(model: RoutedForCausalLM, result: Evaluation, target: float |
     }
 
 
-def pick(text: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Return about `tokens` tokens of windows spread evenly over the text; all of them when 0."""
-    count = len(text) if tokens <= 0 else max(1, min(len(text), tokens // text.shape[1]))
-    return text[torch.linspace(0, len(text) - 1, count).long()]
-
-
-__all__ = ["PHASES", "Conversion", "convert", "metrics_of", "pick", "resolve", "result_metrics"]
+__all__ = ["PHASES", "Conversion", "convert", "metrics_of", "resolve", "result_metrics"]

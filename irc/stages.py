@@ -15,7 +15,7 @@ from accelerate import Accelerator
 
 from irc.calibration import gathering, set_closed_form
 from irc.config import Recipe
-from irc.data import windows
+from irc.data import pick, windows
 from irc.errors import InputError
 from irc.lora import inject_lora, lora_parameters
 from irc.modules import Forecaster, Record, Router
@@ -93,8 +93,7 @@ def run_lff(context: StageContext) -> dict[str, float]:
         seconds = fit_closed_form(context, context.train_windows())
     figures = {"closed_form_seconds": seconds, "tokens": float(recipe.tokens)}
     if recipe.steps:
-        for parameter in context.model.parameters():
-            parameter.requires_grad_(False)
+        context.model.requires_grad_(False)
         objective = ForecastObjective(context.model, recipe.lr)
         _learn(context.model, "forecaster")
         with context.progress("lff", recipe.steps) as progress:
@@ -107,10 +106,9 @@ def fit_closed_form(context: StageContext, text: torch.Tensor) -> float:
     """Stream text through the dense model once and solve every forecaster; returns seconds."""
     model, recipe = context.model, context.recipe
     started = time.monotonic()
-    count = max(1, min(len(text), recipe.lff.tokens // text.shape[1]))
-    chosen = text[torch.linspace(0, len(text) - 1, count).long()]
+    chosen = pick(text, recipe.lff.tokens)
     with (
-        context.progress("lff statistics", count) as progress,
+        context.progress("lff statistics", len(chosen)) as progress,
         gathering(model) as statistics,
         model.control.using(mode="execute"),
         torch.no_grad(),
@@ -132,8 +130,7 @@ def run_router(context: StageContext) -> dict[str, float]:
     """Train the routers (and the forecasters along with them), then set the decision threshold."""
     recipe = context.recipe.router
     model = context.model
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    model.requires_grad_(False)
     _learn(model, "router")
     if recipe.forecaster_lr > 0:
         _learn(model, "forecaster")
@@ -148,8 +145,7 @@ def run_lora(context: StageContext) -> dict[str, float]:
     """Train LoRA adapters on the base's linears with deterministic routing, then set the threshold again."""
     recipe = context.recipe.lora
     model = context.model
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    model.requires_grad_(False)
     inject_lora(model, recipe, context.recipe.seed)
     extra = (lora_parameters(model), recipe.lr)
     objective = RoutingObjective(
@@ -175,8 +171,7 @@ def calibrate_threshold(context: StageContext) -> dict[str, float]:
     model, target = context.model, context.recipe.sparsity
     started = time.monotonic()
     text = windows(context.calibration_stream, context.recipe.seq_len, "calibration split")
-    count = max(1, min(len(text), context.recipe.router.calibration_tokens // text.shape[1]))
-    chosen = text[torch.linspace(0, len(text) - 1, count).long()]
+    chosen = pick(text, context.recipe.router.calibration_tokens)
     biases = [p for name, p in model.adapter_parameters("router").items() if name.endswith("2.bias")]
     total, gap, rounds = 0.0, math.inf, 0
     best = (math.nan, total, [bias.clone() for bias in biases])

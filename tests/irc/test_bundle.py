@@ -221,3 +221,9 @@ def test_a_plain_model_has_nothing_to_save(base: Any, quick_capture: None, tmp_p
     with pytest.raises(InputError, match="convert it first"):
         save_bundle(build_plain(base), tmp_path / "b")
     assert not (tmp_path / "b").exists()
+
+
+def test_a_bundle_lost_between_two_renames_is_named(bundle: Path) -> None:
+    os.replace(bundle, bundle.with_name(bundle.name + ".old"))
+    with pytest.raises(InputError, match=r"a save was killed .* the whole one before is .*\.old"):
+        irc.load(bundle)

@@ -144,6 +144,14 @@ def test_folder_is_read_in_order_with_names_relative_to_it(tmp_path: Path) -> No
     assert source.documents == (Document("a/c.md", "one"), Document("b.txt", "two"), Document("e.JSONL#0", "three"))
 
 
+def test_a_folder_of_one_file_has_all_splits(tmp_path: Path) -> None:
+    text = "".join(f"line {index}\n" for index in range(500))
+    _write(tmp_path / "a.txt", text)
+    source = load_text(str(tmp_path))
+    assert all(source.split(split) for split in SPLITS)
+    assert "".join(document.text for document in source.documents) == text
+
+
 @pytest.mark.parametrize("content", ["", " \n\t\n"])
 def test_empty_file_is_refused(tmp_path: Path, content: str) -> None:
     path = _write(tmp_path / "a.txt", content)

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from irc.checkpoint import find_base
-from irc.data import load_text, token_stream, windows
+from irc.data import load_text, pick, token_stream, windows
 from irc.evaluate import evaluate
-from irc.pipeline import pick
 from irc.routed import build_plain
 
 
