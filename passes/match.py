@@ -16,10 +16,12 @@ from typing import Literal, cast
 import torch
 from torch import fx, nn
 
+from passes import dialect  # noqa: F401 - registers the operators
+
 Kind = Literal["attention", "ffn"]
 
 ADDS = frozenset({torch.ops.aten.add.Tensor})
-_SCORES = frozenset({"scaled_dot_product_attention"})
+_SCORES = frozenset({"scaled_dot_product_attention", "attention", "routed_attention"})
 _SOFTMAX, _PRODUCTS = frozenset({"softmax", "_softmax"}), frozenset({"matmul", "bmm", "einsum"})
 # What may stand between the linears of an FFN: one token's values in, the same token's values out.
 _ELEMENTWISE = frozenset(
@@ -44,7 +46,7 @@ class Unit:
         call: Name of the node that calls it.
         x: Name of the node that is the unit's input, [batch, tokens, width].
         y: Name of the node that is the unit's output, [batch, tokens, width].
-        add: Name of the residual add that takes `y`, or the mux that stands for it.
+        add: Name of the residual add that takes `y`, or of the mux, `where` or `scatter` that stands for it.
         width: Size of the hidden state.
     """
 
@@ -152,7 +154,7 @@ def _residual_adds(call: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
     for y in outputs:
         for user in y.users:
             is_add = user.op == "call_function" and user.target in ADDS and len(user.all_input_nodes) == 2
-            if is_add or (is_mux(user) and user.args[0] is y):
+            if is_add or _chooses(user, y):
                 pairs.append((y, user))
     return pairs
 
@@ -162,19 +164,26 @@ def is_mux(node: fx.Node) -> bool:
     return node.op == "call_module" and str(node.target).endswith("_mux")
 
 
+def _chooses(node: fx.Node, y: fx.Node) -> bool:
+    """Whether a node takes y as the executed side: a mux, or what hardening and lowering make of one."""
+    if node.target == torch.ops.aten.where.self:
+        return node.args[1] is y
+    return (is_mux(node) or node.target == torch.ops.irc.scatter.default) and node.args[0] is y
+
+
 def _kind(submodule: nn.Module) -> Kind:
     nodes = [node for graph in _graphs(submodule) for node in graph.nodes if node.op == "call_function"]
     names = {_overload(node) for node in nodes}
     if names & _SCORES or (names & _SOFTMAX and names & _PRODUCTS):
         return "attention"
     for node in nodes:
-        if not _is_row_wise(node):
+        if not is_row_wise(node):
             found = f"it holds no attention scores, and {_overload(node)} may mix tokens"
             raise _NoMatch(f"{found}; expected linears and row-wise operators")
     return "ffn"
 
 
-def _is_row_wise(node: fx.Node) -> bool:
+def is_row_wise(node: fx.Node) -> bool:
     """Whether each token's result depends on that token alone."""
     name = _overload(node)
     if name in _ELEMENTWISE:

@@ -1,0 +1,183 @@
+"""The `irc::` operators: what the graph of a routed model says beyond torch's own operators.
+
+Routing operators (`select_rows`, `compact`, `scatter`, `routed_attention`, `routed_attention_kv`) move tokens; each
+becomes a node of the ONNX domain `irc`. Raised operators (`rms_norm`, `rotary`, `attention`) say in one word what
+capture spread over many nodes; each becomes one standard ONNX operator. docs/operators.md describes them one by one.
+
+Compacted tensors keep a leading 1, [1, n, ...], so that whatever works on [batch, tokens, ...] works on them too.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_MASKED = -1e30  # finite: a row that sees nothing must not become NaN
+
+
+@torch.library.custom_op("irc::select_rows", mutates_args=())
+def select_rows(mask: Tensor) -> Tensor:
+    """Return the flat indices (batch * tokens, ascending) of the true tokens of a bool [batch, tokens]; int64 [n]."""
+    return mask.flatten().nonzero().flatten()
+
+
+@select_rows.register_fake
+def _(mask: Tensor) -> Tensor:
+    count = torch.library.get_ctx().new_dynamic_size()
+    return mask.new_empty([count], dtype=torch.int64)
+
+
+@torch.library.custom_op("irc::compact", mutates_args=())
+def compact(x: Tensor, rows: Tensor) -> Tensor:
+    """Return the chosen tokens of x [batch, tokens, ...] in the order of `rows` [n]; [1, n, ...]."""
+    return x.flatten(0, 1).index_select(0, rows).unsqueeze(0)
+
+
+@compact.register_fake
+def _(x: Tensor, rows: Tensor) -> Tensor:
+    return x.new_empty([1, rows.shape[0], *x.shape[2:]])
+
+
+@torch.library.custom_op("irc::scatter", mutates_args=())
+def scatter(y: Tensor, rows: Tensor, base: Tensor) -> Tensor:
+    """Return base [batch, tokens, d] with the tokens `rows` [n] replaced by y [1, n, d]."""
+    return base.flatten(0, 1).index_copy(0, rows, y.squeeze(0)).view(base.shape)
+
+
+@scatter.register_fake
+def _(y: Tensor, rows: Tensor, base: Tensor) -> Tensor:
+    return torch.empty_like(base)
+
+
+@torch.library.custom_op("irc::rms_norm", mutates_args=())
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Normalise every chunk of weight.numel() features of x [..., d] by its root mean square, in float32."""
+    chunks = x.unflatten(-1, (-1, weight.shape[0])).float()
+    normed = chunks * torch.rsqrt(chunks.pow(2).mean(-1, keepdim=True) + eps)
+    result: Tensor = (weight * normed.to(x.dtype)).flatten(-2)
+    return result
+
+
+@rms_norm.register_fake
+def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("irc::rotary", mutates_args=())
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+    """Rotate x [batch, tokens, heads * size] by cos and sin [batch, tokens, size], halves apart (Llama's layout)."""
+    split = x.unflatten(-1, (heads, -1))
+    left, right = split.chunk(2, dim=-1)
+    turned = torch.cat((-right, left), dim=-1)
+    result: Tensor = (split * cos.unsqueeze(2) + turned * sin.unsqueeze(2)).flatten(-2)
+    return result
+
+
+@rotary.register_fake
+def _(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("irc::attention", mutates_args=())
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, mask: Tensor, heads: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attend from all tokens to past and present ones.
+
+    Args:
+        q: [batch, tokens, heads * size].
+        k: [batch, tokens, kv_heads * size].
+        v: As k.
+        past_k: [batch, kv_heads, past, size].
+        past_v: As past_k.
+        mask: bool [batch, 1, tokens, past + tokens], true where attended.
+        heads: Query heads.
+        scale: Of the scores.
+
+    Returns:
+        y [batch, tokens, heads * size], present keys and values [batch, kv_heads, past + tokens, size].
+    """
+    keys, values = _append(past_k, k), _append(past_v, v)
+    return _attend(q, keys, values, mask, heads, scale), keys, values
+
+
+@attention.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, mask: Tensor, heads: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), *_present(k, past_k)
+
+
+@torch.library.custom_op("irc::routed_attention", mutates_args=())
+def routed_attention(
+    q: Tensor,
+    rows: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_k: Tensor,
+    past_v: Tensor,
+    mask: Tensor,
+    heads: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attend from the tokens `rows` [n] alone to past and present ones.
+
+    Args:
+        q: Of the executed tokens, [1, n, heads * size].
+        rows: Their flat indices, ascending, int64 [n].
+        k: Of all tokens, [batch, tokens, kv_heads * size].
+        v: As k.
+        past_k: [batch, kv_heads, past, size].
+        past_v: As past_k.
+        mask: bool [batch, 1, tokens, past + tokens], true where attended.
+        heads: Query heads.
+        scale: Of the scores.
+
+    Returns:
+        y [1, n, heads * size], present keys and values [batch, kv_heads, past + tokens, size] of all tokens.
+    """
+    batch, tokens = k.shape[:2]
+    keys, values = _append(past_k, k), _append(past_v, v)
+    dense = q.new_zeros(batch * tokens, q.shape[-1]).index_copy(0, rows, q.squeeze(0)).view(batch, tokens, -1)
+    y = _attend(dense, keys, values, mask, heads, scale)
+    return y.flatten(0, 1).index_select(0, rows).unsqueeze(0), keys, values
+
+
+@routed_attention.register_fake
+def _(
+    q: Tensor,
+    rows: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_k: Tensor,
+    past_v: Tensor,
+    mask: Tensor,
+    heads: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), *_present(k, past_k)
+
+
+def _append(past: Tensor, new: Tensor) -> Tensor:
+    """Return past [batch, heads, past, size] followed by new [batch, tokens, heads * size]."""
+    return torch.cat((past, new.unflatten(-1, (past.shape[1], -1)).transpose(1, 2)), dim=2)
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, heads: int, scale: float) -> Tensor:
+    repeats = heads // keys.shape[1]
+    split = q.unflatten(-1, (heads, -1)).transpose(1, 2)
+    k, v = (t.repeat_interleave(repeats, dim=1) for t in (keys, values))
+    added = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, max(_MASKED, _least(q.dtype)))
+    y = F.scaled_dot_product_attention(split, k, v, attn_mask=added, scale=scale)
+    return y.transpose(1, 2).flatten(-2)
+
+
+def _least(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).min / 2
+
+
+def _present(new: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+    batch, heads, length, size = past.shape
+    shape = [batch, heads, length + new.shape[1], size]
+    return new.new_empty(shape), new.new_empty(shape)
