@@ -66,11 +66,10 @@ def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @torch.library.custom_op("irc::rotary", mutates_args=())
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
-    """Rotate x [batch, tokens, heads * size] by cos and sin [batch, tokens, size], halves apart (Llama's layout)."""
-    split = x.unflatten(-1, (heads, -1))
-    left, right = split.chunk(2, dim=-1)
-    turned = torch.cat((-right, left), dim=-1)
-    result: Tensor = (split * cos.unsqueeze(2) + turned * sin.unsqueeze(2)).flatten(-2)
+    """Rotate x [batch, tokens, heads * size] by cos and sin [batch, tokens, size / 2], halves apart (Llama's layout)."""
+    left, right = x.unflatten(-1, (heads, -1)).chunk(2, dim=-1)
+    c, s = cos.unsqueeze(2), sin.unsqueeze(2)
+    result: Tensor = torch.cat((left * c - right * s, right * c + left * s), dim=-1).flatten(-2)
     return result
 
 

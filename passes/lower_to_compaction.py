@@ -117,7 +117,7 @@ class _Demand:
         return self.done[node]
 
     def _build(self, node: fx.Node) -> fx.Node:
-        if node.op == "placeholder":
+        if node.op == "placeholder" or _is_part_of_input(node):
             return self.graph.call_function(irc.compact.default, (node, self.rows))
         if node.op == "get_attr":
             return node
@@ -130,6 +130,11 @@ class _Demand:
             f"queries go through {node.target}, which may mix tokens",
             "only linears, norms and rotation may stand before the scores",
         )
+
+
+def _is_part_of_input(node: fx.Node) -> bool:
+    """Whether a node takes a slice of an input's features: picking rows is cheaper after it."""
+    return node.target == aten.slice.Tensor and is_row_wise(node) and cast(fx.Node, node.args[0]).op == "placeholder"
 
 
 def _demand_queries(unit: Unit, module: nn.Module, graph: fx.Graph) -> None:

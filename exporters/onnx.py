@@ -1,0 +1,192 @@
+"""Writes a captured model, plain or rewritten, as ONNX: lowering, torch.export, torch.onnx, tidying, external data."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import onnxscript.optimizer
+import torch
+from onnx_ir.passes.common import (
+    ClearMetadataAndDocStringPass,
+    CommonSubexpressionEliminationPass,
+    RemoveUnusedNodesPass,
+    RemoveUnusedOpsetsPass,
+)
+from torch import fx, nn
+from torch.export import Dim
+
+from exporters.onnx_ops import DOMAIN, OPSET, VERSION, function_protos
+from exporters.onnx_table import translations
+from exporters.onnx_weights import store_transposed
+from passes.base import Pass, PassManager
+from passes.clean_up import CleanUp
+from passes.harden_routers import HardenRouters
+from passes.lower_to_compaction import LowerToCompaction
+from passes.match import match_units
+from passes.raise_attention import RaiseAttention
+from passes.raise_norms import RaiseNorms
+
+log = logging.getLogger(__name__)
+
+MODEL, DATA = "model.onnx", "model.onnx.data"
+LEAST_ORT = "1.23"  # the first that runs Attention, RotaryEmbedding and RMSNormalization of opset 23
+
+
+def lowering() -> list[Pass]:
+    """Return the passes that prepare a captured model for export, in order."""
+    return [RaiseNorms(), RaiseAttention(), HardenRouters(), LowerToCompaction(), CleanUp()]
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """Shape of a model's key/value cache: layers, key/value heads, features of a head."""
+
+    layers: int
+    heads: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Where a routed model says what it decided.
+
+    Attributes:
+        unit: Name of the unit.
+        execute: Name of the value that holds its decisions, bool [batch, tokens].
+        difference: Name of the value that holds its logit differences, float32 [batch, tokens].
+    """
+
+    unit: str
+    execute: str
+    difference: str
+
+
+class _Deployed(nn.Module):
+    """The captured model with the inputs of a deployed one: positions are counted from the mask inside."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__()
+        self.model = graph
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, past: list[torch.Tensor]) -> Any:
+        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        return self.model(input_ids, attention_mask, positions[:, past[0].shape[2] :], *past)
+
+
+def export_onnx(
+    graph: fx.GraphModule,
+    cache: CacheShape,
+    dtype: torch.dtype,
+    folder: Path,
+    metadata: dict[str, str],
+    dump_dir: Path | None = None,
+) -> list[Decision]:
+    """Lower a captured model in place and write `model.onnx` and `model.onnx.data` into a folder.
+
+    Args:
+        graph: As capture or rewriting left it; afterwards it is lowered.
+        cache: Shape of its key/value cache.
+        dtype: Of its weights.
+        folder: Exists.
+        metadata: Goes into the model beside op version and least ONNX Runtime.
+        dump_dir: Where every pass leaves its before, after and diff.
+
+    Returns:
+        One decision for each routed unit, in the order in which a token meets them.
+
+    Raises:
+        PassError: A unit cannot be lowered.
+    """
+    names = [unit.name for unit in match_units(graph).units]
+    PassManager(lowering(), dump_dir).run(graph)
+    model = _translate(_Deployed(graph), cache, dtype)
+    decisions = _name_decisions(model, names)
+    _name_interface(model, cache)
+    store_transposed(model)
+    for cleaning in (RemoveUnusedNodesPass(), RemoveUnusedOpsetsPass(), ClearMetadataAndDocStringPass()):
+        cleaning(model)
+    if any(node.domain == DOMAIN for node in model.graph):
+        model.opset_imports[DOMAIN] = VERSION
+        used = {node.op_type for node in model.graph if node.domain == DOMAIN}
+        for proto in function_protos():
+            if proto.name in used:
+                function = ir.from_proto(proto)
+                model.functions[function.identifier()] = function
+    model.metadata_props.update(
+        metadata | {"irc.opset": str(OPSET), "irc.op_version": str(VERSION), "irc.least_onnxruntime": LEAST_ORT}
+    )
+    model.producer_name = "irc"
+    ir.save(model, folder / MODEL, external_data=DATA)
+    return decisions
+
+
+def _translate(module: nn.Module, cache: CacheShape, dtype: torch.dtype) -> ir.Model:
+    """Run torch.export and torch.onnx.export, then fold constants and merge equal nodes."""
+    device = next(module.parameters()).device
+    batch, tokens, past = 2, 3, 5
+    caches = [torch.zeros(batch, cache.heads, past, cache.size, dtype=dtype, device=device)] * (2 * cache.layers)
+    ids = torch.zeros(batch, tokens, dtype=torch.int64, device=device)
+    mask = torch.ones(batch, past + tokens, dtype=torch.int64, device=device)
+    auto = Dim.AUTO
+    shapes = ({0: auto, 1: auto}, {0: auto, 1: auto}, [{0: auto, 2: auto} for _ in caches])
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(module, (ids, mask, caches), dynamic_shapes=shapes, strict=False)
+        converted = torch.onnx.export(
+            program,
+            custom_translation_table=translations(),
+            dynamo=True,
+            opset_version=OPSET,
+            optimize=False,
+            verbose=False,
+        )
+    assert converted is not None
+    model = converted.model
+    onnxscript.optimizer.optimize(model, input_size_limit=1024, output_size_limit=1024)
+    CommonSubexpressionEliminationPass()(model)
+    return model
+
+
+def _name_interface(model: ir.Model, cache: CacheShape) -> None:
+    """Give inputs and outputs the names and the symbolic sizes that runtimes expect."""
+    batch, tokens, past, total = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
+    pairs = [(layer, part) for layer in range(cache.layers) for part in ("key", "value")]
+    inputs = [("input_ids", (batch, tokens)), ("attention_mask", (batch, total))]
+    inputs += [(f"past_key_values.{layer}.{part}", (batch, cache.heads, past, cache.size)) for layer, part in pairs]
+    outputs: list[tuple[str, Sequence[str | int]]] = []
+    outputs += [(f"present.{layer}.{part}", (batch, cache.heads, total, cache.size)) for layer, part in pairs]
+    head = model.graph.outputs[0]
+    assert head.shape is not None
+    outputs.insert(0, ("logits", (batch, tokens, int(head.shape[-1]))))
+    for values, wanted in ((model.graph.inputs, inputs), (model.graph.outputs, outputs)):
+        for value, (name, shape) in zip(values, wanted, strict=True):
+            value.name = name
+            value.shape = ir.Shape(shape)
+
+
+def _name_decisions(model: ir.Model, units: list[str]) -> list[Decision]:
+    """Name the decisions of all routed units: each feeds a SelectRows directly, and one through Not."""
+    found: list[Decision] = []
+    seen: set[ir.Value] = set()
+    for node in model.graph:
+        if node.domain == DOMAIN and node.op_type == "SelectRows":
+            execute = node.inputs[0]
+            assert execute is not None
+            source = execute.producer()
+            if execute in seen or source is None or source.op_type == "Not":
+                continue
+            seen.add(execute)
+            decision = Decision(
+                units[len(found)], f"{units[len(found)]}.execute", f"{units[len(found)]}.logit_difference"
+            )
+            difference = source.inputs[0]
+            assert difference is not None
+            execute.name, difference.name = decision.execute, decision.difference
+            found.append(decision)
+    return found

@@ -1,0 +1,68 @@
+"""What each operator of the dialect becomes in ONNX: a node of domain `irc`, or of the standard."""
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, no-any-return"
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from onnxscript import opset23 as op
+
+from exporters.onnx_ops import irc, register_schemas
+from passes import dialect  # noqa: F401 - registers the operators
+
+_MASKED = {"FLOAT": -1e30, "FLOAT16": -3e4, "BFLOAT16": -1e30}
+
+
+def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Return the translation of every operator of the dialect, as torch.onnx.export takes them."""
+    register_schemas()
+    return {
+        torch.ops.irc.select_rows.default: _select_rows,
+        torch.ops.irc.compact.default: _compact,
+        torch.ops.irc.scatter.default: _scatter,
+        torch.ops.irc.rms_norm.default: _rms_norm,
+        torch.ops.irc.rotary.default: _rotary,
+        torch.ops.irc.attention.default: _attention,
+        torch.ops.irc.routed_attention.default: _routed_attention,
+    }
+
+
+def _select_rows(mask):
+    return irc.SelectRows(mask)
+
+
+def _compact(x, rows):
+    return irc.Compact(x, rows)
+
+
+def _scatter(y, rows, base):
+    return irc.Scatter(y, rows, base)
+
+
+def _rms_norm(x, weight, eps):
+    if x.shape is not None and x.shape[-1] == weight.shape[0]:
+        return op.RMSNormalization(x, weight, axis=-1, epsilon=eps)
+    chunks = op.Reshape(x, op.Constant(value_ints=[0, 0, -1, int(weight.shape[0])]))
+    return op.Reshape(op.RMSNormalization(chunks, weight, axis=-1, epsilon=eps), op.Constant(value_ints=[0, 0, -1]))
+
+
+def _rotary(x, cos, sin, heads):
+    return op.RotaryEmbedding(x, cos, sin, num_heads=heads)
+
+
+def _attention(q, k, v, past_k, past_v, mask, heads, scale):
+    added, kv_heads = _added(mask, q), int(past_k.shape[1])
+    return op.Attention(q, k, v, added, past_k, past_v, q_num_heads=heads, kv_num_heads=kv_heads, scale=scale)
+
+
+def _routed_attention(q, rows, k, v, past_k, past_v, mask, heads, scale):
+    added, kv_heads = _added(mask, q), int(past_k.shape[1])
+    return irc.RoutedAttention(q, rows, k, v, past_k, past_v, added, heads=heads, kv_heads=kv_heads, scale=scale)
+
+
+def _added(mask, like):
+    """Return the boolean mask as numbers added to scores; layers share the node once equal ones are merged."""
+    value = op.Constant(value_float=_MASKED[like.dtype.name])
+    return op.CastLike(op.Where(mask, op.Constant(value_float=0.0), value), like)

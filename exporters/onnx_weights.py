@@ -1,0 +1,75 @@
+"""How weights lie in the file: linears as [in, out], ready for MatMul; a tied embedding once."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import onnx_ir as ir
+import torch
+from onnx_ir.tensor_adapters import TorchTensor
+
+
+def store_transposed(model: ir.Model) -> None:
+    """Replace every Transpose of a weight by a weight that is stored transposed.
+
+    A weight that something else reads too (a tied embedding) stays as it is, and its product becomes Gemm, which
+    reads it transposed. Nothing is transposed before the file is written, one weight at a time.
+    """
+    for node in list(model.graph):
+        weight = node.inputs[0] if node.op_type == "Transpose" and node.inputs else None
+        if weight is None or not weight.is_initializer() or weight.shape is None or len(weight.shape) != 2:
+            continue
+        if all(user is node for user, _ in weight.uses()):
+            _store(model, node, weight)
+        else:
+            _use_gemm(model, node, weight)
+
+
+def _store(model: ir.Model, node: ir.Node, weight: ir.Value) -> None:
+    tensor = weight.const_value
+    assert tensor is not None
+    rows, columns = (int(size) for size in tensor.shape)
+    turned = ir.LazyTensor(
+        lambda: TorchTensor(_torch(tensor).t().contiguous()),
+        dtype=tensor.dtype,
+        shape=ir.Shape((columns, rows)),
+        name=weight.name,
+    )
+    weight.const_value = turned
+    weight.shape = ir.Shape((columns, rows))
+    node.outputs[0].replace_all_uses_with(weight)
+    model.graph.remove(node, safe=True)
+
+
+def _use_gemm(model: ir.Model, node: ir.Node, weight: ir.Value) -> None:
+    """Compute x @ weight.T as Reshape, Gemm(transB), Reshape."""
+    for product, _ in list(node.outputs[0].uses()):
+        x = product.inputs[0]
+        if product.op_type != "MatMul" or x is None or weight.shape is None:
+            return
+        out, into = (int(cast(int, size)) for size in weight.shape)
+        flat_shape = _constant(f"{weight.name}.flat", [-1, into])
+        model.graph.register_initializer(flat_shape)
+        flat = ir.node("Reshape", [x, flat_shape])
+        gemm = ir.node("Gemm", [flat.outputs[0], weight], {"transB": 1})
+        lead = ir.node("Shape", [x], {"end": -1})
+        width = _constant(f"{weight.name}.width", [out])
+        model.graph.register_initializer(width)
+        shape = ir.node("Concat", [lead.outputs[0], width], {"axis": 0})
+        result = ir.node("Reshape", [gemm.outputs[0], shape.outputs[0]])
+        result.outputs[0].name = product.outputs[0].name
+        result.outputs[0].dtype, result.outputs[0].shape = product.outputs[0].dtype, product.outputs[0].shape
+        model.graph.insert_before(product, [flat, gemm, lead, shape, result])
+        product.outputs[0].replace_all_uses_with(result.outputs[0], replace_graph_outputs=True)
+        model.graph.remove(product, safe=True)
+    model.graph.remove(node, safe=True)
+
+
+def _constant(name: str, values: list[int]) -> ir.Value:
+    tensor = ir.tensor(values, dtype=ir.DataType.INT64, name=name)
+    return ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+
+
+def _torch(tensor: ir.TensorProtocol) -> torch.Tensor:
+    raw = getattr(tensor, "raw", None)
+    return raw.detach() if isinstance(raw, torch.Tensor) else torch.from_numpy(tensor.numpy().copy())
