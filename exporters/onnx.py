@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import onnx_ir as ir
 import onnxscript.optimizer
@@ -116,7 +116,7 @@ def export_onnx(
         used = {node.op_type for node in model.graph if node.domain == DOMAIN}
         for proto in function_protos():
             if proto.name in used:
-                function = ir.from_proto(proto)
+                function = ir.serde.deserialize_function(proto)
                 model.functions[function.identifier()] = function
     model.metadata_props.update(
         metadata | {"irc.opset": str(OPSET), "irc.op_version": str(VERSION), "irc.least_onnxruntime": LEAST_ORT}
@@ -157,13 +157,13 @@ def _name_interface(model: ir.Model, cache: CacheShape) -> None:
     """Give inputs and outputs the names and the symbolic sizes that runtimes expect."""
     batch, tokens, past, total = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
     pairs = [(layer, part) for layer in range(cache.layers) for part in ("key", "value")]
-    inputs = [("input_ids", (batch, tokens)), ("attention_mask", (batch, total))]
+    inputs: list[tuple[str, Sequence[str | int]]] = [("input_ids", (batch, tokens)), ("attention_mask", (batch, total))]
     inputs += [(f"past_key_values.{layer}.{part}", (batch, cache.heads, past, cache.size)) for layer, part in pairs]
     outputs: list[tuple[str, Sequence[str | int]]] = []
     outputs += [(f"present.{layer}.{part}", (batch, cache.heads, total, cache.size)) for layer, part in pairs]
-    head = model.graph.outputs[0]
-    assert head.shape is not None
-    outputs.insert(0, ("logits", (batch, tokens, int(head.shape[-1]))))
+    head = model.graph.outputs[0].shape
+    assert head is not None
+    outputs.insert(0, ("logits", (batch, tokens, cast(int, head[-1]))))
     for values, wanted in ((model.graph.inputs, inputs), (model.graph.outputs, outputs)):
         for value, (name, shape) in zip(values, wanted, strict=True):
             value.name = name

@@ -4,8 +4,6 @@ A node of domain `irc` runs everywhere, because the model carries a function of 
 operators (opset 23); where the native library is registered, its kernels take the function's place.
 The bodies are onnxscript: Python that is compiled to ONNX, never run.
 """
-# ruff: noqa: N802 - operators are named as ONNX names them
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, no-any-return"
 
 from __future__ import annotations
 
@@ -131,7 +129,7 @@ def register_schemas() -> None:
             name,
             DOMAIN,
             VERSION,
-            doc=next(function.function_ir.doc_string for function in FUNCTIONS if function.name == name),
+            doc=next(function.function_ir.doc_string or "" for function in FUNCTIONS if function.name == name),
             inputs=[onnx.defs.OpSchema.FormalParameter(label, kind) for label, kind in inputs],
             outputs=[onnx.defs.OpSchema.FormalParameter(label, kind) for label, kind in outputs],
             type_constraints=[(kind, _TYPES[kind], "") for kind in kinds],

@@ -1,5 +1,4 @@
 """What each operator of the dialect becomes in ONNX: a node of domain `irc`, or of the standard."""
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, no-any-return"
 
 from __future__ import annotations
 

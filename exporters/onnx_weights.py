@@ -28,7 +28,7 @@ def store_transposed(model: ir.Model) -> None:
 def _store(model: ir.Model, node: ir.Node, weight: ir.Value) -> None:
     tensor = weight.const_value
     assert tensor is not None
-    rows, columns = (int(size) for size in tensor.shape)
+    rows, columns = (cast(int, size) for size in tensor.shape)
     turned = ir.LazyTensor(
         lambda: TorchTensor(_torch(tensor).t().contiguous()),
         dtype=tensor.dtype,
@@ -58,7 +58,7 @@ def _use_gemm(model: ir.Model, node: ir.Node, weight: ir.Value) -> None:
         shape = ir.node("Concat", [lead.outputs[0], width], {"axis": 0})
         result = ir.node("Reshape", [gemm.outputs[0], shape.outputs[0]])
         result.outputs[0].name = product.outputs[0].name
-        result.outputs[0].dtype, result.outputs[0].shape = product.outputs[0].dtype, product.outputs[0].shape
+        result.outputs[0].type, result.outputs[0].shape = product.outputs[0].type, product.outputs[0].shape
         model.graph.insert_before(product, [flat, gemm, lead, shape, result])
         product.outputs[0].replace_all_uses_with(result.outputs[0], replace_graph_outputs=True)
         model.graph.remove(product, safe=True)
@@ -67,7 +67,7 @@ def _use_gemm(model: ir.Model, node: ir.Node, weight: ir.Value) -> None:
 
 def _constant(name: str, values: list[int]) -> ir.Value:
     tensor = ir.tensor(values, dtype=ir.DataType.INT64, name=name)
-    return ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    return ir.Value(name=name, shape=ir.Shape([len(values)]), type=ir.TensorType(tensor.dtype), const_value=tensor)
 
 
 def _torch(tensor: ir.TensorProtocol) -> torch.Tensor:

@@ -55,10 +55,10 @@ class LffRecipe:
 class RouterRecipe:
     """Stage `router`: train the routers, then set their decision threshold."""
 
-    steps: int = setting(250, "training steps")
+    steps: int = setting(200, "training steps")
     batch_size: int = setting(8, "windows a step")
-    lr: float = setting(2e-3, "learning rate of the routers, cosine to a tenth")
-    forecaster_lr: float = setting(5e-4, "learning rate of the forecasters in this stage; 0 freezes them")
+    lr: float = setting(5e-3, "learning rate of the routers, cosine to a tenth")
+    forecaster_lr: float = setting(2e-3, "learning rate of the forecasters in this stage; 0 freezes them")
     temperature_start: float = setting(5.0, "Gumbel-softmax temperature at the first step")
     temperature_end: float = setting(1.0, "temperature at the last step, linear in between")
     sparsity_weight: float = setting(8.0, "weight of |(1 - sparsity) - mean execution|")

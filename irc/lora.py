@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -91,6 +92,16 @@ def load_lora(model: RoutedForCausalLM, folder: Path, recipe: LoraRecipe) -> Non
     set_peft_model_state_dict(model.graph, tensors)
     for parameter in lora_parameters(model).values():
         parameter.requires_grad_(False)
+
+
+def merge_lora(model: RoutedForCausalLM) -> None:
+    """Add the adapters to the linears that they adapt, and put the plain linears back."""
+    for name, module in list(model.graph.named_modules()):
+        if isinstance(module, LoraLayer):
+            module.merge(safe_merge=True)
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.graph.get_submodule(parent), leaf, module.get_base_layer())
+    model.facts.pop("lora", None)
 
 
 def _state(model: RoutedForCausalLM) -> dict[str, torch.Tensor]:

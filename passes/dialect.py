@@ -66,7 +66,7 @@ def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @torch.library.custom_op("irc::rotary", mutates_args=())
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
-    """Rotate x [batch, tokens, heads * size] by cos and sin [batch, tokens, size / 2], halves apart (Llama's layout)."""
+    """Rotate x [batch, tokens, heads * size] by cos and sin [batch, tokens, size / 2], halves apart."""
     left, right = x.unflatten(-1, (heads, -1)).chunk(2, dim=-1)
     c, s = cos.unsqueeze(2), sin.unsqueeze(2)
     result: Tensor = torch.cat((left * c - right * s, right * c + left * s), dim=-1).flatten(-2)

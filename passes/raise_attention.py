@@ -204,7 +204,7 @@ def _emit(graph: fx.Graph, part: _Heads) -> fx.Node:
         node = graph.call_function(torch.ops.irc.rms_norm.default, (node, *part.norm.args[1:]))
     if part.cos is not None:
         # Both halves of a head turn by the same angles: the operator reads them once.
-        half = cast(fx.Node, part.cos).meta["val"].shape[-1] // 2
+        half = part.cos.meta["val"].shape[-1] // 2
         cos, sin = (graph.call_function(aten.slice.Tensor, (angles, -1, 0, half)) for angles in (part.cos, part.sin))
         node = graph.call_function(torch.ops.irc.rotary.default, (node, cos, sin, part.heads))
     node.meta.setdefault("val", part.source.meta.get("val"))

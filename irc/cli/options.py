@@ -102,6 +102,13 @@ def _check_device(ctx: click.Context, parameter: click.Parameter, value: str) ->
     return value
 
 
+def provider_option(default: str = "auto") -> Decorator:
+    """Add --provider. Argument `provider: str`: auto, cpu or cuda, of ONNX Runtime."""
+    text = "ONNX Runtime's execution provider: auto (CUDA where it really loads), cpu or cuda."
+    kind = click.Choice(["auto", "cpu", "cuda"])
+    return click.option("--provider", type=kind, default=default, show_default=True, help=text)
+
+
 def dtype_option(default: str = "auto") -> Decorator:
     """Add --dtype. Argument `dtype: str`: auto or the name of a torch dtype; fp32, fp16, bf16 are understood."""
     kind = click.Choice(["auto", *_DTYPES.values(), *_DTYPES])

@@ -57,6 +57,12 @@ def say(message: str = "", style: str | None = None) -> None:
     results().print(message, style=style, soft_wrap=True)
 
 
+def stream(piece: str, style: str | None = None) -> None:
+    """Show a piece of a text that is still growing, on stdout, at once and as it is."""
+    results().print(piece, style=style, end="", soft_wrap=True, highlight=False, markup=False)
+    results().file.flush()
+
+
 def note(message: str, style: str | None = None) -> None:
     """Show a line about the work (what is loaded, what is slow), on stderr."""
     messages().print(message, style=style, soft_wrap=True)

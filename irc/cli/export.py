@@ -1,0 +1,67 @@
+"""`irc export`: write a bundle, or a plain model densely, as ONNX."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from irc.cli.options import common_options, dtype_option, force_option, output_option
+
+
+@click.command()
+@click.argument("model")
+@output_option("Folder to write.", required=True)
+@dtype_option()
+@click.option(
+    "--layout",
+    type=click.Choice(["onnx", "triton"]),
+    default="onnx",
+    show_default=True,
+    help="onnx, or triton for a model repository of Triton Inference Server.",
+)
+@click.option("--base", metavar="MODEL", help="Where the bundle's base model is, if it has moved.")
+@click.option(
+    "--dump-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Write the graph before and after every pass there, and the difference.",
+)
+@force_option()
+@common_options
+def command(
+    model: str,
+    output: Path,
+    dtype: str,
+    layout: str,
+    base: str | None,
+    dump_dir: Path | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Export MODEL, a bundle or a plain model (folder, hub id, or demo), as an ONNX folder.
+
+    The folder holds the model with a key/value cache, its weights, configuration and tokenizer. Stock ONNX
+    Runtime and onnxruntime-genai run it as it stands.
+    """
+    from irc import console
+    from irc.export import export
+
+    console.note(f"exporting {model}: dtype {dtype}, layout {layout}")
+    result = export(model, output, base=base, dtype=dtype, layout=layout, force=force, dump_dir=dump_dir)
+    if as_json:
+        console.emit_json(result)
+        return
+    units = result["routed_units"]
+    console.table(
+        "exported",
+        ["", ""],
+        [
+            ["folder", result["model"]],
+            ["data type", result["dtype"]],
+            ["opset", f"{result['opset']}, irc {result['op_version']}" if units else str(result["opset"])],
+            ["routed units", str(units) if units else "none (dense)"],
+            ["size", f"{result['bytes'] / 1e6:.1f} MB"],
+            ["seconds", f"{result['seconds']['export']:.1f}"],
+        ],
+    )

@@ -1,0 +1,64 @@
+"""`irc generate`: continue a prompt with an exported model, streaming."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from irc.cli.options import common_options, provider_option, seed_option
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("prompt")
+@click.option(
+    "-n", "--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, metavar="N", help="New tokens."
+)
+@click.option(
+    "--temperature", type=float, default=0.0, show_default=True, metavar="T", help="0 takes the likeliest token."
+)
+@click.option("--top-k", type=int, default=0, show_default=True, metavar="K", help="Sample among the K likeliest.")
+@click.option("--top-p", type=float, default=1.0, show_default=True, metavar="P", help="Sample among this share.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
+@provider_option()
+@seed_option()
+@common_options
+def command(folder: Path, prompt: str, as_json: bool, max_tokens: int, stop: tuple[str, ...], **flags: Any) -> None:
+    """Continue PROMPT with FOLDER, what irc export wrote. Ctrl-C ends the text cleanly."""
+    from irc import console
+    from irc.generation import Generator, Sampling
+    from irc.runtime import Runtime
+
+    provider = flags.pop("provider")
+    sampling = Sampling(**flags)
+    sampling.check()
+    generator = Generator(Runtime(folder, provider))
+    if not as_json:
+        console.stream(prompt, style="dim")
+    result = generator.generate(
+        prompt,
+        max_tokens=max_tokens,
+        sampling=sampling,
+        stop=stop,
+        emit=(lambda _: None) if as_json else console.stream,
+    )
+    figures = {
+        "provider": generator.runtime.provider,
+        "prompt_tokens": result.prompt_tokens,
+        "new_tokens": len(result.tokens),
+        "stopped": result.stopped,
+        "tokens_per_s": round(result.tokens_per_s, 2),
+        "prefill_ms": round(1e3 * result.prefill_seconds, 2),
+        "skipped": round(result.skipped, 4),
+    }
+    if as_json:
+        console.emit_json({"model": str(folder), "text": result.text, "tokens": result.tokens, **figures})
+        return
+    console.stream("\n")
+    console.note(
+        f"{len(result.tokens)} tokens ({result.stopped}), {result.tokens_per_s:.1f} tokens/s after "
+        f"{1e3 * result.prefill_seconds:.0f} ms, {result.skipped:.1%} of the units' work skipped, "
+        f"{generator.runtime.provider}"
+    )

@@ -1,0 +1,60 @@
+"""`irc verify`: compare an ONNX folder with the PyTorch model that it was exported from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from irc.cli.options import common_options, data_option, provider_option, seq_len_option
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@data_option()
+@click.option("--bundle", metavar="PATH", help="What the folder was exported from, if it has moved.")
+@click.option("--base", metavar="MODEL", help="Where the bundle's base model is, if it has moved.")
+@provider_option()
+@seq_len_option(128)
+@click.option(
+    "--tokens", type=click.IntRange(min=1), default=4096, show_default=True, metavar="N", help="Tokens to compare on."
+)
+@click.option("--tolerance", type=float, metavar="X", help="Largest difference of logits. [default: by data type]")
+@common_options
+def command(folder: Path, as_json: bool, **options: Any) -> int:
+    """Verify FOLDER, what irc export wrote, against PyTorch on held-out text.
+
+    Logits, perplexity, every unit's routes and greedy continuations are compared. The exit code is 3 where
+    they differ by more than rounding.
+    """
+    from irc import console
+    from irc.parity import verify
+
+    result = verify(folder, console.progress, **options)
+    if as_json:
+        console.emit_json(result)
+    else:
+        _show(result)
+    if not result["ok"]:
+        console.fail(f"{folder}: ONNX Runtime and PyTorch differ by more than the tolerance {result['tolerance']:g}")
+    return 0 if result["ok"] else 3
+
+
+def _show(result: dict[str, Any]) -> None:
+    from irc import console
+
+    perplexity, generated = result["perplexity"], result["generated"]
+    rows = [
+        ["provider, data type", f"{result['provider']}, {result['dtype']}"],
+        ["largest difference of logits", f"{result['max_abs_diff']:.2e}  (tolerance {result['tolerance']:g})"],
+        ["perplexity, PyTorch", f"{perplexity['pytorch']:.4f}"],
+        ["perplexity, ONNX Runtime", f"{perplexity['onnxruntime']:.4f}"],
+        ["greedy continuations", f"{generated['identical']} of {generated['prompts']} identical"],
+    ]
+    if result["routing_agreement"] is not None:
+        rows.insert(2, ["routing agreement", f"{result['routing_agreement']:.6f}"])
+    console.table(f"{result['data']['name']}, {result['data']['tokens']:,} tokens", ["", ""], rows)
+    if "units" in result:
+        cells = [[name, f"{unit['routing_agreement']:.6f}"] for name, unit in result["units"].items()]
+        console.table("routing agreement", ["unit", "share"], cells)

@@ -1,0 +1,150 @@
+"""export(): from a bundle or a plain model to an ONNX folder, written beside and renamed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from exporters.genai import genai_config
+from exporters.onnx import LEAST_ORT, MODEL, CacheShape, export_onnx
+from exporters.onnx_ops import OPSET, VERSION
+from exporters.triton import write_repository
+from irc import __version__
+from irc.bundle import file_sha256, replace_folder
+from irc.capture import cache_shape
+from irc.checkpoint import BaseModel
+from irc.errors import InputError, IrcError
+from irc.evaluation_run import open_model
+from irc.lora import merge_lora
+from irc.onnx_folder import FORMAT_VERSION, MANIFEST
+from irc.routed import RoutedForCausalLM
+from passes.base import PassError
+
+LAYOUTS = ("onnx", "triton")
+TRITON_NAME = "irc"
+_NAMES = {"torch.float32": "fp32", "torch.float16": "fp16", "torch.bfloat16": "bf16"}
+_KEPT = ("config.json", "generation_config.json", "chat_template.jinja", "merges.txt", "vocab.json")
+
+
+def export(
+    name: str,
+    output: Path,
+    *,
+    base: str | None = None,
+    dtype: str = "auto",
+    layout: str = "onnx",
+    force: bool = False,
+    dump_dir: Path | None = None,
+) -> dict[str, Any]:
+    """Export a bundle, or a plain model densely, as a folder that ONNX Runtime runs.
+
+    Args:
+        name: Bundle, model folder, hub id, or demo.
+        output: Folder to write; complete or not there at all.
+        base: Where a bundle's base model is, if it has moved.
+        dtype: `auto` (as `irc.load` resolves it), `fp32`, `fp16` or `bf16`.
+        layout: `onnx`, or `triton` for a Triton model repository.
+        force: Replace an ONNX folder at `output`.
+        dump_dir: Where every pass leaves its before, after and diff.
+
+    Returns:
+        What `irc export --json` prints.
+
+    Raises:
+        InputError: Something cannot be exported, or `output` must not be replaced.
+    """
+    _check_output(output, force)
+    if layout not in LAYOUTS:
+        raise InputError(f"layout is '{layout}'; choose from {', '.join(LAYOUTS)}")
+    started = time.monotonic()
+    model = open_model(name, base=base, dtype=dtype, device="cpu")
+    merge_lora(model)
+    staging = output.with_name(output.name + ".new")
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        manifest = _write(model, name, staging, dump_dir)
+        if layout == "triton":
+            write_repository(staging, TRITON_NAME)
+        replace_folder(staging, output)
+    except PassError as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise InputError(f"{name}: {error}") from error
+    except OSError as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise IrcError(f"{output}: could not be written ({error.strerror or error}); free some space") from error
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    return {
+        "model": str(output),
+        "source": name,
+        "layout": layout,
+        "dtype": manifest["dtype"],
+        "opset": OPSET,
+        "op_version": VERSION,
+        "routed_units": len(manifest["units"]),
+        "bytes": size,
+        "seconds": {"export": round(time.monotonic() - started, 2)},
+    }
+
+
+def _check_output(output: Path, force: bool) -> None:
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not (output / MANIFEST).is_file():
+        raise InputError(f"{output}: exists and is not an ONNX folder of irc; give another --output")
+    if not force:
+        raise InputError(f"{output}: exists already; --force replaces it")
+
+
+def _write(model: RoutedForCausalLM, name: str, folder: Path, dump_dir: Path | None) -> dict[str, Any]:
+    base: BaseModel = model.facts["base"]
+    cache = CacheShape(*cache_shape(model.config))
+    facts = model.facts.get("config", {})
+    measured = {unit["name"]: unit for unit in facts.get("units", [])}
+    dtype = model.dtype
+    decisions = export_onnx(model.graph, cache, dtype, folder, {"irc.version": __version__}, dump_dir)
+    _copy_texts(base, folder)
+    config = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
+    generation_file = base.folder / "generation_config.json"
+    generation = json.loads(generation_file.read_text(encoding="utf-8")) if generation_file.is_file() else {}
+    _dump(folder / "genai_config.json", genai_config(config, generation, cache))
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "irc_version": __version__,
+        "op_version": VERSION,
+        "opset": OPSET,
+        "least_onnxruntime": LEAST_ORT,
+        "dtype": _NAMES[str(dtype)],
+        "source": _source(name),
+        "base": facts.get("base", {"name": base.name}),
+        "kv_policy": facts.get("kv_policy", "full"),
+        "context_length": config.get("max_position_embeddings"),
+        "vocab_size": config["vocab_size"],
+        "cache": asdict(cache),
+        "units": [asdict(d) | {"keep_ratio": measured.get(d.unit, {}).get("keep_ratio")} for d in decisions],
+        "sha256": {path.name: file_sha256(path) for path in sorted(folder.glob(MODEL + "*"))},
+    }
+    _dump(folder / MANIFEST, manifest)
+    return manifest
+
+
+def _source(name: str) -> str:
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
+def _copy_texts(base: BaseModel, folder: Path) -> None:
+    """Copy configuration and tokenizer; never weights, never code."""
+    for path in base.folder.iterdir():
+        if path.name in _KEPT or path.name.startswith(("tokenizer", "special_tokens")):
+            shutil.copyfile(path, folder / path.name)
+
+
+def _dump(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

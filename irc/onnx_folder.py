@@ -1,0 +1,82 @@
+"""An ONNX folder that `irc export` wrote: its manifest, checked before anything of it is run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from exporters.onnx import DATA, MODEL, CacheShape, Decision
+from exporters.onnx_ops import VERSION
+from irc.bundle import CONFIG, file_sha256
+from irc.errors import InputError
+
+FORMAT_VERSION = 1
+MANIFEST = "irc.json"
+
+
+@dataclass(frozen=True)
+class OnnxFolder:
+    """A checked folder.
+
+    Attributes:
+        folder: Where it is.
+        model: Path of `model.onnx`.
+        manifest: What `irc.json` says.
+    """
+
+    folder: Path
+    model: Path
+    manifest: dict[str, Any]
+
+    @property
+    def cache(self) -> CacheShape:
+        """Shape of the key/value cache."""
+        return CacheShape(**self.manifest["cache"])
+
+    @property
+    def decisions(self) -> list[Decision]:
+        """Where each routed unit says what it decided; empty for a dense model."""
+        return [Decision(u["unit"], u["execute"], u["difference"]) for u in self.manifest["units"]]
+
+    @property
+    def dtype(self) -> str:
+        """`fp32`, `fp16` or `bf16`."""
+        return str(self.manifest["dtype"])
+
+
+def open_folder(path: Path) -> OnnxFolder:
+    """Read and check an ONNX folder.
+
+    Raises:
+        InputError: It is none, it is damaged, altered, or of a newer format or operator version.
+    """
+    if not (path / MANIFEST).is_file():
+        hint = f"export it first: irc export {path} -o DIR" if (path / CONFIG).is_file() else "make one with irc export"
+        raise InputError(f"{path}: not an ONNX folder of irc ({MANIFEST} is missing); {hint}")
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        for key, known in (("format_version", FORMAT_VERSION), ("op_version", VERSION)):
+            if int(manifest[key]) > known:
+                what = key.replace("_", " ")
+                raise InputError(f"{path}: {what} {manifest[key]} is newer than this irc knows ({known}); upgrade irc")
+        hashes = dict(manifest["sha256"])
+        CacheShape(**manifest["cache"])
+        if any(not isinstance(unit["execute"], str) for unit in manifest["units"]):
+            raise TypeError("a unit has no decision")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path / MANIFEST}: damaged ({type(error).__name__}: {error}); export again") from error
+    found = sorted(path.rglob(MODEL))
+    if not found:
+        raise InputError(f"{path / MODEL}: the file is missing; export again")
+    model = found[0]
+    for name in sorted({MODEL, DATA} | set(hashes)):
+        file = model.with_name(name)
+        if not file.is_file():
+            raise InputError(f"{file}: the file is missing; export again")
+        if file_sha256(file) != hashes.get(name):
+            raise InputError(
+                f"{file}: its hash is not the one in {MANIFEST}: the file is truncated or was changed; export again"
+            )
+    return OnnxFolder(path, model, manifest)

@@ -1,0 +1,167 @@
+"""Holds an ONNX folder against the PyTorch bundle that it came from: logits, perplexity, routes, generated tokens."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from irc.data import load_text, pick, token_stream, windows
+from irc.errors import InputError
+from irc.evaluation_run import open_model
+from irc.generation import Generator
+from irc.modules import Record
+from irc.routed import RoutedForCausalLM
+from irc.runtime import Runtime
+from irc.stages import ProgressFactory
+
+TOLERANCE = {"fp32": 1e-4, "fp16": 5e-2, "bf16": 5e-1}
+"""Largest difference of logits that each data type's rounding explains."""
+
+NEAR = 1e-4
+"""A route may differ where a router's two logits are nearer than this (fp32; rounding decides there)."""
+
+_NEAR = {"fp32": NEAR, "fp16": 2e-2, "bf16": 2e-1}
+
+
+def verify(
+    folder: Path,
+    progress: ProgressFactory,
+    *,
+    bundle: str | None = None,
+    base: str | None = None,
+    data: str = "stdlib",
+    provider: str = "auto",
+    tokens: int = 4_096,
+    seq_len: int = 128,
+    prompts: int = 4,
+    new_tokens: int = 32,
+    tolerance: float | None = None,
+) -> dict[str, Any]:
+    """Compare an ONNX folder with PyTorch on real text.
+
+    Args:
+        folder: What `irc export` wrote.
+        progress: Makes progress bars.
+        bundle: What it was exported from; by default what the folder remembers.
+        base: Where the bundle's base model is, if it has moved.
+        data: Text, as for `irc eval`; its held-out part is read.
+        provider: Of ONNX Runtime.
+        tokens: To compare logits on.
+        seq_len: Tokens a window.
+        prompts: Texts to continue greedily with both.
+        new_tokens: Tokens of each continuation.
+        tolerance: Largest absolute difference of logits; by default that of the folder's data type.
+
+    Returns:
+        What `irc verify --json` prints; `ok` says whether the gate is passed.
+    """
+    runtime = Runtime(folder, provider)
+    exported = runtime.exported
+    dtype = exported.dtype
+    model = open_model(bundle or exported.manifest["source"], base=base, dtype=dtype, device="cpu")
+    if bool(model.spec) != bool(exported.decisions):
+        raise InputError(f"{folder}: exported from another kind of model than {bundle or exported.manifest['source']}")
+    text = windows(token_stream(load_text(data).split("heldout"), model.facts["base"].tokenizer), seq_len, data)
+    chosen = pick(text, tokens)
+    totals = _Totals(runtime, _NEAR[dtype])
+    with progress("verify", len(chosen)) as bar:
+        for index, window in enumerate(chosen):
+            totals.add(model, window[None])
+            bar.update(index + 1, max_abs_diff=totals.worst)
+    same, generated = _generated(model, runtime, pick(text, prompts * seq_len), new_tokens)
+    limit = TOLERANCE[dtype] if tolerance is None else tolerance
+    return {
+        "model": str(folder),
+        "bundle": bundle or exported.manifest["source"],
+        "provider": runtime.provider,
+        "dtype": dtype,
+        "data": {"name": data, "split": "heldout", "tokens": int(chosen.numel()), "seq_len": seq_len},
+        "max_abs_diff": totals.worst,
+        "tolerance": limit,
+        "perplexity": {"pytorch": totals.perplexity("pytorch"), "onnxruntime": totals.perplexity("onnxruntime")},
+        **totals.routing(),
+        "generated": {"prompts": generated, "identical": same, "new_tokens": new_tokens},
+        "ok": totals.worst <= limit and totals.flips == 0 and (dtype != "fp32" or same == generated),
+    }
+
+
+class _Totals:
+    """Running comparison over windows."""
+
+    def __init__(self, runtime: Runtime, near: float) -> None:
+        self.runtime, self.near = runtime, near
+        self.units = [decision.unit for decision in runtime.exported.decisions]
+        self.worst, self.flips, self.rounding, self.windows, self.left_out = 0.0, 0, 0, 0, 0
+        self.agree = dict.fromkeys(self.units, 0)
+        self.loss = {"pytorch": 0.0, "onnxruntime": 0.0}
+        self.tokens = self.predicted = 0
+
+    @torch.no_grad()
+    def add(self, model: RoutedForCausalLM, ids: torch.Tensor) -> None:
+        """Compare one window [1, tokens]; where rounding flipped a route, its logits differ rightly and are left out."""
+        tape: dict[str, Record] = {}
+        with model.control.using(mode="route", tape=tape):
+            expected = model(input_ids=ids, use_cache=False).logits.float()
+        step = self.runtime.step(ids.numpy(), np.ones(ids.shape, np.int64), self.runtime.empty_cache(1))
+        found = torch.from_numpy(step.logits)
+        for name, logits in (("pytorch", expected), ("onnxruntime", found)):
+            self.loss[name] += F.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum").item()
+        self.tokens += ids.numel()
+        self.predicted += ids.numel() - 1
+        self.windows += 1
+        first = ids.shape[1]  # the first token whose route differs; what comes before it must agree
+        for index, unit in enumerate(self.units):
+            record = tape[unit]
+            same = record.execute == torch.from_numpy(step.execute[index])
+            self.agree[unit] += int(same.sum())
+            assert record.difference is not None
+            if not bool(same.all()):
+                first = min(first, int((~same[0]).nonzero()[0]))
+                self._judge(record.difference, ~same, first)
+        self.left_out += ids.shape[1] - first
+        if first:
+            self.worst = max(self.worst, (expected - found)[:, :first].abs().max().item())
+
+    def _judge(self, difference: torch.Tensor, differs: torch.Tensor, first: int) -> None:
+        """Count the flip of the window's first token that flips; those after it follow from it."""
+        if bool(differs[0, first]) and difference[0, first].abs().item() <= self.near:
+            self.rounding += 1
+        elif bool(differs[0, first]):
+            self.flips += 1
+
+    def perplexity(self, name: str) -> float:
+        """Return the perplexity of one side."""
+        return math.exp(self.loss[name] / max(1, self.predicted))
+
+    def routing(self) -> dict[str, Any]:
+        """Return the JSON keys about routes."""
+        if not self.units:
+            return {"routing_agreement": None}
+        pairs = self.tokens * len(self.units)
+        return {
+            "routing_agreement": sum(self.agree.values()) / pairs,
+            "flips": {"by_rounding": self.rounding, "other": self.flips, "tokens_left_out": self.left_out},
+            "units": {unit: {"routing_agreement": count / self.tokens} for unit, count in self.agree.items()},
+        }
+
+
+@torch.no_grad()
+def _generated(model: RoutedForCausalLM, runtime: Runtime, texts: torch.Tensor, count: int) -> tuple[int, int]:
+    """Continue the first half of each text greedily with both; returns identical ones, and all."""
+    generator = Generator(runtime)
+    same = 0
+    for window in texts:
+        prompt = window[: max(1, len(window) // 2)]
+        expected = model.generate(
+            prompt[None], attention_mask=torch.ones_like(prompt[None]), max_new_tokens=count, do_sample=False
+        )[0, len(prompt) :]
+        found = generator.continue_ids(prompt.tolist(), count)
+        wanted = expected.tolist()
+        end = next((i for i, token in enumerate(wanted) if token in generator.end), len(wanted))
+        same += found == wanted[:end]
+    return same, len(texts)

@@ -1,0 +1,187 @@
+"""Runs an ONNX folder on ONNX Runtime: the best provider that really loads, IO binding, the cache handed on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from irc.errors import InputError
+from irc.onnx_folder import OnnxFolder, open_folder
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_ELEMENTS = {
+    "fp32": onnx.TensorProto.FLOAT,
+    "fp16": onnx.TensorProto.FLOAT16,
+    "bf16": onnx.TensorProto.BFLOAT16,
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one call of the model gave.
+
+    Attributes:
+        logits: float32 [batch, tokens, vocabulary].
+        execute: bool [units, batch, tokens], true where a unit ran; no units for a dense model.
+        difference: float32 [units, batch, tokens], execute logit minus approximate logit.
+    """
+
+    logits: NDArray[np.float32]
+    execute: NDArray[np.bool_]
+    difference: NDArray[np.float32]
+
+
+class Cache:
+    """Keys and values of all layers on the model's device, as ONNX Runtime's own values."""
+
+    def __init__(self, values: Sequence[Any], length: int) -> None:
+        self.values = list(values)
+        self.length = length
+
+
+class Runtime:
+    """An ONNX Runtime session of an exported model.
+
+    Args:
+        folder: What `irc export` wrote.
+        provider: `auto`, `cpu` or `cuda`.
+        threads: Of one operator; 0 leaves it to ONNX Runtime.
+        spinning: Whether idle threads spin; off where several sessions share the cores.
+
+    Raises:
+        InputError: The folder is damaged, the provider does not load, or cannot run the model's data type.
+    """
+
+    def __init__(self, folder: Path, provider: str = "auto", threads: int = 0, spinning: bool = True) -> None:
+        self.exported: OnnxFolder = open_folder(folder)
+        self.provider = choose_provider(provider)
+        if self.provider == "cpu" and self.exported.dtype == "bf16":
+            raise InputError(f"{folder}: ONNX Runtime's CPU provider cannot run bf16; export with --dtype fp32 or fp16")
+        ort = onnxruntime()
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(self.exported.model.parent.resolve())
+        )
+        try:
+            self._session = ort.InferenceSession(
+                _with_decisions(self.exported), options, providers=[PROVIDERS[self.provider]]
+            )
+        except Exception as error:
+            raise InputError(f"{folder}: ONNX Runtime cannot load it ({_first_line(error)})") from error
+        self._units = len(self.exported.decisions)
+
+    @property
+    def device(self) -> str:
+        """Where the cache lies: `cpu` or `cuda`."""
+        return self.provider
+
+    def empty_cache(self, batch: int) -> Cache:
+        """Return the cache of a text that has not begun."""
+        shape = self.exported.cache
+        empty = onnxruntime().OrtValue.ortvalue_from_shape_and_type(
+            [batch, shape.heads, 0, shape.size], _ELEMENTS[self.exported.dtype], self.device
+        )
+        return Cache([empty] * (2 * shape.layers), 0)
+
+    def step(self, ids: NDArray[np.int64], mask: NDArray[np.int64], cache: Cache) -> Step:
+        """Run the model on new tokens; the cache grows in place.
+
+        Args:
+            ids: [batch, tokens].
+            mask: [batch, cached + tokens], 0 on padding.
+            cache: Of the tokens before.
+        """
+        binding = self._session.io_binding()
+        binding.bind_cpu_input("input_ids", ids)
+        binding.bind_cpu_input("attention_mask", mask)
+        shape = self.exported.cache
+        parts = [(layer, part) for layer in range(shape.layers) for part in ("key", "value")]
+        for (layer, part), value in zip(parts, cache.values, strict=True):
+            binding.bind_ortvalue_input(f"past_key_values.{layer}.{part}", value)
+        binding.bind_output("logits")
+        for layer, part in parts:
+            binding.bind_output(f"present.{layer}.{part}", self.device)
+        for decision in self.exported.decisions:
+            binding.bind_output(decision.execute)
+            binding.bind_output(decision.difference)
+        self._session.run_with_iobinding(binding)
+        logits, *rest = binding.get_outputs()
+        cache.values, decided = rest[: len(parts)], [value.numpy() for value in rest[len(parts) :]]
+        cache.length += ids.shape[1]
+        none = np.zeros((0, *ids.shape))
+        return Step(
+            _float32(logits),
+            np.stack(decided[::2]) if decided else none.astype(np.bool_),
+            np.stack(decided[1::2]) if decided else none.astype(np.float32),
+        )
+
+
+def onnxruntime() -> Any:
+    """Import ONNX Runtime, or say how to get it."""
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise InputError(
+            "ONNX Runtime is not installed; pip install 'informed-routing-compiler[cpu]' or, for NVIDIA GPUs, [gpu]"
+        ) from error
+    return ort
+
+
+def choose_provider(wanted: str) -> str:
+    """Return `cpu` or `cuda`; `auto` is cuda where it really loads.
+
+    Raises:
+        InputError: CUDA was asked for and does not load; the message says why.
+    """
+    if wanted not in ("auto", *PROVIDERS):
+        raise InputError(f"provider is '{wanted}'; choose from auto, {', '.join(PROVIDERS)}")
+    if wanted == "cpu":
+        return "cpu"
+    listed = PROVIDERS["cuda"] in onnxruntime().get_available_providers()
+    if not listed:
+        if wanted == "cuda":
+            raise InputError(
+                "provider is 'cuda', but this ONNX Runtime is built without CUDA; install onnxruntime-gpu in its place"
+            )
+        return "cpu"
+    from irc.environment import probe_provider
+
+    found = probe_provider(PROVIDERS["cuda"])
+    if found.usable:
+        onnxruntime().preload_dlls()
+        return "cuda"
+    if wanted == "cuda":
+        raise InputError(f"provider is 'cuda', but it does not load: {found.reason}")
+    return "cpu"
+
+
+def _with_decisions(exported: OnnxFolder) -> bytes:
+    """Return the model with every unit's decisions among its outputs; its weights stay in their file."""
+    model = onnx.load(str(exported.model), load_external_data=False)
+    for decision in exported.decisions:
+        for name, kind in ((decision.execute, onnx.TensorProto.BOOL), (decision.difference, onnx.TensorProto.FLOAT)):
+            model.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, ["batch_size", "sequence_length"]))
+    serialized: bytes = model.SerializeToString()
+    return serialized
+
+
+def _float32(value: Any) -> NDArray[np.float32]:
+    if value.element_type() == onnx.TensorProto.BFLOAT16:
+        import torch.utils.dlpack
+
+        return torch.utils.dlpack.from_dlpack(value._ortvalue.to_dlpack()).float().numpy()
+    array: NDArray[np.float32] = value.numpy().astype(np.float32, copy=False)
+    return array
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
