@@ -130,7 +130,9 @@ def _translate(module: nn.Module, cache: CacheShape, dtype: torch.dtype) -> ir.M
     """Run torch.export and torch.onnx.export, then fold constants and merge equal nodes."""
     device = next(module.parameters()).device
     batch, tokens, past = 2, 3, 5
-    caches = [torch.zeros(batch, cache.heads, past, cache.size, dtype=dtype, device=device)] * (2 * cache.layers)
+    # Tensors of their own: torch.export takes one tensor given twice for one input.
+    size = (batch, cache.heads, past, cache.size)
+    caches = [torch.zeros(size, dtype=dtype, device=device) for _ in range(2 * cache.layers)]
     ids = torch.zeros(batch, tokens, dtype=torch.int64, device=device)
     mask = torch.ones(batch, past + tokens, dtype=torch.int64, device=device)
     auto = Dim.AUTO

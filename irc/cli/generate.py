@@ -37,13 +37,8 @@ def command(folder: Path, prompt: str, as_json: bool, max_tokens: int, stop: tup
     generator = Generator(Runtime(folder, provider))
     if not as_json:
         console.stream(prompt, style="dim")
-    result = generator.generate(
-        prompt,
-        max_tokens=max_tokens,
-        sampling=sampling,
-        stop=stop,
-        emit=(lambda _: None) if as_json else console.stream,
-    )
+    emit: Callable[[str], None] = (lambda _: None) if as_json else console.stream
+    result = generator.generate(prompt, max_tokens=max_tokens, sampling=sampling, stop=stop, emit=emit)
     figures = {
         "provider": generator.runtime.provider,
         "prompt_tokens": result.prompt_tokens,
