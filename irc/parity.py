@@ -73,7 +73,7 @@ def verify(
         for index, window in enumerate(chosen):
             totals.add(model, window[None])
             bar.update(index + 1, max_abs_diff=totals.worst)
-    same, generated = _generated(model, runtime, pick(text, prompts * seq_len), new_tokens)
+    same, generated = _generated(model, runtime, pick(text, prompts * seq_len)[:prompts], new_tokens)
     limit = TOLERANCE[dtype] if tolerance is None else tolerance
     return {
         "model": str(folder),

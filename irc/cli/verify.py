@@ -20,6 +20,12 @@ from irc.cli.options import common_options, data_option, provider_option, seq_le
 @click.option(
     "--tokens", type=click.IntRange(min=1), default=4096, show_default=True, metavar="N", help="Tokens to compare on."
 )
+@click.option(
+    "--prompts", type=click.IntRange(min=0), default=4, show_default=True, metavar="N", help="Texts to continue."
+)
+@click.option(
+    "--new-tokens", type=click.IntRange(min=1), default=32, show_default=True, metavar="N", help="Tokens of each."
+)
 @click.option("--tolerance", type=float, metavar="X", help="Largest difference of logits. [default: by data type]")
 @common_options
 def command(folder: Path, as_json: bool, **options: Any) -> int:

@@ -1,0 +1,105 @@
+"""A tiny routed model twice: the captured graph with its muxes, and ONNX sessions of its export."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from torch import fx
+
+from exporters.onnx import MODEL, CacheShape, Decision, export_onnx
+from irc.capture import cache_shape
+from irc.modules import Forecaster, Mux, Record, Router, RoutingControl
+from passes.base import PassManager
+from passes.insert_forecasters import InsertForecasters
+from passes.insert_routers import InsertRouters
+
+GATES = {"mixed": 0.0, "all executed": 1e3, "all skipped": -1e3}
+
+
+@dataclass
+class Pair:
+    """A model in PyTorch and in ONNX Runtime; `gates` is a key of GATES."""
+
+    reference: fx.GraphModule
+    control: RoutingControl
+    path: Path
+    decisions: list[Decision]
+    cache: CacheShape
+    sessions: dict[str, ort.InferenceSession] = field(default_factory=dict)
+
+    def _bias(self, amount: float) -> None:
+        with torch.no_grad():
+            for name, parameter in self.reference.named_parameters():
+                if name.endswith("_router.2.bias"):
+                    parameter[0] += amount
+
+    @torch.no_grad()
+    def torch(self, gates: str, ids: Any, mask: Any, past: list[Any]) -> tuple[list[Any], dict[str, Record]]:
+        """Return outputs and records of the hardened decisions in PyTorch."""
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        tape: dict[str, Record] = {}
+        self._bias(GATES[gates])
+        with self.control.using(mode="route", tape=tape):
+            outputs = self.reference(ids, mask, positions, *past)
+        self._bias(-GATES[gates])
+        return list(outputs), tape
+
+    def onnx(self, gates: str, ids: Any, mask: Any, past: list[Any]) -> dict[str, torch.Tensor]:
+        """Return outputs and decisions of ONNX Runtime by name."""
+        session = self.session(gates)
+        feeds = {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
+        for index, tensor in enumerate(past):
+            feeds[f"past_key_values.{index // 2}.{('key', 'value')[index % 2]}"] = tensor.numpy()
+        names = [output.name for output in session.get_outputs()]
+        return {n: torch.from_numpy(np.array(v)) for n, v in zip(names, session.run(None, feeds), strict=True)}
+
+    def session(self, gates: str) -> ort.InferenceSession:
+        """Return a session whose routers lean as `gates` says, with every decision among its outputs."""
+        if gates not in self.sessions:
+            model = onnx.load(str(self.path))
+            for tensor in model.graph.initializer:
+                if tensor.name.endswith("_router.2.bias"):
+                    values = onnx.numpy_helper.to_array(tensor).copy()
+                    values[0] += GATES[gates]
+                    tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+            for decision in self.decisions:
+                value = onnx.helper.make_tensor_value_info(decision.execute, onnx.TensorProto.BOOL, ["b", "s"])
+                model.graph.output.append(value)
+            self.sessions[gates] = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        return self.sessions[gates]
+
+
+@pytest.fixture(scope="session")
+def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
+    """Give `make_pair(tiny)`: insert untrained routers and forecasters, and export; `routed=False` exports densely."""
+
+    def make(tiny: Any, routed: bool = True) -> Pair:
+        control = RoutingControl()
+        torch.manual_seed(0)
+        if routed:
+            PassManager(
+                [
+                    InsertForecasters(lambda unit: Forecaster(unit.width, 4), lambda unit: Mux(unit.name, control)),
+                    InsertRouters(lambda unit: Router(unit.width, 8)),
+                ]
+            ).run(tiny.graph)
+        reference = copy.deepcopy(tiny.captured)
+        # A copied mux has a copy of the control.
+        for module in reference.graph.modules():
+            if isinstance(module, Mux):
+                module.control = control
+        folder = tmp_path_factory.mktemp("onnx")
+        cache = CacheShape(*cache_shape(tiny.config))
+        decisions = export_onnx(tiny.graph, cache, tiny.captured.dtype, folder, {"made.by": "tests"})
+        return Pair(reference.graph, control, folder / MODEL, decisions, cache)
+
+    return make

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from passes import dialect  # noqa: F401 - registers the operators
+
+irc = torch.ops.irc
+CHECKS = ("test_schema", "test_faketensor")
+
+
+def _attention_inputs(tokens: int = 5, past: int = 3) -> tuple[torch.Tensor, ...]:
+    q, k, v = torch.randn(2, tokens, 16), torch.randn(2, tokens, 8), torch.randn(2, tokens, 8)
+    past_k, past_v = torch.randn(2, 2, past, 4), torch.randn(2, 2, past, 4)
+    mask = torch.ones(tokens, past + tokens, dtype=torch.bool).tril(past).expand(2, 1, -1, -1)
+    return q, k, v, past_k, past_v, mask
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_schemas_and_fake_kernels(share: float) -> None:
+    """Schema and fake kernel of every operator agree with what it computes, with no, some and all rows."""
+    mask = torch.rand(2, 5) < share
+    rows = irc.select_rows(mask)
+    x, base = torch.randn(2, 5, 6), torch.randn(2, 5, 6)
+    q, *others = _attention_inputs()
+    angles = torch.randn(2, 5, 2)
+    opcheck(irc.select_rows.default, (mask,), test_utils=CHECKS)
+    opcheck(irc.compact.default, (x, rows), test_utils=CHECKS)
+    opcheck(irc.scatter.default, (irc.compact(x, rows), rows, base), test_utils=CHECKS)
+    opcheck(irc.rms_norm.default, (x, torch.randn(6), 1e-6), test_utils=CHECKS)
+    opcheck(irc.rotary.default, (q, angles, angles, 4), test_utils=CHECKS)
+    opcheck(irc.attention.default, (q, *others, 4, 0.5), test_utils=CHECKS)
+    opcheck(irc.routed_attention.default, (irc.compact(q, rows), rows, *others, 4, 0.5), test_utils=CHECKS)
+
+
+def test_rows_are_selected_in_order() -> None:
+    mask = torch.tensor([[True, False, True], [False, True, True]])
+    assert irc.select_rows(mask).tolist() == [0, 2, 4, 5]
+    assert irc.select_rows(~mask).tolist() == [1, 3]
+
+
+def test_scatter_puts_back_what_compact_took_and_keeps_the_rest() -> None:
+    x, base = torch.randn(3, 4, 5), torch.randn(3, 4, 5)
+    mask = torch.rand(3, 4) < 0.5
+    rows = irc.select_rows(mask)
+    result = irc.scatter(irc.compact(x, rows), rows, base)
+    torch.testing.assert_close(result, torch.where(mask.unsqueeze(-1), x, base), rtol=0, atol=0)
+    assert (result != base).any()
+    assert (result != x).any()
+
+
+def test_norm_over_heads_is_the_norm_of_each_head() -> None:
+    x, weight = torch.randn(2, 3, 12), torch.randn(4)
+    expected = torch.nn.functional.rms_norm(x.unflatten(-1, (3, 4)), (4,), weight, 1e-6).flatten(-2)
+    torch.testing.assert_close(irc.rms_norm(x, weight, 1e-6), expected)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_routed_attention_is_attention_at_the_chosen_rows(share: float) -> None:
+    """Rows equal those of attention to fp32 rounding (1e-6); keys and values are those of all tokens."""
+    q, *others = _attention_inputs()
+    rows = irc.select_rows(torch.rand(2, 5) < share)
+    y, keys, values = irc.attention(q, *others, 4, 0.5)
+    found, found_keys, found_values = irc.routed_attention(irc.compact(q, rows), rows, *others, 4, 0.5)
+    torch.testing.assert_close(found, irc.compact(y, rows), rtol=0, atol=1e-6)
+    assert torch.equal(found_keys, keys)
+    assert torch.equal(found_values, values)
+
+
+def test_a_row_that_sees_nothing_is_finite() -> None:
+    q, k, v, past_k, past_v, mask = _attention_inputs()
+    y, _, _ = irc.attention(q, k, v, past_k, past_v, torch.zeros_like(mask), 4, 0.5)
+    assert y.isfinite().all()

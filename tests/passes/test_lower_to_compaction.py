@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from passes.base import PassError, PassManager
+from passes.harden_routers import HardenRouters
+from passes.lower_to_compaction import LowerToCompaction
+from passes.printer import print_graph, print_model
+from passes.raise_attention import RaiseAttention
+from passes.raise_norms import RaiseNorms
+
+BEFORE = (RaiseNorms(), RaiseAttention(), HardenRouters())
+FAMILIES = ["llama", "llama-mha-biased-rope3", "mistral-sliding", "qwen2", "qwen3"]
+
+
+def _bias(graph: nn.Module, amount: float) -> None:
+    with torch.no_grad():
+        for name, parameter in graph.named_parameters():
+            if name.endswith("_router.2.bias"):
+                parameter[0] += amount
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("gates", ["mixed", "all executed", "all skipped"])
+@torch.no_grad()
+def test_numbers_are_those_of_the_hard_model(tiny: Callable, insertions: tuple, family: str, gates: str) -> None:
+    """fp32, 1e-5 absolute: matrix products over fewer rows may round otherwise."""
+    model = tiny(family)
+    ids = model.ids(3, 9)
+    PassManager([*insertions, *BEFORE]).run(model.graph)
+    _bias(model.graph, {"mixed": 0.0, "all executed": 1e3, "all skipped": -1e3}[gates])
+    before = model.run(ids)
+    assert PassManager([LowerToCompaction()]).run(model.graph).modified
+    for got, expected in zip(model.run(ids), before, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+def _rows_seen(graph: nn.Module, ids: torch.Tensor, model: Any) -> dict[str, int]:
+    seen: dict[str, int] = {}
+    handles = [
+        module.register_forward_hook(
+            lambda module, args, output, name=name: seen.__setitem__(name, args[0].flatten(0, -2).shape[0])
+        )
+        for name, module in graph.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    model.run(ids)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@torch.no_grad()
+def test_skipped_tokens_reach_no_linear_but_k_v_and_the_router(tiny: Callable, insertions: tuple) -> None:
+    model = tiny()
+    PassManager([*insertions, *BEFORE, LowerToCompaction()]).run(model.graph)
+    ids = model.ids(3, 9)
+    _bias(model.graph, -1e3)
+    rows = _rows_seen(model.graph, ids, model)
+    for name, count in rows.items():
+        gated = name.endswith(("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
+        assert count == (0 if gated else 27), name
+    _bias(model.graph, 2e3)
+    for name, count in _rows_seen(model.graph, ids, model).items():
+        assert count == (0 if "_forecaster" in name else 27), name
+
+
+def test_golden_layer_and_attention(tiny: Callable, insertions: tuple, golden: Callable[[str], str]) -> None:
+    graph = tiny().graph
+    PassManager([*insertions, *BEFORE, LowerToCompaction()]).run(graph)
+    layer, attention = "model.layers.1", "model.layers.1.self_attn"
+    assert print_graph(graph.get_submodule(layer).graph) + "\n" == golden("lowered_layer")
+    assert print_graph(graph.get_submodule(attention).graph) + "\n" == golden("lowered_attention")
+
+
+def test_second_run_changes_nothing(tiny: Callable, insertions: tuple) -> None:
+    graph = tiny().graph
+    PassManager([*insertions, *BEFORE, LowerToCompaction()]).run(graph)
+    text = print_model(graph)
+    assert not PassManager([*BEFORE, LowerToCompaction()]).run(graph).modified
+    assert print_model(graph) == text
+
+
+def test_a_plain_model_is_left_alone(tiny: Callable) -> None:
+    graph = tiny().graph
+    PassManager(BEFORE).run(graph)
+    assert not PassManager([LowerToCompaction()]).run(graph).modified
+
+
+def test_attention_has_to_be_raised_first(tiny: Callable, insertions: tuple) -> None:
+    graph = tiny().graph
+    PassManager([*insertions, HardenRouters()]).run(graph)
+    with pytest.raises(PassError, match="expected a raised attention unit; run RaiseAttention first"):
+        PassManager([LowerToCompaction()]).run(graph)
