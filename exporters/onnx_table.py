@@ -41,10 +41,13 @@ def _scatter(y, rows, base):
 
 
 def _rms_norm(x, weight, eps):
-    if x.shape is not None and x.shape[-1] == weight.shape[0]:
+    features, size = int(x.shape[-1]), int(weight.shape[0])
+    if features == size:
         return op.RMSNormalization(x, weight, axis=-1, epsilon=eps)
-    chunks = op.Reshape(x, op.Constant(value_ints=[0, 0, -1, int(weight.shape[0])]))
-    return op.Reshape(op.RMSNormalization(chunks, weight, axis=-1, epsilon=eps), op.Constant(value_ints=[0, 0, -1]))
+    # Every size is said: there may be no row at all, and then -1 could be anything.
+    chunks = op.Reshape(x, op.Constant(value_ints=[0, 0, features // size, size]))
+    normed = op.RMSNormalization(chunks, weight, axis=-1, epsilon=eps)
+    return op.Reshape(normed, op.Constant(value_ints=[0, 0, features]))
 
 
 def _rotary(x, cos, sin, heads):

@@ -83,13 +83,15 @@ def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
     """Give `make_pair(tiny)`: insert untrained routers and forecasters, and export; `routed=False` exports densely."""
 
     def make(tiny: Any, routed: bool = True) -> Pair:
-        control = RoutingControl()
+        control, dtype = RoutingControl(), tiny.captured.dtype
         torch.manual_seed(0)
         if routed:
             PassManager(
                 [
-                    InsertForecasters(lambda unit: Forecaster(unit.width, 4), lambda unit: Mux(unit.name, control)),
-                    InsertRouters(lambda unit: Router(unit.width, 8)),
+                    InsertForecasters(
+                        lambda unit: Forecaster(unit.width, 4).to(dtype), lambda unit: Mux(unit.name, control)
+                    ),
+                    InsertRouters(lambda unit: Router(unit.width, 8).to(dtype)),
                 ]
             ).run(tiny.graph)
         reference = copy.deepcopy(tiny.captured)

@@ -65,12 +65,14 @@ def _feeds(pair: Any, case: dict[str, Any], dtype: torch.dtype = torch.float32) 
     return ids, mask, [torch.randn(shape, generator=generator).to(dtype) for _ in range(2 * pair.cache.layers)]
 
 
-def _compare(pair: Any, case: dict[str, Any]) -> None:
+def _compare(pair: Any, case: dict[str, Any]) -> bool:
+    """Compare all outputs; returns False, and compares nothing, where rounding may decide a route."""
     ids, mask, past = _feeds(pair, case)
     real = mask[:, -ids.shape[1] :].bool()
     expected, tape = pair.torch(case["gates"], ids, mask, past)
     near = [record.difference.abs()[real].min().item() for record in tape.values() if record.difference is not None]
-    assume(not near or min(near) > NEAR)
+    if near and min(near) <= NEAR:
+        return False
     found = pair.onnx(case["gates"], ids, mask, past)
     assert (found["logits"] - expected[0])[real].abs().max() <= TOLERANCE
     for index, tensor in enumerate(expected[1:]):
@@ -82,6 +84,7 @@ def _compare(pair: Any, case: dict[str, Any]) -> None:
         assert torch.equal(found[decision.execute][real], execute[real]), decision.unit
         if case["gates"] != "mixed":
             assert bool(execute.all()) == (case["gates"] == "all executed")
+    return True
 
 
 @settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -91,7 +94,7 @@ def test_random_llamas(tiny_of: Callable, make_pair: Callable, shape: dict[str, 
     if key not in _pairs:
         _pairs[key] = make_pair(tiny_of(LlamaConfig(**shape)))
     for _ in range(12):
-        _compare(_pairs[key], data.draw(inputs))
+        assume(_compare(_pairs[key], data.draw(inputs)))
 
 
 @pytest.mark.parametrize("family", ["llama-mha-biased-rope3", "mistral-sliding", "qwen2", "qwen3"])
@@ -106,13 +109,7 @@ def test_other_architectures(tiny: Callable, make_pair: Callable, family: str) -
             ("all executed", 2, 5, 3, "right"),
         ):
             case = {"batch": batch, "length": length, "past": past, "padding": padding, "gates": gates, "seed": seed}
-            try:
-                _compare(pair, case)
-            except BaseException as error:  # hypothesis' assume outside a test of its own
-                if type(error).__name__ != "UnsatisfiedAssumption":
-                    raise
-                continue
-            compared += 1
+            compared += _compare(pair, case)
     assert compared >= 24
 
 
@@ -130,7 +127,7 @@ def test_a_dense_model_exports_without_our_operators(tiny: Callable, make_pair: 
     assert {node.domain for node in model.graph.node} == {""}
     assert len(model.functions) == 0
     case = {"batch": 2, "length": 6, "past": 3, "padding": "left", "gates": "mixed", "seed": 0}
-    _compare(pair, case)
+    assert _compare(pair, case)
 
 
 def test_operators_and_weights_of_the_file(routed: Any) -> None:
