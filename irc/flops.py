@@ -1,8 +1,9 @@
 """Matrix-multiply FLOPs per token, dense and routed, counted from the captured model itself.
 
 A linear costs 2 * in * out per token. Attention scores and their weighted sum cost 4 * context * heads *
-head size per executed token, where context is the mean number of keys a token sees in a window. Routers
-and forecasters are charged for every token, K and V too; Q, scores, O and the FFN for executed tokens only.
+head size per executed token, where context is the mean number of keys a token sees in a window. Routers are
+charged for every token, K and V too; Q, scores, O and the FFN for executed tokens only, forecasters for the
+others: that is what the lowered model computes.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ class UnitFlops:
     Attributes:
         always: Spent on every token in the dense and in the routed model (K and V).
         gated: Spent on executed tokens (Q, scores, O; or the whole FFN).
-        added: Spent on every token of the routed model (router and forecaster).
+        router: Spent on every token of the routed model.
+        forecaster: Spent on approximated tokens.
     """
 
     always: float
     gated: float
-    added: float
+    router: float
+    forecaster: float
 
     @property
     def dense(self) -> float:
@@ -37,7 +40,7 @@ class UnitFlops:
 
     def routed(self, keep: float) -> float:
         """FLOPs per token when a share `keep` of the tokens executes."""
-        return self.always + self.added + self.gated * keep
+        return self.always + self.router + self.gated * keep + self.forecaster * (1 - keep)
 
 
 def unit_flops(model: RoutedForCausalLM, context: int) -> dict[str, UnitFlops]:
@@ -89,11 +92,11 @@ def _count(model: RoutedForCausalLM, unit: Unit, keys: float) -> UnitFlops:
         config = model.config
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         gated += 4.0 * keys * config.num_attention_heads * size
-    added = 0.0
+    added = {"router": 0.0, "forecaster": 0.0}
     if model.spec is not None:
-        for role in ("router", "forecaster"):
-            added += sum(2.0 * m.in_features * m.out_features for _, m in _linears(model.part(unit, role)))
-    return UnitFlops(always, gated, added)
+        for role in added:
+            added[role] = sum(2.0 * m.in_features * m.out_features for _, m in _linears(model.part(unit, role)))
+    return UnitFlops(always, gated, **added)
 
 
 def _ungated(submodule: nn.Module) -> set[str]:

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from exporters.onnx import Decision
 from irc.errors import InputError
 from irc.onnx_folder import OnnxFolder, open_folder
 
@@ -44,6 +45,10 @@ class Cache:
         self.values = list(values)
         self.length = length
 
+    def copy(self) -> Cache:
+        """Return a cache of the same tokens that grows by itself; nothing is copied but references."""
+        return Cache(self.values, self.length)
+
 
 class Runtime:
     """An ONNX Runtime session of an exported model.
@@ -53,12 +58,15 @@ class Runtime:
         provider: `auto`, `cpu` or `cuda`.
         threads: Of one operator; 0 leaves it to ONNX Runtime.
         spinning: Whether idle threads spin; off where several sessions share the cores.
+        forced: Whether `step` is given the decisions instead of following the routers, which run all the same.
 
     Raises:
         InputError: The folder is damaged, the provider does not load, or cannot run the model's data type.
     """
 
-    def __init__(self, folder: Path, provider: str = "auto", threads: int = 0, spinning: bool = True) -> None:
+    def __init__(
+        self, folder: Path, provider: str = "auto", threads: int = 0, spinning: bool = True, forced: bool = False
+    ) -> None:
         self.exported: OnnxFolder = open_folder(folder)
         self.provider = choose_provider(provider)
         if self.provider == "cpu" and self.exported.dtype == "bf16":
@@ -73,11 +81,11 @@ class Runtime:
         )
         try:
             self._session = ort.InferenceSession(
-                _with_decisions(self.exported), options, providers=[PROVIDERS[self.provider]]
+                _with_decisions(self.exported, forced), options, providers=[PROVIDERS[self.provider]]
             )
         except Exception as error:
             raise InputError(f"{folder}: ONNX Runtime cannot load it ({_first_line(error)})") from error
-        self._units = len(self.exported.decisions)
+        self._forced = forced
 
     @property
     def device(self) -> str:
@@ -92,13 +100,16 @@ class Runtime:
         )
         return Cache([empty] * (2 * shape.layers), 0)
 
-    def step(self, ids: NDArray[np.int64], mask: NDArray[np.int64], cache: Cache) -> Step:
+    def step(
+        self, ids: NDArray[np.int64], mask: NDArray[np.int64], cache: Cache, execute: NDArray[np.bool_] | None = None
+    ) -> Step:
         """Run the model on new tokens; the cache grows in place.
 
         Args:
             ids: [batch, tokens].
             mask: [batch, cached + tokens], 0 on padding.
             cache: Of the tokens before.
+            execute: Decisions [units, batch, tokens] of a forced runtime.
         """
         binding = self._session.io_binding()
         binding.bind_cpu_input("input_ids", ids)
@@ -110,8 +121,10 @@ class Runtime:
         binding.bind_output("logits")
         for layer, part in parts:
             binding.bind_output(f"present.{layer}.{part}", self.device)
-        for decision in self.exported.decisions:
-            binding.bind_output(decision.execute)
+        for index, decision in enumerate(self.exported.decisions):
+            if self._forced and execute is not None:
+                binding.bind_cpu_input(decision.execute, np.ascontiguousarray(execute[index]))
+            binding.bind_output(_own(decision) if self._forced else decision.execute)
             binding.bind_output(decision.difference)
         self._session.run_with_iobinding(binding)
         logits, *rest = binding.get_outputs()
@@ -164,14 +177,28 @@ def choose_provider(wanted: str) -> str:
     return "cpu"
 
 
-def _with_decisions(exported: OnnxFolder) -> bytes:
-    """Return the model with every unit's decisions among its outputs; its weights stay in their file."""
+def _with_decisions(exported: OnnxFolder, forced: bool) -> bytes:
+    """Return the model with every unit's decisions among its outputs; its weights stay in their file.
+
+    Forced, the decisions are inputs, and what the routers decide goes to the outputs alone.
+    """
     model = onnx.load(str(exported.model), load_external_data=False)
+    sizes = ["batch_size", "sequence_length"]
     for decision in exported.decisions:
-        for name, kind in ((decision.execute, onnx.TensorProto.BOOL), (decision.difference, onnx.TensorProto.FLOAT)):
-            model.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, ["batch_size", "sequence_length"]))
+        execute = _own(decision) if forced else decision.execute
+        if forced:
+            maker = next(node for node in model.graph.node if decision.execute in node.output)
+            maker.output[list(maker.output).index(decision.execute)] = execute
+            model.graph.input.append(onnx.helper.make_tensor_value_info(decision.execute, onnx.TensorProto.BOOL, sizes))
+        for name, kind in ((execute, onnx.TensorProto.BOOL), (decision.difference, onnx.TensorProto.FLOAT)):
+            model.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, sizes))
     serialized: bytes = model.SerializeToString()
     return serialized
+
+
+def _own(decision: Decision) -> str:
+    """Name of what a unit's own router decides, beside the decisions that are forced on it."""
+    return f"{decision.execute}.own"
 
 
 def _float32(value: Any) -> NDArray[np.float32]:

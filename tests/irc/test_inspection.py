@@ -90,13 +90,13 @@ def test_parameters_are_those_counted_by_hand(facts: dict[str, Any]) -> None:
 def test_flops_are_those_summed_by_hand(facts: dict[str, Any]) -> None:
     scores = 4 * 8.5 * 32  # of 16 tokens a token sees 8.5 on average; q.k and the weighted sum
     always = 2 * (32 * 16 * 2)
-    added = 2 * (FORECASTER + ROUTER)
+    router, forecaster = 2 * ROUTER, 2 * FORECASTER
     attention, ffn, head = 2 * ATTENTION + scores, 2 * FFN, 2 * 32 * 61
     expected = {
-        "0.self_attn": always + added + (attention - always) * 0.25,
-        "0.mlp": added + ffn,
-        "1.self_attn": always + added + (attention - always) * 0.5,
-        "1.mlp": added + ffn * 0.75,
+        "0.self_attn": always + router + forecaster * 0.75 + (attention - always) * 0.25,
+        "0.mlp": router + ffn,
+        "1.self_attn": always + router + forecaster * 0.5 + (attention - always) * 0.5,
+        "1.mlp": router + forecaster * 0.25 + ffn * 0.75,
     }
     for unit, (name, routed) in zip(facts["units"], expected.items(), strict=True):
         assert unit["name"] == f"model.layers.{name}"
