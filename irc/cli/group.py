@@ -24,12 +24,12 @@ from irc.errors import IrcError
 
 VERBS = {
     "convert": "Add routers and forecasters to a model and train them.",
-    "export": "Write a bundle or a model as an ONNX folder that ONNX Runtime runs.",
-    "verify": "Hold an ONNX folder against the PyTorch model it came from.",
+    "export": "Write a bundle or a model as an ONNX folder.",
+    "verify": "Compare an ONNX folder with the PyTorch model it came from.",
     "generate": "Continue a prompt with an exported model.",
-    "eval": "Measure a bundle's perplexity and sparsity against the dense model.",
-    "inspect": "Show the units of a model or bundle, and what each skips.",
-    "env": "Show versions, devices and execution providers that really work.",
+    "eval": "Measure a bundle's perplexity, sparsity and FLOPs.",
+    "inspect": "Show the units of a model or bundle and what each skips.",
+    "env": "Show versions, devices and providers that really work.",
 }
 """Every verb (the file of that name in this package) and its line in `irc --help`."""
 
