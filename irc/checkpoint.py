@@ -90,15 +90,18 @@ class BaseModel:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Return all weights, memory-mapped: pages are read when they are touched."""
-        result: dict[str, torch.Tensor] = {}
+        return {key: tensor for shard in self.shards for key, tensor in _mapped(shard).items()}
+
+    def check_finite(self) -> None:
+        """Refuse weights with NaN or infinity, naming the first; no shard stays in memory."""
         for shard in self.shards:
-            try:
-                with safe_open(shard, framework="pt") as opened:
-                    for key in opened.keys():  # noqa: SIM118 - safe_open is no mapping
-                        result[key] = opened.get_tensor(key)
-            except (SafetensorError, OSError) as error:
-                raise InputError(f"{shard}: truncated or not a safetensors file ({_sentence(error)})") from error
-        return result
+            for key, tensor in _mapped(shard).items():
+                # In pieces: what isfinite allocates for a large embedding would be the peak of a conversion.
+                pieces = tensor.flatten().split(_PIECE) if tensor.is_floating_point() else ()
+                if not all(bool(torch.isfinite(piece).all()) for piece in pieces):
+                    raise InputError(
+                        f"{self.name}: weight {key} holds NaN or infinite values; the checkpoint is damaged"
+                    )
 
     def sha256(self) -> str:
         """Return the SHA-256 over all shards in order."""
@@ -144,13 +147,12 @@ def find_base(name: str, revision: str | None = None) -> BaseModel:
     return BaseModel(name, Path(path))
 
 
-def check_finite(weights: dict[str, torch.Tensor], name: str) -> None:
-    """Refuse weights with NaN or infinity, naming the first."""
-    for key, tensor in weights.items():
-        # In pieces: what isfinite allocates for the embedding of a large vocabulary would be the peak of a conversion.
-        pieces = tensor.flatten().split(_PIECE) if tensor.is_floating_point() else ()
-        if not all(bool(torch.isfinite(piece).all()) for piece in pieces):
-            raise InputError(f"{name}: weight {key} holds NaN or infinite values; the checkpoint is damaged")
+def _mapped(shard: Path) -> dict[str, torch.Tensor]:
+    try:
+        with safe_open(shard, framework="pt") as opened:
+            return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - safe_open is no mapping
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{shard}: truncated or not a safetensors file ({_sentence(error)})") from error
 
 
 def _sentence(error: BaseException) -> str:

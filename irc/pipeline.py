@@ -14,7 +14,7 @@ import torch
 
 from irc.bundle import CONFIG, replace_folder, write_bundle
 from irc.card import model_card
-from irc.checkpoint import BaseModel, check_finite, find_base
+from irc.checkpoint import BaseModel, find_base
 from irc.config import Recipe
 from irc.data import TextSource, load_text, pick, token_stream, windows
 from irc.errors import InputError, IrcError
@@ -140,7 +140,7 @@ def read_inputs(conversion: Conversion) -> None:
 def capture_and_rewrite(conversion: Conversion) -> None:
     """Capture the base and insert untrained forecasters, routers and muxes."""
     recipe = conversion.recipe
-    check_finite(conversion.base.weights(), recipe.model)
+    conversion.base.check_finite()
     spec = RoutingSpec(recipe.rank, recipe.forecaster, recipe.policy)
     conversion.model = build_routed(conversion.base, spec, recipe.dtype, recipe.device, recipe.seed)
     conversion.model.facts["base"] = conversion.base
