@@ -1,0 +1,72 @@
+"""What README and docs say can be done: Python runs; commands, options and files that are named exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import pytest
+
+from irc.bundle import save_bundle
+from irc.cli import group
+from irc.routed import RoutedForCausalLM
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PLACEHOLDERS = {"MODEL", "OUT", "TEXT", "DIR", "BUNDLE", "UNIT", "..."}
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    pattern = re.compile(rf"^```{language}\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    return [(page.name, block) for page in PAGES for block in pattern.findall(page.read_text())]
+
+
+def commands() -> list[tuple[str, str]]:
+    """Every `irc ...` in backquotes, and every line of a console block that runs it."""
+    found = [(page.name, text) for page in PAGES for text in re.findall(r"`(irc [a-z][^`]*)`", page.read_text())]
+    for page, block in blocks("console"):
+        found += [(page, line) for line in re.findall(r"^(?:\$ )?(?:\.venv/bin/)?(irc [a-z].*)$", block, re.MULTILINE)]
+    return found
+
+
+def flags(name: str) -> set[str]:
+    command = group.group.get_command(click.Context(group.group), name)
+    assert command is not None, f"there is no verb '{name}'"
+    return {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
+
+
+@pytest.mark.parametrize(("page", "code"), blocks("python"), ids=lambda value: value.split("\n")[0][:40])
+def test_python_runs(
+    page: str, code: str, make_routed: Callable[[], RoutedForCausalLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "build").mkdir()
+    save_bundle(make_routed(), tmp_path / "build" / "demo-bundle")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, page, "exec"), {"__name__": "__main__"})
+
+
+def test_there_are_commands_to_check() -> None:
+    assert len(commands()) > 5
+
+
+@pytest.mark.parametrize(("page", "text"), commands(), ids=lambda value: value)
+def test_verbs_and_options_exist(page: str, text: str) -> None:
+    verb, *arguments = shlex.split(text.replace("[", " ").replace("]", " "))[1:]
+    known = flags(verb)
+    assert {word for word in arguments if word.startswith("-")} <= known
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_are_named_exist(page: Path) -> None:
+    named = set(re.findall(r"`((?:irc|passes|exporters|examples|tests)/[\w/.]*)`", page.read_text()))
+    named |= set(re.findall(r"python (examples/\w+\.py)", page.read_text()))
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\((?!http)([^)#]+)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []
