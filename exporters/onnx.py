@@ -26,6 +26,7 @@ from exporters.onnx_table import translations
 from exporters.onnx_weights import store_transposed
 from passes.base import Pass, PassManager
 from passes.clean_up import CleanUp
+from passes.fold_differences import FoldDifferences
 from passes.harden_routers import HardenRouters
 from passes.lower_to_compaction import LowerToCompaction
 from passes.match import match_units
@@ -40,7 +41,7 @@ LEAST_ORT = "1.23"  # the first that runs Attention, RotaryEmbedding and RMSNorm
 
 def lowering() -> list[Pass]:
     """Return the passes that prepare a captured model for export, in order."""
-    return [RaiseNorms(), RaiseAttention(), HardenRouters(), LowerToCompaction(), CleanUp()]
+    return [RaiseNorms(), RaiseAttention(), HardenRouters(), FoldDifferences(), LowerToCompaction(), CleanUp()]
 
 
 @dataclass(frozen=True)
@@ -173,21 +174,16 @@ def _name_interface(model: ir.Model, cache: CacheShape) -> None:
 
 
 def _name_decisions(model: ir.Model, units: list[str]) -> list[Decision]:
-    """Name the decisions of all routed units: each feeds a SelectRows directly, and one through Not."""
+    """Name the decisions of all routed units: each is what a SelectRows reads, a comparison of the difference."""
     found: list[Decision] = []
-    seen: set[ir.Value] = set()
     for node in model.graph:
         if node.domain == DOMAIN and node.op_type == "SelectRows":
+            unit = units[len(found)]
+            decision = Decision(unit, f"{unit}.execute", f"{unit}.logit_difference")
             execute = node.inputs[0]
+            source = execute.producer() if execute else None
+            difference = source.inputs[0] if source else None
             assert execute is not None
-            source = execute.producer()
-            if execute in seen or source is None or source.op_type == "Not":
-                continue
-            seen.add(execute)
-            decision = Decision(
-                units[len(found)], f"{units[len(found)]}.execute", f"{units[len(found)]}.logit_difference"
-            )
-            difference = source.inputs[0]
             assert difference is not None
             execute.name, difference.name = decision.execute, decision.difference
             found.append(decision)

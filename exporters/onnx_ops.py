@@ -18,75 +18,66 @@ irc = Opset(DOMAIN, VERSION)
 
 @script(irc, default_opset=op)
 def SelectRows(mask):
-    """Return the flat indices of the true elements, ascending; int64 [n]."""
-    flat = op.Reshape(mask, op.Constant(value_ints=[-1]))
-    return op.Squeeze(op.NonZero(flat), op.Constant(value_ints=[0]))
+    """Return the true and the false tokens of mask [batch, tokens] as (sequence, token) pairs, int64 [1, n, 2]."""
+    zero = op.Constant(value_ints=[0])
+    true = op.Unsqueeze(op.Transpose(op.NonZero(mask), perm=[1, 0]), zero)
+    false = op.Unsqueeze(op.Transpose(op.NonZero(op.Not(mask)), perm=[1, 0]), zero)
+    return true, false
 
 
 @script(irc, default_opset=op)
 def Compact(x, rows):
-    """Return the tokens `rows` [n] of x [batch, tokens, ...]; [1, n, ...]."""
-    shape = op.Concat(op.Constant(value_ints=[1, -1]), op.Shape(x, start=2), axis=0)
-    return op.Gather(op.Reshape(x, shape), rows, axis=1)
+    """Return the tokens `rows` [1, n, 2] of x [batch, tokens, d]; [1, n, d]."""
+    return op.GatherND(x, rows)
 
 
 @script(irc, default_opset=op)
 def Scatter(y, rows, base):
-    """Return base [batch, tokens, d] with its tokens `rows` [n] replaced by y [1, n, d]."""
-    shape = op.Concat(op.Constant(value_ints=[-1]), op.Shape(base, start=2), axis=0)
-    indices = op.Unsqueeze(rows, op.Constant(value_ints=[1]))
-    flat = op.ScatterND(op.Reshape(base, shape), indices, op.Squeeze(y, op.Constant(value_ints=[0])))
-    return op.Reshape(flat, op.Shape(base))
+    """Return base [batch, tokens, d] with its tokens `rows` [1, n, 2] replaced by y [1, n, d]."""
+    return op.ScatterND(base, rows, y)
 
 
 @script(irc, default_opset=op)
 def RoutedAttention(q, rows, k, v, past_k, past_v, mask, heads: int, kv_heads: int, scale: float):
-    """Attend from the tokens `rows` alone: q [1, n, heads * size], mask [batch, 1, tokens, keys] is added to scores.
+    """Attend from the tokens `rows` alone: q [1, n, heads * size], mask [batch, tokens, keys] is added to scores.
 
     A batch of one computes no score of a skipped token. In a larger one the queries of each sequence are padded to
     the longest; with no query at all only the cache grows.
     """
-    minus = op.Constant(value_ints=[-1])
     zero = op.Constant(value_ints=[0])
     one = op.Constant(value_ints=[1])
-    keys_shape = op.Shape(mask, start=3)
-    flat_mask = op.Reshape(mask, op.Concat(minus, keys_shape, axis=0))
-    batch = op.Shape(k, start=0, end=1)
+    batch = op.Shape(mask, start=0, end=1)
+    single = op.Equal(op.Squeeze(batch), op.Constant(value_int=1))
     if op.Greater(op.Size(rows), op.Constant(value_int=0)):
-        if op.Equal(op.Squeeze(batch), op.Constant(value_int=1)):
-            own_mask = op.Unsqueeze(op.Gather(flat_mask, rows, axis=0), op.Constant(value_ints=[0, 1]))
+        own_mask = op.GatherND(mask, rows)
+        if single:
             y, keys, values = op.Attention(
-                q, k, v, own_mask, past_k, past_v, q_num_heads=heads, kv_num_heads=kv_heads, scale=scale
-            )
+                q, k, v, op.Unsqueeze(own_mask, zero), past_k, past_v,
+                q_num_heads=heads, kv_num_heads=kv_heads, scale=scale,
+            )  # fmt: skip
         else:
-            count = op.Shape(rows)
-            sequence = op.Div(rows, op.Shape(k, start=1, end=2))
-            counts = op.ScatterElements(
-                op.Expand(zero, batch), sequence, op.Expand(one, count), axis=0, reduction="add"
-            )
-            longest = op.ReduceMax(counts, keepdims=1)
+            sequence = op.Gather(rows, op.Constant(value_int=0), axis=2)
+            flat = op.Squeeze(sequence, zero)
+            count = op.Shape(flat)
+            counts = op.ScatterElements(op.Expand(zero, batch), flat, op.Expand(one, count), axis=0, reduction="add")
             starts = op.CumSum(counts, op.Constant(value_int=0), exclusive=1)
             order = op.Range(op.Constant(value_int=0), op.Squeeze(count), op.Constant(value_int=1))
-            slots = op.Add(op.Sub(order, op.Gather(starts, sequence)), op.Mul(sequence, longest))
-            places = op.Mul(batch, longest)
-            features = op.Shape(q, start=2)
-            padded = op.ScatterND(
-                op.Expand(op.CastLike(op.Constant(value_float=0.0), q), op.Concat(places, features, axis=0)),
-                op.Unsqueeze(slots, one),
-                op.Squeeze(q, zero),
-            )
-            tokens = op.ScatterElements(op.Expand(zero, places), slots, rows, axis=0)
-            own_mask_n = op.Reshape(
-                op.Gather(flat_mask, tokens, axis=0), op.Concat(batch, one, longest, keys_shape, axis=0)
+            slot = op.Unsqueeze(op.Sub(order, op.Gather(starts, flat)), zero)
+            places = op.Concat(op.Unsqueeze(sequence, op.Constant(value_ints=[2])),
+                               op.Unsqueeze(slot, op.Constant(value_ints=[2])), axis=2)  # fmt: skip
+            nothing = op.CastLike(op.Constant(value_float=0.0), q)
+            padded = op.Concat(batch, op.ReduceMax(counts, keepdims=1), axis=0)
+            queries = op.ScatterND(op.Expand(nothing, op.Concat(padded, op.Shape(q, start=2), axis=0)), places, q)
+            masks = op.ScatterND(
+                op.Expand(nothing, op.Concat(padded, op.Shape(mask, start=2), axis=0)), places, own_mask
             )
             y_padded, keys, values = op.Attention(
-                op.Reshape(padded, op.Concat(batch, longest, features, axis=0)),
-                k, v, own_mask_n, past_k, past_v, q_num_heads=heads, kv_num_heads=kv_heads, scale=scale,
+                queries, k, v, op.Unsqueeze(masks, one), past_k, past_v,
+                q_num_heads=heads, kv_num_heads=kv_heads, scale=scale,
             )  # fmt: skip
-            y = op.Gather(op.Reshape(y_padded, op.Concat(one, minus, features, axis=0)), slots, axis=1)
+            y = op.GatherND(y_padded, places)
     else:
-        size = op.Shape(past_k, start=3)
-        split = op.Concat(op.Shape(k, start=0, end=2), minus, size, axis=0)
+        split = op.Concat(op.Shape(k, start=0, end=2), op.Constant(value_ints=[-1]), op.Shape(past_k, start=3), axis=0)
         y = op.Identity(q)
         keys = op.Concat(past_k, op.Transpose(op.Reshape(k, split), perm=[0, 2, 1, 3]), axis=2)
         values = op.Concat(past_v, op.Transpose(op.Reshape(v, split), perm=[0, 2, 1, 3]), axis=2)
@@ -102,7 +93,7 @@ def function_protos() -> list[onnx.FunctionProto]:
 
 
 _SCHEMAS = (
-    ("SelectRows", "mask: B -> rows: I", ""),
+    ("SelectRows", "mask: B -> executed: I, skipped: I", ""),
     ("Compact", "x: T, rows: I -> y: T", ""),
     ("Scatter", "y: T, rows: I, base: T -> z: T", ""),
     (

@@ -60,7 +60,7 @@ def _attention(q, k, v, past_k, past_v, mask, heads, scale):
 
 
 def _routed_attention(q, rows, k, v, past_k, past_v, mask, heads, scale):
-    added, kv_heads = _added(mask, q), int(past_k.shape[1])
+    added, kv_heads = op.Squeeze(_added(mask, q), op.Constant(value_ints=[1])), int(past_k.shape[1])
     return irc.RoutedAttention(q, rows, k, v, past_k, past_v, added, heads=heads, kv_heads=kv_heads, scale=scale)
 
 

@@ -11,11 +11,11 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from exporters.onnx import Decision
 from irc.errors import InputError
 from irc.onnx_folder import OnnxFolder, open_folder
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_EXECUTE, _DIFFERENCES = "irc.execute", "irc.logit_differences"
 _ELEMENTS = {
     "fp32": onnx.TensorProto.FLOAT,
     "fp16": onnx.TensorProto.FLOAT16,
@@ -86,6 +86,9 @@ class Runtime:
         except Exception as error:
             raise InputError(f"{folder}: ONNX Runtime cannot load it ({_first_line(error)})") from error
         self._forced = forced
+        parts = [(layer, part) for layer in range(self.exported.cache.layers) for part in ("key", "value")]
+        self._past = [f"past_key_values.{layer}.{part}" for layer, part in parts]
+        self._present = [f"present.{layer}.{part}" for layer, part in parts]
 
     @property
     def device(self) -> str:
@@ -114,28 +117,24 @@ class Runtime:
         binding = self._session.io_binding()
         binding.bind_cpu_input("input_ids", ids)
         binding.bind_cpu_input("attention_mask", mask)
-        shape = self.exported.cache
-        parts = [(layer, part) for layer in range(shape.layers) for part in ("key", "value")]
-        for (layer, part), value in zip(parts, cache.values, strict=True):
-            binding.bind_ortvalue_input(f"past_key_values.{layer}.{part}", value)
+        for name, value in zip(self._past, cache.values, strict=True):
+            binding.bind_ortvalue_input(name, value)
         binding.bind_output("logits")
-        for layer, part in parts:
-            binding.bind_output(f"present.{layer}.{part}", self.device)
-        for index, decision in enumerate(self.exported.decisions):
-            if self._forced and execute is not None:
-                binding.bind_cpu_input(decision.execute, np.ascontiguousarray(execute[index]))
-            binding.bind_output(_own(decision) if self._forced else decision.execute)
-            binding.bind_output(decision.difference)
+        for name in self._present:
+            binding.bind_output(name, self.device)
+        if self.exported.decisions:
+            binding.bind_output(_DIFFERENCES)
+        if self._forced:
+            assert execute is not None, "a forced runtime is told every decision"
+            binding.bind_cpu_input(_EXECUTE, np.ascontiguousarray(execute))
         self._session.run_with_iobinding(binding)
         logits, *rest = binding.get_outputs()
-        cache.values, decided = rest[: len(parts)], [value.numpy() for value in rest[len(parts) :]]
+        cache.values = rest[: len(self._present)]
         cache.length += ids.shape[1]
-        none = np.zeros((0, *ids.shape))
-        return Step(
-            _float32(logits),
-            np.stack(decided[::2]) if decided else none.astype(np.bool_),
-            np.stack(decided[1::2]) if decided else none.astype(np.float32),
-        )
+        difference = np.zeros((0, *ids.shape), np.float32)
+        if self.exported.decisions:
+            difference = rest[-1].numpy().reshape(-1, *ids.shape)
+        return Step(_float32(logits), difference >= 0 if execute is None else execute, difference)
 
 
 def onnxruntime() -> Any:
@@ -178,27 +177,29 @@ def choose_provider(wanted: str) -> str:
 
 
 def _with_decisions(exported: OnnxFolder, forced: bool) -> bytes:
-    """Return the model with every unit's decisions among its outputs; its weights stay in their file.
+    """Return the model with the logit differences of all units as one more output; its weights stay in their file.
 
-    Forced, the decisions are inputs, and what the routers decide goes to the outputs alone.
+    Forced, one more input says what executes; the routers run all the same, for the output reads them.
     """
     model = onnx.load(str(exported.model), load_external_data=False)
-    sizes = ["batch_size", "sequence_length"]
-    for decision in exported.decisions:
-        execute = _own(decision) if forced else decision.execute
-        if forced:
-            maker = next(node for node in model.graph.node if decision.execute in node.output)
-            maker.output[list(maker.output).index(decision.execute)] = execute
-            model.graph.input.append(onnx.helper.make_tensor_value_info(decision.execute, onnx.TensorProto.BOOL, sizes))
-        for name, kind in ((execute, onnx.TensorProto.BOOL), (decision.difference, onnx.TensorProto.FLOAT)):
-            model.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, sizes))
+    graph, decisions = model.graph, exported.decisions
+    if decisions:
+        differences = [decision.difference for decision in decisions]
+        graph.node.append(onnx.helper.make_node("Concat", differences, [_DIFFERENCES], axis=0))
+        sizes = ["units * batch_size", "sequence_length"]
+        graph.output.append(onnx.helper.make_tensor_value_info(_DIFFERENCES, onnx.TensorProto.FLOAT, sizes))
+    if forced:
+        shape: list[str | int] = [len(decisions), "batch_size", "sequence_length"]
+        graph.input.append(onnx.helper.make_tensor_value_info(_EXECUTE, onnx.TensorProto.BOOL, shape))
+        makers = {output: node for node in graph.node for output in node.output}
+        for index, decision in enumerate(decisions):
+            number, own = f"{decision.execute}.index", f"{decision.execute}.own"
+            maker = makers[decision.execute]
+            maker.output[list(maker.output).index(decision.execute)] = own
+            graph.initializer.append(onnx.numpy_helper.from_array(np.array(index), number))
+            graph.node.insert(0, onnx.helper.make_node("Gather", [_EXECUTE, number], [decision.execute], axis=0))
     serialized: bytes = model.SerializeToString()
     return serialized
-
-
-def _own(decision: Decision) -> str:
-    """Name of what a unit's own router decides, beside the decisions that are forced on it."""
-    return f"{decision.execute}.own"
 
 
 def _float32(value: Any) -> NDArray[np.float32]:

@@ -4,7 +4,8 @@ Routing operators (`select_rows`, `compact`, `scatter`, `routed_attention`, `rou
 becomes a node of the ONNX domain `irc`. Raised operators (`rms_norm`, `rotary`, `attention`) say in one word what
 capture spread over many nodes; each becomes one standard ONNX operator. docs/operators.md describes them one by one.
 
-Compacted tensors keep a leading 1, [1, n, ...], so that whatever works on [batch, tokens, ...] works on them too.
+Rows are (sequence, token) pairs, int64 [1, n, 2]. Compacted tensors keep a leading 1, [1, n, d], so that whatever works
+on [batch, tokens, d] works on them too.
 """
 
 from __future__ import annotations
@@ -17,32 +18,33 @@ _MASKED = -1e30  # finite: a row that sees nothing must not become NaN
 
 
 @torch.library.custom_op("irc::select_rows", mutates_args=())
-def select_rows(mask: Tensor) -> Tensor:
-    """Return the flat indices (batch * tokens, ascending) of the true tokens of a bool [batch, tokens]; int64 [n]."""
-    return mask.flatten().nonzero().flatten()
+def select_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the true and the false tokens of a bool [batch, tokens] as rows, each in order of sequence and token."""
+    return mask.nonzero().contiguous().unsqueeze(0), (~mask).nonzero().contiguous().unsqueeze(0)
 
 
 @select_rows.register_fake
-def _(mask: Tensor) -> Tensor:
-    count = torch.library.get_ctx().new_dynamic_size()
-    return mask.new_empty([count], dtype=torch.int64)
+def _(mask: Tensor) -> tuple[Tensor, Tensor]:
+    context = torch.library.get_ctx()
+    true, false = (mask.new_empty([1, context.new_dynamic_size(), 2], dtype=torch.int64) for _ in range(2))
+    return true, false
 
 
 @torch.library.custom_op("irc::compact", mutates_args=())
 def compact(x: Tensor, rows: Tensor) -> Tensor:
-    """Return the chosen tokens of x [batch, tokens, ...] in the order of `rows` [n]; [1, n, ...]."""
-    return x.flatten(0, 1).index_select(0, rows).unsqueeze(0)
+    """Return the tokens `rows` [1, n, 2] of x [batch, tokens, d]; [1, n, d]."""
+    return x[rows[..., 0], rows[..., 1]]
 
 
 @compact.register_fake
 def _(x: Tensor, rows: Tensor) -> Tensor:
-    return x.new_empty([1, rows.shape[0], *x.shape[2:]])
+    return x.new_empty([1, rows.shape[1], x.shape[2]])
 
 
 @torch.library.custom_op("irc::scatter", mutates_args=())
 def scatter(y: Tensor, rows: Tensor, base: Tensor) -> Tensor:
-    """Return base [batch, tokens, d] with the tokens `rows` [n] replaced by y [1, n, d]."""
-    return base.flatten(0, 1).index_copy(0, rows, y.squeeze(0)).view(base.shape)
+    """Return base [batch, tokens, d] with the tokens `rows` [1, n, 2] replaced by y [1, n, d]."""
+    return base.index_put((rows[..., 0], rows[..., 1]), y)
 
 
 @scatter.register_fake
@@ -120,11 +122,11 @@ def routed_attention(
     heads: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attend from the tokens `rows` [n] alone to past and present ones.
+    """Attend from the tokens `rows` alone to past and present ones.
 
     Args:
         q: Of the executed tokens, [1, n, heads * size].
-        rows: Their flat indices, ascending, int64 [n].
+        rows: Where they are, in order, int64 [1, n, 2].
         k: Of all tokens, [batch, tokens, kv_heads * size].
         v: As k.
         past_k: [batch, kv_heads, past, size].
@@ -136,11 +138,9 @@ def routed_attention(
     Returns:
         y [1, n, heads * size], present keys and values [batch, kv_heads, past + tokens, size] of all tokens.
     """
-    batch, tokens = k.shape[:2]
     keys, values = _append(past_k, k), _append(past_v, v)
-    dense = q.new_zeros(batch * tokens, q.shape[-1]).index_copy(0, rows, q.squeeze(0)).view(batch, tokens, -1)
-    y = _attend(dense, keys, values, mask, heads, scale)
-    return y.flatten(0, 1).index_select(0, rows).unsqueeze(0), keys, values
+    dense = scatter(q, rows, q.new_zeros(*k.shape[:2], q.shape[-1]))
+    return compact(_attend(dense, keys, values, mask, heads, scale), rows), keys, values
 
 
 @routed_attention.register_fake

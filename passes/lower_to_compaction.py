@@ -59,9 +59,11 @@ def _lower(
     module = model.get_submodule(unit.name)
     # The unit's own call moves behind the decision: K and V do not wait for it, but one call makes them and y.
     with graph.inserting_before(chosen):
-        executed = graph.call_function(irc.select_rows.default, (execute,), name=f"{unit.target}_executed")
-        skip = graph.call_function(aten.logical_not.default, (execute,))
-        skipped = graph.call_function(irc.select_rows.default, (skip,), name=f"{unit.target}_skipped")
+        both = graph.call_function(irc.select_rows.default, (execute,))
+        executed, skipped = (
+            graph.call_function(operator.getitem, (both, index), name=f"{unit.target}_{name}")
+            for index, name in enumerate(("executed", "skipped"))
+        )
         forecast_rows = _on_rows(graph, forecast, x, skipped)
         if unit.kind == "ffn":
             y_rows = _on_rows(graph, call, x, executed)
@@ -73,8 +75,8 @@ def _lower(
             moved.args = (*call.args, executed)
             call.replace_all_uses_with(moved)
             y_rows = y
-        empty = graph.call_function(aten.zeros_like.default, (x,))
-        base = graph.call_function(irc.scatter.default, (forecast_rows, skipped, empty))
+        # Every token is replaced, here or in the next line: x only lends its memory.
+        base = graph.call_function(irc.scatter.default, (forecast_rows, skipped, x))
         whole = graph.call_function(irc.scatter.default, (y_rows, executed, base), name=f"{unit.target}_scattered")
     if unit.kind == "attention":
         _move_readers(graph, moved, executed)

@@ -69,6 +69,7 @@ class Pair:
             for tensor in model.graph.initializer:
                 if tensor.name.endswith("_router.2.bias"):
                     values = onnx.numpy_helper.to_array(tensor).copy()
+                    assert values.shape == (1,), "the difference of the logits is one output"
                     values[0] += GATES[gates]
                     tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
             for decision in self.decisions:

@@ -21,7 +21,7 @@ def _attention_inputs(tokens: int = 5, past: int = 3) -> tuple[torch.Tensor, ...
 def test_schemas_and_fake_kernels(share: float) -> None:
     """Schema and fake kernel of every operator agree with what it computes, with no, some and all rows."""
     mask = torch.rand(2, 5) < share
-    rows = irc.select_rows(mask)
+    rows, _ = irc.select_rows(mask)
     x, base = torch.randn(2, 5, 6), torch.randn(2, 5, 6)
     q, *others = _attention_inputs()
     angles = torch.randn(2, 5, 2)
@@ -36,14 +36,15 @@ def test_schemas_and_fake_kernels(share: float) -> None:
 
 def test_rows_are_selected_in_order() -> None:
     mask = torch.tensor([[True, False, True], [False, True, True]])
-    assert irc.select_rows(mask).tolist() == [0, 2, 4, 5]
-    assert irc.select_rows(~mask).tolist() == [1, 3]
+    true, false = irc.select_rows(mask)
+    assert true.tolist() == [[[0, 0], [0, 2], [1, 1], [1, 2]]]
+    assert false.tolist() == [[[0, 1], [1, 0]]]
 
 
 def test_scatter_puts_back_what_compact_took_and_keeps_the_rest() -> None:
     x, base = torch.randn(3, 4, 5), torch.randn(3, 4, 5)
     mask = torch.rand(3, 4) < 0.5
-    rows = irc.select_rows(mask)
+    rows, _ = irc.select_rows(mask)
     result = irc.scatter(irc.compact(x, rows), rows, base)
     torch.testing.assert_close(result, torch.where(mask.unsqueeze(-1), x, base), rtol=0, atol=0)
     assert (result != base).any()
@@ -60,7 +61,7 @@ def test_norm_over_heads_is_the_norm_of_each_head() -> None:
 def test_routed_attention_is_attention_at_the_chosen_rows(share: float) -> None:
     """Rows equal those of attention to fp32 rounding (1e-6); keys and values are those of all tokens."""
     q, *others = _attention_inputs()
-    rows = irc.select_rows(torch.rand(2, 5) < share)
+    rows, _ = irc.select_rows(torch.rand(2, 5) < share)
     y, keys, values = irc.attention(q, *others, 4, 0.5)
     found, found_keys, found_values = irc.routed_attention(irc.compact(q, rows), rows, *others, 4, 0.5)
     torch.testing.assert_close(found, irc.compact(y, rows), rtol=0, atol=1e-6)
