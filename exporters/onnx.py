@@ -138,6 +138,8 @@ def _translate(module: nn.Module, cache: CacheShape, dtype: torch.dtype) -> ir.M
     mask = torch.ones(batch, past + tokens, dtype=torch.int64, device=device)
     auto = Dim.AUTO
     shapes = ({0: auto, 1: auto}, {0: auto, 1: auto}, [{0: auto, 2: auto} for _ in caches])
+    # It says that torchvision is missing, whose operators no language model has.
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.export.export(module, (ids, mask, caches), dynamic_shapes=shapes, strict=False)

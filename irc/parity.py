@@ -120,19 +120,15 @@ class _Totals:
             same = record.execute == torch.from_numpy(step.execute[index])
             self.agree[unit] += int(same.sum())
             assert record.difference is not None
-            if not bool(same.all()):
-                first = min(first, int((~same[0]).nonzero()[0]))
-                self._judge(record.difference, ~same, first)
+            flip = int((~same[0]).int().argmax()) if not bool(same.all()) else first
+            # Later flips, and flips of later units at the same token, follow from the first.
+            if flip < first and record.difference[0, flip].abs().item() <= self.near:
+                self.rounding, first = self.rounding + 1, flip
+            elif flip < first:
+                self.flips += 1
         self.left_out += ids.shape[1] - first
         if first:
             self.worst = max(self.worst, (expected - found)[:, :first].abs().max().item())
-
-    def _judge(self, difference: torch.Tensor, differs: torch.Tensor, first: int) -> None:
-        """Count the flip of the window's first token that flips; those after it follow from it."""
-        if bool(differs[0, first]) and difference[0, first].abs().item() <= self.near:
-            self.rounding += 1
-        elif bool(differs[0, first]):
-            self.flips += 1
 
     def perplexity(self, name: str) -> float:
         """Return the perplexity of one side."""

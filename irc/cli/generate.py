@@ -36,6 +36,7 @@ def command(folder: Path, prompt: str, as_json: bool, max_tokens: int, stop: tup
     sampling = Sampling(**flags)
     sampling.check()
     generator = Generator(Runtime(folder, provider))
+    generator.encode(prompt)  # refuses what cannot be continued before anything is printed
     if not as_json:
         console.stream(prompt, style="dim")
     emit: Callable[[str], None] = (lambda _: None) if as_json else console.stream

@@ -27,6 +27,7 @@ VERBS = {
     "export": "Write a bundle or a model as an ONNX folder.",
     "verify": "Compare an ONNX folder with the PyTorch model it came from.",
     "generate": "Continue a prompt with an exported model.",
+    "bench": "Time dense against routed on ONNX Runtime.",
     "eval": "Measure a bundle's perplexity, sparsity and FLOPs.",
     "inspect": "Show the units of a model or bundle and what each skips.",
     "env": "Show versions, devices and providers that really work.",

@@ -193,7 +193,7 @@ def make_context(
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def shake() -> Callable[[RoutedForCausalLM], RoutedForCausalLM]:
     """Give `shake(model)`: its routers disagree between tokens, so that about half of the pairs are skipped."""
 
@@ -207,7 +207,7 @@ def shake() -> Callable[[RoutedForCausalLM], RoutedForCausalLM]:
     return change
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def lora_on() -> Callable[[RoutedForCausalLM], RoutedForCausalLM]:
     """Give `lora_on(model)`: LoRA adapters with weights that matter."""
 
