@@ -7,6 +7,7 @@ EXTRAS ?= dev,cpu
 PYTHON ?=
 CANDIDATES = $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.14 python)
 DEMO := build/demo-bundle
+ONNX := build/demo-onnx
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint clean
@@ -14,10 +15,13 @@ DEMO := build/demo-bundle
 help:  ## list the targets
 	@sed -n 's/^\([a-z.]*\):[^#]*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
 
-demo: $(STAMP)  ## convert the embedded model, measure it against the dense one, show its units
+demo: $(STAMP)  ## convert the embedded model, measure it, show its units, export it and run it on ONNX Runtime
 	$(BIN)/irc convert demo -o $(DEMO) --sparsity 0.25 --force
 	$(BIN)/irc eval $(DEMO)
 	$(BIN)/irc inspect $(DEMO)
+	$(BIN)/irc export $(DEMO) -o $(ONNX) --force
+	$(BIN)/irc verify $(ONNX)
+	$(BIN)/irc generate $(ONNX) "def read_lines(path):" --max-tokens 80
 
 test: lint  ## lint, then run the tests
 	$(BIN)/python -m pytest
