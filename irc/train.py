@@ -191,10 +191,11 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: di
             os.fsync(opened.fileno())
         os.replace(partial, path)
     except Exception as error:
-        partial.unlink(missing_ok=True)
         raise IrcError(
             f"{path}: could not be written ({error}); free some space and try again with --resume"
         ) from error
+    finally:  # an interrupt, which is no Exception, leaves nothing either
+        partial.unlink(missing_ok=True)
 
 
 def _restore(path: Path, names: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> tuple[int, LoopResult]:
