@@ -27,6 +27,7 @@ from passes.set_device import SetDevice
 log = logging.getLogger(__name__)
 
 _BATCH, _LENGTH, _PAST = 2, 3, 5
+_SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 _DYNAMIC_ROPE = frozenset({"dynamic", "longrope"})
 
 
@@ -96,7 +97,9 @@ def assign_weights(captured: Captured, weights: Mapping[str, torch.Tensor], devi
         stored = tied.get(name, name)
         source = weights.get(stored)
         if source is None:
-            raise InputError(f"weight {name} is missing from the checkpoint; expected {list(parameter.shape)}")
+            raise InputError(
+                f"weight {name} is missing from the checkpoint; expected {list(parameter.shape)}{_hint(captured.config)}"
+            )
         if source.shape != parameter.shape:
             raise InputError(f"weight {name} is {list(source.shape)}, the configuration says {list(parameter.shape)}")
         if stored not in shared:
@@ -105,6 +108,13 @@ def assign_weights(captured: Captured, weights: Mapping[str, torch.Tensor], devi
         _set(model, name, shared[stored])
     _rebuild_buffers(captured, device)
     PassManager([SetDevice(device)]).run(model)
+
+
+def _hint(config: PretrainedConfig) -> str:
+    """Say that the architecture may be the reason, where it is none of those that are tested."""
+    if config.model_type in _SUPPORTED:
+        return ""
+    return f" ({config.model_type} is not a supported architecture; convert a Llama, Mistral, Qwen2 or Qwen3 model)"
 
 
 def _refuse_unsupported(config: PretrainedConfig) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, CLIPConfig, LlamaConfig, PretrainedConfig, T5Config
+from transformers import BertConfig, CLIPConfig, GPT2Config, LlamaConfig, PretrainedConfig, T5Config
 
 from irc.capture import assign_weights, capture
 from irc.errors import InputError
@@ -167,3 +167,9 @@ def test_refusal_of_torch_export_names_the_architecture(monkeypatch: pytest.Monk
         "llama: torch.export cannot capture this architecture (data-dependent branch); "
         "convert a Llama, Mistral, Qwen2 or Qwen3 model"
     )
+
+
+def test_a_missing_weight_of_an_architecture_that_is_not_supported_says_so() -> None:
+    captured = capture(GPT2Config(vocab_size=11, n_embd=8, n_layer=1, n_head=2, n_positions=16), torch.float32)
+    with pytest.raises(InputError, match=r"gpt2 is not a supported architecture; convert a Llama"):
+        assign_weights(captured, {})
