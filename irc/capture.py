@@ -97,9 +97,8 @@ def assign_weights(captured: Captured, weights: Mapping[str, torch.Tensor], devi
         stored = tied.get(name, name)
         source = weights.get(stored)
         if source is None:
-            raise InputError(
-                f"weight {name} is missing from the checkpoint; expected {list(parameter.shape)}{_hint(captured.config)}"
-            )
+            expected = f"expected {list(parameter.shape)}{_hint(captured.config)}"
+            raise InputError(f"weight {name} is missing from the checkpoint; {expected}")
         if source.shape != parameter.shape:
             raise InputError(f"weight {name} is {list(source.shape)}, the configuration says {list(parameter.shape)}")
         if stored not in shared:
