@@ -1,0 +1,113 @@
+"""`irc export` on a tiny routed model, as a user runs it: what it writes, says and refuses."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from irc import export as export_module
+from irc.onnx_folder import MANIFEST
+from irc.runtime import Runtime
+
+PROMPT = "def parse(text):\n    "
+FILES = {"config.json", "genai_config.json", MANIFEST, "model.onnx", "model.onnx.data", "tokenizer.json"}
+
+
+def test_what_export_writes_and_says(bundle: Path, tmp_path: Path, irc_main: Callable[..., Any]) -> None:
+    shown = irc_main("export", bundle, "-o", tmp_path / "onnx", "--json")
+    assert shown.code == 0, shown.err
+    result = shown.json
+    assert result["routed_units"] == 4
+    assert result["dtype"] == "fp32"
+    assert {path.name for path in (tmp_path / "onnx").iterdir()} >= FILES
+    assert {path.name for path in tmp_path.iterdir()} == {"onnx"}
+    genai = json.loads((tmp_path / "onnx" / "genai_config.json").read_text())
+    assert genai["model"]["decoder"]["num_hidden_layers"] == 2
+    again = irc_main("export", bundle, "-o", tmp_path / "onnx")
+    assert again.code == 2
+    assert "exists already; --force replaces it" in again.sentence()
+    assert irc_main("export", bundle, "-o", tmp_path / "onnx", "--force").code == 0
+
+
+def test_triton_layout_describes_the_model_it_holds(bundle: Path, tmp_path: Path, irc_main: Callable[..., Any]) -> None:
+    assert irc_main("export", bundle, "-o", tmp_path / "triton", "--layout", "triton").code == 0
+    config = (tmp_path / "triton" / "irc" / "config.pbtxt").read_text()
+    session = Runtime(tmp_path / "triton")._session
+    kinds = {"tensor(float)": "TYPE_FP32", "tensor(int64)": "TYPE_INT64"}
+    for side, values in (("input", session.get_inputs()), ("output", session.get_outputs()[:-1])):
+        for value in values:
+            sizes = ", ".join(str(size) if isinstance(size, int) else "-1" for size in value.shape)
+            line = f'{side} [ {{ name: "{value.name}" data_type: {kinds[value.type]} dims: [ {sizes} ] }} ]'
+            assert line in config.splitlines()
+    assert config.count("input [") == len(session.get_inputs())
+    assert irc_main("generate", tmp_path / "triton", PROMPT, "-n", "3", "--json").code == 0
+
+
+def damage(folder: Path, how: str) -> None:
+    data, manifest = folder / "model.onnx.data", folder / MANIFEST
+    if how == "truncated":
+        data.write_bytes(data.read_bytes()[:-100])
+    elif how == "altered":
+        content = bytearray(data.read_bytes())
+        content[1000] ^= 1
+        data.write_bytes(content)
+    elif how == "missing":
+        data.unlink()
+    elif how == "newer":
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"op_version": 99}))
+    else:
+        manifest.write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("how", "sentence"),
+    [
+        ("truncated", "the file is truncated or was changed; export again"),
+        ("altered", "the file is truncated or was changed; export again"),
+        ("missing", "the file is missing; export again"),
+        ("newer", "op version 99 is newer than this irc knows (1); upgrade irc"),
+        ("manifest", "damaged (JSONDecodeError"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["generate", "verify"])
+def test_a_damaged_folder_is_refused(
+    copied: Path, how: str, sentence: str, verb: str, irc_main: Callable[..., Any]
+) -> None:
+    damage(copied, how)
+    shown = irc_main(verb, copied, *([PROMPT] if verb == "generate" else []))
+    assert shown.code == 2
+    assert sentence in shown.sentence()
+    assert shown.out == ""
+
+
+def test_what_is_no_folder_of_ours_is_refused(bundle: Path, tmp_path: Path, irc_main: Callable[..., Any]) -> None:
+    assert "export it first: irc export" in irc_main("generate", bundle, "x").sentence()
+    assert "not an ONNX folder of irc" in irc_main("verify", tmp_path).sentence()
+    (tmp_path / "notes.txt").write_text("mine")
+    shown = irc_main("export", bundle, "-o", tmp_path, "--force")
+    assert (shown.code, (tmp_path / "notes.txt").read_text()) == (2, "mine")
+    assert "exists and is not an ONNX folder of irc" in shown.sentence()
+    assert irc_main("export", tmp_path, "-o", tmp_path / "new").code == 2
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_nothing_is_left_of_an_export_that_failed(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, irc_main: Callable[..., Any], error: BaseException
+) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        (tmp_path / "onnx.new" / "model.onnx.data").write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(export_module, "export_onnx", fail)
+    shown = irc_main("export", bundle, "-o", tmp_path / "onnx")
+    assert shown.code != 0
+    assert list(tmp_path.iterdir()) == []
+    if isinstance(error, OSError):
+        assert shown.code == 1
+        assert "could not be written (No space left on device)" in shown.sentence()
