@@ -26,12 +26,6 @@ PROMPT = "def parse(text):\n    "
 NEW_TOKENS = 24
 GENAI = ["onnxruntime-genai>=0.11"]
 OPTIMUM = ["optimum>=2.3,<3", "optimum-onnx<1", "transformers>=4.57,<4.58", "huggingface-hub<1", "tokenizers<0.23"]
-    "optimum>=2.3,<3",
-    "optimum-onnx>=0.1,<1",
-    "transformers>=4.57,<4.58",
-    "huggingface-hub<1",
-    "tokenizers<0.23",
-]
 TRITON = ["tritonclient>=2.60"]
 
 GENERATE_WITH_GENAI = """
