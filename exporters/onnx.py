@@ -36,6 +36,7 @@ from passes.raise_norms import RaiseNorms
 log = logging.getLogger(__name__)
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
+PAST, PRESENT = "past_key_values", "present"
 LEAST_ORT = "1.23"  # the first that runs Attention, RotaryEmbedding and RMSNormalization of opset 23
 
 
@@ -46,11 +47,19 @@ def lowering() -> list[Pass]:
 
 @dataclass(frozen=True)
 class CacheShape:
-    """Shape of a model's key/value cache: layers, key/value heads, features of a head."""
+    """Shape of a model's key/value cache.
+
+    Attributes:
+        layers: Decoder layers.
+        heads: Key/value heads.
+        size: Features of a head.
+        reduced: Layers that store executed tokens only; their cache has a length and slots of its own.
+    """
 
     layers: int
     heads: int
     size: int
+    reduced: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,9 +84,16 @@ class _Deployed(nn.Module):
         super().__init__()
         self.model = graph
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, past: list[torch.Tensor]) -> Any:
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        past: list[torch.Tensor],
+        slots: list[torch.Tensor],
+    ) -> Any:
         positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-        return self.model(input_ids, attention_mask, positions[:, past[0].shape[2] :], *past)
+        before = attention_mask.shape[1] - input_ids.shape[1] if slots else past[0].shape[2]
+        return self.model(input_ids, attention_mask, positions[:, before:], *past, *slots)
 
 
 def export_onnx(
@@ -114,11 +130,9 @@ def export_onnx(
         cleaning(model)
     if any(node.domain == DOMAIN for node in model.graph):
         model.opset_imports[DOMAIN] = VERSION
-        used = {node.op_type for node in model.graph if node.domain == DOMAIN}
-        for proto in function_protos():
-            if proto.name in used:
-                function = ir.serde.deserialize_function(proto)
-                model.functions[function.identifier()] = function
+        for proto in function_protos({node.op_type for node in model.graph if node.domain == DOMAIN}):
+            function = ir.serde.deserialize_function(proto)
+            model.functions[function.identifier()] = function
     model.metadata_props.update(
         metadata | {"irc.opset": str(OPSET), "irc.op_version": str(VERSION), "irc.least_onnxruntime": LEAST_ORT}
     )
@@ -132,17 +146,19 @@ def _translate(module: nn.Module, cache: CacheShape, dtype: torch.dtype) -> ir.M
     device = next(module.parameters()).device
     batch, tokens, past = 2, 3, 5
     # Tensors of their own: torch.export takes one tensor given twice for one input.
-    size = (batch, cache.heads, past, cache.size)
-    caches = [torch.zeros(size, dtype=dtype, device=device) for _ in range(2 * cache.layers)]
+    stored = [past - 1 if layer in cache.reduced else past for layer in range(cache.layers) for _ in range(2)]
+    caches = [torch.zeros(batch, cache.heads, count, cache.size, dtype=dtype, device=device) for count in stored]
+    slots = [torch.zeros(batch, past - 1, dtype=torch.int64, device=device) for _ in cache.reduced]
     ids = torch.zeros(batch, tokens, dtype=torch.int64, device=device)
     mask = torch.ones(batch, past + tokens, dtype=torch.int64, device=device)
     auto = Dim.AUTO
-    shapes = ({0: auto, 1: auto}, {0: auto, 1: auto}, [{0: auto, 2: auto} for _ in caches])
+    two = {0: auto, 1: auto}
+    shapes = (two, two, [{0: auto, 2: auto} for _ in caches], [two for _ in slots])
     # It says that torchvision is missing, whose operators no language model has.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.export.export(module, (ids, mask, caches), dynamic_shapes=shapes, strict=False)
+        program = torch.export.export(module, (ids, mask, caches, slots), dynamic_shapes=shapes, strict=False)
         converted = torch.onnx.export(
             program,
             custom_translation_table=translations(),
@@ -161,16 +177,17 @@ def _translate(module: nn.Module, cache: CacheShape, dtype: torch.dtype) -> ir.M
 def _name_interface(model: ir.Model, cache: CacheShape) -> None:
     """Give inputs and outputs the names and the symbolic sizes that runtimes expect."""
     batch, tokens, past, total = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
-    pairs = [(layer, part) for layer in range(cache.layers) for part in ("key", "value")]
-    inputs: list[tuple[str, Sequence[str | int]]] = [("input_ids", (batch, tokens)), ("attention_mask", (batch, total))]
-    inputs += [(f"past_key_values.{layer}.{part}", (batch, cache.heads, past, cache.size)) for layer, part in pairs]
-    outputs: list[tuple[str, Sequence[str | int]]] = []
-    outputs += [(f"present.{layer}.{part}", (batch, cache.heads, total, cache.size)) for layer, part in pairs]
     head = model.graph.outputs[0].shape
     assert head is not None
-    outputs.insert(0, ("logits", (batch, tokens, cast(int, head[-1]))))
-    for values, wanted in ((model.graph.inputs, inputs), (model.graph.outputs, outputs)):
-        for value, (name, shape) in zip(values, wanted, strict=True):
+    inputs: list[tuple[str, Sequence[str | int]]] = [("input_ids", (batch, tokens)), ("attention_mask", (batch, total))]
+    outputs: list[tuple[str, Sequence[str | int]]] = [("logits", (batch, tokens, cast(int, head[-1])))]
+    for values, stem, length in ((inputs, PAST, past), (outputs, PRESENT, total)):
+        lengths = [f"stored_{length}.{layer}" if layer in cache.reduced else length for layer in range(cache.layers)]
+        for layer, part in ((layer, part) for layer in range(cache.layers) for part in ("key", "value")):
+            values.append((f"{stem}.{layer}.{part}", (batch, cache.heads, lengths[layer], cache.size)))
+        values += [(f"{stem}.{layer}.slots", (batch, lengths[layer])) for layer in cache.reduced]
+    for found, wanted in ((model.graph.inputs, inputs), (model.graph.outputs, outputs)):
+        for value, (name, shape) in zip(found, wanted, strict=True):
             value.name = name
             value.shape = ir.Shape(shape)
 

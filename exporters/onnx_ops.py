@@ -7,6 +7,8 @@ The bodies are onnxscript: Python that is compiled to ONNX, never run.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import onnx
 from onnxscript import opset23 as op
 from onnxscript import script
@@ -38,6 +40,28 @@ def Scatter(y, rows, base):
 
 
 @script(irc, default_opset=op)
+def RaggedPlaces(rows, like):
+    """Return where `rows` [1, n, 2] go if each sequence's own are moved to its front, [1, n, 2], and the padded size.
+
+    The batch is that of `like`; the size is int64 [2]: batch, and the largest number of rows of a sequence.
+    """
+    zero = op.Constant(value_ints=[0])
+    one = op.Constant(value_ints=[1])
+    batch = op.Shape(like, start=0, end=1)
+    sequence = op.Gather(rows, op.Constant(value_int=0), axis=2)
+    flat = op.Squeeze(sequence, zero)
+    count = op.Shape(flat)
+    counts = op.ScatterElements(op.Expand(zero, batch), flat, op.Expand(one, count), axis=0, reduction="add")
+    starts = op.CumSum(counts, op.Constant(value_int=0), exclusive=1)
+    order = op.Range(op.Constant(value_int=0), op.Squeeze(count), op.Constant(value_int=1))
+    place = op.Unsqueeze(op.Sub(order, op.Gather(starts, flat)), zero)
+    last = op.Constant(value_ints=[2])
+    places = op.Concat(op.Unsqueeze(sequence, last), op.Unsqueeze(place, last), axis=2)
+    size = op.Concat(batch, op.ReduceMax(counts, keepdims=1), axis=0)
+    return places, size
+
+
+@script(irc, default_opset=op)
 def RoutedAttention(q, rows, k, v, past_k, past_v, mask, heads: int, kv_heads: int, scale: float):
     """Attend from the tokens `rows` alone: q [1, n, heads * size], mask [batch, tokens, keys] is added to scores.
 
@@ -46,8 +70,7 @@ def RoutedAttention(q, rows, k, v, past_k, past_v, mask, heads: int, kv_heads: i
     """
     zero = op.Constant(value_ints=[0])
     one = op.Constant(value_ints=[1])
-    batch = op.Shape(mask, start=0, end=1)
-    single = op.Equal(op.Squeeze(batch), op.Constant(value_int=1))
+    single = op.Equal(op.Squeeze(op.Shape(mask, start=0, end=1)), op.Constant(value_int=1))
     if op.Greater(op.Size(rows), op.Constant(value_int=0)):
         own_mask = op.GatherND(mask, rows)
         if single:
@@ -56,21 +79,10 @@ def RoutedAttention(q, rows, k, v, past_k, past_v, mask, heads: int, kv_heads: i
                 q_num_heads=heads, kv_num_heads=kv_heads, scale=scale,
             )  # fmt: skip
         else:
-            sequence = op.Gather(rows, op.Constant(value_int=0), axis=2)
-            flat = op.Squeeze(sequence, zero)
-            count = op.Shape(flat)
-            counts = op.ScatterElements(op.Expand(zero, batch), flat, op.Expand(one, count), axis=0, reduction="add")
-            starts = op.CumSum(counts, op.Constant(value_int=0), exclusive=1)
-            order = op.Range(op.Constant(value_int=0), op.Squeeze(count), op.Constant(value_int=1))
-            slot = op.Unsqueeze(op.Sub(order, op.Gather(starts, flat)), zero)
-            places = op.Concat(op.Unsqueeze(sequence, op.Constant(value_ints=[2])),
-                               op.Unsqueeze(slot, op.Constant(value_ints=[2])), axis=2)  # fmt: skip
+            places, size = irc.RaggedPlaces(rows, mask)
             nothing = op.CastLike(op.Constant(value_float=0.0), q)
-            padded = op.Concat(batch, op.ReduceMax(counts, keepdims=1), axis=0)
-            queries = op.ScatterND(op.Expand(nothing, op.Concat(padded, op.Shape(q, start=2), axis=0)), places, q)
-            masks = op.ScatterND(
-                op.Expand(nothing, op.Concat(padded, op.Shape(mask, start=2), axis=0)), places, own_mask
-            )
+            queries = op.ScatterND(op.Expand(nothing, op.Concat(size, op.Shape(q, start=2), axis=0)), places, q)
+            masks = op.ScatterND(op.Expand(nothing, op.Concat(size, op.Shape(mask, start=2), axis=0)), places, own_mask)
             y_padded, keys, values = op.Attention(
                 queries, k, v, op.Unsqueeze(masks, one), past_k, past_v,
                 q_num_heads=heads, kv_num_heads=kv_heads, scale=scale,
@@ -84,12 +96,77 @@ def RoutedAttention(q, rows, k, v, past_k, past_v, mask, heads: int, kv_heads: i
     return y, keys, values
 
 
-FUNCTIONS = (SelectRows, Compact, Scatter, RoutedAttention)
+@script(irc, default_opset=op)
+def ReducedAttention(
+    q, rows, k, v, past_k, past_v, past_slots, mask, heads: int, kv_heads: int, scale: float, masked: float
+):
+    """Attend from the tokens `rows` to stored ones, of which they become the last: q, k, v are [1, n, ...].
+
+    `past_slots` [batch, stored] says which token of its sequence each stored one is, -1 for none. With no row nothing
+    is stored. In a batch each sequence's rows are padded to the longest.
+    """
+    zero = op.Constant(value_ints=[0])
+    one = op.Constant(value_ints=[1])
+    if op.Greater(op.Size(rows), op.Constant(value_int=0)):
+        single = op.Equal(op.Squeeze(op.Shape(mask, start=0, end=1)), op.Constant(value_int=1))
+        past = op.Sub(op.Shape(mask, start=2, end=3), op.Shape(mask, start=1, end=2))
+        new = op.Add(op.Gather(rows, op.Constant(value_int=1), axis=2), past)
+        own_mask = op.GatherND(mask, rows)
+        none = op.CastLike(op.Constant(value_float=masked), mask)
+        if single:
+            slots = op.Concat(past_slots, new, axis=1)
+            known = op.Gather(own_mask, op.Squeeze(slots, zero), axis=2)
+            y, keys, values = op.Attention(
+                q, k, v, op.Unsqueeze(op.Where(op.Less(slots, zero), none, known), zero), past_k, past_v,
+                q_num_heads=heads, kv_num_heads=kv_heads, scale=scale,
+            )  # fmt: skip
+        else:
+            places, size = irc.RaggedPlaces(rows, mask)
+            nothing = op.CastLike(op.Constant(value_float=0.0), q)
+            queries = op.ScatterND(op.Expand(nothing, op.Concat(size, op.Shape(q, start=2), axis=0)), places, q)
+            new_k = op.ScatterND(op.Expand(nothing, op.Concat(size, op.Shape(k, start=2), axis=0)), places, k)
+            new_v = op.ScatterND(op.Expand(nothing, op.Concat(size, op.Shape(v, start=2), axis=0)), places, v)
+            masks = op.ScatterND(op.Expand(nothing, op.Concat(size, op.Shape(mask, start=2), axis=0)), places, own_mask)
+            slots = op.Concat(past_slots, op.ScatterND(op.Expand(op.Neg(one), size), places, new), axis=1)
+            column = op.Unsqueeze(slots, one)
+            wanted = op.Expand(column, op.Concat(size, op.Shape(slots, start=1), axis=0))
+            known = op.Where(op.Less(column, zero), none, op.GatherElements(masks, wanted, axis=2))
+            y_padded, keys, values = op.Attention(
+                queries, new_k, new_v, op.Unsqueeze(known, one), past_k, past_v,
+                q_num_heads=heads, kv_num_heads=kv_heads, scale=scale,
+            )  # fmt: skip
+            y = op.GatherND(y_padded, places)
+    else:
+        y = op.Identity(q)
+        keys = op.Identity(past_k)
+        values = op.Identity(past_v)
+        slots = op.Identity(past_slots)
+    return y, keys, values, slots
 
 
-def function_protos() -> list[onnx.FunctionProto]:
-    """Return the portable bodies of all operators of the domain."""
-    return [function.to_function_proto() for function in FUNCTIONS]
+FUNCTIONS = (SelectRows, Compact, Scatter, RoutedAttention, ReducedAttention, RaggedPlaces)
+
+
+def function_protos(used: set[str]) -> list[onnx.FunctionProto]:
+    """Return the portable bodies of operators of the domain, and of those that they call.
+
+    Args:
+        used: Names of the operators in a model.
+    """
+    bodies = {function.name: function.to_function_proto() for function in FUNCTIONS}
+    inner = {node.op_type for name in used for node in _nodes(bodies[name].node) if node.domain == DOMAIN}
+    found = [body for name, body in bodies.items() if name in used | inner]
+    for body in found:
+        if all(entry.domain != DOMAIN for entry in body.opset_import):
+            body.opset_import.append(onnx.helper.make_opsetid(DOMAIN, VERSION))
+    return found
+
+
+def _nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            yield from _nodes(attribute.g.node)
 
 
 _SCHEMAS = (
@@ -101,6 +178,13 @@ _SCHEMAS = (
         "q: T, rows: I, k: T, v: T, past_k: T, past_v: T, mask: T -> y: T, present_k: T, present_v: T",
         "heads: INT, kv_heads: INT, scale: FLOAT",
     ),
+    (
+        "ReducedAttention",
+        "q: T, rows: I, k: T, v: T, past_k: T, past_v: T, past_slots: I, mask: T"
+        " -> y: T, present_k: T, present_v: T, present_slots: I",
+        "heads: INT, kv_heads: INT, scale: FLOAT, masked: FLOAT",
+    ),
+    ("RaggedPlaces", "rows: I, like: T -> places: I, size: I", ""),
 )
 _TYPES = {
     "B": ["tensor(bool)"],

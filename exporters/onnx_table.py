@@ -25,6 +25,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         torch.ops.irc.rotary.default: _rotary,
         torch.ops.irc.attention.default: _attention,
         torch.ops.irc.routed_attention.default: _routed_attention,
+        torch.ops.irc.reduced_attention.default: _reduced_attention,
     }
 
 
@@ -62,6 +63,12 @@ def _attention(q, k, v, past_k, past_v, mask, heads, scale):
 def _routed_attention(q, rows, k, v, past_k, past_v, mask, heads, scale):
     added, kv_heads = op.Squeeze(_added(mask, q), op.Constant(value_ints=[1])), int(past_k.shape[1])
     return irc.RoutedAttention(q, rows, k, v, past_k, past_v, added, heads=heads, kv_heads=kv_heads, scale=scale)
+
+
+def _reduced_attention(q, rows, k, v, past_k, past_v, past_slots, mask, heads, scale):
+    added, kv_heads = op.Squeeze(_added(mask, q), op.Constant(value_ints=[1])), int(past_k.shape[1])
+    options = {"heads": heads, "kv_heads": kv_heads, "scale": scale, "masked": _MASKED[q.dtype.name]}
+    return irc.ReducedAttention(q, rows, k, v, past_k, past_v, past_slots, added, **options)
 
 
 def _added(mask, like):

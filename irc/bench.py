@@ -195,8 +195,7 @@ def bytes_ratio(model: RoutedForCausalLM, keep: dict[str, float], past: int) -> 
     for unit in model.units:
         count = unit_flops(model, 0)[unit.name]
         attention = cache if unit.kind == "attention" else 0.0
-        scores = 4.0 * 0.5 * config.num_attention_heads * size if unit.kind == "attention" else 0.0
-        weights = (count.gated - scores) / 2
+        weights = count.gated / 2
         dense += count.always / 2 + weights + attention
         share = keep[unit.name]
         routed += (count.always + count.router + count.forecaster * (1 - share)) / 2 + (weights + attention) * share

@@ -23,8 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from irc.checkpoint import BaseModel, find_base
-from irc.config import LoraRecipe
+from irc.config import LoraRecipe, check_key_policy
 from irc.errors import InputError, IrcError
+from irc.key_policy import KeyPolicy, calibrated_keep, key_policy_of, set_key_policy
 from irc.lora import WEIGHTS, load_lora, save_lora
 from irc.routed import RoutedForCausalLM, RoutingSpec, build_routed
 from irc.train import write_safetensors
@@ -74,6 +75,8 @@ def load(
     if config.get("lora"):
         load_lora(model, folder / LORA, LoraRecipe(**config["lora"]))
     model.facts.update(base=model_base, bundle=folder, config=config)
+    if config.get("kv_policy", "full") != "full":
+        set_key_policy(model, KeyPolicy(config["kv_policy"], config["kv_threshold"]), calibrated_keep(model))
     return model
 
 
@@ -120,6 +123,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         if type(RoutingSpec(**config["spec"]).rank) is not int:
             raise TypeError("rank is no integer")
         LoraRecipe(**(config.get("lora") or {}))
+        check_key_policy(config.get("kv_policy", "full"), float(config.get("kv_threshold", 0.5)))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: damaged ({type(error).__name__}: {error}); convert again") from error
     return dict(config)
@@ -183,6 +187,7 @@ def write_bundle(
     """Write the files of a bundle into an existing folder."""
     assert model.spec is not None
     base: BaseModel = model.facts["base"]
+    key_policy = key_policy_of(model)
     write_safetensors(folder / ADAPTER, adapter_tensors(model), {"format": "pt"})
     if "lora" in model.facts:
         save_lora(model, folder / LORA)
@@ -198,11 +203,13 @@ def write_bundle(
         "units": [
             {"name": u.name, "kind": u.kind, "layer": u.layer, "width": u.width}
             | metrics.get("units", {}).get(u.name, {})
+            | {"calibration_keep": metrics.get("calibration_keep", {}).get(u.name)}
             for u in model.units
         ],
         "sparsity": metrics.get("sparsity", {}),
         "data": {key: metrics["data"][key] for key in ("name", "fingerprint", "seq_len")} if "data" in metrics else {},
-        "kv_policy": "full",
+        "kv_policy": key_policy.name,
+        "kv_threshold": key_policy.threshold,
         "seed": recipe.get("seed"),
         "lora": asdict(model.facts["lora"]) if "lora" in model.facts else None,
         "lora_sha256": file_sha256(folder / LORA / WEIGHTS) if "lora" in model.facts else None,

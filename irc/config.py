@@ -20,6 +20,7 @@ from irc.modules import default_rank
 STAGES = ("lff", "router", "lora")
 POLICIES = ("informed",)
 PRECISIONS = ("auto", "fp32", "bf16")
+KEY_POLICIES = ("full", "reduced")
 _LEAST = {
     "eval_tokens": 0,
     "checkpoint_seconds": 0,
@@ -92,6 +93,8 @@ class Recipe:
     rank: int = setting(0, "forecaster rank; 0 means min(100, hidden size / 10)")
     forecaster: str = setting("linear", "linear or silu")
     stages: list[str] = field(default_factory=lambda: ["lff", "router"], metadata={"help": "stages, in order"})
+    kv_policy: str = setting("full", "whose keys and values are stored: full, or reduced (see kv_threshold)")
+    kv_threshold: float = setting(0.5, "reduced: no tokens that attention units skipping at least this share skip")
     seq_len: int = setting(256, "tokens a window")
     eval_tokens: int = setting(32_768, "held-out tokens that the closing evaluation reads; 0 means all")
     seed: int = setting(0, "seed of data order, noise and initial weights")
@@ -127,6 +130,7 @@ class Recipe:
                 f"stages are {', '.join(self.stages)}; they begin with lff,router: routers need forecasters, "
                 "and without trained routers nothing is routed"
             )
+        check_key_policy(self.kv_policy, self.kv_threshold)
         if self.rank < 0:
             raise InputError(f"rank is {self.rank}; give a positive number, or 0 for the default")
         if self.seq_len < 2:
@@ -150,6 +154,18 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, ready for YAML or JSON."""
         return dataclasses.asdict(self)
+
+
+def check_key_policy(name: str, threshold: float) -> None:
+    """Refuse what is no key/value policy.
+
+    Raises:
+        InputError: Names the field, its value and what it may be.
+    """
+    if name not in KEY_POLICIES:
+        raise InputError(f"kv_policy is '{name}'; choose from {', '.join(KEY_POLICIES)}")
+    if not 0.0 <= threshold <= 1.0:
+        raise InputError(f"kv_threshold is {threshold}; give a share between 0 and 1, such as 0.5")
 
 
 def load_recipe(path: Path | None, overrides: typing.Sequence[str] = ()) -> Recipe:

@@ -46,6 +46,25 @@ class Evaluation:
 
 
 @torch.no_grad()
+def evaluate_routed(model: RoutedForCausalLM, text: torch.Tensor, progress: Progress) -> tuple[float, dict[str, float]]:
+    """Return perplexity under deterministic routing and the share of executed tokens of every unit.
+
+    Args:
+        model: Rewritten model.
+        text: int64 [windows, length].
+        progress: Told after every batch.
+    """
+    model.train(False)
+    totals = _Totals(model)
+    rows = max(1, _BATCH_TOKENS // text.shape[1])
+    for index in range(0, len(text), rows):
+        batch = text[index : index + rows].to(model.device)
+        totals.add_routed(batch, torch.ones_like(batch))
+        progress.update(min(index + rows, len(text)), routed_ppl=totals.perplexity("route"))
+    return totals.perplexity("route"), totals.keep()
+
+
+@torch.no_grad()
 def evaluate(
     model: RoutedForCausalLM, text: torch.Tensor, progress: Progress, attention_mask: torch.Tensor | None = None
 ) -> Evaluation:
@@ -69,7 +88,9 @@ def evaluate(
         mask = (
             torch.ones_like(batch) if attention_mask is None else attention_mask[index : index + rows].to(model.device)
         )
-        totals.add(batch, mask)
+        totals.add_dense(batch, mask)
+        if model.spec:
+            totals.add_routed(batch, mask)
         progress.update(min(index + rows, len(text)), **totals.figures())
     return totals.result(text.shape[1], time.monotonic() - started)
 
@@ -80,22 +101,21 @@ class _Totals:
     def __init__(self, model: RoutedForCausalLM) -> None:
         self.model = model
         self.loss: dict[Mode, float] = {"execute": 0.0, "route": 0.0}
-        self.predicted = 0
-        self.tokens = 0
+        self.predicted: dict[Mode, int] = {"execute": 0, "route": 0}
+        self.tokens: dict[Mode, int] = {"execute": 0, "route": 0}
         self.executed = {unit.name: 0.0 for unit in model.units}
         self.cosine = {unit.name: 0.0 for unit in model.units}
 
-    def add(self, batch: torch.Tensor, mask: torch.Tensor) -> None:
-        """Run a batch densely and, for a rewritten model, routed."""
-        real = mask.bool()
-        self.tokens += int(real.sum())
-        self.predicted += int((real[:, 1:] & real[:, :-1]).sum())
-        tape = self._run("execute", batch, mask)
-        for name, record in tape.items():
+    def add_dense(self, batch: torch.Tensor, mask: torch.Tensor) -> None:
+        """Run a batch with every unit executed."""
+        for name, record in self._run("execute", batch, mask).items():
             assert record.cosine is not None
-            self.cosine[name] += record.cosine[real].double().sum().item()
-        for name, record in (self._run("route", batch, mask) if self.model.spec else {}).items():
-            self.executed[name] += record.execute[real].double().sum().item()
+            self.cosine[name] += record.cosine[mask.bool()].double().sum().item()
+
+    def add_routed(self, batch: torch.Tensor, mask: torch.Tensor) -> None:
+        """Run a batch of a rewritten model under deterministic routing."""
+        for name, record in self._run("route", batch, mask).items():
+            self.executed[name] += record.execute[mask.bool()].double().sum().item()
 
     def _run(self, mode: Mode, batch: torch.Tensor, mask: torch.Tensor) -> dict[str, Record]:
         tape: dict[str, Record] = {}
@@ -104,30 +124,37 @@ class _Totals:
         losses = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
         counted = (mask[:, 1:].bool() & mask[:, :-1].bool()).flatten()
         self.loss[mode] += losses[counted].double().sum().item()
+        self.predicted[mode] += int(counted.sum())
+        self.tokens[mode] += int(mask.bool().sum())
         return tape
 
     def figures(self) -> dict[str, float]:
         """What the progress bar shows."""
-        shown = {"dense_ppl": self._perplexity("execute")}
+        shown = {"dense_ppl": self.perplexity("execute")}
         if self.model.spec:
-            pairs = max(1, self.tokens * len(self.executed))
-            shown |= {"routed_ppl": self._perplexity("route"), "sparsity": 1 - sum(self.executed.values()) / pairs}
+            keep = self.keep()
+            shown |= {"routed_ppl": self.perplexity("route"), "sparsity": 1 - sum(keep.values()) / max(1, len(keep))}
         return shown
 
-    def _perplexity(self, mode: Mode) -> float:
-        return math.exp(min(700.0, self.loss[mode] / max(1, self.predicted)))
+    def perplexity(self, mode: Mode) -> float:
+        """Return the perplexity of all batches so far."""
+        return math.exp(min(700.0, self.loss[mode] / max(1, self.predicted[mode])))
+
+    def keep(self) -> dict[str, float]:
+        """Return the share of executed tokens of every unit; 1 in a plain model."""
+        tokens = self.tokens["route"]
+        return {name: count / tokens if tokens else 1.0 for name, count in self.executed.items()}
 
     def result(self, context: int, seconds: float) -> Evaluation:
         """Return the figures of all batches."""
-        routed = self.model.spec is not None
-        names = [unit.name for unit in self.model.units]
-        keep = {name: self.executed[name] / self.tokens if routed else 1.0 for name in names}
+        routed, keep = self.model.spec is not None, self.keep()
+        tokens = max(1, self.tokens["execute"])
         return Evaluation(
-            tokens=self.predicted,
-            dense=self._perplexity("execute"),
-            routed=self._perplexity("route") if routed else None,
+            tokens=self.predicted["execute"],
+            dense=self.perplexity("execute"),
+            routed=self.perplexity("route") if routed else None,
             keep=keep,
-            recoverability={name: self.cosine[name] / self.tokens for name in names} if routed else {},
+            recoverability={name: total / tokens for name, total in self.cosine.items()} if routed else {},
             flops_ratio=flops_ratio(self.model, keep, context),
             seconds=seconds,
         )

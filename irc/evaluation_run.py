@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,24 +10,38 @@ import torch
 
 from irc.bundle import CONFIG, RECIPE, load
 from irc.checkpoint import BaseModel, find_base
-from irc.config import Recipe, load_recipe
+from irc.config import Recipe, check_key_policy, load_recipe
 from irc.data import Split, TextSource, load_text, pick, token_stream, windows
 from irc.errors import InputError
 from irc.evaluate import evaluate
+from irc.key_policy import KeyPolicy, calibrated_keep, set_key_policy
+from irc.kv_sweep import kv_sweep
 from irc.pipeline import result_metrics
 from irc.routed import RoutedForCausalLM, build_plain
 from irc.stages import ProgressFactory
 
 
-def open_model(name: str, *, base: str | None = None, dtype: str = "auto", device: str = "auto") -> RoutedForCausalLM:
-    """Open a bundle, or capture a plain model."""
+def open_model(
+    name: str,
+    *,
+    base: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    key_policy: KeyPolicy | None = None,
+) -> RoutedForCausalLM:
+    """Open a bundle, under its own key/value policy or another, or capture a plain model."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"device is '{device}', but torch sees no CUDA device; use --device cpu")
     if (Path(name) / CONFIG).is_file():
         made_with = _saved_recipe(Path(name)).dtype  # so that its figures come out again
-        return load(name, base=base, dtype=made_with if dtype == "auto" else dtype, device=device)
+        model = load(name, base=base, dtype=made_with if dtype == "auto" else dtype, device=device)
+        if key_policy:
+            set_key_policy(model, key_policy, calibrated_keep(model))
+        return model
+    if key_policy:
+        raise InputError(f"{name}: a plain model skips no token, so it has no key/value policy; convert it first")
     plain = find_base(name)
     model = build_plain(plain, dtype, device)
     model.facts["base"] = plain
@@ -44,13 +59,19 @@ def run_evaluation(
     seq_len: int | None = None,
     dtype: str = "auto",
     device: str = "auto",
+    key_policy: KeyPolicy | None = None,
+    kv_thresholds: Sequence[float] = (),
 ) -> dict[str, Any]:
     """Evaluate a bundle or a plain model; what is not said is as in the bundle's conversion.
 
     Returns:
         The JSON object of `irc eval`.
     """
-    model = open_model(name, base=base, dtype=dtype, device=device)
+    for threshold in kv_thresholds:
+        check_key_policy("reduced", threshold)
+    model = open_model(name, base=base, dtype=dtype, device=device, key_policy=key_policy)
+    if kv_thresholds:
+        calibrated_keep(model)  # refuses what has none before any work is done
     recipe = _recipe(model)
     text = load_text(data or recipe.data)
     if split == "auto":
@@ -65,6 +86,7 @@ def run_evaluation(
     with progress("evaluate", len(chosen)) as bar:
         result = evaluate(model, chosen, bar)
     target = recipe.sparsity if model.spec else None
+    sweep = {"kv_sweep": kv_sweep(model, chosen, kv_thresholds, progress)} if kv_thresholds else {}
     return {
         "model": name,
         "data": {
@@ -75,6 +97,7 @@ def run_evaluation(
             "seq_len": length,
         },
         **result_metrics(model, result, target),
+        **sweep,
         "seconds": {"evaluate": round(result.seconds, 2)},
     }
 

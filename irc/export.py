@@ -19,6 +19,7 @@ from irc.capture import cache_shape
 from irc.checkpoint import BaseModel
 from irc.errors import InputError, IrcError
 from irc.evaluation_run import open_model
+from irc.key_policy import KeyPolicy, key_policy_of
 from irc.lora import merge_lora
 from irc.onnx_folder import FORMAT_VERSION, MANIFEST
 from irc.routed import RoutedForCausalLM
@@ -39,6 +40,7 @@ def export(
     layout: str = "onnx",
     force: bool = False,
     dump_dir: Path | None = None,
+    key_policy: KeyPolicy | None = None,
 ) -> dict[str, Any]:
     """Export a bundle, or a plain model densely, as a folder that ONNX Runtime runs.
 
@@ -50,6 +52,7 @@ def export(
         layout: `onnx`, or `triton` for a Triton model repository.
         force: Replace an ONNX folder at `output`.
         dump_dir: Where every pass leaves its before, after and diff.
+        key_policy: Whose keys and values are stored; the bundle's own policy when None.
 
     Returns:
         What `irc export --json` prints.
@@ -61,7 +64,7 @@ def export(
     if layout not in LAYOUTS:
         raise InputError(f"layout is '{layout}'; choose from {', '.join(LAYOUTS)}")
     started = time.monotonic()
-    model = open_model(name, base=base, dtype=dtype, device="cpu")
+    model = open_model(name, base=base, dtype=dtype, device="cpu", key_policy=key_policy)
     merge_lora(model)
     staging = output.with_name(output.name + ".new")
     try:
@@ -89,6 +92,8 @@ def export(
         "opset": OPSET,
         "op_version": VERSION,
         "routed_units": len(manifest["units"]),
+        "kv_policy": manifest["kv_policy"],
+        "reduced_units": len(manifest["cache"]["reduced"]),
         "bytes": size,
         "seconds": {"export": round(time.monotonic() - started, 2)},
     }
@@ -105,7 +110,7 @@ def _check_output(output: Path, force: bool) -> None:
 
 def _write(model: RoutedForCausalLM, name: str, folder: Path, dump_dir: Path | None) -> dict[str, Any]:
     base: BaseModel = model.facts["base"]
-    cache = CacheShape(*cache_shape(model.config))
+    cache = CacheShape(*cache_shape(model.config), reduced=_reduced_layers(model))
     facts = model.facts.get("config", {})
     measured = {unit["name"]: unit for unit in facts.get("units", [])}
     dtype = model.dtype
@@ -114,7 +119,9 @@ def _write(model: RoutedForCausalLM, name: str, folder: Path, dump_dir: Path | N
     config = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
     generation_file = base.folder / "generation_config.json"
     generation = json.loads(generation_file.read_text(encoding="utf-8")) if generation_file.is_file() else {}
-    _dump(folder / "genai_config.json", genai_config(config, generation, cache))
+    if not cache.reduced:  # onnxruntime-genai knows no cache whose layers differ in length
+        _dump(folder / "genai_config.json", genai_config(config, generation, cache))
+    policy = key_policy_of(model)
     manifest = {
         "format_version": FORMAT_VERSION,
         "irc_version": __version__,
@@ -124,7 +131,8 @@ def _write(model: RoutedForCausalLM, name: str, folder: Path, dump_dir: Path | N
         "dtype": _NAMES[str(dtype)],
         "source": _source(name),
         "base": facts.get("base", {"name": base.name}),
-        "kv_policy": facts.get("kv_policy", "full"),
+        "kv_policy": policy.name,
+        "kv_threshold": policy.threshold,
         "context_length": config.get("max_position_embeddings"),
         "vocab_size": config["vocab_size"],
         "cache": asdict(cache),
@@ -133,6 +141,10 @@ def _write(model: RoutedForCausalLM, name: str, folder: Path, dump_dir: Path | N
     }
     _dump(folder / MANIFEST, manifest)
     return manifest
+
+
+def _reduced_layers(model: RoutedForCausalLM) -> tuple[int, ...]:
+    return tuple(unit.layer for unit in model.units if unit.name in model.control.reduced)
 
 
 def _source(name: str) -> str:

@@ -2,8 +2,9 @@
 
 A linear costs 2 * in * out per token. Attention scores and their weighted sum cost 4 * context * heads *
 head size per executed token, where context is the mean number of keys a token sees in a window. Routers are
-charged for every token, K and V too; Q, scores, O and the FFN for executed tokens only, forecasters for the
-others: that is what the lowered model computes.
+charged for every token, K and V too (for executed tokens only in units of the key/value policy `reduced`,
+whose queries meet executed keys alone); Q, scores, O and the FFN for executed tokens only, forecasters for
+the others: that is what the lowered model computes.
 """
 
 from __future__ import annotations
@@ -23,24 +24,30 @@ class UnitFlops:
 
     Attributes:
         always: Spent on every token in the dense and in the routed model (K and V).
-        gated: Spent on executed tokens (Q, scores, O; or the whole FFN).
+        gated: Spent on executed tokens (Q and O; or the whole FFN).
+        scores: Spent on executed tokens: scores of all keys of the context, and their weighted sum.
         router: Spent on every token of the routed model.
         forecaster: Spent on approximated tokens.
+        reduced: Whether skipped tokens have no keys.
     """
 
     always: float
     gated: float
+    scores: float
     router: float
     forecaster: float
+    reduced: bool
 
     @property
     def dense(self) -> float:
         """FLOPs per token of the original unit."""
-        return self.always + self.gated
+        return self.always + self.gated + self.scores
 
     def routed(self, keep: float) -> float:
         """FLOPs per token when a share `keep` of the tokens executes."""
-        return self.always + self.router + self.gated * keep + self.forecaster * (1 - keep)
+        always = self.always * (keep if self.reduced else 1.0)
+        scores = self.scores * (keep if self.reduced else 1.0)
+        return always + self.router + (self.gated + scores) * keep + self.forecaster * (1 - keep)
 
 
 def unit_flops(model: RoutedForCausalLM, context: int) -> dict[str, UnitFlops]:
@@ -80,7 +87,7 @@ def flops_ratio(model: RoutedForCausalLM, keep: dict[str, float], context: int) 
 
 def _count(model: RoutedForCausalLM, unit: Unit, keys: float) -> UnitFlops:
     submodule = model.graph.get_submodule(unit.name)
-    always = gated = 0.0
+    always = gated = scores = 0.0
     free = _ungated(submodule) if unit.kind == "attention" else set()
     for name, linear in _linears(submodule):
         cost = 2.0 * linear.in_features * linear.out_features
@@ -91,12 +98,12 @@ def _count(model: RoutedForCausalLM, unit: Unit, keys: float) -> UnitFlops:
     if unit.kind == "attention":
         config = model.config
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        gated += 4.0 * keys * config.num_attention_heads * size
+        scores = 4.0 * keys * config.num_attention_heads * size
     added = {"router": 0.0, "forecaster": 0.0}
     if model.spec is not None:
         for role in added:
             added[role] = sum(2.0 * m.in_features * m.out_features for _, m in _linears(model.part(unit, role)))
-    return UnitFlops(always, gated, **added)
+    return UnitFlops(always, gated, scores, reduced=unit.name in model.control.reduced, **added)
 
 
 def _ungated(submodule: nn.Module) -> set[str]:

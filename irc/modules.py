@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from passes import dialect  # noqa: F401 - registers the operators
+
 EXECUTE, APPROXIMATE = 0, 1
 
 Mode = Literal["route", "sample", "execute", "approximate", "forced"]
@@ -100,6 +102,7 @@ class RoutingControl:
         masks: Per unit, bool [batch, tokens], True where the unit executes.
         tape: Receives a `Record` per unit and call while not None.
         measure_error: Whether records hold the forecast's error.
+        reduced: Attention units whose skipped tokens store no keys and values (inference only).
     """
 
     mode: Mode = "route"
@@ -108,6 +111,21 @@ class RoutingControl:
     masks: dict[str, torch.Tensor] = field(default_factory=dict)
     tape: dict[str, Record] | None = None
     measure_error: bool = False
+    reduced: frozenset[str] = frozenset()
+
+    def decide(self, unit: str, logits: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+        """Return which tokens of a unit execute in any mode but `sample`, bool [batch, tokens].
+
+        Args:
+            unit: Its name.
+            logits: Of its router, [batch, tokens, 2]; without it every token executes in mode `route`.
+            like: Any tensor [batch, tokens, ...] on the right device.
+        """
+        if self.mode == "route" and logits is not None:
+            return difference_of(logits) >= 0
+        if self.mode == "forced":
+            return self.masks[unit]
+        return torch.full(like.shape[:2], self.mode != "approximate", device=like.device)
 
     @contextmanager
     def using(self, **changes: Any) -> Iterator[RoutingControl]:
@@ -144,18 +162,14 @@ class Mux(nn.Module):
             logits: Router output [batch, tokens, 2]; without it every token executes in mode `route`.
         """
         control = self.control
-        difference = None if logits is None else logits[..., EXECUTE].float() - logits[..., APPROXIMATE].float()
+        difference = None if logits is None else difference_of(logits)
         soft = None
         if control.mode == "sample" and difference is not None:
             uniform = control.noise[self.unit].to(difference)
             soft = torch.sigmoid((difference + torch.logit(uniform, eps=1e-6)) / control.temperature)
             execute = soft >= 0.5
-        elif control.mode == "route" and difference is not None:
-            execute = difference >= 0
-        elif control.mode == "forced":
-            execute = control.masks[self.unit]
         else:
-            execute = torch.full(y.shape[:-1], control.mode != "approximate", device=y.device)
+            execute = control.decide(self.unit, logits, y)
         if control.tape is not None:
             error = forecast_error(forecast, y) if control.measure_error else (None, None)
             control.tape[self.unit] = Record(execute, soft, difference, *error)
@@ -165,6 +179,38 @@ class Mux(nn.Module):
             return torch.where(execute.unsqueeze(-1), y, forecast.to(y.dtype))
         apply: Callable[..., torch.Tensor] = StraightThroughMux.apply
         return apply(y, forecast.to(y.dtype), execute, soft)
+
+
+class StoredKeys(nn.Module):
+    """Says which tokens of an attention unit have keys in its cache: in a reduced unit, those that executed.
+
+    Args:
+        unit: Name of the unit.
+        control: Shared by all muxes of the model.
+    """
+
+    def __init__(self, unit: str, control: RoutingControl) -> None:
+        super().__init__()
+        self.unit = unit
+        self.control = control
+
+    def forward(self, past_k: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Return bool [batch, past + tokens].
+
+        Args:
+            past_k: Keys of earlier tokens [batch, heads, past, size]; a key of zeros was not stored.
+            logits: Of the unit's router, [batch, tokens, 2].
+        """
+        control = self.control
+        if self.unit not in control.reduced or control.mode in ("execute", "sample"):
+            return logits.new_ones(logits.shape[0], past_k.shape[2] + logits.shape[1], dtype=torch.bool)
+        stored: torch.Tensor = torch.ops.irc.stored(past_k, control.decide(self.unit, logits, logits))
+        return stored
+
+
+def difference_of(logits: torch.Tensor) -> torch.Tensor:
+    """Return the execute logit minus the approximate one in float32, [batch, tokens]."""
+    return logits[..., EXECUTE].float() - logits[..., APPROXIMATE].float()
 
 
 class StraightThroughMux(torch.autograd.Function):

@@ -33,7 +33,7 @@ class OnnxFolder:
     @property
     def cache(self) -> CacheShape:
         """Shape of the key/value cache."""
-        return CacheShape(**self.manifest["cache"])
+        return CacheShape(**self.manifest["cache"] | {"reduced": tuple(self.manifest["cache"].get("reduced", ()))})
 
     @property
     def decisions(self) -> list[Decision]:

@@ -14,7 +14,9 @@ from irc.data import load_text, pick, token_stream, windows
 from irc.errors import InputError
 from irc.evaluation_run import open_model
 from irc.generation import Generator
+from irc.key_policy import KeyPolicy
 from irc.modules import Record
+from irc.onnx_folder import OnnxFolder
 from irc.routed import RoutedForCausalLM
 from irc.runtime import Runtime
 from irc.stages import ProgressFactory
@@ -63,9 +65,10 @@ def verify(
     runtime = Runtime(folder, provider)
     exported = runtime.exported
     dtype = exported.dtype
-    model = open_model(bundle or exported.manifest["source"], base=base, dtype=dtype, device="cpu")
+    source = bundle or exported.manifest["source"]
+    model = open_model(source, base=base, dtype=dtype, device="cpu", key_policy=_key_policy(exported))
     if bool(model.spec) != bool(exported.decisions):
-        raise InputError(f"{folder}: exported from another kind of model than {bundle or exported.manifest['source']}")
+        raise InputError(f"{folder}: exported from another kind of model than {source}")
     text = windows(token_stream(load_text(data).split("heldout"), model.facts["base"].tokenizer), seq_len, data)
     chosen = pick(text, tokens)
     totals = _Totals(runtime, _NEAR[dtype])
@@ -77,7 +80,7 @@ def verify(
     limit = TOLERANCE[dtype] if tolerance is None else tolerance
     return {
         "model": str(folder),
-        "bundle": bundle or exported.manifest["source"],
+        "bundle": source,
         "provider": runtime.provider,
         "dtype": dtype,
         "data": {"name": data, "split": "heldout", "tokens": int(chosen.numel()), "seq_len": seq_len},
@@ -88,6 +91,13 @@ def verify(
         "generated": {"prompts": generated, "identical": same, "new_tokens": new_tokens},
         "ok": totals.worst <= limit and totals.flips == 0 and (dtype != "fp32" or same == generated),
     }
+
+
+def _key_policy(exported: OnnxFolder) -> KeyPolicy | None:
+    """Return the policy that a folder was exported under; None where every token's keys are stored."""
+    if not exported.cache.reduced:
+        return None
+    return KeyPolicy("reduced", float(exported.manifest["kv_threshold"]))
 
 
 class _Totals:

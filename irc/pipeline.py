@@ -19,6 +19,7 @@ from irc.config import Recipe
 from irc.data import TextSource, load_text, pick, token_stream, windows
 from irc.errors import InputError, IrcError
 from irc.evaluate import Evaluation, evaluate
+from irc.key_policy import KeyPolicy, kv_facts, set_key_policy
 from irc.routed import RoutedForCausalLM, RoutingSpec, build_routed
 from irc.stages import ProgressFactory, StageContext, check_text, run_lff, run_lora, run_router
 from irc.workspace import check_same_recipe, held, is_main_process, load_stage, save_stage, stage_figures, work_folder
@@ -43,6 +44,7 @@ class Conversion:
         heldout: Held-out windows.
         seconds: Time of every phase.
         stage_figures: What every stage measured.
+        keep: Share of the calibration text that each unit executes.
     """
 
     recipe: Recipe
@@ -55,7 +57,8 @@ class Conversion:
     streams: dict[str, torch.Tensor] = field(default_factory=dict)
     heldout: torch.Tensor = field(init=False)
     seconds: dict[str, float] = field(default_factory=dict)
-    stage_figures: dict[str, dict[str, float]] = field(default_factory=dict)
+    stage_figures: dict[str, dict[str, Any]] = field(default_factory=dict)
+    keep: dict[str, float] = field(default_factory=dict)
     evaluation: Evaluation = field(init=False)
     metrics: dict[str, Any] = field(default_factory=dict)
 
@@ -171,6 +174,8 @@ def run_stages(conversion: Conversion) -> None:
             load_stage(conversion.model, work, stage, recipe)
         conversion.stage_figures[stage] = figures
         conversion.seconds[stage] = figures["seconds"]
+    keep = conversion.keep = conversion.stage_figures[recipe.stages[-1]].pop("calibration_keep")
+    set_key_policy(conversion.model, KeyPolicy(recipe.kv_policy, recipe.kv_threshold), keep)
 
 
 def evaluate_heldout(conversion: Conversion) -> None:
@@ -220,6 +225,7 @@ def metrics_of(conversion: Conversion) -> dict[str, Any]:
             "seq_len": conversion.recipe.seq_len,
         },
         **result_metrics(conversion.model, result, conversion.recipe.sparsity),
+        "calibration_keep": conversion.keep,
         "seconds": seconds,
         "stages": conversion.stage_figures,
         "output": str(conversion.output),
@@ -239,6 +245,7 @@ def result_metrics(model: RoutedForCausalLM, result: Evaluation, target: float |
             "ffn": result.sparsity(model, "ffn"),
         },
         "flops_ratio": result.flops_ratio,
+        "kv": kv_facts(model, result.keep),
         "units": {
             unit.name: {"keep_ratio": result.keep[unit.name], "recoverability": result.recoverability[unit.name]}
             for unit in model.units

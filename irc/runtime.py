@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from exporters.onnx import PAST, PRESENT
 from irc.errors import InputError
 from irc.onnx_folder import OnnxFolder, open_folder
 
@@ -39,11 +40,21 @@ class Step:
 
 
 class Cache:
-    """Keys and values of all layers on the model's device, as ONNX Runtime's own values."""
+    """Keys and values of all layers (and slots of reduced ones) on the model's device, as ONNX Runtime's own values.
+
+    Attributes:
+        values: In the order of the model's inputs.
+        length: Tokens that the model has read; reduced layers store fewer.
+    """
 
     def __init__(self, values: Sequence[Any], length: int) -> None:
         self.values = list(values)
         self.length = length
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+        return sum(value.numpy().nbytes for value in self.values)
 
     def copy(self) -> Cache:
         """Return a cache of the same tokens that grows by itself; nothing is copied but references."""
@@ -86,9 +97,11 @@ class Runtime:
         except Exception as error:
             raise InputError(f"{folder}: ONNX Runtime cannot load it ({_first_line(error)})") from error
         self._forced = forced
-        parts = [(layer, part) for layer in range(self.exported.cache.layers) for part in ("key", "value")]
-        self._past = [f"past_key_values.{layer}.{part}" for layer, part in parts]
-        self._present = [f"present.{layer}.{part}" for layer, part in parts]
+        cache = self.exported.cache
+        names = [f"{layer}.{part}" for layer in range(cache.layers) for part in ("key", "value")]
+        names += [f"{layer}.slots" for layer in cache.reduced]
+        self._past = [f"{PAST}.{name}" for name in names]
+        self._present = [f"{PRESENT}.{name}" for name in names]
 
     @property
     def device(self) -> str:
@@ -98,10 +111,10 @@ class Runtime:
     def empty_cache(self, batch: int) -> Cache:
         """Return the cache of a text that has not begun."""
         shape = self.exported.cache
-        empty = onnxruntime().OrtValue.ortvalue_from_shape_and_type(
-            [batch, shape.heads, 0, shape.size], _ELEMENTS[self.exported.dtype], self.device
-        )
-        return Cache([empty] * (2 * shape.layers), 0)
+        make = onnxruntime().OrtValue.ortvalue_from_shape_and_type
+        keys = make([batch, shape.heads, 0, shape.size], _ELEMENTS[self.exported.dtype], self.device)
+        slots = make([batch, 0], onnx.TensorProto.INT64, self.device)
+        return Cache([keys] * (2 * shape.layers) + [slots] * len(shape.reduced), 0)
 
     def step(
         self, ids: NDArray[np.int64], mask: NDArray[np.int64], cache: Cache, execute: NDArray[np.bool_] | None = None

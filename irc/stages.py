@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -126,7 +127,7 @@ def fit_closed_form(context: StageContext, text: torch.Tensor) -> float:
     return time.monotonic() - started
 
 
-def run_router(context: StageContext) -> dict[str, float]:
+def run_router(context: StageContext) -> dict[str, Any]:
     """Train the routers (and the forecasters along with them), then set the decision threshold."""
     recipe = context.recipe.router
     model = context.model
@@ -141,7 +142,7 @@ def run_router(context: StageContext) -> dict[str, float]:
     return {**_figures(result), **calibrate_threshold(context)}
 
 
-def run_lora(context: StageContext) -> dict[str, float]:
+def run_lora(context: StageContext) -> dict[str, Any]:
     """Train LoRA adapters on the base's linears with deterministic routing, then set the threshold again."""
     recipe = context.recipe.lora
     model = context.model
@@ -158,7 +159,7 @@ def run_lora(context: StageContext) -> dict[str, float]:
 
 
 @torch.no_grad()
-def calibrate_threshold(context: StageContext) -> dict[str, float]:
+def calibrate_threshold(context: StageContext) -> dict[str, Any]:
     """Set a threshold on the logit difference so that argmax routing meets the target sparsity.
 
     Routing changes the hidden states that later routers read, so the quantile is taken again under the
@@ -166,7 +167,8 @@ def calibrate_threshold(context: StageContext) -> dict[str, float]:
     the best threshold met stays. It is folded into the execute bias of every router.
 
     Returns:
-        Shift (the units' mean), rounds, and the realized sparsity on the calibration text.
+        Shift (the units' mean), rounds, and on the calibration text the realized sparsity and `calibration_keep`,
+        the share of tokens that each unit executes.
     """
     model, target = context.model, context.recipe.sparsity
     started = time.monotonic()
@@ -174,14 +176,17 @@ def calibrate_threshold(context: StageContext) -> dict[str, float]:
     chosen = pick(text, context.recipe.router.calibration_tokens)
     biases = [p for name, p in model.adapter_parameters("router").items() if name.endswith("2.bias")]
     total, gap, rounds = 0.0, math.inf, 0
-    best = (math.nan, total, [bias.clone() for bias in biases])
+    keep: dict[str, float] = {}
+    best = (math.nan, total, [bias.clone() for bias in biases], keep)
     with context.progress("threshold", _CALIBRATION_ROUNDS) as progress:
         for rounds in range(1, _CALIBRATION_ROUNDS + 1):
             differences = _differences(model, chosen)
             realized = (torch.cat(list(differences.values())) < 0).double().mean().item()
             progress.update(rounds, sparsity=realized)
             if abs(realized - target) < gap:
-                gap, best = abs(realized - target), (realized, total, [bias.clone() for bias in biases])
+                gap = abs(realized - target)
+                keep = {unit: (values >= 0).double().mean().item() for unit, values in differences.items()}
+                best = (realized, total, [bias.clone() for bias in biases], keep)
             if gap <= _CALIBRATION_TOLERANCE or rounds == _CALIBRATION_ROUNDS:
                 break
             shifts = choose_shifts(differences, target, _CALIBRATION_TOLERANCE)
@@ -190,7 +195,7 @@ def calibrate_threshold(context: StageContext) -> dict[str, float]:
                 assert isinstance(router, Router)
                 router.shift(-shifts[unit.name])
             total -= sum(shifts.values()) / len(shifts)
-    realized, total, kept = best
+    realized, total, kept, keep = best
     for bias, value in zip(biases, kept, strict=True):
         bias.copy_(value)
     return {
@@ -198,6 +203,7 @@ def calibrate_threshold(context: StageContext) -> dict[str, float]:
         "calibration_rounds": float(rounds),
         "calibration_sparsity": realized,
         "calibration_seconds": time.monotonic() - started,
+        "calibration_keep": keep,
     }
 
 

@@ -101,7 +101,7 @@ def check_same_recipe(recipe: Recipe, saved: Path) -> None:
             )
 
 
-def stage_figures(work: Path, stage: str) -> dict[str, float] | None:
+def stage_figures(work: Path, stage: str) -> dict[str, Any] | None:
     """Return what a finished stage measured; None when it is not finished."""
     done = work / f"{stage}.json"
     if not done.is_file():
@@ -110,7 +110,7 @@ def stage_figures(work: Path, stage: str) -> dict[str, float] | None:
     return figures
 
 
-def save_stage(model: RoutedForCausalLM, work: Path, stage: str, figures: dict[str, float]) -> None:
+def save_stage(model: RoutedForCausalLM, work: Path, stage: str, figures: dict[str, Any]) -> None:
     """Write a finished stage's weights, then mark it finished, then drop its checkpoint."""
     write_safetensors(work / f"{stage}.safetensors", adapter_tensors(model), {"format": "pt"})
     if "lora" in model.facts:

@@ -52,6 +52,22 @@ def _(y: Tensor, rows: Tensor, base: Tensor) -> Tensor:
     return torch.empty_like(base)
 
 
+@torch.library.custom_op("irc::stored", mutates_args=())
+def stored(past_k: Tensor, execute: Tensor) -> Tensor:
+    """Return which tokens have a key, bool [batch, past + tokens].
+
+    Args:
+        past_k: [batch, kv_heads, past, size]; a key of zeros in all heads stands for none.
+        execute: bool [batch, tokens]; executed tokens store their key.
+    """
+    return torch.cat(((past_k != 0).any(dim=-1).any(dim=1), execute), dim=1)
+
+
+@stored.register_fake
+def _(past_k: Tensor, execute: Tensor) -> Tensor:
+    return execute.new_empty([execute.shape[0], past_k.shape[2] + execute.shape[1]])
+
+
 @torch.library.custom_op("irc::rms_norm", mutates_args=())
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Normalise every chunk of weight.numel() features of x [..., d] by its root mean square, in float32."""
@@ -156,6 +172,70 @@ def _(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(q), *_present(k, past_k)
+
+
+@torch.library.custom_op("irc::reduced_attention", mutates_args=())
+def reduced_attention(
+    q: Tensor,
+    rows: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_k: Tensor,
+    past_v: Tensor,
+    past_slots: Tensor,
+    mask: Tensor,
+    heads: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Attend from the tokens `rows` alone to stored ones, of which they become the last.
+
+    Args:
+        q: Of the executed tokens, [1, n, heads * size].
+        rows: Where they are, in order, int64 [1, n, 2].
+        k: Of the executed tokens, [1, n, kv_heads * size].
+        v: As k.
+        past_k: What is stored, [batch, kv_heads, stored, size].
+        past_v: As past_k.
+        past_slots: Which token of its sequence each is, int64 [batch, stored]; -1 fills up shorter sequences.
+        mask: bool [batch, 1, tokens, past + tokens], true where attended, of all tokens of the sequences.
+        heads: Query heads.
+        scale: Of the scores.
+
+    Returns:
+        y [1, n, heads * size], keys and values [batch, kv_heads, stored + longest, size], slots
+        [batch, stored + longest]; longest is the largest number of executed tokens of a sequence.
+    """
+    batch, tokens = mask.shape[0], mask.shape[2]
+    sequence, token = rows[0, :, 0], rows[0, :, 1]
+    counts = torch.bincount(sequence, minlength=batch)
+    longest = int(counts.max()) if batch else 0
+    place = torch.arange(len(sequence), device=rows.device) - (counts.cumsum(0) - counts)[sequence]
+    new_k, new_v = (t.new_zeros(batch, longest, t.shape[-1]).index_put((sequence, place), t[0]) for t in (k, v))
+    slots = past_slots.new_full((batch, longest), -1)
+    slots = torch.cat((past_slots, slots.index_put((sequence, place), token + mask.shape[3] - tokens)), dim=1)
+    keys, values = _append(past_k, new_k), _append(past_v, new_v)
+    known = F.pad(mask, (0, 1)).gather(3, slots[:, None, None, :].expand(-1, 1, tokens, -1) % (mask.shape[3] + 1))
+    dense = scatter(q, rows, q.new_zeros(batch, tokens, q.shape[-1]))
+    return compact(_attend(dense, keys, values, known, heads, scale), rows), keys, values, slots
+
+
+@reduced_attention.register_fake
+def _(
+    q: Tensor,
+    rows: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_k: Tensor,
+    past_v: Tensor,
+    past_slots: Tensor,
+    mask: Tensor,
+    heads: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, kv_heads, _, size = past_k.shape
+    total = torch.library.get_ctx().new_dynamic_size()
+    keys, values = (past_k.new_empty([batch, kv_heads, total, size]) for _ in range(2))
+    return torch.empty_like(q), keys, values, past_slots.new_empty([batch, total])
 
 
 def _append(past: Tensor, new: Tensor) -> Tensor:

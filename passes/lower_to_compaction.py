@@ -2,7 +2,8 @@
 
 Only executed rows of a unit's output are wanted. That demand moves backward through whatever treats each token by
 itself (linears, norms, activations, rotation, the query side of attention) and stops at what every row needs: keys
-and values. There `irc::compact` picks the rows.
+and values. There `irc::compact` picks the rows. In a reduced attention unit (see MaskSkippedKeys) keys and values are
+wanted for executed tokens only, so the demand goes through them too.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import fx, nn
 from passes import dialect  # noqa: F401 - registers the operators
 from passes.base import Pass, PassError, PassResult, finish, graph_of
 from passes.match import Unit, is_row_wise, match_units
+from passes.wires import add_input, add_output
 
 aten, irc = torch.ops.aten, torch.ops.irc
 
@@ -24,7 +26,8 @@ aten, irc = torch.ops.aten, torch.ops.irc
 class LowerToCompaction(Pass):
     """Replaces `where(execute, unit(x), forecaster(x))` by compaction, the unit, and scatter.
 
-    Run after RaiseAttention and HardenRouters. K and V are computed for all tokens.
+    Run after RaiseAttention and HardenRouters. K and V are computed for all tokens, except in reduced units, which
+    get an input `past_slots_LAYER` and an output: the slots of their cache, as `irc::reduced_attention` has them.
     """
 
     def requires(self, model: fx.GraphModule) -> None:
@@ -47,16 +50,19 @@ class LowerToCompaction(Pass):
             _lower(model, block, graph, unit, nodes, chosen)
             finish(block)
             modified = True
+        if modified:
+            _count_past_by_mask(model)
         return PassResult(model, modified)
 
 
 def _lower(
-    model: nn.Module, block: nn.Module, graph: fx.Graph, unit: Unit, nodes: dict[str, fx.Node], chosen: fx.Node
+    model: fx.GraphModule, block: nn.Module, graph: fx.Graph, unit: Unit, nodes: dict[str, fx.Node], chosen: fx.Node
 ) -> None:
     column, y, forecast = cast("tuple[fx.Node, fx.Node, fx.Node]", chosen.args)
     execute = cast(fx.Node, column.args[0])
     call, x = nodes[unit.call], nodes[unit.x]
     module = model.get_submodule(unit.name)
+    reduced = _unmask(graph, call)
     # The unit's own call moves behind the decision: K and V do not wait for it, but one call makes them and y.
     with graph.inserting_before(chosen):
         both = graph.call_function(irc.select_rows.default, (execute,))
@@ -70,7 +76,7 @@ def _lower(
         else:
             inner = graph_of(module)
             assert inner is not None
-            _demand_queries(unit, module, inner)
+            _demand_queries(unit, module, inner, reduced)
             moved = graph.node_copy(call, lambda node: node)
             moved.args = (*call.args, executed)
             call.replace_all_uses_with(moved)
@@ -84,6 +90,51 @@ def _lower(
     chosen.replace_all_uses_with(whole)
     for node in (chosen, column, forecast, call):
         graph.erase_node(node)
+    if reduced:
+        finish(block)
+        _lead_slots(model, unit)
+
+
+def _unmask(graph: fx.Graph, call: fx.Node) -> bool:
+    """Undo what MaskSkippedKeys did round a call, for the operator does it; returns whether it did anything."""
+    stored = next((n for n in graph.nodes if n.target == irc.stored.default and n.args[0] in call.args), None)
+    if stored is None:
+        return False
+    for node in list(graph.nodes):
+        masks = node.target == aten.__and__.Tensor and node in call.args
+        drops = node.target == aten.mul.Tensor and node.args[0] in call.users
+        if masks or drops:
+            node.replace_all_uses_with(cast(fx.Node, node.args[0]))
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output", "call_module"))
+    return True
+
+
+def _lead_slots(model: fx.GraphModule, unit: Unit) -> None:
+    """Lead the slots of a reduced unit's cache in from outside, and out."""
+    slots = add_input(model, unit.name, f"past_slots_{unit.layer}")
+    graph = slots.graph
+    attention = next(node for node in graph.nodes if node.target == irc.reduced_attention.default)
+    attention.args = (*attention.args[:6], slots, *attention.args[6:])
+    with graph.inserting_after(attention):
+        present = graph.call_function(operator.getitem, (attention, 3))
+    add_output(model, unit.name, present)
+
+
+def _count_past_by_mask(model: fx.GraphModule) -> None:
+    """Take the number of past tokens from the mask where caches hold fewer than all of them."""
+    graph = model.graph
+    inputs = {node.name: node for node in graph.nodes if node.op == "placeholder"}
+    if not any(name.startswith("past_slots_") for name in inputs):
+        return
+    lengths = [(name, 2) for name in inputs if name.startswith("past_key_values_")]
+    for node in [n for n in graph.nodes if n.target == aten.sym_size.int and (str(n.args[0]), n.args[1]) in lengths]:
+        with graph.inserting_before(node):
+            total, new = (
+                graph.call_function(aten.sym_size.int, (inputs[name], 1)) for name in ("attention_mask", "input_ids")
+            )
+            node.replace_all_uses_with(graph.call_function(operator.sub, (total, new)))
+        graph.erase_node(node)
+    finish(model)
 
 
 def _on_rows(graph: fx.Graph, call: fx.Node, x: fx.Node, rows: fx.Node) -> fx.Node:
@@ -139,8 +190,11 @@ def _is_part_of_input(node: fx.Node) -> bool:
     return node.target == aten.slice.Tensor and is_row_wise(node) and cast(fx.Node, node.args[0]).op == "placeholder"
 
 
-def _demand_queries(unit: Unit, module: nn.Module, graph: fx.Graph) -> None:
-    """Rewrite an attention unit so that queries, scores and output exist for executed tokens only."""
+def _demand_queries(unit: Unit, module: nn.Module, graph: fx.Graph, reduced: bool) -> None:
+    """Rewrite an attention unit so that queries, scores and output exist for executed tokens only.
+
+    In a reduced one keys and values do too; the slots of its cache are still missing from the operator's arguments.
+    """
     attention = next(node for node in graph.nodes if node.target == irc.attention.default)
     output = next(node for node in graph.nodes if node.op == "output")
     last_input = [node for node in graph.nodes if node.op == "placeholder"][-1]
@@ -150,9 +204,12 @@ def _demand_queries(unit: Unit, module: nn.Module, graph: fx.Graph) -> None:
     with graph.inserting_before(attention):
         demand = _Demand(unit, module, graph, rows)
         compacted = demand.rows_of(cast(fx.Node, query))
-        routed = graph.call_function(
-            irc.routed_attention.default, (compacted, rows, *cast(Any, others)), name="routed_attention"
+        if reduced:
+            others[:2] = [demand.rows_of(cast(fx.Node, node)) for node in others[:2]]
+        operation, name = (
+            (irc.reduced_attention, "reduced_attention") if reduced else (irc.routed_attention, "routed_attention")
         )
+        routed = graph.call_function(operation.default, (compacted, rows, *cast(Any, others)), name=name)
     attention.replace_all_uses_with(routed)
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     assert output.args
@@ -160,4 +217,5 @@ def _demand_queries(unit: Unit, module: nn.Module, graph: fx.Graph) -> None:
 
 
 def _raised(graph: fx.Graph) -> bool:
-    return any(node.target in (irc.attention.default, irc.routed_attention.default) for node in graph.nodes)
+    known = (irc.attention.default, irc.routed_attention.default, irc.reduced_attention.default)
+    return any(node.target in known for node in graph.nodes)

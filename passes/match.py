@@ -21,7 +21,7 @@ from passes import dialect  # noqa: F401 - registers the operators
 Kind = Literal["attention", "ffn"]
 
 ADDS = frozenset({torch.ops.aten.add.Tensor})
-_SCORES = frozenset({"scaled_dot_product_attention", "attention", "routed_attention"})
+_SCORES = frozenset({"scaled_dot_product_attention", "attention", "routed_attention", "reduced_attention"})
 _SOFTMAX, _PRODUCTS = frozenset({"softmax", "_softmax"}), frozenset({"matmul", "bmm", "einsum"})
 # What may stand between the linears of an FFN: one token's values in, the same token's values out.
 _ELEMENTWISE = frozenset(

@@ -81,10 +81,13 @@ class Tiny:
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(0, self.config.vocab_size, (batch, length), generator=generator)
 
-    def run(self, ids: torch.Tensor) -> list[torch.Tensor]:
-        """Return logits and present of the captured model, without padding and past."""
-        positions = torch.arange(ids.shape[1]).expand_as(ids)
-        return list(self.graph(ids, torch.ones_like(ids), positions, *self.no_past(len(ids))))
+    def run(self, ids: torch.Tensor, past: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
+        """Return logits and present of the captured model, without padding."""
+        past = past or self.no_past(len(ids))
+        before = past[0].shape[2]
+        positions = torch.arange(before, before + ids.shape[1]).expand_as(ids)
+        mask = torch.ones(len(ids), before + ids.shape[1], dtype=torch.int64)
+        return list(self.graph(ids, mask, positions, *past))
 
 
 def build_tiny(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> Tiny:

@@ -4,17 +4,7 @@ from __future__ import annotations
 
 import click
 
-from irc.cli.options import Decorator, common_options, provider_option, seed_option
-
-
-def _shares(ctx: click.Context, parameter: click.Parameter, value: str) -> list[float]:
-    try:
-        shares = [float(part) for part in value.split(",")]
-    except ValueError:
-        shares = [-1.0]
-    if not all(0 <= share <= 1 for share in shares):
-        raise click.BadParameter(f"'{value}' is no list of shares; give some such as 0.25,0.5", ctx, parameter)
-    return shares
+from irc.cli.options import Decorator, common_options, provider_option, seed_option, shares
 
 
 def _size(name: str, default: int, text: str) -> Decorator:
@@ -28,7 +18,7 @@ def _size(name: str, default: int, text: str) -> Decorator:
     "--sparsities",
     default="0.25,0.4,0.5,0.7",
     show_default=True,
-    callback=_shares,
+    callback=shares,
     metavar="LIST",
     help="Shares of skipped (token, unit) pairs.",
 )

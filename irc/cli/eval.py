@@ -6,7 +6,15 @@ from typing import Any
 
 import click
 
-from irc.cli.options import common_options, data_option, device_option, dtype_option, seq_len_option
+from irc.cli.options import (
+    common_options,
+    data_option,
+    device_option,
+    dtype_option,
+    key_policy_options,
+    seq_len_option,
+    shares,
+)
 
 
 @click.command()
@@ -29,14 +37,31 @@ from irc.cli.options import common_options, data_option, device_option, dtype_op
 @device_option()
 @dtype_option()
 @seq_len_option(None)
+@key_policy_options
+@click.option(
+    "--kv-sweep",
+    default="",
+    callback=shares,
+    metavar="LIST",
+    help="Comma-separated thresholds of the key/value policy reduced: memory saved against perplexity.",
+)
 @common_options
-def command(model: str, as_json: bool, **options: Any) -> None:
+def command(
+    model: str, as_json: bool, kv_policy: str | None, kv_threshold: float | None, kv_sweep: list[float], **options: Any
+) -> None:
     """Evaluate MODEL, a bundle or a plain model (folder, hub id, or demo)."""
     from irc import console
-    from irc.cli.report import figures_table
+    from irc.cli.report import figures_table, kv_report
     from irc.evaluation_run import run_evaluation
+    from irc.key_policy import KeyPolicy
 
-    metrics = run_evaluation(model, console.progress, **options)
+    metrics = run_evaluation(
+        model,
+        console.progress,
+        key_policy=KeyPolicy.chosen(kv_policy, kv_threshold),
+        kv_thresholds=kv_sweep,
+        **options,
+    )
     if as_json:
         console.emit_json(metrics)
         return
@@ -48,3 +73,5 @@ def command(model: str, as_json: bool, **options: Any) -> None:
             for name, unit in metrics["units"].items()
         ]
         console.table("units", ["unit", "keep", "", "recoverability"], rows)
+    if "kv_sweep" in metrics:
+        kv_report(metrics)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from irc.cli.options import common_options, dtype_option, force_option, output_option
+from irc.cli.options import common_options, dtype_option, force_option, key_policy_options, output_option
 
 
 @click.command()
@@ -27,6 +27,7 @@ from irc.cli.options import common_options, dtype_option, force_option, output_o
     metavar="DIR",
     help="Write the graph before and after every pass there, and the difference.",
 )
+@key_policy_options
 @force_option()
 @common_options
 def command(
@@ -36,19 +37,26 @@ def command(
     layout: str,
     base: str | None,
     dump_dir: Path | None,
+    kv_policy: str | None,
+    kv_threshold: float | None,
     force: bool,
     as_json: bool,
 ) -> None:
     """Export MODEL, a bundle or a plain model (folder, hub id, or demo), as an ONNX folder.
 
     The folder holds the model with a key/value cache, its weights, configuration and tokenizer. Stock ONNX
-    Runtime and onnxruntime-genai run it as it stands.
+    Runtime and onnxruntime-genai run it as it stands. Under the key/value policy reduced, the caches of some
+    layers are shorter than the others', which irc's own runtime handles and onnxruntime-genai does not.
     """
     from irc import console
     from irc.export import export
+    from irc.key_policy import KeyPolicy
 
     console.note(f"exporting {model}: dtype {dtype}, layout {layout}")
-    result = export(model, output, base=base, dtype=dtype, layout=layout, force=force, dump_dir=dump_dir)
+    policy = KeyPolicy.chosen(kv_policy, kv_threshold)
+    result = export(
+        model, output, base=base, dtype=dtype, layout=layout, force=force, dump_dir=dump_dir, key_policy=policy
+    )
     if as_json:
         console.emit_json(result)
         return
@@ -61,6 +69,7 @@ def command(
             ["data type", result["dtype"]],
             ["opset", f"{result['opset']}, irc {result['op_version']}" if units else str(result["opset"])],
             ["routed units", str(units) if units else "none (dense)"],
+            *([["reduced units", str(result["reduced_units"])]] if result["kv_policy"] == "reduced" else []),
             ["size", f"{result['bytes'] / 1e6:.1f} MB"],
             ["seconds", f"{result['seconds']['export']:.1f}"],
         ],

@@ -123,6 +123,23 @@ def dtype_option(default: str = "auto") -> Decorator:
     )
 
 
+def key_policy_options(function: Decorated) -> Decorated:
+    """Add --kv-policy and --kv-threshold. Arguments `kv_policy: str | None`, `kv_threshold: float | None`."""
+    policy = click.option(
+        "--kv-policy",
+        type=click.Choice(["full", "reduced"]),
+        help="Keys and values of every token (full), or not of tokens that strongly skipping attention units skip "
+        "(reduced). [default: the bundle's]",
+    )
+    threshold = click.option(
+        "--kv-threshold",
+        type=click.FloatRange(0, 1),
+        metavar="SHARE",
+        help="reduced: attention units that skip at least this share of the calibration text. [default: 0.5]",
+    )
+    return policy(threshold(function))
+
+
 def seq_len_option(default: int | None = 512) -> Decorator:
     """Add --seq-len, tokens a window. Argument `seq_len: int`, or `int | None` by a None default."""
     return click.option(
@@ -133,6 +150,17 @@ def seq_len_option(default: int | None = 512) -> Decorator:
         metavar="N",
         help="Tokens a window of text.",
     )
+
+
+def shares(ctx: click.Context, parameter: click.Parameter, value: str) -> list[float]:
+    """Read a comma-separated list of shares of 0 to 1; the callback of options that take one."""
+    try:
+        found = [float(part) for part in value.split(",")] if value else []
+    except ValueError:
+        found = [-1.0]
+    if not all(0 <= share <= 1 for share in found):
+        raise click.BadParameter(f"'{value}' is no list of shares; give some such as 0.25,0.5", ctx, parameter)
+    return found
 
 
 def force_option() -> Decorator:

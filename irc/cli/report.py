@@ -27,6 +27,35 @@ def figures_table(title: str, metrics: dict[str, Any]) -> None:
             ["sparsity, realized", f"{sparsity['realized']:.3f}{target}"],
             ["  attention units", f"{sparsity['attention']:.3f}"],
             ["  FFN units", f"{sparsity['ffn']:.3f}"],
+            *kv_rows(metrics["kv"]),
             ["FLOPs, routed / dense", f"{metrics['flops_ratio']:.3f}"],
         ]
     console.table(title, ["figure", "value"], rows)
+
+
+def kv_rows(kv: dict[str, Any]) -> list[list[str]]:
+    """Return the row about keys and values; none under the policy `full`."""
+    if kv["policy"] == "full":
+        return []
+    units = f"{kv['reduced_units']} attention units, threshold {kv['threshold']:g}"
+    return [["keys and values saved", f"{kv['saved']:.3f}  ({units})"]]
+
+
+def kv_report(metrics: dict[str, Any]) -> None:
+    """Show a sweep over thresholds of the key/value policy as a table and a plot."""
+    dense, sweep = metrics["perplexity"]["dense"], metrics["kv_sweep"]
+    rows = [
+        [
+            f"{row['threshold']:g}",
+            str(row["reduced_units"]),
+            f"{row['saved']:.3f}",
+            console.bar(row["saved"], 16),
+            f"{row['perplexity']:.3f}",
+            f"{row['perplexity'] / dense:.3f}",
+        ]
+        for row in sweep
+    ]
+    columns = ["threshold", "reduced units", "memory saved", "", "perplexity", "x dense"]
+    console.table("keys and values of skipped tokens", columns, rows)
+    points = [(row["saved"], row["perplexity"], "*") for row in sweep]
+    console.plot("perplexity over memory saved", "share of keys and values saved", "perplexity", points)

@@ -167,8 +167,9 @@ def test_flops_by_hand(model: RoutedForCausalLM) -> None:
     counts = unit_flops(model, context)
     for unit in model.units:
         count = counts[unit.name]
-        expected = (keys_values, query_output + scores) if unit.kind == "attention" else (0, feed_forward)
-        assert (count.always, count.gated, count.router, count.forecaster) == (*expected, router, forecaster)
+        expected = (keys_values, query_output, scores) if unit.kind == "attention" else (0, feed_forward, 0)
+        assert (count.always, count.gated, count.scores) == expected
+        assert (count.router, count.forecaster, count.reduced) == (router, forecaster, False)
     keep = dict(zip([unit.name for unit in model.units], (0.5, 0.25, 1.0, 0.0), strict=True))
     dense = 2 * (keys_values + query_output + scores + feed_forward) + head
     routed = (
