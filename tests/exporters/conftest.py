@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,12 @@ from torch import fx
 
 from exporters.onnx import MODEL, CacheShape, Decision, export_onnx
 from irc.capture import cache_shape
-from irc.modules import Forecaster, Mux, Record, Router, RoutingControl
+from irc.modules import Forecaster, Mux, Record, Router, RoutingControl, StoredKeys
 from passes.base import PassManager
 from passes.insert_forecasters import InsertForecasters
 from passes.insert_routers import InsertRouters
+from passes.mask_skipped_keys import MaskSkippedKeys
+from passes.match import match_units
 
 GATES = {"mixed": 0.0, "all executed": 1e3, "all skipped": -1e3}
 
@@ -53,12 +55,14 @@ class Pair:
         self._bias(-GATES[gates])
         return list(outputs), tape
 
-    def onnx(self, gates: str, ids: Any, mask: Any, past: list[Any]) -> dict[str, torch.Tensor]:
-        """Return outputs and decisions of ONNX Runtime by name."""
+    def onnx(self, gates: str, ids: Any, mask: Any, past: list[Any], slots: Sequence[Any] = ()) -> dict[str, Any]:
+        """Return outputs and decisions of ONNX Runtime by name; `slots` are those of reduced layers."""
         session = self.session(gates)
         feeds = {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
         for index, tensor in enumerate(past):
             feeds[f"past_key_values.{index // 2}.{('key', 'value')[index % 2]}"] = tensor.numpy()
+        for layer, tensor in zip(self.cache.reduced, slots, strict=True):
+            feeds[f"past_key_values.{layer}.slots"] = tensor.numpy()
         names = [output.name for output in session.get_outputs()]
         return {n: torch.from_numpy(np.array(v)) for n, v in zip(names, session.run(None, feeds), strict=True)}
 
@@ -81,9 +85,12 @@ class Pair:
 
 @pytest.fixture(scope="session")
 def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
-    """Give `make_pair(tiny)`: insert untrained routers and forecasters, and export; `routed=False` exports densely."""
+    """Give `make_pair(tiny)`: insert untrained routers and forecasters, and export.
 
-    def make(tiny: Any, routed: bool = True) -> Pair:
+    `routed=False` exports densely; attention units of the layers `reduced` store executed tokens only.
+    """
+
+    def make(tiny: Any, routed: bool = True, reduced: tuple[int, ...] = ()) -> Pair:
         control, dtype = RoutingControl(), tiny.captured.dtype
         torch.manual_seed(0)
         if routed:
@@ -95,13 +102,17 @@ def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
                     InsertRouters(lambda unit: Router(unit.width, 8).to(dtype)),
                 ]
             ).run(tiny.graph)
+        attention = [unit.name for unit in match_units(tiny.graph).units if unit.kind == "attention"]
+        control.reduced = frozenset(attention[layer] for layer in reduced)
+        masks = MaskSkippedKeys(control.reduced, lambda unit: StoredKeys(unit.name, control))
+        PassManager([masks]).run(tiny.graph)
         reference = copy.deepcopy(tiny.captured)
         # A copied mux has a copy of the control.
         for module in reference.graph.modules():
-            if isinstance(module, Mux):
+            if isinstance(module, Mux | StoredKeys):
                 module.control = control
         folder = tmp_path_factory.mktemp("onnx")
-        cache = CacheShape(*cache_shape(tiny.config))
+        cache = CacheShape(*cache_shape(tiny.config), reduced=reduced)
         decisions = export_onnx(tiny.graph, cache, tiny.captured.dtype, folder, {"made.by": "tests"})
         return Pair(reference.graph, control, folder / MODEL, decisions, cache)
 

@@ -142,6 +142,7 @@ def test_operators_and_weights_of_the_file(routed: Any) -> None:
     assert found["Transpose"] == 0, "weights lie as MatMul reads them"
     assert sorted(function.name for function in model.functions) == [
         "Compact",
+        "RaggedPlaces",
         "RoutedAttention",
         "Scatter",
         "SelectRows",

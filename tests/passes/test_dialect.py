@@ -17,6 +17,13 @@ def _attention_inputs(tokens: int = 5, past: int = 3) -> tuple[torch.Tensor, ...
     return q, k, v, past_k, past_v, mask
 
 
+def _reduced_inputs(execute: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    q, k, v, past_k, past_v, mask = _attention_inputs()
+    rows, _ = irc.select_rows(execute)
+    slots = torch.tensor([[0, 2, -1], [1, -1, -1]])
+    return *(irc.compact(q, rows), rows, irc.compact(k, rows), irc.compact(v, rows)), past_k, past_v, slots, mask
+
+
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_schemas_and_fake_kernels(share: float) -> None:
     """Schema and fake kernel of every operator agree with what it computes, with no, some and all rows."""
@@ -32,6 +39,8 @@ def test_schemas_and_fake_kernels(share: float) -> None:
     opcheck(irc.rotary.default, (q, angles, angles, 4), test_utils=CHECKS)
     opcheck(irc.attention.default, (q, *others, 4, 0.5), test_utils=CHECKS)
     opcheck(irc.routed_attention.default, (irc.compact(q, rows), rows, *others, 4, 0.5), test_utils=CHECKS)
+    opcheck(irc.stored.default, (others[2], mask), test_utils=CHECKS)
+    opcheck(irc.reduced_attention.default, (*_reduced_inputs(mask), 4, 0.5), test_utils=CHECKS)
 
 
 def test_rows_are_selected_in_order() -> None:
@@ -67,6 +76,32 @@ def test_routed_attention_is_attention_at_the_chosen_rows(share: float) -> None:
     torch.testing.assert_close(found, irc.compact(y, rows), rtol=0, atol=1e-6)
     assert torch.equal(found_keys, keys)
     assert torch.equal(found_values, values)
+
+
+@pytest.mark.parametrize("share", [0.4, 1.0])
+def test_reduced_attention_is_attention_to_stored_keys(share: float) -> None:
+    """Rows equal those of attention whose mask leaves out what is not stored, to fp32 rounding (1e-6)."""
+    execute = torch.rand(2, 5) < share
+    execute[:, 0] = True
+    q_rows, rows, k_rows, v_rows, past_k, past_v, slots, mask = _reduced_inputs(execute)
+    y, keys, values, found = irc.reduced_attention(q_rows, rows, k_rows, v_rows, past_k, past_v, slots, mask, 4, 0.5)
+    known = torch.zeros(2, 8, dtype=torch.bool)
+    dense_k, dense_v = torch.zeros(2, 2, 8, 4), torch.zeros(2, 2, 8, 4)
+    for sequence in range(2):
+        for place, slot in enumerate(found[sequence].tolist()):
+            if slot >= 0:
+                known[sequence, slot] = True
+                dense_k[sequence, :, slot], dense_v[sequence, :, slot] = (
+                    keys[sequence, :, place],
+                    values[sequence, :, place],
+                )
+    assert torch.equal(known[:, 3:], execute)
+    assert known[:, :3].tolist() == [[True, False, True], [False, True, False]]
+    dense_q = irc.scatter(q_rows, rows, torch.zeros(2, 5, 16))
+    new_k, new_v = (t[:, :, 3:].transpose(1, 2).flatten(-2) for t in (dense_k, dense_v))
+    masked = mask & known[:, None, None]
+    expected, _, _ = irc.attention(dense_q, new_k, new_v, dense_k[:, :, :3], dense_v[:, :, :3], masked, 4, 0.5)
+    torch.testing.assert_close(y, irc.compact(expected, rows), rtol=0, atol=1e-6)
 
 
 def test_a_row_that_sees_nothing_is_finite() -> None:

@@ -7,9 +7,12 @@ import pytest
 import torch
 from torch import nn
 
+from irc.modules import RoutingControl, StoredKeys
 from passes.base import PassError, PassManager
 from passes.harden_routers import HardenRouters
 from passes.lower_to_compaction import LowerToCompaction
+from passes.mask_skipped_keys import MaskSkippedKeys
+from passes.match import match_units
 from passes.printer import print_graph, print_model
 from passes.raise_attention import RaiseAttention
 from passes.raise_norms import RaiseNorms
@@ -68,6 +71,36 @@ def test_skipped_tokens_reach_no_linear_but_k_v_and_the_router(tiny: Callable, i
     _bias(model.graph, 2e3)
     for name, count in _rows_seen(model.graph, ids, model).items():
         assert count == (0 if "_forecaster" in name else 27), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_reduced_units_store_executed_tokens_only(
+    tiny: Callable, insertions: tuple, control: RoutingControl, family: str
+) -> None:
+    """In three calls, logits are those of the masked model in one (fp32, 1e-5); caches hold executed tokens."""
+    model = tiny(family)
+    attention = [unit.name for unit in match_units(model.graph).units if unit.kind == "attention"]
+    control.reduced = frozenset(attention[:1])
+    masks = MaskSkippedKeys(control.reduced, lambda unit: StoredKeys(unit.name, control))
+    PassManager([*insertions, masks]).run(model.graph)
+    ids, tape = model.ids(3, 9), {}
+    with control.using(tape=tape):
+        model.run(ids)
+        model.graph.get_parameter(f"{attention[0]}_router.2.bias")[0] -= tape[attention[0]].difference.median() + 1e-3
+        expected = model.run(ids)[0]
+    execute = tape[attention[0]].execute
+    assert 0 < execute.float().mean() < 1
+    PassManager([*BEFORE, LowerToCompaction()]).run(model.graph)
+    past, slots, found = model.no_past(3), torch.zeros(3, 0, dtype=torch.int64), []
+    for start, end in ((0, 4), (4, 5), (5, 9)):
+        positions, mask = torch.arange(start, end).expand(3, -1), torch.ones(3, end, dtype=torch.int64)
+        logits, *past, slots = model.graph(ids[:, start:end], mask, positions, *past, slots)
+        found.append(logits)
+    torch.testing.assert_close(torch.cat(found, dim=1), expected, rtol=0, atol=1e-5)
+    assert past[0].shape[2] == slots.shape[1]
+    for row in range(3):
+        assert slots[row][slots[row] >= 0].tolist() == execute[row].nonzero()[:, 0].tolist()
 
 
 def test_golden_layer_and_attention(tiny: Callable, insertions: tuple, golden: Callable[[str], str]) -> None:
