@@ -41,9 +41,10 @@ def Scatter(y, rows, base):
 
 @script(irc, default_opset=op)
 def RaggedPlaces(rows, like):
-    """Return where `rows` [1, n, 2] go if each sequence's own are moved to its front, [1, n, 2], and the padded size.
+    """Return how `rows` [1, n, 2] look if each sequence's own stand at its front, padded to the longest.
 
-    The batch is that of `like`; the size is int64 [2]: batch, and the largest number of rows of a sequence.
+    Where each row goes, int64 [1, n, 2]; and which row stands where, int64 [batch, longest], 0 in the padding. The
+    batch is that of `like`.
     """
     zero = op.Constant(value_ints=[0])
     one = op.Constant(value_ints=[1])
@@ -53,12 +54,12 @@ def RaggedPlaces(rows, like):
     count = op.Shape(flat)
     counts = op.ScatterElements(op.Expand(zero, batch), flat, op.Expand(one, count), axis=0, reduction="add")
     starts = op.CumSum(counts, op.Constant(value_int=0), exclusive=1)
-    order = op.Range(op.Constant(value_int=0), op.Squeeze(count), op.Constant(value_int=1))
-    place = op.Unsqueeze(op.Sub(order, op.Gather(starts, flat)), zero)
+    order = op.Unsqueeze(op.Range(op.Constant(value_int=0), op.Squeeze(count), op.Constant(value_int=1)), zero)
+    place = op.Sub(order, op.Gather(starts, flat))
     last = op.Constant(value_ints=[2])
     places = op.Concat(op.Unsqueeze(sequence, last), op.Unsqueeze(place, last), axis=2)
     size = op.Concat(batch, op.ReduceMax(counts, keepdims=1), axis=0)
-    return places, size
+    return places, op.ScatterND(op.Expand(zero, size), places, order)
 
 
 @script(irc, default_opset=op)
@@ -79,10 +80,9 @@ def RoutedAttention(q, rows, k, v, past_k, past_v, mask, heads: int, kv_heads: i
                 q_num_heads=heads, kv_num_heads=kv_heads, scale=scale,
             )  # fmt: skip
         else:
-            places, size = irc.RaggedPlaces(rows, mask)
-            nothing = op.CastLike(op.Constant(value_float=0.0), q)
-            queries = op.ScatterND(op.Expand(nothing, op.Concat(size, op.Shape(q, start=2), axis=0)), places, q)
-            masks = op.ScatterND(op.Expand(nothing, op.Concat(size, op.Shape(mask, start=2), axis=0)), places, own_mask)
+            places, index = irc.RaggedPlaces(rows, mask)
+            queries = op.Gather(op.Squeeze(q, zero), index, axis=0)
+            masks = op.Gather(op.Squeeze(own_mask, zero), index, axis=0)
             y_padded, keys, values = op.Attention(
                 queries, k, v, op.Unsqueeze(masks, one), past_k, past_v,
                 q_num_heads=heads, kv_num_heads=kv_heads, scale=scale,
@@ -121,12 +121,12 @@ def ReducedAttention(
                 q_num_heads=heads, kv_num_heads=kv_heads, scale=scale,
             )  # fmt: skip
         else:
-            places, size = irc.RaggedPlaces(rows, mask)
-            nothing = op.CastLike(op.Constant(value_float=0.0), q)
-            queries = op.ScatterND(op.Expand(nothing, op.Concat(size, op.Shape(q, start=2), axis=0)), places, q)
-            new_k = op.ScatterND(op.Expand(nothing, op.Concat(size, op.Shape(k, start=2), axis=0)), places, k)
-            new_v = op.ScatterND(op.Expand(nothing, op.Concat(size, op.Shape(v, start=2), axis=0)), places, v)
-            masks = op.ScatterND(op.Expand(nothing, op.Concat(size, op.Shape(mask, start=2), axis=0)), places, own_mask)
+            places, index = irc.RaggedPlaces(rows, mask)
+            size = op.Shape(index)
+            queries = op.Gather(op.Squeeze(q, zero), index, axis=0)
+            new_k = op.Gather(op.Squeeze(k, zero), index, axis=0)
+            new_v = op.Gather(op.Squeeze(v, zero), index, axis=0)
+            masks = op.Gather(op.Squeeze(own_mask, zero), index, axis=0)
             slots = op.Concat(past_slots, op.ScatterND(op.Expand(op.Neg(one), size), places, new), axis=1)
             column = op.Unsqueeze(slots, one)
             wanted = op.Expand(column, op.Concat(size, op.Shape(slots, start=1), axis=0))
@@ -184,7 +184,7 @@ _SCHEMAS = (
         " -> y: T, present_k: T, present_v: T, present_slots: I",
         "heads: INT, kv_heads: INT, scale: FLOAT, masked: FLOAT",
     ),
-    ("RaggedPlaces", "rows: I, like: T -> places: I, size: I", ""),
+    ("RaggedPlaces", "rows: I, like: T -> places: I, index: I", ""),
 )
 _TYPES = {
     "B": ["tensor(bool)"],

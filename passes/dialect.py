@@ -196,7 +196,8 @@ def reduced_attention(
         v: As k.
         past_k: What is stored, [batch, kv_heads, stored, size].
         past_v: As past_k.
-        past_slots: Which token of its sequence each is, int64 [batch, stored]; -1 fills up shorter sequences.
+        past_slots: Which token of its sequence each is, int64 [batch, stored]; -1 where there is none (a shorter
+            sequence is filled up, with keys and values that mean nothing).
         mask: bool [batch, 1, tokens, past + tokens], true where attended, of all tokens of the sequences.
         heads: Query heads.
         scale: Of the scores.
