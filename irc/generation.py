@@ -55,6 +55,7 @@ class Generated:
         decode_seconds: From the first token on.
         executed: Executed (token, unit) pairs.
         pairs: All (token, unit) pairs.
+        kv_saved: Share of keys and values that were not stored.
     """
 
     text: str = ""
@@ -65,6 +66,7 @@ class Generated:
     decode_seconds: float = 0.0
     executed: int = 0
     pairs: int = 0
+    kv_saved: float = 0.0
 
     @property
     def skipped(self) -> float:
@@ -175,6 +177,7 @@ class Generator:
             mask = np.ones((1, cache.length + len(new)), dtype=np.int64)
             step = self.runtime.step(np.array([new], dtype=np.int64), mask, cache)
             result.count(step)
+            result.kv_saved = cache.saved(self.runtime.exported.cache.layers)
             token = choose(step.logits[0, -1], sampling, random)
             now = time.monotonic()
             if not result.tokens:

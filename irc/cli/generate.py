@@ -49,13 +49,16 @@ def command(folder: Path, prompt: str, as_json: bool, max_tokens: int, stop: tup
         "tokens_per_s": round(result.tokens_per_s, 2),
         "prefill_ms": round(1e3 * result.prefill_seconds, 2),
         "skipped": round(result.skipped, 4),
+        "kv_saved": round(result.kv_saved, 4),
     }
     if as_json:
         console.emit_json({"model": str(folder), "text": result.text, "tokens": result.tokens, **figures})
         return
     console.stream("\n")
+    reduced = bool(generator.runtime.exported.cache.reduced)
+    memory = f"{result.kv_saved:.1%} of keys and values not stored, " if reduced else ""
     console.note(
         f"{len(result.tokens)} tokens ({result.stopped}), {result.tokens_per_s:.1f} tokens/s after "
         f"{1e3 * result.prefill_seconds:.0f} ms, {result.skipped:.1%} of the units' work skipped, "
-        f"{generator.runtime.provider}"
+        f"{memory}{generator.runtime.provider}"
     )

@@ -20,7 +20,7 @@ def bundle(base: BaseModel, shake: Callable[..., Any], tmp_path_factory: pytest.
     model = shake(build_routed(base, RoutingSpec(4), "fp32"))
     model.facts["base"] = base
     folder = tmp_path_factory.mktemp("bundles") / "bundle"
-    save_bundle(model, folder)
+    save_bundle(model, folder, {"calibration_keep": {unit.name: 0.4 for unit in model.units}})
     return folder
 
 

@@ -111,3 +111,21 @@ def test_nothing_is_left_of_an_export_that_failed(
     if isinstance(error, OSError):
         assert shown.code == 1
         assert "could not be written (No space left on device)" in shown.sentence()
+
+
+def test_a_reduced_model_stores_less(
+    bundle: Path, exported: Path, text_file: Path, tmp_path: Path, irc_main: Callable[..., Any]
+) -> None:
+    """Its folder has slots and no file of a runtime that knows none; verify and generate follow the policy."""
+    shown = irc_main("export", bundle, "-o", tmp_path / "onnx", "--kv-threshold", "0.5", "--json")
+    assert shown.code == 0, shown.err
+    assert (shown.json["kv_policy"], shown.json["reduced_units"]) == ("reduced", 2)
+    assert not (tmp_path / "onnx" / "genai_config.json").exists()
+    arguments = ["verify", tmp_path / "onnx", "--data", text_file, "--tokens", "256", "--seq-len", "16"]
+    verified = irc_main(*arguments, "--prompts", "6", "--new-tokens", "24", "--json")
+    assert verified.code == 0, verified.err
+    assert verified.json["generated"]["identical"] == 6
+    generated = irc_main("generate", tmp_path / "onnx", PROMPT, "-n", "20", "--json").json
+    assert 0 < generated["kv_saved"] < 1
+    assert "of keys and values not stored" in irc_main("generate", tmp_path / "onnx", PROMPT, "-n", "4").err
+    assert irc_main("generate", exported, PROMPT, "-n", "20", "--json").json["kv_saved"] == 0
