@@ -90,6 +90,8 @@ class Runtime:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        # Threads wait in a loop within a call, which is fast, and stop when it ends, which leaves the cores to others.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(self.exported.model.parent.resolve())
