@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
@@ -88,9 +89,9 @@ class BaseModel:
             raise InputError(f"{self.name}: {missing[0]} is missing; the folder holds {why}")
         return shards
 
-    def weights(self) -> dict[str, torch.Tensor]:
+    def weights(self) -> Mapping[str, torch.Tensor]:
         """Return all weights, memory-mapped: pages are read when they are touched."""
-        return {key: tensor for shard in self.shards for key, tensor in _mapped(shard).items()}
+        return _Shards(self.shards)
 
     def check_finite(self) -> None:
         """Refuse weights with NaN or infinity, naming the first; no shard stays in memory."""
@@ -145,6 +146,27 @@ def find_base(name: str, revision: str | None = None) -> BaseModel:
     except Exception as error:
         raise InputError(f"{name}: no such folder, and the hub did not give it ({_sentence(error)})") from error
     return BaseModel(name, Path(path))
+
+
+class _Shards(Mapping[str, torch.Tensor]):
+    """Weights by name. Only one shard is held: what a reader converts or copies leaves memory with its shard."""
+
+    def __init__(self, shards: Sequence[Path]) -> None:
+        self._shard = {key: shard for shard in shards for key in _mapped(shard)}
+        self._current: tuple[Path | None, dict[str, torch.Tensor]] = (None, {})
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        shard = self._shard[name]
+        if self._current[0] != shard:
+            self._current = (None, {})
+            self._current = (shard, _mapped(shard))
+        return self._current[1][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shard)
+
+    def __len__(self) -> int:
+        return len(self._shard)
 
 
 def _mapped(shard: Path) -> dict[str, torch.Tensor]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import weakref
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import BertConfig, CLIPConfig, GPT2Config, LlamaConfig, PretrainedConfig, T5Config
 
 from irc.capture import assign_weights, capture
+from irc.checkpoint import BaseModel
 from irc.errors import InputError
 
 SMALL: dict[str, Any] = {
@@ -173,3 +178,21 @@ def test_a_missing_weight_of_an_architecture_that_is_not_supported_says_so() -> 
     captured = capture(GPT2Config(vocab_size=11, n_embd=8, n_layer=1, n_head=2, n_positions=16), torch.float32)
     with pytest.raises(InputError, match=r"gpt2 is not a supported architecture; convert a Llama"):
         assign_weights(captured, {})
+
+
+def test_shards_give_every_weight_and_hold_one_shard(tmp_path: Path) -> None:
+    """Read in any order, weights are those of their files; a shard that was left is no longer mapped."""
+    shards = {"a": {"x": torch.arange(3.0), "y": torch.ones(2)}, "b": {"z": torch.full((4,), 7.0)}}
+    for name, tensors in shards.items():
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    index = {key: f"{name}.safetensors" for name, tensors in shards.items() for key in tensors}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    weights = BaseModel("two shards", tmp_path).weights()
+    assert set(weights) == {"x", "y", "z"}
+    expected = {key: tensor for tensors in shards.values() for key, tensor in tensors.items()}
+    for key in ("x", "z", "y", "z"):
+        torch.testing.assert_close(weights[key], expected[key], rtol=0, atol=0)
+    held = weakref.ref(weights["x"])
+    assert held() is not None
+    assert weights["z"].sum() == 28
+    assert held() is None
