@@ -130,7 +130,8 @@ def export_onnx(
         cleaning(model)
     if any(node.domain == DOMAIN for node in model.graph):
         model.opset_imports[DOMAIN] = VERSION
-        for proto in function_protos({node.op_type for node in model.graph if node.domain == DOMAIN}):
+        operators = {node.op_type for node in model.graph if node.domain == DOMAIN}
+        for proto in function_protos(operators, half=dtype != torch.float32):
             function = ir.serde.deserialize_function(proto)
             model.functions[function.identifier()] = function
     model.metadata_props.update(

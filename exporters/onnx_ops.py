@@ -40,6 +40,21 @@ def Scatter(y, rows, base):
 
 
 @script(irc, default_opset=op)
+def ScatterAdd(y, rows, base):
+    """Return base [batch, tokens, d] with y [1, n, d] added to its tokens `rows` [1, n, 2], which are all different."""
+    return op.ScatterND(base, rows, y, reduction="add")
+
+
+@script(irc, default_opset=op)
+def ScatterAddHalf(y, rows, base):
+    """Return base [batch, tokens, d] with y [1, n, d] added to its tokens `rows` [1, n, 2], which are all different.
+
+    ONNX Runtime's CPU provider adds nothing of 16 bits in ScatterND, so the sums are made before.
+    """
+    return op.ScatterND(base, rows, op.Add(op.GatherND(base, rows), y))
+
+
+@script(irc, default_opset=op)
 def RaggedPlaces(rows, like):
     """Return how `rows` [1, n, 2] look if each sequence's own stand at its front, padded to the longest.
 
@@ -144,16 +159,20 @@ def ReducedAttention(
     return y, keys, values, slots
 
 
-FUNCTIONS = (SelectRows, Compact, Scatter, RoutedAttention, ReducedAttention, RaggedPlaces)
+FUNCTIONS = (SelectRows, Compact, Scatter, ScatterAdd, RoutedAttention, ReducedAttention, RaggedPlaces)
 
 
-def function_protos(used: set[str]) -> list[onnx.FunctionProto]:
+def function_protos(used: set[str], half: bool = False) -> list[onnx.FunctionProto]:
     """Return the portable bodies of operators of the domain, and of those that they call.
 
     Args:
         used: Names of the operators in a model.
+        half: Whether its numbers have 16 bits.
     """
     bodies = {function.name: function.to_function_proto() for function in FUNCTIONS}
+    if half:
+        bodies["ScatterAdd"] = ScatterAddHalf.to_function_proto()
+        bodies["ScatterAdd"].name = "ScatterAdd"
     inner = {node.op_type for name in used for node in _nodes(bodies[name].node) if node.domain == DOMAIN}
     found = [body for name, body in bodies.items() if name in used | inner]
     for body in found:
@@ -173,6 +192,7 @@ _SCHEMAS = (
     ("SelectRows", "mask: B -> executed: I, skipped: I", ""),
     ("Compact", "x: T, rows: I -> y: T", ""),
     ("Scatter", "y: T, rows: I, base: T -> z: T", ""),
+    ("ScatterAdd", "y: T, rows: I, base: T -> z: T", ""),
     (
         "RoutedAttention",
         "q: T, rows: I, k: T, v: T, past_k: T, past_v: T, mask: T -> y: T, present_k: T, present_v: T",

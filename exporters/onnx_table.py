@@ -21,6 +21,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         torch.ops.irc.select_rows.default: _select_rows,
         torch.ops.irc.compact.default: _compact,
         torch.ops.irc.scatter.default: _scatter,
+        torch.ops.irc.scatter_add.default: _scatter_add,
         torch.ops.irc.rms_norm.default: _rms_norm,
         torch.ops.irc.rotary.default: _rotary,
         torch.ops.irc.attention.default: _attention,
@@ -39,6 +40,10 @@ def _compact(x, rows):
 
 def _scatter(y, rows, base):
     return irc.Scatter(y, rows, base)
+
+
+def _scatter_add(y, rows, base):
+    return irc.ScatterAdd(y, rows, base)
 
 
 def _rms_norm(x, weight, eps):

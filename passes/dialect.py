@@ -1,8 +1,8 @@
 """The `irc::` operators: what the graph of a routed model says beyond torch's own operators.
 
-Routing operators (`select_rows`, `compact`, `scatter`, `routed_attention`, `routed_attention_kv`) move tokens; each
-becomes a node of the ONNX domain `irc`. Raised operators (`rms_norm`, `rotary`, `attention`) say in one word what
-capture spread over many nodes; each becomes one standard ONNX operator. docs/operators.md describes them one by one.
+Routing operators (`select_rows`, `compact`, `scatter`, `scatter_add`, `routed_attention`, `reduced_attention`) move
+tokens; each becomes a node of the ONNX domain `irc`. Raised operators (`rms_norm`, `rotary`, `attention`) say in one
+word what capture spread over many nodes; each becomes one standard ONNX operator. docs/operators.md describes them.
 
 Rows are (sequence, token) pairs, int64 [1, n, 2]. Compacted tensors keep a leading 1, [1, n, d], so that whatever works
 on [batch, tokens, d] works on them too.
@@ -48,6 +48,18 @@ def scatter(y: Tensor, rows: Tensor, base: Tensor) -> Tensor:
 
 
 @scatter.register_fake
+def _(y: Tensor, rows: Tensor, base: Tensor) -> Tensor:
+    return torch.empty_like(base)
+
+
+@torch.library.custom_op("irc::scatter_add", mutates_args=())
+def scatter_add(y: Tensor, rows: Tensor, base: Tensor) -> Tensor:
+    """Return base [batch, tokens, d] with y [1, n, d] added to its tokens `rows` [1, n, 2], which are all different."""
+    index = rows[..., 0], rows[..., 1]
+    return base.index_put(index, base[index] + y)
+
+
+@scatter_add.register_fake
 def _(y: Tensor, rows: Tensor, base: Tensor) -> Tensor:
     return torch.empty_like(base)
 

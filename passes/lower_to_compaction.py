@@ -17,14 +17,14 @@ from torch import fx, nn
 
 from passes import dialect  # noqa: F401 - registers the operators
 from passes.base import Pass, PassError, PassResult, finish, graph_of
-from passes.match import Unit, is_row_wise, match_units
+from passes.match import ADDS, Unit, is_row_wise, match_units
 from passes.wires import add_input, add_output
 
 aten, irc = torch.ops.aten, torch.ops.irc
 
 
 class LowerToCompaction(Pass):
-    """Replaces `where(execute, unit(x), forecaster(x))` by compaction, the unit, and scatter.
+    """Replaces `h + where(execute, unit(x), forecaster(x))` by compaction, the unit, and adding scatters onto h.
 
     Run after RaiseAttention and HardenRouters. K and V are computed for all tokens, except in reduced units, which
     get an input `past_slots_LAYER` and an output: the slots of their cache, as `irc::reduced_attention` has them.
@@ -81,18 +81,30 @@ def _lower(
             moved.args = (*call.args, executed)
             call.replace_all_uses_with(moved)
             y_rows = y
-        # Every token is replaced, here or in the next line: x only lends its memory.
-        base = graph.call_function(irc.scatter.default, (forecast_rows, skipped, x))
-        whole = graph.call_function(irc.scatter.default, (y_rows, executed, base), name=f"{unit.target}_scattered")
+        # Where the choice is added to the residual stream, its rows go there at once; else every token is replaced,
+        # here or in the next line, and x only lends its memory.
+        add, stream = _residual_add(chosen)
+        operation, base = (irc.scatter_add.default, stream) if add else (irc.scatter.default, x)
+        part = graph.call_function(operation, (forecast_rows, skipped, base))
+        whole = graph.call_function(operation, (y_rows, executed, part), name=f"{unit.target}_scattered")
     if unit.kind == "attention":
         _move_readers(graph, moved, executed)
-    whole.meta["val"] = chosen.meta.get("val")
-    chosen.replace_all_uses_with(whole)
-    for node in (chosen, column, forecast, call):
+    replaced = add or chosen
+    whole.meta["val"] = replaced.meta.get("val")
+    replaced.replace_all_uses_with(whole)
+    for node in (*([add] if add else []), chosen, column, forecast, call):
         graph.erase_node(node)
     if reduced:
         finish(block)
         _lead_slots(model, unit)
+
+
+def _residual_add(chosen: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
+    """Return the add that alone reads a unit's choice, and the stream that it adds to; None where there is none."""
+    users = list(chosen.users)
+    if len(users) != 1 or users[0].target not in ADDS or users[0].kwargs or len(users[0].all_input_nodes) != 2:
+        return None, None
+    return users[0], next(node for node in users[0].all_input_nodes if node is not chosen)
 
 
 def _unmask(graph: fx.Graph, call: fx.Node) -> bool:

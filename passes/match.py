@@ -21,6 +21,7 @@ from passes import dialect  # noqa: F401 - registers the operators
 Kind = Literal["attention", "ffn"]
 
 ADDS = frozenset({torch.ops.aten.add.Tensor})
+_SCATTERS = frozenset({torch.ops.irc.scatter.default, torch.ops.irc.scatter_add.default})
 _SCORES = frozenset({"scaled_dot_product_attention", "attention", "routed_attention", "reduced_attention"})
 _SOFTMAX, _PRODUCTS = frozenset({"softmax", "_softmax"}), frozenset({"matmul", "bmm", "einsum"})
 # What may stand between the linears of an FFN: one token's values in, the same token's values out.
@@ -168,7 +169,7 @@ def _chooses(node: fx.Node, y: fx.Node) -> bool:
     """Whether a node takes y as the executed side: a mux, or what hardening and lowering make of one."""
     if node.target == torch.ops.aten.where.self:
         return node.args[1] is y
-    return (is_mux(node) or node.target == torch.ops.irc.scatter.default) and node.args[0] is y
+    return (is_mux(node) or node.target in _SCATTERS) and node.args[0] is y
 
 
 def _kind(submodule: nn.Module) -> Kind:

@@ -135,7 +135,7 @@ def test_operators_and_weights_of_the_file(routed: Any) -> None:
     found = Counter(node.op_type for node in model.graph.node)
     assert found["RoutedAttention"] == 2
     assert found["SelectRows"] == 4, "one of each unit gives executed and skipped tokens"
-    assert found["Scatter"] == 8
+    assert found["ScatterAdd"] == 8
     assert found["RMSNormalization"] == 5
     assert found["RotaryEmbedding"] == 4
     assert found["Where"] == 1, "one mask for all layers"
@@ -144,7 +144,7 @@ def test_operators_and_weights_of_the_file(routed: Any) -> None:
         "Compact",
         "RaggedPlaces",
         "RoutedAttention",
-        "Scatter",
+        "ScatterAdd",
         "SelectRows",
     ]
     embeddings = [t for t in model.graph.initializer if tuple(t.dims) in ((61, 32), (32, 61))]

@@ -109,5 +109,5 @@ def test_the_file_is_valid_and_names_its_slots(tiny: Callable, make_pair: Callab
     inputs, outputs = ([value.name for value in side] for side in (model.graph.input, model.graph.output))
     assert [name for name in inputs + outputs if "slots" in name] == ["past_key_values.1.slots", "present.1.slots"]
     kinds = {node.op_type for node in model.graph.node if node.domain == "irc"}
-    assert kinds == {"SelectRows", "Compact", "Scatter", "RoutedAttention", "ReducedAttention"}
+    assert kinds == {"SelectRows", "Compact", "ScatterAdd", "RoutedAttention", "ReducedAttention"}
     assert {function.name for function in model.functions} == kinds | {"RaggedPlaces"}

@@ -35,6 +35,7 @@ def test_schemas_and_fake_kernels(share: float) -> None:
     opcheck(irc.select_rows.default, (mask,), test_utils=CHECKS)
     opcheck(irc.compact.default, (x, rows), test_utils=CHECKS)
     opcheck(irc.scatter.default, (irc.compact(x, rows), rows, base), test_utils=CHECKS)
+    opcheck(irc.scatter_add.default, (irc.compact(x, rows), rows, base), test_utils=CHECKS)
     opcheck(irc.rms_norm.default, (x, torch.randn(6), 1e-6), test_utils=CHECKS)
     opcheck(irc.rotary.default, (q, angles, angles, 4), test_utils=CHECKS)
     opcheck(irc.attention.default, (q, *others, 4, 0.5), test_utils=CHECKS)
@@ -58,6 +59,14 @@ def test_scatter_puts_back_what_compact_took_and_keeps_the_rest() -> None:
     torch.testing.assert_close(result, torch.where(mask.unsqueeze(-1), x, base), rtol=0, atol=0)
     assert (result != base).any()
     assert (result != x).any()
+
+
+def test_scatter_add_adds_to_the_chosen_tokens_alone() -> None:
+    x, base = torch.randn(3, 4, 5), torch.randn(3, 4, 5)
+    mask = torch.rand(3, 4) < 0.5
+    rows, _ = irc.select_rows(mask)
+    result = irc.scatter_add(irc.compact(x, rows), rows, base)
+    torch.testing.assert_close(result, torch.where(mask.unsqueeze(-1), base + x, base), rtol=0, atol=0)
 
 
 def test_norm_over_heads_is_the_norm_of_each_head() -> None:
