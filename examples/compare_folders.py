@@ -4,13 +4,15 @@
     python -m onnxruntime_genai.models.builder -m MODEL -o theirs -p fp32 -e cpu -c cache
     python examples/compare_folders.py ours theirs
 
-Both need the inputs that Hugging Face exports have: input_ids, attention_mask, past_key_values.N.key and .value.
+Both need the inputs that Hugging Face exports have (input_ids, attention_mask, past_key_values.N.key and .value), in
+fp32, and a genai_config.json.
 Printed are medians, and the first folder's time over the second's; below 1 the first is faster.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,10 @@ class Timed:
         options.log_severity_level = 3
         options.add_session_config_entry("session.force_spinning_stop", "1")
         self.session = ort.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
-        self.past = [value for value in self.session.get_inputs() if value.name.startswith("past_key_values.")]
-        self.outputs = [value.name for value in self.session.get_outputs()]
+        decoder = json.loads((folder / "genai_config.json").read_text())["model"]["decoder"]
+        self.shape = (1, decoder["num_key_value_heads"], 0, decoder["head_size"])
+        self.past = [i.name for i in self.session.get_inputs() if i.name.startswith("past_key_values.")]
+        self.outputs = ["logits", *(name.replace("past_key_values", "present") for name in self.past)]
 
     def run(self, ids: Any, past: list[Any]) -> list[Any]:
         """Return logits and the cache, which stay in ONNX Runtime's memory."""
@@ -37,8 +41,8 @@ class Timed:
         length = past[0].shape()[2] + ids.shape[1]
         binding.bind_cpu_input("input_ids", ids)
         binding.bind_cpu_input("attention_mask", np.ones((1, length), np.int64))
-        for value, tensor in zip(self.past, past, strict=True):
-            binding.bind_ortvalue_input(value.name, tensor)
+        for name, tensor in zip(self.past, past, strict=True):
+            binding.bind_ortvalue_input(name, tensor)
         for name in self.outputs:
             binding.bind_output(name)
         self.session.run_with_iobinding(binding)
@@ -49,8 +53,7 @@ class Timed:
         """Return the cache of a text that has not begun."""
         import onnxruntime as ort
 
-        shapes = [(1, value.shape[1], 0, value.shape[3]) for value in self.past]
-        return [ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32)) for shape in shapes]
+        return [ort.OrtValue.ortvalue_from_numpy(np.zeros(self.shape, np.float32)) for _ in self.past]
 
 
 def main() -> None:

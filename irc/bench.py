@@ -77,9 +77,7 @@ def bench(
         raise InputError(f"hidden {shape.hidden}, heads {shape.heads}, kv_heads {shape.kv_heads} do not divide evenly")
     with tempfile.TemporaryDirectory() as work:
         model, folders = _export_both(shape, Path(work), seed)
-        runtimes = {
-            name: Runtime(folder, provider, spinning=False, forced=name == "routed") for name, folder in folders.items()
-        }
+        runtimes = {name: Runtime(folder, provider, forced=name == "routed") for name, folder in folders.items()}
         rows = []
         with progress("bench", len(sparsities)) as bar:
             for done, share in enumerate(sparsities, start=1):

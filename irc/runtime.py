@@ -72,16 +72,13 @@ class Runtime:
         folder: What `irc export` wrote.
         provider: `auto`, `cpu` or `cuda`.
         threads: Of one operator; 0 leaves it to ONNX Runtime.
-        spinning: Whether idle threads spin; off where several sessions share the cores.
         forced: Whether `step` is given the decisions instead of following the routers, which run all the same.
 
     Raises:
         InputError: The folder is damaged, the provider does not load, or cannot run the model's data type.
     """
 
-    def __init__(
-        self, folder: Path, provider: str = "auto", threads: int = 0, spinning: bool = True, forced: bool = False
-    ) -> None:
+    def __init__(self, folder: Path, provider: str = "auto", threads: int = 0, forced: bool = False) -> None:
         self.exported: OnnxFolder = open_folder(folder)
         self.provider = choose_provider(provider)
         if self.provider == "cpu" and self.exported.dtype == "bf16":
@@ -92,7 +89,6 @@ class Runtime:
         options.log_severity_level = 3
         # Threads wait in a loop within a call, which is fast, and stop when it ends, which leaves the cores to others.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(self.exported.model.parent.resolve())
         )
