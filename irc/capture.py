@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_model
 
+from irc.cache import CACHE_NAME, cache_shape
 from irc.errors import InputError, IrcError
 from passes.base import PassManager
 from passes.clean_up import CleanUp
@@ -141,13 +142,6 @@ def _meta_twin(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def cache_shape(config: PretrainedConfig) -> tuple[int, int, int]:
-    """Return (layers, key/value heads, head size) of a model's cache."""
-    heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or heads, size
-
-
 def _example_inputs(config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
     layers, heads, size = cache_shape(config)
     meta: dict[str, Any] = {"device": "meta"}
@@ -160,7 +154,7 @@ def _example_inputs(config: PretrainedConfig, dtype: torch.dtype) -> dict[str, A
         "input_ids": torch.zeros(_BATCH, _LENGTH, dtype=torch.int64, **meta),
         "attention_mask": torch.ones(_BATCH, _PAST + _LENGTH, dtype=torch.int64, **meta),
         "position_ids": torch.zeros(_BATCH, _LENGTH, dtype=torch.int64, **meta),
-        "past_key_values": cache,
+        CACHE_NAME: cache,
         "use_cache": True,
     }
 
@@ -173,7 +167,7 @@ def _dynamic_shapes(config: PretrainedConfig) -> dict[str, Any]:
         "input_ids": tokens,
         "attention_mask": tokens,
         "position_ids": tokens,
-        "past_key_values": caches,
+        CACHE_NAME: caches,
         "use_cache": None,
     }
 
@@ -197,6 +191,8 @@ def _root(module: nn.Module) -> fx.GraphModule:
     for node in graph.nodes:
         if node.op == "placeholder" and node.name == "use_cache" and not node.users:
             graph.erase_node(node)
+        elif node.op == "placeholder" and node.name.startswith(f"{CACHE_NAME}_"):
+            node.name = node.target = "past_key_values_" + node.name.removeprefix(f"{CACHE_NAME}_")
     root = fx.GraphModule(module, graph, class_name="CapturedModel")
     root.graph.lint()
     return root

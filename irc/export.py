@@ -15,7 +15,7 @@ from exporters.onnx_ops import OPSET, VERSION
 from exporters.triton import write_repository
 from irc import __version__
 from irc.bundle import file_sha256, replace_folder
-from irc.capture import cache_shape
+from irc.cache import cache_shape
 from irc.checkpoint import BaseModel
 from irc.errors import InputError, IrcError
 from irc.evaluation_run import open_model

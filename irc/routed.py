@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from irc.capture import Captured, assign_weights, cache_shape, capture
+from irc.cache import CACHE_NAME, flat_past, updated
+from irc.capture import Captured, assign_weights, capture
 from irc.checkpoint import BaseModel
 from irc.errors import InputError
 from irc.modules import Forecaster, Mux, Router, RoutingControl, router_hidden
@@ -90,6 +91,7 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **ignored: Any,
     ) -> CausalLMOutputWithPast:
         """Compute next-token logits.
@@ -101,13 +103,15 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values: Cache of earlier tokens; updated and returned.
             labels: int64 [batch, tokens], -100 where no loss counts; shifted inside.
             use_cache: Whether to return the cache; True when None and not training.
+            cache: The name of `past_key_values` since transformers 5.24.
             **ignored: Options of transformers' generation that mean nothing here.
 
         Returns:
             Logits [batch, tokens, vocabulary], the loss when labels are given, the cache.
         """
         batch, tokens = input_ids.shape
-        past = _flat_past(self.config, past_key_values, batch, self.dtype, input_ids.device)
+        cache = past_key_values if cache is None else cache
+        past = flat_past(self.config, cache, batch, self.dtype, input_ids.device)
         if attention_mask is None:
             attention_mask = input_ids.new_ones(batch, past[0].shape[2] + tokens)
         if position_ids is None:
@@ -115,12 +119,12 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         logits, *present = self.graph(input_ids, attention_mask, position_ids, *past)
         if use_cache is None:
             use_cache = not self.training
-        cache = _updated(past_key_values, present) if use_cache else None
+        kept: dict[str, Any] = {CACHE_NAME: updated(cache, present) if use_cache else None}
         loss = None
         if labels is not None:
             flat = logits[:, :-1].float().flatten(0, 1)
             loss = F.cross_entropy(flat, labels[:, 1:].flatten(), ignore_index=-100)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **kept)
 
     def save_pretrained(self, save_directory: str | PathLike[Any], *args: Any, **kwargs: Any) -> None:
         """Save as a bundle (see `irc.bundle.save_bundle`)."""
@@ -189,28 +193,3 @@ def _captured(base: BaseModel, dtype: str, device: str) -> Captured:
     captured = capture(base.config, base.dtype(dtype))
     assign_weights(captured, weights, device)
     return captured
-
-
-def _flat_past(
-    config: PretrainedConfig, cache: Cache | None, batch: int, dtype: torch.dtype, device: torch.device
-) -> list[torch.Tensor]:
-    layers, heads, size = cache_shape(config)
-    if cache is None or cache.get_seq_length() == 0:
-        empty = torch.zeros(batch, heads, 0, size, dtype=dtype, device=device)
-        return [empty] * (2 * layers)
-    stored: list[Any] = list(cache.layers)
-    return [tensor for layer in stored for tensor in (layer.keys, layer.values)]
-
-
-def _updated(cache: Cache | None, present: list[torch.Tensor]) -> Cache:
-    if cache is None or any(type(layer) is not DynamicLayer for layer in cache.layers):
-        # The captured graph keeps the whole past of sliding layers too, so plain layers hold it.
-        cache = DynamicCache()
-    for index, (keys, values) in enumerate(zip(present[::2], present[1::2], strict=True)):
-        if len(cache.layers) <= index:
-            cache.layers.append(DynamicLayer())
-        layer: Any = cache.layers[index]
-        if not layer.is_initialized:
-            layer.lazy_initialization(keys, values)
-        layer.keys, layer.values = keys, values
-    return cache

@@ -22,7 +22,8 @@ from transformers import (
     logging,
 )
 
-from irc.capture import Captured, _relink, _root, assign_weights, cache_shape, capture
+from irc.cache import cache_shape
+from irc.capture import Captured, _relink, _root, assign_weights, capture
 
 logging.set_verbosity_error()
 torch.set_num_threads(1)  # tiny models only lose time to threads that wait for each other

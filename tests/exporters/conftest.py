@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from exporters.onnx import MODEL, CacheShape, Decision, export_onnx
-from irc.capture import cache_shape
+from irc.cache import cache_shape
 from irc.modules import Forecaster, Mux, Record, Router, RoutingControl, StoredKeys
 from passes.base import PassManager
 from passes.insert_forecasters import InsertForecasters

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 from transformers.cache_utils import DynamicCache
 
-from irc.capture import assign_weights, cache_shape, capture
+from irc.cache import CACHE_NAME, cache_shape
+from irc.capture import assign_weights, capture
 
 ROUNDING = {torch.float32: 5e-6, torch.bfloat16: 2**-5}
 
@@ -49,7 +50,7 @@ def compare_with_eager(
                 continue
             step, seen, at = ids[:, start:stop], mask[:, :stop], positions[:, start:stop]
             eager = model.eager(
-                input_ids=step, attention_mask=seen, position_ids=at, past_key_values=cache, use_cache=True
+                input_ids=step, attention_mask=seen, position_ids=at, use_cache=True, **{CACHE_NAME: cache}
             )
             logits, *present = model.graph(step, seen, at, *present)
             packed = grouped and stop - start == 1
