@@ -16,9 +16,9 @@ import yaml
 
 from irc.errors import InputError
 from irc.modules import default_rank
+from irc.policies import Policy, policy_named
 
 STAGES = ("lff", "router", "lora")
-POLICIES = ("informed",)
 PRECISIONS = ("auto", "fp32", "bf16")
 KEY_POLICIES = ("full", "reduced")
 _LEAST = {
@@ -88,11 +88,13 @@ class Recipe:
 
     model: str = setting("demo", "local folder, hub id, or demo")
     data: str = setting("stdlib", "text file, folder, .jsonl, .parquet, hf:NAME, or stdlib")
-    policy: str = setting("informed", "routing policy")
+    policy: str = setting("informed", "routing policy: informed, skipgpt, mod, random or static")
     sparsity: float = setting(0.25, "share of (token, unit) pairs to approximate, 0 to 1")
     rank: int = setting(0, "forecaster rank; 0 means min(100, hidden size / 10)")
     forecaster: str = setting("linear", "linear or silu")
-    stages: list[str] = field(default_factory=lambda: ["lff", "router"], metadata={"help": "stages, in order"})
+    stages: list[str] = field(
+        default_factory=list, metadata={"help": "stages, in order; none means those that the policy needs"}
+    )
     kv_policy: str = setting("full", "whose keys and values are stored: full, or reduced (see kv_threshold)")
     kv_threshold: float = setting(0.5, "reduced: no tokens that attention units skipping at least this share skip")
     seq_len: int = setting(256, "tokens a window")
@@ -114,21 +116,19 @@ class Recipe:
         """
         if not 0.0 <= self.sparsity <= 1.0:
             raise InputError(f"sparsity is {self.sparsity}; give a share between 0 and 1, such as 0.25")
-        if self.policy not in POLICIES:
-            raise InputError(f"policy is '{self.policy}'; choose from {', '.join(POLICIES)}")
+        policy = policy_named(self.policy)
         if self.forecaster not in ("linear", "silu"):
             raise InputError(f"forecaster is '{self.forecaster}'; choose linear or silu")
         if self.precision not in PRECISIONS:
             raise InputError(f"precision is '{self.precision}'; choose from {', '.join(PRECISIONS)}")
         unknown = [stage for stage in self.stages if stage not in STAGES]
-        if unknown or not self.stages or sorted(self.stages, key=STAGES.index) != self.stages:
+        if unknown or sorted(self.stages, key=STAGES.index) != self.stages:
+            raise InputError(f"stages are {', '.join(self.stages)}; give some of {', '.join(STAGES)}, in this order")
+        needed = policy.stages
+        if self.stages and [stage for stage in self.stages if stage != "lora"] != needed:
             raise InputError(
-                f"stages are {', '.join(self.stages) or 'empty'}; give some of {', '.join(STAGES)}, in this order"
-            )
-        if self.stages[:2] != ["lff", "router"]:
-            raise InputError(
-                f"stages are {', '.join(self.stages)}; they begin with lff,router: routers need forecasters, "
-                "and without trained routers nothing is routed"
+                f"stages are {', '.join(self.stages)}; with policy {self.policy} they are {','.join(needed)}, "
+                f"and lora after them if wanted ({_why(policy)})"
             )
         check_key_policy(self.kv_policy, self.kv_threshold)
         if self.rank < 0:
@@ -154,6 +154,12 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, ready for YAML or JSON."""
         return dataclasses.asdict(self)
+
+
+def _why(policy: Policy) -> str:
+    if policy.forecasts:
+        return "routers need forecasters, and without the stage router nothing is routed"
+    return "it has no forecasters, and without the stage router nothing is routed"
 
 
 def check_key_policy(name: str, threshold: float) -> None:

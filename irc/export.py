@@ -22,6 +22,7 @@ from irc.evaluation_run import open_model
 from irc.key_policy import KeyPolicy, key_policy_of
 from irc.lora import merge_lora
 from irc.onnx_folder import FORMAT_VERSION, MANIFEST
+from irc.policies import policy_named, refuse_whole_sequences
 from irc.routed import RoutedForCausalLM
 from passes.base import PassError
 
@@ -65,6 +66,8 @@ def export(
         raise InputError(f"layout is '{layout}'; choose from {', '.join(LAYOUTS)}")
     started = time.monotonic()
     model = open_model(name, base=base, dtype=dtype, device="cpu", key_policy=key_policy)
+    if model.spec is not None:
+        refuse_whole_sequences(policy_named(model.spec.policy), "be exported")
     merge_lora(model)
     staging = output.with_name(output.name + ".new")
     try:

@@ -103,6 +103,9 @@ class RoutingControl:
         tape: Receives a `Record` per unit and call while not None.
         measure_error: Whether records hold the forecast's error.
         reduced: Attention units whose skipped tokens store no keys and values (inference only).
+        capacity: Share of each sequence's tokens that execute, by rank of the logit difference (Mixture-of-Depths);
+            None where every token is judged by itself.
+        real: bool [batch, tokens] of the tokens that are no padding, for ranking; None where all are real.
     """
 
     mode: Mode = "route"
@@ -112,6 +115,8 @@ class RoutingControl:
     tape: dict[str, Record] | None = None
     measure_error: bool = False
     reduced: frozenset[str] = frozenset()
+    capacity: float | None = None
+    real: torch.Tensor | None = None
 
     def decide(self, unit: str, logits: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
         """Return which tokens of a unit execute in any mode but `sample`, bool [batch, tokens].
@@ -122,10 +127,27 @@ class RoutingControl:
             like: Any tensor [batch, tokens, ...] on the right device.
         """
         if self.mode == "route" and logits is not None:
-            return difference_of(logits) >= 0
+            difference = difference_of(logits)
+            return difference >= 0 if self.capacity is None else self.top(difference, self.capacity)
         if self.mode == "forced":
             return self.masks[unit]
         return torch.full(like.shape[:2], self.mode != "approximate", device=like.device)
+
+    def sample(self, unit: str, difference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the decisions of a unit in mode `sample`, bool, and their soft gates; all [batch, tokens]."""
+        if self.capacity is not None:
+            return self.top(difference, self.capacity), torch.sigmoid(difference)
+        uniform = self.noise[unit].to(difference)
+        soft = torch.sigmoid((difference + torch.logit(uniform, eps=1e-6)) / self.temperature)
+        return soft >= 0.5, soft
+
+    def top(self, difference: torch.Tensor, capacity: float) -> torch.Tensor:
+        """Return the best-ranked share of each sequence's real tokens; of equal ones the earlier goes first."""
+        real = torch.ones_like(difference, dtype=torch.bool) if self.real is None else self.real
+        count = (capacity * real.sum(-1, keepdim=True)).round()
+        order = difference.detach().masked_fill(~real, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+        chosen: torch.Tensor = order.argsort(dim=-1) < count
+        return chosen
 
     @contextmanager
     def using(self, **changes: Any) -> Iterator[RoutingControl]:
@@ -165,9 +187,7 @@ class Mux(nn.Module):
         difference = None if logits is None else difference_of(logits)
         soft = None
         if control.mode == "sample" and difference is not None:
-            uniform = control.noise[self.unit].to(difference)
-            soft = torch.sigmoid((difference + torch.logit(uniform, eps=1e-6)) / control.temperature)
-            execute = soft >= 0.5
+            execute, soft = control.sample(self.unit, difference)
         else:
             execute = control.decide(self.unit, logits, y)
         if control.tape is not None:

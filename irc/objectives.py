@@ -11,6 +11,7 @@ from torch import nn
 
 from irc.config import RouterRecipe
 from irc.modules import Record
+from irc.policies import policy_named
 from irc.routed import RoutedForCausalLM
 from irc.train import Objective, step_noise
 
@@ -73,12 +74,16 @@ class RoutingObjective(Objective):
         self.seed = seed
         self.steps = steps
         self.extra = extra
+        policy = policy_named(model.spec.policy if model.spec else "informed")
+        self._learns, self._ranked = policy.learns, policy.capacity
+        self._drawn = policy.forecasts and not policy.learns
+        self._cosine_weight = recipe.cosine_weight if policy.forecasts else 0.0
 
     def trainable(self) -> list[dict[str, Any]]:
         """Routers, and forecasters where they keep learning; or the extra parameters alone."""
         if self.extra is not None:
             return [{"params": self.extra[0], "lr": self.extra[1]}]
-        groups = [{"params": self.model.adapter_parameters("router"), "lr": self.recipe.lr}]
+        groups = [{"params": self.model.adapter_parameters("router"), "lr": self.recipe.lr}] if self._learns else []
         if self.recipe.forecaster_lr > 0:
             groups.append({"params": self.model.adapter_parameters("forecaster"), "lr": self.recipe.forecaster_lr})
         return groups
@@ -97,25 +102,28 @@ class RoutingObjective(Objective):
         """
         tape: dict[str, Record] = {}
         control = self.model.control
-        with control.using(tape=tape, measure_error=self.recipe.cosine_weight > 0, **self._routing(windows, step)):
+        with control.using(tape=tape, measure_error=self._cosine_weight > 0, **self._routing(windows, step)):
             logits = self.model(input_ids=windows, use_cache=False).logits
         loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), windows[:, 1:].flatten())
         figures = {"lm": loss.item()}
         mean_execution = torch.stack([_straight_through(record) for record in tape.values()]).mean()
-        if self.extra is None:
+        if self.extra is None and self._learns and not self._ranked:
             # The gap is taken over all processes; its gradient is each process's own share of it.
             gap = (reduce(mean_execution.detach().clone(), "mean") - (1 - self.sparsity)).item()
             sign = 1.0 if gap > 0 else -1.0
             loss = loss + self.recipe.sparsity_weight * (sign * (mean_execution - mean_execution.detach()) + abs(gap))
-        if self.recipe.cosine_weight > 0:
-            loss = loss + self.recipe.cosine_weight * _skipped_error(tape)
+        if self._cosine_weight > 0:
+            loss = loss + self._cosine_weight * _skipped_error(tape)
         return loss, {**figures, "sparsity": 1 - mean_execution.item()}
 
     def _routing(self, windows: torch.Tensor, step: int) -> dict[str, Any]:
-        if self.extra is not None:
+        if self.extra is not None and not self._drawn:
             return {"mode": "route"}
         shape = (windows.shape[0], windows.shape[1])
         noise = step_noise([unit.name for unit in self.model.units], self.seed, step, shape)
+        if self._drawn:  # policy random: new draws for every step
+            masks = {unit: (draw >= self.sparsity).to(windows.device) for unit, draw in noise.items()}
+            return {"mode": "forced", "masks": masks}
         return {"mode": "sample", "temperature": self.temperature(step), "noise": noise}
 
 

@@ -20,6 +20,7 @@ from irc.data import TextSource, load_text, pick, token_stream, windows
 from irc.errors import InputError, IrcError
 from irc.evaluate import Evaluation, evaluate
 from irc.key_policy import KeyPolicy, kv_facts, set_key_policy
+from irc.policies import policy_named
 from irc.routed import RoutedForCausalLM, RoutingSpec, build_routed
 from irc.stages import ProgressFactory, StageContext, check_text, run_lff, run_lora, run_router
 from irc.workspace import check_same_recipe, held, is_main_process, load_stage, save_stage, stage_figures, work_folder
@@ -107,6 +108,7 @@ def _check_output(output: Path) -> None:
 def resolve(recipe: Recipe) -> Recipe:
     """Check a recipe and replace every `auto` by what it means on this machine."""
     recipe.check()
+    recipe.stages = recipe.stages or policy_named(recipe.policy).stages
     if recipe.device == "auto":
         recipe.device = "cuda" if torch.cuda.is_available() else "cpu"
     if recipe.device.startswith("cuda") and not torch.cuda.is_available():
@@ -144,7 +146,7 @@ def capture_and_rewrite(conversion: Conversion) -> None:
     """Capture the base and insert untrained forecasters, routers and muxes."""
     recipe = conversion.recipe
     conversion.base.check_finite()
-    spec = RoutingSpec(recipe.rank, recipe.forecaster, recipe.policy)
+    spec = RoutingSpec(recipe.rank, recipe.forecaster, recipe.policy, recipe.sparsity, recipe.seed)
     conversion.model = build_routed(conversion.base, spec, recipe.dtype, recipe.device, recipe.seed)
     conversion.model.facts["base"] = conversion.base
 

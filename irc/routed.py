@@ -18,7 +18,8 @@ from irc.cache import CACHE_NAME, flat_past, updated
 from irc.capture import Captured, assign_weights, capture
 from irc.checkpoint import BaseModel
 from irc.errors import InputError
-from irc.modules import Forecaster, Mux, Router, RoutingControl, router_hidden
+from irc.modules import Mux, RoutingControl
+from irc.policies import make_forecaster, make_router, policy_named, refuse_whole_sequences
 from passes.base import PassManager
 from passes.insert_forecasters import InsertForecasters
 from passes.insert_routers import InsertRouters
@@ -32,12 +33,16 @@ class RoutingSpec:
     Attributes:
         rank: Bottleneck of the forecasters.
         forecaster: `linear` or `silu`.
-        policy: Routing policy.
+        policy: Name of the routing policy (see `irc.policies`).
+        sparsity: Target share of skipped tokens, where the policy fixes it by structure (`mod`, `random`).
+        seed: Of the draws of policy `random`.
     """
 
     rank: int
     forecaster: str = "linear"
     policy: str = "informed"
+    sparsity: float = 0.0
+    seed: int = 0
 
 
 class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
@@ -110,6 +115,8 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
             Logits [batch, tokens, vocabulary], the loss when labels are given, the cache.
         """
         batch, tokens = input_ids.shape
+        if self.control.capacity is not None:
+            self.control.real = None if attention_mask is None else attention_mask[:, -tokens:].bool()
         cache = past_key_values if cache is None else cache
         past = flat_past(self.config, cache, batch, self.dtype, input_ids.device)
         if attention_mask is None:
@@ -125,6 +132,16 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
             flat = logits[:, :-1].float().flatten(0, 1)
             loss = F.cross_entropy(flat, labels[:, 1:].flatten(), ignore_index=-100)
         return CausalLMOutputWithPast(loss=loss, logits=logits, **kept)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Continue text, by transformers' own generation.
+
+        Raises:
+            InputError: The policy's routes depend on tokens that are not there yet.
+        """
+        if self.spec is not None:
+            refuse_whole_sequences(policy_named(self.spec.policy), "generate text")
+        return super().generate(*args, **kwargs)
 
     def save_pretrained(self, save_directory: str | PathLike[Any], *args: Any, **kwargs: Any) -> None:
         """Save as a bundle (see `irc.bundle.save_bundle`)."""
@@ -163,18 +180,21 @@ def build_routed(
             raise InputError(
                 f"rank is {spec.rank}, {unit.name} has hidden size {unit.width}; give a rank of at most {unit.width}"
             )
-    control = RoutingControl()
+    policy = policy_named(spec.policy)
+    control = RoutingControl(capacity=1 - spec.sparsity if policy.capacity else None)
+    seeds = {unit.name: spec.seed * 100_003 + index for index, unit in enumerate(match.units)}
 
-    def place(module: nn.Module) -> nn.Module:
-        return module.to(device, captured.dtype)
+    def forecaster(unit: Unit) -> nn.Module:
+        return make_forecaster(policy, unit.width, spec.rank, spec.forecaster).to(device, captured.dtype)
+
+    def router(unit: Unit) -> nn.Module:
+        made = make_router(policy, unit.width, spec.rank, spec.sparsity, seeds[unit.name])
+        return made.to(device, captured.dtype)
 
     passes = PassManager(
         [
-            InsertForecasters(
-                lambda unit: place(Forecaster(unit.width, spec.rank, spec.forecaster)),
-                lambda unit: Mux(unit.name, control),
-            ),
-            InsertRouters(lambda unit: place(Router(unit.width, router_hidden(unit.width, spec.rank)))),
+            InsertForecasters(forecaster, lambda unit: Mux(unit.name, control)),
+            InsertRouters(router, policy.reads),
         ]
     )
     with torch.random.fork_rng(devices=[]):

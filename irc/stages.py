@@ -21,7 +21,9 @@ from irc.errors import InputError
 from irc.lora import inject_lora, lora_parameters
 from irc.modules import Forecaster, Record, Router
 from irc.objectives import ForecastObjective, RoutingObjective
+from irc.policies import policy_named
 from irc.routed import RoutedForCausalLM
+from irc.static_depth import drop_units
 from irc.threshold import choose_shifts
 from irc.train import LoopResult, LoopSettings, Progress, accelerator_for, train
 
@@ -74,6 +76,11 @@ class StageContext:
     def train_windows(self) -> torch.Tensor:
         """Windows of the train split, int64 [windows, length]."""
         return windows(self.train_stream, self.recipe.seq_len, "train split")
+
+    def calibration_windows(self) -> torch.Tensor:
+        """Windows of the calibration split that set the threshold, int64 [windows, length]."""
+        text = windows(self.calibration_stream, self.recipe.seq_len, "calibration split")
+        return pick(text, self.recipe.router.calibration_tokens)
 
 
 def cosine_schedule(floor: float) -> Callable[[float], float]:
@@ -131,15 +138,19 @@ def run_router(context: StageContext) -> dict[str, Any]:
     """Train the routers (and the forecasters along with them), then set the decision threshold."""
     recipe = context.recipe.router
     model = context.model
+    if context.recipe.policy == "static":
+        return drop_units(model, context.calibration_windows(), context.recipe.sparsity)
     model.requires_grad_(False)
     _learn(model, "router")
     if recipe.forecaster_lr > 0:
         _learn(model, "forecaster")
     objective = RoutingObjective(model, recipe, context.recipe.sparsity, context.recipe.seed, recipe.steps)
+    if not any(group["params"] for group in objective.trainable()):
+        return set_threshold(context)
     settings = context.settings("router", recipe.steps, recipe.batch_size, 0.1)
     with context.progress("router", recipe.steps) as progress:
         result = train(objective, context.train_windows(), settings, progress, context.accelerator)
-    return {**_figures(result), **calibrate_threshold(context)}
+    return {**_figures(result), **set_threshold(context)}
 
 
 def run_lora(context: StageContext) -> dict[str, Any]:
@@ -155,7 +166,16 @@ def run_lora(context: StageContext) -> dict[str, Any]:
     settings = context.settings("lora", recipe.steps, recipe.batch_size, 0.0)
     with context.progress("lora", recipe.steps) as progress:
         result = train(objective, context.train_windows(), settings, progress, context.accelerator)
-    return {**_figures(result), **calibrate_threshold(context)}
+    return {**_figures(result), **set_threshold(context)}
+
+
+def set_threshold(context: StageContext) -> dict[str, Any]:
+    """Set the routers' threshold where there is one to set; return what each unit executes of the calibration text."""
+    policy = policy_named(context.recipe.policy)
+    if policy.learns and not policy.capacity:
+        return calibrate_threshold(context)
+    keep = measured_keep(context.model, context.calibration_windows())
+    return {"calibration_sparsity": 1 - sum(keep.values()) / len(keep), "calibration_keep": keep}
 
 
 @torch.no_grad()
@@ -172,8 +192,7 @@ def calibrate_threshold(context: StageContext) -> dict[str, Any]:
     """
     model, target = context.model, context.recipe.sparsity
     started = time.monotonic()
-    text = windows(context.calibration_stream, context.recipe.seq_len, "calibration split")
-    chosen = pick(text, context.recipe.router.calibration_tokens)
+    chosen = context.calibration_windows()
     biases = [p for name, p in model.adapter_parameters("router").items() if name.endswith("2.bias")]
     total, gap, rounds = 0.0, math.inf, 0
     keep: dict[str, float] = {}
@@ -218,6 +237,19 @@ def _differences(model: RoutedForCausalLM, text: torch.Tensor) -> dict[str, torc
             assert record.difference is not None
             found[name].append(record.difference.flatten().cpu())
     return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+@torch.no_grad()
+def measured_keep(model: RoutedForCausalLM, text: torch.Tensor) -> dict[str, float]:
+    """Return the share of tokens that each unit executes under deterministic routing."""
+    executed = {unit.name: 0 for unit in model.units}
+    for batch in text.split(_EVAL_BATCH):
+        tape: dict[str, Record] = {}
+        with model.control.using(mode="route", tape=tape):
+            model(input_ids=batch.to(model.device), use_cache=False)
+        for name, record in tape.items():
+            executed[name] += int(record.execute.sum())
+    return {name: count / text.numel() for name, count in executed.items()}
 
 
 def _learn(model: RoutedForCausalLM, role: str) -> None:

@@ -47,20 +47,24 @@ def _muxes_lead_to_adds(module: nn.Module, graph: fx.Graph) -> Iterator[tuple[fx
             yield node, f"a mux feeds one residual add, not {getattr(users[0].target, '__name__', users[0].target)}"
 
 
-def _one_input(module: nn.Module, graph: fx.Graph) -> Iterator[tuple[fx.Node, str]]:
-    """Router and forecaster of a unit read the same node."""
-    for node in graph.nodes:
-        if is_mux(node) and len(node.args) == 3:
-            forecast, logits = node.args[1], node.args[2]
-            if isinstance(forecast, fx.Node) and isinstance(logits, fx.Node) and forecast.args != logits.args:
-                yield node, "its forecaster and its router read different inputs"
+def _known_input(module: nn.Module, graph: fx.Graph) -> Iterator[tuple[fx.Node, str]]:
+    """A router reads what the unit's forecaster reads, or a residual stream of the block."""
+    muxes = [node for node in graph.nodes if is_mux(node)]
+    adds = {user for mux in muxes for user in mux.users if user.target in ADDS}
+    streams = {node for add in adds for node in add.all_input_nodes} - set(muxes)
+    for mux in muxes:
+        forecast, logits = mux.args[1:3] if len(mux.args) == 3 else (None, None)
+        if isinstance(forecast, fx.Node) and isinstance(logits, fx.Node):
+            read = logits.args[0] if logits.args else None
+            if forecast.args != logits.args and read not in streams:
+                yield mux, "its router reads neither what its forecaster reads nor a residual stream"
 
 
 RULES: tuple[tuple[str, Check], ...] = (
     ("module calls have targets", _targets_exist),
     ("a mux has an output, a forecast and at most one decision", _muxes_choose),
     ("a mux feeds one residual add", _muxes_lead_to_adds),
-    ("forecaster and router share the unit's input", _one_input),
+    ("a router reads the unit's input or a residual stream", _known_input),
 )
 
 

@@ -27,10 +27,14 @@ from irc.cli.options import (
 @click.option(
     "--sparsity", type=float, metavar="SHARE", help="Share of (token, unit) pairs to approximate. [default: 0.25]"
 )
-@click.option("--policy", metavar="NAME", help="Routing policy. [default: informed]")
+@click.option(
+    "--policy", metavar="NAME", help="informed, skipgpt, mod, random or static (docs/method.md). [default: informed]"
+)
 @click.option("--rank", type=int, metavar="N", help="Forecaster rank. [default: min(100, hidden / 10)]")
 @click.option("--forecaster", type=click.Choice(["linear", "silu"]), help="Forecaster. [default: linear]")
-@click.option("--stages", metavar="LIST", help="Comma-separated stages of lff, router, lora. [default: lff,router]")
+@click.option(
+    "--stages", metavar="LIST", help="Comma-separated stages of lff, router, lora. [default: as the policy needs]"
+)
 @click.option(
     "--recipe", "recipe_file", type=click.Path(path_type=Path), metavar="FILE", help="Recipe (YAML) to start from."
 )
@@ -61,7 +65,7 @@ def command(model: str | None, output: Path, as_json: bool, force: bool, resume:
             setattr(recipe, name, value)
     console.note(
         f"converting {recipe.model} with {recipe.data}: sparsity {recipe.sparsity}, "
-        f"stages {', '.join(recipe.stages)}, seed {recipe.seed}"
+        f"policy {recipe.policy}, seed {recipe.seed}"
     )
     metrics = convert(recipe, output, console.progress, force=force, resume=resume)
     if not is_main_process():

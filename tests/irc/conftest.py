@@ -147,10 +147,12 @@ def quick_capture(monkeypatch: pytest.MonkeyPatch, base: BaseModel, _captured: C
 
 @pytest.fixture
 def make_routed(quick_capture: None, base: BaseModel) -> Callable[..., RoutedForCausalLM]:
-    """Give `make_routed(rank, forecaster)`: the tiny model with untrained routers and forecasters, fp32."""
+    """Give `make_routed(rank, forecaster, policy, sparsity)`: the tiny model, nothing trained, fp32."""
 
-    def make(rank: int = 4, forecaster: str = "linear") -> RoutedForCausalLM:
-        model = build_routed(base, RoutingSpec(rank, forecaster), "fp32")
+    def make(
+        rank: int = 4, forecaster: str = "linear", policy: str = "informed", sparsity: float = 0.0
+    ) -> RoutedForCausalLM:
+        model = build_routed(base, RoutingSpec(rank, forecaster, policy, sparsity), "fp32")
         model.facts["base"] = base
         return model
 
@@ -173,10 +175,11 @@ def streams(base: BaseModel, text_file: Path) -> dict[str, torch.Tensor]:
 def make_context(
     make_routed: Callable[..., RoutedForCausalLM], streams: dict[str, torch.Tensor], tmp_path: Path
 ) -> Callable[..., StageContext]:
-    """Give `make_context(progress, sparsity)`: all that a stage needs; checkpoints after every step in tmp_path."""
+    """Give `make_context(progress, sparsity, policy)`: what a stage needs; checkpoints after every step in tmp_path."""
 
-    def make(progress: ProgressFactory | None = None, sparsity: float = 0.25) -> StageContext:
+    def make(progress: ProgressFactory | None = None, sparsity: float = 0.25, policy: str = "informed") -> StageContext:
         recipe = Recipe(
+            policy=policy,
             sparsity=sparsity,
             rank=4,
             seq_len=SEQ_LEN,
@@ -188,7 +191,12 @@ def make_context(
             lora=LoraRecipe(steps=4, batch_size=4, rank=2),
         )
         return StageContext(
-            make_routed(), recipe, streams["train"], streams["calibration"], tmp_path, progress or Bars()
+            make_routed(policy=policy, sparsity=sparsity),
+            recipe,
+            streams["train"],
+            streams["calibration"],
+            tmp_path,
+            progress or Bars(),
         )
 
     return make

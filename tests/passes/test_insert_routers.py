@@ -190,3 +190,32 @@ def test_the_pass_takes_its_modules_from_the_factory(tiny: Callable, insertions:
     graph = tiny().graph
     PassManager([insertions[0], InsertRouters(make)]).run(graph)
     assert widths == [32] * 4
+
+
+@pytest.mark.parametrize("reads", ["stream", "layer"])
+def test_routers_can_read_the_residual_stream(
+    tiny: Callable, insertions: tuple, control: RoutingControl, reads: str
+) -> None:
+    """`stream`: what the unit's output is added to; `layer`: the stream before the layer's first unit."""
+    model = tiny()
+    seen: dict[str, torch.Tensor] = {}
+    PassManager([insertions[0], InsertRouters(lambda unit: Router(unit.width, 8), reads)]).run(model.graph)
+    names = ("self_attn_router", "mlp_router", "input_layernorm", "post_attention_layernorm")
+    for name in names:
+        module = model.graph.get_submodule(f"model.layers.1.{name}")
+        module.register_forward_pre_hook(lambda _, args, name=name: seen.__setitem__(name, args[0]))
+    control.mode = "execute"
+    model.run(model.ids(1, 5))
+    assert not torch.equal(seen["input_layernorm"], seen["post_attention_layernorm"])
+    ffn_reads = "input_layernorm" if reads == "layer" else "post_attention_layernorm"
+    assert torch.equal(seen["self_attn_router"], seen["input_layernorm"])
+    assert torch.equal(seen["mlp_router"], seen[ffn_reads])
+
+
+def test_a_second_run_changes_nothing_whatever_routers_read(tiny: Callable, insertions: tuple) -> None:
+    graph = tiny().graph
+    passes = [insertions[0], InsertRouters(lambda unit: Router(unit.width, 8), "layer")]
+    PassManager(passes).run(graph)
+    text = print_model(graph)
+    assert not PassManager(passes).run(graph).modified
+    assert print_model(graph) == text

@@ -72,7 +72,7 @@ BREAKAGES = [
     (_skip_the_mux, RULES[2][0], "not 0 nodes"),
     (_feed_two_nodes, RULES[2][0], "not 2 nodes"),
     (_feed_something_else, RULES[2][0], "not Node"),
-    (_route_by_another_input, RULES[3][0], "read different inputs"),
+    (_route_by_another_input, RULES[3][0], "reads neither"),
     (_use_before_definition, "fx lint", "before"),
     (_point_to_a_missing_weight, "fx lint", "nonexistent attribute nothing"),
 ]
