@@ -20,6 +20,7 @@ from irc.policies import Policy, policy_named
 
 STAGES = ("lff", "router", "lora")
 PRECISIONS = ("auto", "fp32", "bf16")
+EVAL_SPLITS = ("heldout", "validation")
 KEY_POLICIES = ("full", "reduced")
 _LEAST = {
     "eval_tokens": 0,
@@ -99,6 +100,7 @@ class Recipe:
     kv_threshold: float = setting(0.5, "reduced: no tokens that attention units skipping at least this share skip")
     seq_len: int = setting(256, "tokens a window")
     eval_tokens: int = setting(32_768, "held-out tokens that the closing evaluation reads; 0 means all")
+    eval_split: str = setting("heldout", "text of the closing evaluation: heldout, or validation to choose settings by")
     seed: int = setting(0, "seed of data order, noise and initial weights")
     device: str = setting("auto", "cpu, cuda, or auto")
     dtype: str = setting("auto", "weights' data type: fp32, bf16, or auto (bf16 for a checkpoint of over 1e9 weights)")
@@ -119,6 +121,8 @@ class Recipe:
         policy = policy_named(self.policy)
         if self.forecaster not in ("linear", "silu"):
             raise InputError(f"forecaster is '{self.forecaster}'; choose linear or silu")
+        if self.eval_split not in EVAL_SPLITS:
+            raise InputError(f"eval_split is '{self.eval_split}'; choose from {', '.join(EVAL_SPLITS)}")
         if self.precision not in PRECISIONS:
             raise InputError(f"precision is '{self.precision}'; choose from {', '.join(PRECISIONS)}")
         unknown = [stage for stage in self.stages if stage not in STAGES]
@@ -193,20 +197,33 @@ def load_recipe(path: Path | None, overrides: typing.Sequence[str] = ()) -> Reci
         if not isinstance(data, dict):
             raise InputError(f"recipe {path}: expected keys and values, found {type(data).__name__}")
     recipe = recipe_from(data)
-    for override in overrides:
-        key, separator, value = override.partition("=")
-        if not separator:
-            raise InputError(f"--set {override}: expected key=value, such as router.steps=500")
-        try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise InputError(f"--set {override}: the value is not YAML") from error
-        target: Any = recipe
-        *parts, leaf = key.split(".")
-        for part in parts:
-            target = getattr(target, _known(target, part, key))
-        _assign(target, _known(target, leaf, key), parsed, key)
+    for text in overrides:
+        override(recipe, text)
     return recipe
+
+
+def override(recipe: Recipe, text: str) -> None:
+    """Set one field of a recipe.
+
+    Args:
+        recipe: Changed in place.
+        text: Such as `router.steps=500`; the value is YAML.
+
+    Raises:
+        InputError: There is no such field, or the value does not fit it.
+    """
+    key, separator, value = text.partition("=")
+    if not separator:
+        raise InputError(f"--set {text}: expected key=value, such as router.steps=500")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {text}: the value is not YAML") from error
+    target: Any = recipe
+    *parts, leaf = key.split(".")
+    for part in parts:
+        target = getattr(target, _known(target, part, key))
+    _assign(target, _known(target, leaf, key), parsed, key)
 
 
 def recipe_from(data: dict[str, Any]) -> Recipe:

@@ -8,7 +8,7 @@ import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -16,12 +16,13 @@ from irc.bundle import CONFIG, replace_folder, write_bundle
 from irc.card import model_card
 from irc.checkpoint import BaseModel, find_base
 from irc.config import Recipe
-from irc.data import TextSource, load_text, pick, token_stream, windows
+from irc.data import Split, TextSource, load_text, pick, token_stream, windows
 from irc.errors import InputError, IrcError
 from irc.evaluate import Evaluation, evaluate
 from irc.key_policy import KeyPolicy, kv_facts, set_key_policy
 from irc.policies import policy_named
 from irc.routed import RoutedForCausalLM, RoutingSpec, build_routed
+from irc.stage_cache import StageCache
 from irc.stages import ProgressFactory, StageContext, check_text, run_lff, run_lora, run_router
 from irc.workspace import check_same_recipe, held, is_main_process, load_stage, save_stage, stage_figures, work_folder
 
@@ -39,10 +40,11 @@ class Conversion:
         output: Where the bundle goes.
         work: Folder beside it with the stages' checkpoints and results.
         progress: Makes progress bars.
+        stages: Folder of finished stages to take and to leave, None for none.
         base: The base model.
         text: The text.
         model: The rewritten model.
-        heldout: Held-out windows.
+        heldout: Windows of the closing evaluation: held out, or of the validation split.
         seconds: Time of every phase.
         stage_figures: What every stage measured.
         keep: Share of the calibration text that each unit executes.
@@ -52,6 +54,7 @@ class Conversion:
     output: Path
     work: Path
     progress: ProgressFactory
+    stages: Path | None = None
     base: BaseModel = field(init=False)
     text: TextSource = field(init=False)
     model: RoutedForCausalLM = field(init=False)
@@ -65,7 +68,13 @@ class Conversion:
 
 
 def convert(
-    recipe: Recipe, output: Path, progress: ProgressFactory, *, force: bool = False, resume: bool = False
+    recipe: Recipe,
+    output: Path,
+    progress: ProgressFactory,
+    *,
+    force: bool = False,
+    resume: bool = False,
+    stages: Path | None = None,
 ) -> dict[str, Any]:
     """Convert a model into a bundle.
 
@@ -75,6 +84,8 @@ def convert(
         progress: Makes progress bars.
         force: Replace what is at `output`, and drop unfinished work.
         resume: Continue unfinished work; a finished bundle is returned as it is.
+        stages: Folder of finished stages: one that was trained in just the same way is taken from there, a new one
+            is left there (see `irc.stage_cache`).
 
     Returns:
         The metrics, as written to metrics.json.
@@ -87,7 +98,7 @@ def convert(
     _check_output(output)
     if output.exists() and not force and not resume:
         raise InputError(f"{output}: exists already; --force replaces it, --resume continues it")
-    conversion = Conversion(recipe, output, work_folder(output), progress)
+    conversion = Conversion(recipe, output, work_folder(output), progress, stages)
     read_inputs(conversion)
     with held(conversion.work, recipe, force=force, resume=resume):
         for name, phase in PHASES:
@@ -129,8 +140,8 @@ def read_inputs(conversion: Conversion) -> None:
         raise InputError(f"seq_len is {recipe.seq_len}, the model's context is {limit}; give a shorter --seq-len")
     _ = base.shards
     conversion.text = load_text(recipe.data)
-    for split in ("train", "calibration", "heldout"):
-        conversion.streams[split] = token_stream(conversion.text.split(split), base.tokenizer)
+    for split in ("train", "calibration", recipe.eval_split):
+        conversion.streams[split] = token_stream(conversion.text.split(cast(Split, split)), base.tokenizer)
     vocabulary = base.config.vocab_size
     largest = max(int(stream.max()) for stream in conversion.streams.values() if stream.numel())
     if largest >= vocabulary:
@@ -138,7 +149,8 @@ def read_inputs(conversion: Conversion) -> None:
             f"{recipe.model}: its tokenizer yields id {largest}, the model's vocabulary ends at {vocabulary - 1}"
         )
     conversion.heldout = pick(
-        windows(conversion.streams["heldout"], recipe.seq_len, "held-out split"), recipe.eval_tokens
+        windows(conversion.streams[recipe.eval_split], recipe.seq_len, f"{recipe.eval_split} split"),
+        recipe.eval_tokens,
     )
 
 
@@ -164,14 +176,22 @@ def run_stages(conversion: Conversion) -> None:
     )
     check_text(context)
     context.accelerator.wait_for_everyone()  # the work folder is the main process's alone until here
+    cache = None
+    if conversion.stages is not None:
+        cache = StageCache(conversion.stages, conversion.base.sha256(), conversion.text.fingerprint())
     for stage in recipe.stages:
         figures = stage_figures(work, stage)
+        if figures is None and cache is not None and cache.fetch(recipe, stage, work):
+            figures = stage_figures(work, stage)
         if figures is None:
-            started = time.monotonic()
+            started, worked = time.monotonic(), time.process_time()
             figures = STAGE_RUNNERS[stage](context)
             figures["seconds"] = time.monotonic() - started
+            figures["cpu_seconds"] = time.process_time() - worked
             if is_main_process():
                 save_stage(conversion.model, work, stage, figures)
+                if cache is not None:
+                    cache.store(recipe, stage, work)
         else:
             load_stage(conversion.model, work, stage, recipe)
         conversion.stage_figures[stage] = figures
@@ -222,7 +242,7 @@ def metrics_of(conversion: Conversion) -> dict[str, Any]:
         "data": {
             "name": conversion.text.name,
             "fingerprint": conversion.text.fingerprint(),
-            "split": "heldout",
+            "split": conversion.recipe.eval_split,
             "tokens": result.tokens,
             "seq_len": conversion.recipe.seq_len,
         },

@@ -41,6 +41,13 @@ from irc.cli.options import (
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe field, such as router.steps=500."
 )
+@click.option(
+    "--stage-cache",
+    "stages_folder",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Take finished stages from DIR where one was trained in just this way, and leave new ones there.",
+)
 @device_option()
 @dtype_option()
 @seq_len_option(None)
@@ -57,7 +64,7 @@ def command(model: str | None, output: Path, as_json: bool, force: bool, resume:
     from irc.workspace import is_main_process
 
     recipe = load_recipe(flags.pop("recipe_file"), flags.pop("overrides"))
-    stages = flags.pop("stages")
+    stages, cache = flags.pop("stages"), flags.pop("stages_folder")
     if stages is not None:
         recipe.stages = [stage.strip() for stage in stages.split(",") if stage.strip()]
     for name, value in {"model": model, **flags}.items():
@@ -67,7 +74,7 @@ def command(model: str | None, output: Path, as_json: bool, force: bool, resume:
         f"converting {recipe.model} with {recipe.data}: sparsity {recipe.sparsity}, "
         f"policy {recipe.policy}, seed {recipe.seed}"
     )
-    metrics = convert(recipe, output, console.progress, force=force, resume=resume)
+    metrics = convert(recipe, output, console.progress, force=force, resume=resume, stages=cache)
     if not is_main_process():
         return
     if as_json:

@@ -22,7 +22,7 @@ from irc.cli.options import (
 @data_option(None)
 @click.option(
     "--split",
-    type=click.Choice(["auto", "all", "train", "calibration", "heldout"]),
+    type=click.Choice(["auto", "all", "train", "calibration", "validation", "heldout"]),
     default="auto",
     show_default=True,
     help="Part of the text; auto is heldout for the text of the conversion and for stdlib, else all.",

@@ -29,6 +29,7 @@ VERBS = {
     "generate": "Continue a prompt with an exported model.",
     "bench": "Time dense against routed on ONNX Runtime.",
     "eval": "Measure a bundle's perplexity, sparsity and FLOPs.",
+    "compare": "Hold routing policies against each other.",
     "inspect": "Show the units of a model or bundle and what each skips.",
     "env": "Show versions, devices and providers that really work.",
 }

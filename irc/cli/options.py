@@ -163,6 +163,17 @@ def shares(ctx: click.Context, parameter: click.Parameter, value: str) -> list[f
     return found
 
 
+def numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> list[int]:
+    """Read a comma-separated list of positive whole numbers; the callback of options that take one."""
+    try:
+        found = [int(part) for part in value.split(",")] if value else []
+    except ValueError:
+        found = [0]
+    if not all(number > 0 for number in found):
+        raise click.BadParameter(f"'{value}' is no list of numbers; give some such as 10,25,50", ctx, parameter)
+    return found
+
+
 def force_option() -> Decorator:
     """Add --force. Argument `force: bool`."""
     return click.option("--force", is_flag=True, help="Overwrite what is at --output.")

@@ -1,0 +1,58 @@
+"""Tables that compare prints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from irc import console
+
+
+def comparison_tables(results: dict[str, Any]) -> None:
+    """Show a comparison: a row for each policy, sparsity and option; then what follows from them."""
+    rows = [
+        [
+            name_of(group),
+            f"{group['sparsity']:g}",
+            str(group["seeds"]),
+            with_spread(group["perplexity"]),
+            f"{group['ratio']['mean']:.4f}",
+            f"{group['realized']['mean']:.3f}",
+            f"{group['attention']:.3f}",
+            f"{group['ffn']:.3f}",
+            f"{group['flops_ratio']:.3f}",
+            f"{group['seconds']:.0f}",
+        ]
+        for group in results["summary"]["groups"]
+    ]
+    columns = ["policy", "target", "seeds", "perplexity", "x dense", "skipped", "attention", "FFN", "FLOPs", "seconds"]
+    console.table(f"{results['model']} on {results['data']['name']}", columns, rows)
+    gaps = [
+        [f"{gap['sparsity']:g}", "yes" if gap["lora"] else "no", with_spread(gap["closed"], 2), str(gap["seeds"])]
+        for gap in results["summary"]["gaps"]
+    ]
+    if gaps:
+        title = "share of skipgpt's log-perplexity gap that informed closes"
+        console.table(title, ["target", "LoRA", "closed", "seeds"], gaps)
+    caught = [
+        [
+            f"{found['sparsity']:g}",
+            with_spread(found["share"], 2) if found["share"] else "not reached",
+            f"{found['reached']} of {found['seeds']}",
+        ]
+        for found in results["summary"]["catch_up"]
+    ]
+    if caught:
+        title = "informed training that ends no worse than skipgpt's, as a share of its seconds"
+        console.table(title, ["target", "share", "seeds"], caught)
+
+
+def name_of(group: dict[str, Any]) -> str:
+    """Return how a group is called: policy, LoRA, option."""
+    parts = [group["policy"], "+ LoRA" if group["lora"] else "", group["variant"]]
+    return " ".join(part for part in parts if part)
+
+
+def with_spread(figure: dict[str, float], digits: int = 3) -> str:
+    """Return a mean, and its standard deviation where there is one."""
+    deviation = f" ± {figure['std']:.{digits}f}" if figure["min"] != figure["max"] else ""
+    return f"{figure['mean']:.{digits}f}{deviation}"

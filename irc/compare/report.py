@@ -1,0 +1,8 @@
+"""Stub."""
+
+from pathlib import Path
+from typing import Any
+
+
+def write_report(results: dict[str, Any], path: Path) -> None:
+    """Stub."""

@@ -1,0 +1,131 @@
+"""From cells to figures: means over seeds, the gap that informed routing closes, the time it takes to catch up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import mean, stdev
+from typing import Any
+
+from irc.compare.cells import DENSE
+
+Row = dict[str, Any]
+_TRAINING = ("lff", "router", "lora")
+
+
+def training_seconds(row: Row, kind: str = "seconds") -> float:
+    """Return what a cell's stages took, in seconds of wall-clock time (or `cpu_seconds`, of all processors)."""
+    stages: dict[str, dict[str, float]] = row["figures"]["stages"]
+    return sum(stages[stage][kind] for stage in _TRAINING if stage in stages)
+
+
+def summarize(rows: Sequence[Row], sparsities: Sequence[float]) -> dict[str, Any]:
+    """Return the figures of a comparison.
+
+    Args:
+        rows: One a cell.
+        sparsities: Targets of the plan.
+
+    Returns:
+        `groups`, one for each policy, sparsity, LoRA and variant: means and spreads over seeds;
+        `gaps`: how much of the log-perplexity gap that skipgpt leaves informed closes, by sparsity, without LoRA and
+        with it; `catch_up`: the shortest informed training that is no worse than the whole one of skipgpt.
+    """
+    return {
+        "groups": groups(rows),
+        "gaps": [gap for lora in (False, True) for s in sparsities if (gap := gap_closed(rows, s, lora))],
+        "catch_up": [found for s in sparsities if (found := catch_up(rows, s))],
+    }
+
+
+def groups(rows: Sequence[Row]) -> list[Row]:
+    """Return the mean and the spread over seeds of cells that differ by seed alone, in the order of the cells."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        key = (row["policy"], row["sparsity"], row["lora"], row["variant"])
+        found.setdefault(key, []).append(row)
+    return [
+        {
+            **dict(zip(("policy", "sparsity", "lora", "variant"), key, strict=True)),
+            "seeds": len(members),
+            "perplexity": _spread([m["figures"]["perplexity"]["routed"] for m in members]),
+            "dense": mean(m["figures"]["perplexity"]["dense"] for m in members),
+            "ratio": _spread([m["figures"]["perplexity"]["ratio"] for m in members]),
+            "realized": _spread([m["figures"]["sparsity"]["realized"] for m in members]),
+            "attention": mean(m["figures"]["sparsity"]["attention"] for m in members),
+            "ffn": mean(m["figures"]["sparsity"]["ffn"] for m in members),
+            "flops_ratio": mean(m["figures"]["flops_ratio"] for m in members),
+            "seconds": mean(training_seconds(m) for m in members),
+        }
+        for key, members in found.items()
+    ]
+
+
+def gap_closed(rows: Sequence[Row], sparsity: float, lora: bool) -> Row | None:
+    """Return the share of skipgpt's log-perplexity gap to the dense model that informed closes, seed by seed.
+
+    With LoRA the dense model is that of the same LoRA budget.
+    """
+    informed, skipgpt = (_plain(rows, policy, sparsity, lora) for policy in ("informed", "skipgpt"))
+    dense = _plain(rows, DENSE, 0.0, True) if lora else {}
+    shares = []
+    for seed in informed.keys() & skipgpt.keys():
+        reference = dense[seed]["figures"]["perplexity"]["routed"] if seed in dense else None
+        ours, theirs = (_excess(cells[seed], reference) for cells in (informed, skipgpt))
+        if theirs > 0:
+            shares.append(1 - ours / theirs)
+    return {"sparsity": sparsity, "lora": lora, "closed": _spread(shares), "seeds": len(shares)} if shares else None
+
+
+def catch_up(rows: Sequence[Row], sparsity: float) -> Row | None:
+    """Return the shortest informed training, lff included, that ends no worse than skipgpt's whole one.
+
+    Only cells that were made count: it is as fine as the budgets of the plan. `share` is its time over skipgpt's by
+    the clock, `cpu_share` that of the processors (which other work on the machine does not stretch), over the seeds
+    that have one; `reached` says how many do.
+    """
+    skipgpt = _plain(rows, "skipgpt", sparsity, False)
+    shares: dict[str, list[float]] = {"seconds": [], "cpu_seconds": []}
+    steps = []
+    for seed, target in skipgpt.items():
+        wanted = target["figures"]["perplexity"]["routed"]
+        tries = [
+            row
+            for row in rows
+            if (row["policy"], row["sparsity"], row["seed"], row["lora"]) == ("informed", sparsity, seed, False)
+            and (not row["variant"] or row["variant"].startswith("router.steps="))
+        ]
+        good = [row for row in tries if row["figures"]["perplexity"]["routed"] <= wanted]
+        if good:
+            best = min(good, key=training_seconds)
+            for kind, found in shares.items():
+                found.append(training_seconds(best, kind) / training_seconds(target, kind))
+            steps.append(best["variant"] or "all steps")
+    if not skipgpt or not any(row["policy"] == "informed" for row in rows):
+        return None
+    return {
+        "sparsity": sparsity,
+        "share": _spread(shares["seconds"]) if steps else None,
+        "cpu_share": _spread(shares["cpu_seconds"]) if steps else None,
+        "budgets": steps,
+        "reached": len(steps),
+        "seeds": len(skipgpt),
+    }
+
+
+def _plain(rows: Sequence[Row], policy: str, sparsity: float, lora: bool) -> dict[int, Row]:
+    """Return the cells of a policy without a variant, by seed."""
+    wanted = (policy, sparsity, lora, "")
+    return {row["seed"]: row for row in rows if (row["policy"], row["sparsity"], row["lora"], row["variant"]) == wanted}
+
+
+def _excess(row: Row, dense: float | None) -> float:
+    """Return how far a cell's log-perplexity lies over that of the dense model."""
+    perplexity = row["figures"]["perplexity"]
+    return math.log(perplexity["routed"]) - math.log(dense or perplexity["dense"])
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    """Return mean, sample standard deviation (0 for one value), least and largest."""
+    deviation = stdev(values) if len(values) > 1 else 0.0
+    return {"mean": mean(values), "std": deviation, "min": min(values), "max": max(values)}

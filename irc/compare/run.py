@@ -1,0 +1,274 @@
+"""compare(): trains and evaluates every cell of a plan, one after the other or several at a time, and resumes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+
+from irc import __version__
+from irc.bundle import METRICS
+from irc.checkpoint import find_base
+from irc.compare.cells import Cell, Plan, plan_facts
+from irc.compare.results import summarize
+from irc.config import Recipe
+from irc.data import load_text
+from irc.errors import InputError, IrcError
+from irc.evaluation_run import run_evaluation
+from irc.pipeline import convert, resolve
+from irc.stages import ProgressFactory
+
+log = logging.getLogger(__name__)
+
+MANIFEST, RESULTS, REPORT = "compare.json", "results.json", "report.html"
+_CELLS, _STAGES = "cells", "stages"
+
+
+def compare(
+    plan: Plan,
+    recipe: Recipe,
+    output: Path,
+    progress: ProgressFactory,
+    *,
+    jobs: int = 1,
+    resume: bool = False,
+    force: bool = False,
+    kv_thresholds: tuple[float, ...] = (),
+) -> dict[str, Any]:
+    """Make every cell of a plan and gather the results.
+
+    Args:
+        plan: What is compared.
+        recipe: What all cells share: model, text, steps.
+        output: Folder of the comparison: `cells/NAME` holds the bundles, `stages` what several of them begin with.
+        progress: Makes progress bars.
+        jobs: Conversions at a time, each a process with its share of the cores.
+        resume: Continue what lies at `output`; finished cells stay, a killed one goes on where it was.
+        force: Replace what lies at `output`.
+        kv_thresholds: Of the key/value policy `reduced`, swept on the first informed cell of each sparsity.
+
+    Returns:
+        What `irc compare --json` prints and results.json holds.
+
+    Raises:
+        InputError: The plan is no plan, or `output` holds another comparison.
+    """
+    cells = plan.cells(recipe)
+    recipes = {cell.name: resolve(cell.recipe(recipe)) for cell in cells}
+    base, text = find_base(recipe.model), load_text(recipe.data)
+    facts = {
+        "irc_version": __version__,
+        "model": recipe.model,
+        "base_sha256": base.sha256(),
+        "data": {"name": text.name, "fingerprint": text.fingerprint()},
+        "recipe": {key: value for key, value in recipe.to_dict().items() if key not in _PER_CELL},
+    }
+    _open(output, facts, resume=resume, force=force)
+    started = time.monotonic()
+    with progress("cells", len(cells)) as bar:
+        for done, name in enumerate(_made(cells, recipes, output, progress, jobs), start=1):
+            bar.update(done, newest=name)
+    rows = [_row(cell, output) for cell in cells]
+    sweeps = _sweeps(plan, cells, output, recipe.eval_split, progress, kv_thresholds)
+    results = {
+        **facts,
+        "plan": plan_facts(plan),
+        "machine": _machine(recipe, jobs),
+        "cells": rows,
+        "summary": summarize(rows, list(plan.sparsities)),
+        "kv_sweep": sweeps,
+        "seconds": round(time.monotonic() - started, 1),
+        "output": str(output),
+    }
+    _write(output / RESULTS, json.dumps(results, indent=1) + "\n")
+    return results
+
+
+_PER_CELL = ("policy", "sparsity", "seed", "stages", "checkpoint_seconds")
+
+
+def _open(output: Path, facts: dict[str, Any], *, resume: bool, force: bool) -> None:
+    """Make the folder, or check that it holds a comparison of the same model, text and recipe."""
+    path = output / MANIFEST
+    if output.exists() and any(output.iterdir()):
+        if not path.is_file():
+            raise InputError(f"{output}: exists and is not a comparison; give another --output")
+        if not (resume or force):
+            raise InputError(f"{output}: a comparison lies here; --resume continues it, --force starts over")
+    if path.is_file() and resume:
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            known = {key: before[key] for key in ("base_sha256", "data", "recipe")}
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}: damaged; start over with --force") from error
+        if known["base_sha256"] != facts["base_sha256"]:
+            raise InputError(f"{output}: compares {before.get('model')}, another model; give another --output")
+        if known["data"]["fingerprint"] != facts["data"]["fingerprint"]:
+            raise InputError(f"{output}: was made on another text ({known['data']['name']}); give another --output")
+        for key, value in facts["recipe"].items():
+            if known["recipe"].get(key) != value:
+                raise InputError(
+                    f"{output}: was begun with {key} = {known['recipe'].get(key)}, now it is {value}; give the same "
+                    "settings with --resume, or another --output"
+                )
+    try:
+        if force and not resume:
+            _remove(output)
+        output.mkdir(parents=True, exist_ok=True)
+        _write(path, json.dumps(facts, indent=1) + "\n")
+    except OSError as error:
+        raise IrcError(f"{output}: cannot be written ({error.strerror or error}); give another --output") from error
+
+
+def _remove(output: Path) -> None:
+    if (output / MANIFEST).is_file():
+        shutil.rmtree(output)
+
+
+def _made(
+    cells: list[Cell], recipes: dict[str, Recipe], output: Path, progress: ProgressFactory, jobs: int
+) -> Iterator[str]:
+    """Make the cells that are not made yet; yields each cell's name when it is."""
+    waiting = []
+    for cell in cells:
+        if _finished(output, cell):
+            yield cell.name
+        else:
+            waiting.append(cell)
+    if jobs == 1:
+        for cell in waiting:
+            log.info("cell %s", cell.name)
+            convert(recipes[cell.name], _folder(output, cell), progress, resume=True, stages=output / _STAGES)
+            yield cell.name
+        return
+    with _processes(jobs) as (pool, running):
+        futures = {pool.submit(_convert_apart, recipes[c.name], _folder(output, c), jobs, running): c for c in waiting}
+        for future in as_completed(futures):
+            future.result()
+            yield futures[future].name
+
+
+def _folder(output: Path, cell: Cell) -> Path:
+    return output / _CELLS / cell.name
+
+
+def _finished(output: Path, cell: Cell) -> bool:
+    return (_folder(output, cell) / METRICS).is_file()
+
+
+@contextmanager
+def _processes(jobs: int) -> Iterator[tuple[ThreadPoolExecutor, set[subprocess.Popen[str]]]]:
+    """Hold a pool whose conversions end when this process is interrupted."""
+    running: set[subprocess.Popen[str]] = set()
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        yield pool, running
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(running):
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _convert_apart(recipe: Recipe, folder: Path, jobs: int, running: set[subprocess.Popen[str]]) -> None:
+    """Convert in a process of its own with its share of the cores; what it says goes to a log beside the cell."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    written = folder.parent / f"{folder.name}.yaml"
+    _write(written, yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+    threads = str(max(1, len(os.sched_getaffinity(0)) // jobs))
+    command = [sys.executable, "-m", "irc", "convert", "--recipe", str(written), "-o", str(folder), "--resume"]
+    command += ["--stage-cache", str(folder.parent.parent / _STAGES), "--json"]
+    with (folder.parent / f"{folder.name}.log").open("w") as said:
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=said,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
+        )
+        running.add(process)
+        code = process.wait()
+        running.discard(process)
+    if code:
+        last = (folder.parent / f"{folder.name}.log").read_text(errors="replace").strip().splitlines()
+        reason = last[-1].removeprefix("error: ") if last else "it printed nothing"
+        raise IrcError(f"cell {folder.name}: the conversion ended with exit code {code} ({reason})")
+    (folder.parent / f"{folder.name}.log").unlink(missing_ok=True)
+    written.unlink(missing_ok=True)
+
+
+def _row(cell: Cell, output: Path) -> dict[str, Any]:
+    """Return a cell's figures from its bundle."""
+    path = _folder(output, cell) / METRICS
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        wanted = ("perplexity", "sparsity", "flops_ratio", "units", "seconds", "stages")
+        return {
+            "name": cell.name,
+            "policy": cell.policy,
+            "sparsity": cell.sparsity,
+            "seed": cell.seed,
+            "lora": cell.lora,
+            "variant": cell.variant,
+            "changes": list(cell.changes),
+            "figures": {key: metrics[key] for key in wanted} | {"tokens": metrics["data"]["tokens"]},
+        }
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: damaged; delete {_folder(output, cell)} and use --resume") from error
+
+
+def _sweeps(
+    plan: Plan, cells: list[Cell], output: Path, split: str, progress: ProgressFactory, thresholds: tuple[float, ...]
+) -> list[dict[str, Any]]:
+    """Sweep the key/value policy on the first informed cell of each sparsity."""
+    found = []
+    for sparsity in plan.sparsities if thresholds else ():
+        cell = next((c for c in cells if (c.policy, c.sparsity, c.variant) == ("informed", sparsity, "")), None)
+        if cell is not None:
+            folder = str(_folder(output, cell))
+            rows = run_evaluation(folder, progress, split=split, kv_thresholds=thresholds)["kv_sweep"]
+            found.append({"cell": cell.name, "sparsity": sparsity, "rows": rows})
+    return found
+
+
+def _machine(recipe: Recipe, jobs: int) -> dict[str, Any]:
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "jobs": jobs,
+        "device": torch.cuda.get_device_name() if resolve(recipe).device.startswith("cuda") else "cpu",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
