@@ -3,7 +3,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-EXTRAS ?= dev,cpu
+EXTRAS ?= dev,cpu,report
 PYTHON ?=
 CANDIDATES = $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.14 python)
 DEMO := build/demo-bundle
@@ -37,7 +37,7 @@ clean:  ## remove build/ and the caches; .venv stays
 	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 # The stamp is older than pyproject.toml whenever the requirements may have changed.
-# PYTHON=... chooses the interpreter of a new .venv, EXTRAS=dev,data,gpu what is installed beside the tool.
+# PYTHON=... chooses the interpreter of a new .venv, EXTRAS=dev,report,gpu what is installed beside the tool.
 $(STAMP): pyproject.toml
 	@$(BIN)/python -c '' 2>/dev/null || { \
 	  for python in $(CANDIDATES); do \

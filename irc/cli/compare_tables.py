@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from irc import console
+from irc.compare.words import name_of, with_spread
 
 
 def comparison_tables(results: dict[str, Any]) -> None:
@@ -37,22 +38,11 @@ def comparison_tables(results: dict[str, Any]) -> None:
         [
             f"{found['sparsity']:g}",
             with_spread(found["share"], 2) if found["share"] else "not reached",
+            with_spread(found["cpu_share"], 2) if found["cpu_share"] else None,
             f"{found['reached']} of {found['seeds']}",
         ]
         for found in results["summary"]["catch_up"]
     ]
     if caught:
-        title = "informed training that ends no worse than skipgpt's, as a share of its seconds"
-        console.table(title, ["target", "share", "seeds"], caught)
-
-
-def name_of(group: dict[str, Any]) -> str:
-    """Return how a group is called: policy, LoRA, option."""
-    parts = [group["policy"], "+ LoRA" if group["lora"] else "", group["variant"]]
-    return " ".join(part for part in parts if part)
-
-
-def with_spread(figure: dict[str, float], digits: int = 3) -> str:
-    """Return a mean, and its standard deviation where there is one."""
-    deviation = f" ± {figure['std']:.{digits}f}" if figure["min"] != figure["max"] else ""
-    return f"{figure['mean']:.{digits}f}{deviation}"
+        title = "shortest informed training that ends no worse than skipgpt's, as a share of its time"
+        console.table(title, ["target", "by the clock", "of processors", "seeds"], caught)

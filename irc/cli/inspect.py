@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import click
@@ -24,16 +25,43 @@ _WIDE = 100
 @click.option(
     "--why", "unit", metavar="UNIT", help="Print what the matcher made of a submodule, such as 3.mlp, and why."
 )
+@click.option("--text", metavar="TEXT", help="Run the bundle on a text (as --data) and show what its routers decide.")
+@click.option(
+    "--tokens",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    metavar="N",
+    help="Length of --text.",
+)
+@click.option(
+    "--html", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write the decisions as a page."
+)
 @common_options
-def command(model: str, as_json: bool, base: str | None, layer: int | None, as_diff: bool, unit: str | None) -> None:
+def command(
+    model: str,
+    as_json: bool,
+    base: str | None,
+    layer: int | None,
+    as_diff: bool,
+    unit: str | None,
+    text: str | None,
+    tokens: int,
+    html: Path | None,
+) -> None:
     """Show the units of MODEL, a bundle or a plain model (folder, hub id, or demo).
 
     For every unit: the share of tokens that execute it (keep), the cosine between its forecast and its
     output (recoverability), and its matrix-multiply FLOPs per token, dense and routed.
     """
     from irc import console, inspection
+    from irc.errors import InputError
     from irc.evaluation_run import open_model
 
+    if html is not None and text is None:
+        raise InputError("--html shows the decisions on a text; name one with --text")
+    if html is not None and not html.absolute().parent.is_dir():
+        raise InputError(f"{html}: its folder does not exist; make it, or give another --html")
     opened = open_model(model, base=base, device="cpu")
     texts: dict[str, str] = {}
     if unit is not None:
@@ -42,12 +70,42 @@ def command(model: str, as_json: bool, base: str | None, layer: int | None, as_d
         texts["graph"] = inspection.layer_graph(opened, layer)
     if as_diff:
         texts["diff"] = inspection.layer_diff(opened, layer or 0)
+    routes = _routes(opened, model, text, tokens, html) if text is not None else None
     if as_json:
-        console.emit_json(inspection.inspection(opened, model) | texts)
+        console.emit_json(inspection.inspection(opened, model) | texts | ({"routes": routes} if routes else {}))
+    elif routes:
+        _show_routes(routes, html)
     elif texts:
         _show_texts(texts)
     else:
         _show(inspection.inspection(opened, model))
+
+
+def _routes(opened: Any, model: str, text: str, tokens: int, html: Path | None) -> dict[str, Any]:
+    """Return what the routers decide on a text; write the page where one is wanted."""
+    from irc.routes import read_routes
+    from irc.routes_page import write_routes_page
+
+    routes = read_routes(opened, text, tokens)
+    return routes.facts() if html is None else write_routes_page(routes, model, text, html)
+
+
+def _show_routes(routes: dict[str, Any], html: Path | None) -> None:
+    from irc import console
+
+    classes = [
+        [name, found["tokens"], f"{found['skipped']:.3f}", console.bar(found["skipped"], 20)]
+        for name, found in routes["by_class"].items()
+    ]
+    console.table(
+        f"{routes['tokens']} tokens, {routes['skipped']:.3f} skipped", ["token", "count", "skipped", ""], classes
+    )
+    units = [[name, f"{share:.3f}", console.bar(share, 20)] for name, share in routes["by_unit"].items()]
+    console.table("by unit", ["unit", "skipped", ""], units)
+    error = routes["error"]
+    console.table("mean error of the forecast (1 - cosine)", ["where", "error"], [[k, v] for k, v in error.items()])
+    if html is not None:
+        console.say(f"page: {html}")
 
 
 def _show_texts(texts: dict[str, str]) -> None:

@@ -1,8 +1,76 @@
-"""Stub."""
+"""One HTML page of a comparison: figures, tables and plots, nothing loaded from elsewhere."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from irc.compare import plots
+from irc.compare.results import Row
+from irc.compare.words import name_of, with_spread
+from irc.html import render
+
+TEMPLATE = Path(__file__).with_name("report.html.j2")
+
 
 def write_report(results: dict[str, Any], path: Path) -> None:
-    """Stub."""
+    """Write the report of a comparison.
+
+    Args:
+        results: What `irc.compare.run.compare` returned.
+        path: Of the HTML file.
+
+    Raises:
+        InputError: matplotlib or jinja2 is not installed.
+    """
+    text = render(
+        TEMPLATE,
+        results=results,
+        sections=list(_sections(results)),
+        name=name_of,
+        spread=with_spread,
+        tokens=f"{results['cells'][0]['figures']['tokens']:,}",
+        split=results["recipe"]["eval_split"],
+        recipe=yaml.safe_dump(results["recipe"], sort_keys=False),
+    )
+    path.write_text(text, encoding="utf-8")
+
+
+def _sections(results: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield a title, a text and the plots of each part that the plan has cells for."""
+    rows: list[Row] = results["cells"]
+    groups: list[Row] = results["summary"]["groups"]
+    for lora in (False, True):
+        if any(group["lora"] == lora and group["policy"] != "dense" for group in groups):
+            title = "Perplexity over sparsity" + (" after LoRA" if lora else "")
+            yield _section(title, "Bars span the seeds.", [plots.perplexity_over_sparsity(groups, lora)])
+    budgets = {row["sparsity"] for row in rows if row["variant"].startswith("router.steps=")}
+    if budgets:
+        text = "Each point is a training of its own with its own schedule; those of informed include the lff stage."
+        timed = [plots.perplexity_over_seconds(rows, sparsity) for sparsity in sorted(budgets)]
+        yield _section("Perplexity over training time", text, timed)
+    yield _section("What is skipped: attention against FFN", "", [plots.skipped_by_kind(groups)])
+    first = [row for row in rows if row["seed"] == rows[0]["seed"] and not (row["variant"] or row["lora"])]
+    routed = [row for row in first if row["policy"] in ("informed", "skipgpt", "static")]
+    yield _section("What is skipped, layer by layer", "First seed.", [plots.skipped_by_unit(row) for row in routed])
+    informed = [row for row in first if row["policy"] == "informed"]
+    if informed:
+        text = "How well the trained forecaster of each unit stands in for it, every unit executed."
+        yield _section("Recoverability of each unit", text, [plots.recoverability(informed[0])])
+    for key, title, label in (
+        ("rank", "Forecaster rank", "rank"),
+        ("lff.tokens", "Size of the calibration text", "tokens of the lff stage"),
+    ):
+        swept = [row for row in rows if row["variant"].startswith(f"{key}=")]
+        if swept:
+            yield _section(title, "", [plots.sweep(swept, key, label)])
+    if results["kv_sweep"]:
+        text = "Under the key/value policy reduced, skipped tokens of strongly skipping attention units store nothing."
+        yield _section("Keys and values saved", text, [plots.kv_trade_off(results["kv_sweep"])])
+
+
+def _section(title: str, text: str, drawn: list[str]) -> dict[str, Any]:
+    return {"title": title, "text": text, "plots": drawn}

@@ -1,0 +1,161 @@
+"""The plots of a comparison, as SVG texts (matplotlib)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from irc.compare.results import Row, training_seconds
+from irc.svg import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, svg
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLOURS = {"informed": BLUE, "skipgpt": RED, "mod": GREEN, "random": GREY, "static": PINK, "dense": BLACK}
+_KINDS = {"attn": ("attention", SKY), "mlp": ("FFN", ORANGE)}
+
+
+def perplexity_over_sparsity(groups: Sequence[Row], lora: bool) -> str:
+    """Plot each policy's perplexity over its realized sparsity, with the spread over seeds."""
+
+    def draw(axes: Axes) -> None:
+        for policy, colour in COLOURS.items():
+            mine = [g for g in groups if (g["policy"], g["lora"], g["variant"]) == (policy, lora, "")]
+            if policy == "dense" or not mine:
+                continue
+            mine.sort(key=lambda group: group["realized"]["mean"])
+            axes.errorbar(
+                [g["realized"]["mean"] for g in mine],
+                [g["ratio"]["mean"] for g in mine],
+                yerr=[
+                    [g["ratio"]["mean"] - g["ratio"]["min"] for g in mine],
+                    [g["ratio"]["max"] - g["ratio"]["mean"] for g in mine],
+                ],
+                color=colour,
+                marker="o",
+                capsize=3,
+                label=policy,
+            )
+        axes.axhline(1.0, color=BLACK, linewidth=0.8, linestyle=":")
+        axes.set(xlabel="realized sparsity", ylabel="perplexity / dense", yscale="log")
+        _plain_ticks(axes)
+        axes.legend(frameon=False)
+
+    return svg(draw)
+
+
+def perplexity_over_seconds(rows: Sequence[Row], sparsity: float) -> str:
+    """Plot perplexity over the seconds of training, one point a budget, seed by seed."""
+
+    def draw(axes: Axes) -> None:
+        for policy in ("informed", "skipgpt", "mod"):
+            mine = [
+                row
+                for row in rows
+                if (row["policy"], row["sparsity"], row["lora"]) == (policy, sparsity, False)
+                and (not row["variant"] or row["variant"].startswith("router.steps="))
+            ]
+            for seed in sorted({row["seed"] for row in mine}):
+                points = sorted(
+                    (training_seconds(row, "cpu_seconds"), row["figures"]["perplexity"]["ratio"])
+                    for row in mine
+                    if row["seed"] == seed
+                )
+                label = policy if seed == min(row["seed"] for row in mine) else None
+                xs, ys = [x for x, _ in points], [y for _, y in points]
+                axes.plot(xs, ys, color=COLOURS[policy], marker="o", alpha=0.8, label=label)
+        axes.set(xlabel="processor seconds of all stages", ylabel="perplexity / dense", xlim=(0, None), yscale="log")
+        axes.set_title(f"target {sparsity:g}", loc="left")
+        _plain_ticks(axes)
+        axes.legend(frameon=False)
+
+    return svg(draw, 4.6, 3.4)
+
+
+def skipped_by_kind(groups: Sequence[Row]) -> str:
+    """Plot the share of tokens that attention and FFN units skip, for each policy and target."""
+
+    def draw(axes: Axes) -> None:
+        mine = [g for g in groups if not g["lora"] and not g["variant"]]
+        places = range(len(mine))
+        axes.bar([p - 0.2 for p in places], [g["attention"] for g in mine], 0.38, label="attention", color=SKY)
+        axes.bar([p + 0.2 for p in places], [g["ffn"] for g in mine], 0.38, label="FFN", color=ORANGE)
+        labels = [f"{g['policy']}\n{g['sparsity']:g}" for g in mine]
+        axes.set_xticks(list(places), labels, fontsize=8)
+        axes.set(ylabel="share of tokens skipped")
+        axes.grid(False, axis="x")
+        axes.legend(frameon=False)
+
+    return svg(draw, max(4.6, 0.62 * len(groups)))
+
+
+def skipped_by_unit(row: Row) -> str:
+    """Plot the share of tokens that each unit skips, layer by layer."""
+
+    def draw(axes: Axes) -> None:
+        units = row["figures"]["units"]
+        for kind, (label, colour) in _KINDS.items():
+            shares = [1 - unit["keep_ratio"] for name, unit in units.items() if kind in name.rpartition(".")[2]]
+            axes.plot(range(len(shares)), shares, marker="o", color=colour, label=label)
+        axes.set(xlabel="layer", ylabel="share skipped", ylim=(-0.02, 1.02))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_title(f"{row['policy']}, target {row['sparsity']:g}", loc="left")
+        axes.legend(frameon=False)
+
+    return svg(draw, 4.6, 2.8)
+
+
+def recoverability(row: Row) -> str:
+    """Plot the recoverability of every unit as bars, sorted (the paper's first experiment)."""
+
+    def draw(axes: Axes) -> None:
+        units = sorted(row["figures"]["units"].items(), key=lambda entry: entry[1]["recoverability"])
+        colours = [SKY if "attn" in name.rpartition(".")[2] else ORANGE for name, _ in units]
+        axes.barh(range(len(units)), [unit["recoverability"] for _, unit in units], color=colours)
+        axes.set_yticks(range(len(units)), [name.removeprefix("model.layers.") for name, _ in units], fontsize=8)
+        axes.set(xlabel="mean cosine of forecast and output, held-out text (blue: attention, orange: FFN)")
+        axes.grid(False, axis="y")
+
+    return svg(draw, 6.4, max(2.4, 0.2 * len(row["figures"]["units"]) + 0.8))
+
+
+def sweep(rows: Sequence[Row], key: str, label: str) -> str:
+    """Plot perplexity over one swept setting.
+
+    Args:
+        rows: Cells whose variant is `key=value`.
+        key: Such as `rank`.
+        label: Of the x axis.
+    """
+
+    def draw(axes: Axes) -> None:
+        points = sorted((int(r["variant"].partition("=")[2]), r["figures"]["perplexity"]["ratio"]) for r in rows)
+        axes.plot([x for x, _ in points], [y for _, y in points], marker="o", color=COLOURS["informed"])
+        axes.set(xlabel=label, ylabel="perplexity / dense", xscale="log")
+        axes.set_xticks([x for x, _ in points], [str(x) for x, _ in points])
+        axes.minorticks_off()
+        axes.set_title(f"informed, target {rows[0]['sparsity']:g}, seed {rows[0]['seed']}", loc="left")
+
+    return svg(draw, 4.6, 3.0)
+
+
+def kv_trade_off(sweeps: Sequence[dict[str, Any]]) -> str:
+    """Plot perplexity over the share of keys and values that the policy `reduced` saves."""
+
+    def draw(axes: Axes) -> None:
+        for found in sweeps:
+            points = sorted((row["saved"], row["perplexity"]) for row in found["rows"])
+            axes.plot([x for x, _ in points], [y for _, y in points], marker="o", label=f"target {found['sparsity']:g}")
+        axes.set(xlabel="share of keys and values saved", ylabel="perplexity")
+        axes.legend(frameon=False)
+
+    return svg(draw, 4.6, 3.0)
+
+
+def _plain_ticks(axes: Axes) -> None:
+    from matplotlib.ticker import NullFormatter, StrMethodFormatter
+
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    low, high = axes.get_ylim()
+    narrow = high / max(low, 1e-9) < 10
+    axes.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}") if narrow else NullFormatter())

@@ -1,0 +1,28 @@
+"""Renders a page from a template (jinja2); every value is escaped unless the template says that it is safe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from irc.errors import InputError
+
+
+def render(template: Path, **values: Any) -> str:
+    """Return a template's text with its values filled in.
+
+    Args:
+        template: A file that ships with the package.
+        **values: What the template names.
+
+    Raises:
+        InputError: jinja2 is not installed.
+    """
+    try:
+        from jinja2 import Environment, StrictUndefined
+    except ImportError as error:
+        raise InputError(
+            "HTML pages need jinja2; install it with: pip install 'informed-routing-compiler[report]'"
+        ) from error
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(template.read_text(encoding="utf-8")).render(**values)

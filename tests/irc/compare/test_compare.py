@@ -1,0 +1,240 @@
+"""`irc compare`: its cells, its figures, resuming, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from irc.compare import run
+from irc.compare.cells import Cell, Plan, read_variants
+from irc.compare.results import catch_up, gap_closed, groups
+from irc.config import Recipe
+from irc.errors import InputError
+
+Main = Callable[..., Any]
+
+
+@pytest.fixture
+def arguments(convert_arguments: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    """Give `arguments(output, *more)`: a comparison whose cells take a second each."""
+
+    def make(output: Path, *more: str) -> list[str]:
+        made = convert_arguments(output, rank=4, seq_len=16, eval_tokens=256, router__calibration_tokens=512)
+        drop = {"--rank", "--seq-len"}
+        kept = [a for i, a in enumerate(made) if a not in drop and (i == 0 or made[i - 1] not in drop)]
+        return ["compare", *kept[1:], *more]
+
+    return make
+
+
+def test_a_whole_comparison(irc_main: Main, arguments: Callable[..., list[str]], tmp_path: Path) -> None:
+    out = tmp_path / "c"
+    more = "--policies informed,skipgpt,mod,random,static --sparsities 0.25,0.5 --seeds 2 --budgets 0.5 --lora".split()
+    more += "--ranks 2,3 --calibration-tokens 256,512 --kv-sweep 0.2,1 --variant frozen:router.forecaster_lr=0".split()
+    outcome = irc_main(*arguments(out, *more))
+    assert outcome.code == 0, outcome.err
+    results = outcome.json
+    assert results == json.loads((out / "results.json").read_text())
+    # 5 policies x 2 targets x 2 seeds, less static's second seed; budgets of the three that learn; and so on.
+    counts = {"plain": 18, "budget": 12, "sweep": 4, "variant": 4, "lora": 22}
+    assert len(results["cells"]) == sum(counts.values())
+    found = {(g["policy"], g["sparsity"], g["lora"], g["variant"]): g for g in results["summary"]["groups"]}
+    assert found["dense", 0.0, True, ""]["realized"]["mean"] == 0.0
+    assert found["static", 0.5, False, ""]["realized"]["mean"] == 0.5
+    assert found["informed", 0.25, False, ""]["seeds"] == 2
+    assert found["mod", 0.5, False, ""]["realized"]["mean"] == pytest.approx(0.5)
+    assert {(gap["sparsity"], gap["lora"]) for gap in results["summary"]["gaps"]} <= {
+        (s, lora) for s in (0.25, 0.5) for lora in (True, False)
+    }
+    assert [sweep["sparsity"] for sweep in results["kv_sweep"]] == [0.25, 0.5]
+    page = (out / "report.html").read_text()
+    # Over sparsity 2 (LoRA), over time 2 (targets), by kind 1, by layer 6, recoverability 1, three sweeps.
+    assert page.count("<svg") == 15
+    assert re.findall(r'(?:src|href)="(?!#|data:)', page) == []  # nothing is loaded from elsewhere
+
+
+def test_cells_share_the_stages_that_they_begin_with(
+    irc_main: Main, arguments: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    more = "--policies informed --sparsities 0.25,0.5 --seeds 1 --lora".split()
+    outcome = irc_main(*arguments(tmp_path / "c", *more))
+    assert outcome.code == 0, outcome.err
+    cells = {cell["name"]: cell["figures"]["stages"] for cell in outcome.json["cells"]}
+    lff = {stages["lff"]["seconds"] for name, stages in cells.items() if "dense" not in name}
+    assert len(lff) == 1  # the very same stage
+    for share in ("0.25", "0.5"):
+        plain, lora = cells[f"informed-{share}-seed0"], cells[f"informed-{share}-lora-seed0"]
+        assert plain["router"]["seconds"] == lora["router"]["seconds"]
+    assert cells["informed-0.25-seed0"]["router"]["seconds"] != cells["informed-0.5-seed0"]["router"]["seconds"]
+
+
+def test_a_killed_comparison_goes_on(
+    irc_main: Main,
+    arguments: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    killed: type[BaseException],
+) -> None:
+    out, more = tmp_path / "c", "--policies informed,skipgpt --sparsities 0.5 --seeds 1".split()
+    whole = run.convert
+    made: list[str] = []
+
+    def dies(recipe: Recipe, folder: Path, *rest: Any, **options: Any) -> Any:
+        if made:
+            raise killed
+        made.append(folder.name)
+        return whole(recipe, folder, *rest, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "convert", dies)
+        with pytest.raises(killed):
+            irc_main(*arguments(out, *more))
+    assert not (out / "results.json").exists()
+    refused = irc_main(*arguments(out, *more))
+    assert (refused.code, "--resume continues it" in refused.sentence()) == (2, True)
+    before = (out / "cells" / made[0] / "metrics.json").stat().st_mtime_ns
+    outcome = irc_main(*arguments(out, *more, "--resume"))
+    assert outcome.code == 0, outcome.err
+    assert len(outcome.json["cells"]) == 2
+    assert (out / "cells" / made[0] / "metrics.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_jobs_give_the_same_figures(irc_main: Main, arguments: Callable[..., list[str]], tmp_path: Path) -> None:
+    more = "--policies skipgpt,static --sparsities 0.5 --seeds 1".split()
+    one = irc_main(*arguments(tmp_path / "one", *more))
+    two = irc_main(*arguments(tmp_path / "two", *more, "--jobs", "2"))
+    assert (one.code, two.code) == (0, 0), two.err
+    for alone, apart in zip(one.json["cells"], two.json["cells"], strict=True):
+        # Other numbers of threads add in another order.
+        ours, theirs = alone["figures"]["perplexity"]["routed"], apart["figures"]["perplexity"]["routed"]
+        assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_cell_that_fails_in_its_process_is_named(
+    irc_main: Main, arguments: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    more = "--policies skipgpt --sparsities 0.5 --seeds 1 --jobs 2 --set router.lr=1e30".split()
+    outcome = irc_main(*arguments(tmp_path / "c", *more))
+    assert outcome.code == 1
+    assert outcome.sentence().startswith("cell skipgpt-0.5-seed0: the conversion ended with exit code 1")
+    assert "lower the learning rate" in outcome.sentence()
+
+
+REFUSALS = [
+    (("--policies", "informed,greedy"), "policy is 'greedy'; choose from informed, skipgpt, mod, random, static"),
+    (("--policies", ""), "--policies is empty"),
+    (("--policies", "mod,mod"), "--policies names one twice"),
+    (("--sparsities", "0.2,x"), "no list of shares"),
+    (("--sparsities", "1.5"), "no list of shares"),
+    (("--budgets", "1"), "between 0 and 1"),
+    (("--ranks", "0"), "no list of numbers"),
+    (("--ranks", "4", "--policies", "skipgpt"), "name it in --policies"),
+    (("--variant", "frozen"), "expected NAME:KEY=VALUE"),
+    (("--variant", "x:router.nothing=1"), "unknown key router.nothing"),
+    (("--variant", "x:router.lr=fast"), "router.lr is 'fast'"),
+    (("--set", "eval_split=all"), "eval_split is 'all'"),
+]
+
+
+@pytest.mark.parametrize(("more", "expected"), REFUSALS, ids=lambda value: " ".join(value)[:40])
+def test_bad_input_is_one_sentence(
+    irc_main: Main, arguments: Callable[..., list[str]], tmp_path: Path, more: tuple[str, ...], expected: str
+) -> None:
+    outcome = irc_main(*arguments(tmp_path / "c", *more))
+    assert outcome.code == 2
+    assert expected in outcome.sentence()
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_folder_of_another_comparison_is_refused(
+    irc_main: Main, arguments: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    out, more = tmp_path / "c", "--policies static --sparsities 0.5 --seeds 1".split()
+    assert irc_main(*arguments(out, *more)).code == 0
+    facts = json.loads((out / "compare.json").read_text())
+    for change, expected in (
+        ({"base_sha256": "0" * 64}, "another model"),
+        ({"data": {"name": "other", "fingerprint": "0"}}, "another text (other)"),
+        ({"recipe": facts["recipe"] | {"rank": 7}}, "was begun with rank = 7, now it is 4"),
+    ):
+        (out / "compare.json").write_text(json.dumps(facts | change))
+        outcome = irc_main(*arguments(out, *more, "--resume"))
+        assert (outcome.code, expected in outcome.sentence()) == (2, True), outcome.err
+    (out / "compare.json").write_text("{")
+    assert "damaged" in irc_main(*arguments(out, *more, "--resume")).sentence()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("text")
+    outcome = irc_main(*arguments(tmp_path / "mine", *more, "--force"))
+    assert (outcome.code, "is not a comparison" in outcome.sentence()) == (2, True)
+    assert (tmp_path / "mine" / "thesis.tex").exists()
+
+
+def row(policy: str, ppl: float, *, seed: int = 0, variant: str = "", seconds: float = 10.0, lora: bool = False) -> Any:
+    stages = {"router": {"seconds": seconds, "cpu_seconds": 2 * seconds}}
+    sparsity = {"realized": 0.25, "attention": 0.2, "ffn": 0.3}
+    figures = {"perplexity": {"dense": 10.0, "routed": ppl, "ratio": ppl / 10}, "sparsity": sparsity, "stages": stages}
+    place = 0.0 if policy == "dense" else 0.25
+    return {
+        **{"name": "", "policy": policy, "sparsity": place, "seed": seed, "lora": lora, "variant": variant},
+        "figures": figures | {"flops_ratio": 0.8},
+    }
+
+
+def test_the_gap_is_that_of_log_perplexities() -> None:
+    rows = [row("informed", 10 * math.exp(0.1)), row("skipgpt", 10 * math.exp(0.4))]
+    found = gap_closed(rows, 0.25, False)
+    assert found is not None
+    assert found["closed"]["mean"] == pytest.approx(0.75)
+    assert gap_closed(rows, 0.4, False) is None
+
+
+def test_with_lora_the_gap_is_to_the_dense_model_of_the_same_budget() -> None:
+    rows = [
+        row("dense", 8.0, lora=True),
+        row("informed", 8 * math.exp(0.1), lora=True),
+        row("skipgpt", 8 * math.exp(0.2), lora=True),
+    ]
+    found = gap_closed(rows, 0.25, True)
+    assert found is not None
+    assert found["closed"]["mean"] == pytest.approx(0.5)
+
+
+def test_catching_up_takes_the_shortest_training_that_is_no_worse() -> None:
+    rows = [
+        row("skipgpt", 12.0, seconds=100),
+        row("informed", 11.0, seconds=110),
+        row("informed", 11.5, variant="router.steps=50", seconds=60),
+        row("informed", 13.0, variant="router.steps=25", seconds=35),
+        row("informed", 10.5, variant="other", seconds=1),
+    ]
+    found = catch_up(rows, 0.25)
+    assert found is not None
+    assert (found["share"]["mean"], found["budgets"], found["reached"]) == (0.6, ["router.steps=50"], 1)
+    assert catch_up([row("skipgpt", 10.0), row("informed", 11.0)], 0.25)["reached"] == 0  # type: ignore[index]
+
+
+def test_groups_give_mean_and_spread_over_seeds() -> None:
+    (group,) = groups([row("mod", 11.0), row("mod", 13.0, seed=1)])
+    assert group["perplexity"] == pytest.approx({"mean": 12.0, "std": math.sqrt(2), "min": 11.0, "max": 13.0})
+    assert group["seeds"] == 2
+
+
+def test_names_of_cells_are_folders() -> None:
+    cell = Cell("informed", 0.25, 1, True, "a/b c", ())
+    assert cell.name == "informed-0.25-lora-a_b_c-seed1"
+    plan = Plan(["informed"], [0.25], budgets=[0.5, 0.5])
+    assert [c.name for c in plan.cells(Recipe())] == ["informed-0.25-seed0", "informed-0.25-router.steps=100-seed0"]
+
+
+def test_variants_are_read_whole() -> None:
+    assert read_variants(["a:x=1,y=[1]", "b:z=2"]) == {"a": ("x=1", "y=[1]"), "b": ("z=2",)}
+    with pytest.raises(InputError, match="two are named 'a'"):
+        read_variants(["a:x=1", "a:x=2"])
