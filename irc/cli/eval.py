@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -45,9 +46,30 @@ from irc.cli.options import (
     metavar="LIST",
     help="Comma-separated thresholds of the key/value policy reduced: memory saved against perplexity.",
 )
+@click.option(
+    "--tasks",
+    default="",
+    metavar="LIST",
+    help="Tasks of lm-evaluation-harness in place of perplexity; without a network: code_continuation, code_closing, "
+    "code_recall (made of --data). MODEL may be an ONNX folder too.",
+)
+@click.option(
+    "--limit", type=click.IntRange(min=1), metavar="N", help="Questions a task. [default: all; 200 of code_...]"
+)
+@click.option(
+    "--task-path", type=click.Path(path_type=Path), metavar="DIR", help="Folder of further task files of the harness."
+)
 @common_options
 def command(
-    model: str, as_json: bool, kv_policy: str | None, kv_threshold: float | None, kv_sweep: list[float], **options: Any
+    model: str,
+    as_json: bool,
+    kv_policy: str | None,
+    kv_threshold: float | None,
+    kv_sweep: list[float],
+    tasks: str,
+    limit: int | None,
+    task_path: Path | None,
+    **options: Any,
 ) -> None:
     """Evaluate MODEL, a bundle or a plain model (folder, hub id, or demo)."""
     from irc import console
@@ -55,6 +77,9 @@ def command(
     from irc.evaluation_run import run_evaluation
     from irc.key_policy import KeyPolicy
 
+    if tasks:
+        _evaluate_tasks(model, tasks, limit, task_path, as_json, options)
+        return
     metrics = run_evaluation(
         model,
         console.progress,
@@ -75,3 +100,34 @@ def command(
         console.table("units", ["unit", "keep", "", "recoverability"], rows)
     if "kv_sweep" in metrics:
         kv_report(metrics)
+
+
+def _evaluate_tasks(
+    model: str, tasks: str, limit: int | None, task_path: Path | None, as_json: bool, options: dict[str, Any]
+) -> None:
+    from irc import console
+    from irc.cli.report import tasks_report
+    from irc.errors import InputError
+
+    try:
+        from irc.tasks.harness import run_tasks
+    except ImportError as error:
+        raise InputError(
+            f"--tasks needs lm-evaluation-harness ({error}); install it with: "
+            "pip install 'informed-routing-compiler[tasks]'"
+        ) from error
+    results = run_tasks(
+        model,
+        [task.strip() for task in tasks.split(",") if task.strip()],
+        console.progress,
+        data=options["data"] or "stdlib",
+        limit=limit,
+        task_path=task_path,
+        base=options["base"],
+        dtype=options["dtype"],
+        device=options["device"],
+    )
+    if as_json:
+        console.emit_json(results)
+    else:
+        tasks_report(results)

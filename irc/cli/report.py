@@ -59,3 +59,19 @@ def kv_report(metrics: dict[str, Any]) -> None:
     console.table("keys and values of skipped tokens", columns, rows)
     points = [(row["saved"], row["perplexity"], "*") for row in sweep]
     console.plot("perplexity over memory saved", "share of keys and values saved", "perplexity", points)
+
+
+def tasks_report(results: dict[str, Any]) -> None:
+    """Show figures of tasks, dense and routed side by side."""
+    rows: list[list[object]] = []
+    for task, sides in results["tasks"].items():
+        first = next(iter(sides.values()))
+        for metric in first:
+            if metric == "questions" or metric.endswith("_stderr"):
+                continue
+            error = first.get(f"{metric}_stderr")
+            shown = [f"{sides[side][metric]:.3f}" if side in sides else None for side in ("dense", "routed")]
+            rows.append([task, metric, first["questions"], *shown, None if error is None else f"{error:.3f}"])
+    console.table(f"tasks, {results['backend']}", ["task", "figure", "questions", "dense", "routed", "error"], rows)
+    if results["sparsity"]["realized"] is not None:
+        console.say(f"skipped of (token, unit) pairs, padding left out: {results['sparsity']['realized']:.3f}")

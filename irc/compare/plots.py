@@ -98,7 +98,7 @@ def skipped_by_unit(row: Row) -> str:
             shares = [1 - unit["keep_ratio"] for name, unit in units.items() if kind in name.rpartition(".")[2]]
             axes.plot(range(len(shares)), shares, marker="o", color=colour, label=label)
         axes.set(xlabel="layer", ylabel="share skipped", ylim=(-0.02, 1.02))
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_xticks(range(0, len(shares), max(1, len(shares) // 8)))
         axes.set_title(f"{row['policy']}, target {row['sparsity']:g}", loc="left")
         axes.legend(frameon=False)
 
