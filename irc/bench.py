@@ -73,8 +73,13 @@ def bench(
     Returns:
         What `irc bench --json` prints.
     """
-    if shape.hidden % shape.heads or shape.heads % shape.kv_heads:
-        raise InputError(f"hidden {shape.hidden}, heads {shape.heads}, kv_heads {shape.kv_heads} do not divide evenly")
+    if not sparsities:
+        raise InputError("--sparsities is empty; give at least one, such as 0.25")
+    if shape.hidden % shape.heads or shape.heads % shape.kv_heads or shape.hidden // shape.heads % 2:
+        raise InputError(
+            f"hidden {shape.hidden}, heads {shape.heads}, kv_heads {shape.kv_heads}: heads must divide the hidden size "
+            "into even parts, and kv_heads must divide heads"
+        )
     with tempfile.TemporaryDirectory() as work:
         model, folders = _export_both(shape, Path(work), seed)
         runtimes = {name: Runtime(folder, provider, forced=name == "routed") for name, folder in folders.items()}

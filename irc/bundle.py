@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,11 @@ from safetensors.torch import load_file
 
 from irc.checkpoint import BaseModel, find_base
 from irc.config import LoraRecipe, check_key_policy
-from irc.errors import InputError, IrcError
+from irc.errors import InputError
 from irc.key_policy import KeyPolicy, calibrated_keep, key_policy_of, set_key_policy
 from irc.lora import WEIGHTS, load_lora, save_lora
 from irc.routed import RoutedForCausalLM, RoutingSpec, build_routed
+from irc.staging import replaced, staged
 from irc.train import write_safetensors
 
 FORMAT_VERSION = 1
@@ -105,8 +105,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         InputError: It is missing, damaged, or of a newer format.
     """
     path = folder / CONFIG
-    old = folder.with_name(folder.name + ".old")
-    if not folder.exists() and (old / CONFIG).is_file():
+    old = None if folder.exists() else replaced(folder)
+    if old is not None:
         raise InputError(f"{folder}: a save was killed while it replaced this bundle; the whole one before is {old}")
     if not path.is_file():
         raise InputError(f"{folder}: not a bundle ({CONFIG} is missing); make one with irc convert")
@@ -165,20 +165,8 @@ def save_bundle(
     """
     if model.spec is None:
         raise InputError("a plain model has nothing to save; convert it first")
-    staging = folder.with_name(folder.name + ".new")
-    try:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
+    with staged(folder) as staging:
         write_bundle(model, staging, metrics or {}, recipe or {}, card)
-        replace_folder(staging, folder)
-    except OSError as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise IrcError(
-            f"{folder}: could not be written ({error.strerror or error}); free some space and try again"
-        ) from error
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
 
 
 def write_bundle(
@@ -219,22 +207,6 @@ def write_bundle(
     _write(folder / RECIPE, yaml.safe_dump(recipe, sort_keys=False))
     _write(folder / CARD, card or "# An informed-routing bundle\n")
     _write(folder / CONFIG, json.dumps(config, indent=2) + "\n")
-
-
-def replace_folder(staging: Path, folder: Path) -> None:
-    """Put a complete folder in the place of another; the old one is whole until the moment of the rename."""
-    old = folder.with_name(folder.name + ".old")
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(folder, old)
-        try:
-            os.replace(staging, folder)
-        except BaseException:
-            os.replace(old, folder)
-            raise
-    else:
-        os.replace(staging, folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def file_sha256(path: Path) -> str:

@@ -20,6 +20,7 @@ from irc.policies import Policy, policy_named
 
 STAGES = ("lff", "router", "lora")
 PRECISIONS = ("auto", "fp32", "bf16")
+READS = ("", "unit", "stream", "layer")
 EVAL_SPLITS = ("heldout", "validation")
 KEY_POLICIES = ("full", "reduced")
 _LEAST = {
@@ -57,6 +58,7 @@ class LffRecipe:
 class RouterRecipe:
     """Stage `router`: train the routers, then set their decision threshold."""
 
+    reads: str = setting("", "what routers read: unit (its normed input), stream, layer; empty for the policy's own")
     steps: int = setting(200, "training steps")
     batch_size: int = setting(8, "windows a step")
     lr: float = setting(5e-3, "learning rate of the routers, cosine to a tenth")
@@ -121,6 +123,8 @@ class Recipe:
         policy = policy_named(self.policy)
         if self.forecaster not in ("linear", "silu"):
             raise InputError(f"forecaster is '{self.forecaster}'; choose linear or silu")
+        if self.router.reads not in READS:
+            raise InputError(f"router.reads is '{self.router.reads}'; choose from {', '.join(READS[1:])}")
         if self.eval_split not in EVAL_SPLITS:
             raise InputError(f"eval_split is '{self.eval_split}'; choose from {', '.join(EVAL_SPLITS)}")
         if self.precision not in PRECISIONS:

@@ -14,16 +14,17 @@ from exporters.onnx import LEAST_ORT, MODEL, CacheShape, export_onnx
 from exporters.onnx_ops import OPSET, VERSION
 from exporters.triton import write_repository
 from irc import __version__
-from irc.bundle import file_sha256, replace_folder
+from irc.bundle import file_sha256
 from irc.cache import cache_shape
 from irc.checkpoint import BaseModel
-from irc.errors import InputError, IrcError
+from irc.errors import InputError
 from irc.evaluation_run import open_model
 from irc.key_policy import KeyPolicy, key_policy_of
 from irc.lora import merge_lora
 from irc.onnx_folder import FORMAT_VERSION, MANIFEST
 from irc.policies import policy_named, refuse_whole_sequences
 from irc.routed import RoutedForCausalLM
+from irc.staging import cannot_write, staged
 from passes.base import PassError
 
 LAYOUTS = ("onnx", "triton")
@@ -61,31 +62,25 @@ def export(
     Raises:
         InputError: Something cannot be exported, or `output` must not be replaced.
     """
-    _check_output(output, force)
+    try:
+        _check_output(output, force)
+    except OSError as error:
+        raise cannot_write(output, error) from error
     if layout not in LAYOUTS:
         raise InputError(f"layout is '{layout}'; choose from {', '.join(LAYOUTS)}")
     started = time.monotonic()
-    model = open_model(name, base=base, dtype=dtype, device="cpu", key_policy=key_policy)
-    if model.spec is not None:
-        refuse_whole_sequences(policy_named(model.spec.policy), "be exported")
-    merge_lora(model)
-    staging = output.with_name(output.name + ".new")
-    try:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        manifest = _write(model, name, staging, dump_dir)
+    with staged(output) as staging:  # a place that cannot be written is found before any work is done
+        model = open_model(name, base=base, dtype=dtype, device="cpu", key_policy=key_policy)
+        if model.spec is not None:
+            refuse_whole_sequences(policy_named(model.spec.policy), "be exported")
+        merge_lora(model)
+        try:
+            manifest = _write(model, name, staging, dump_dir)
+        except PassError as error:
+            raise InputError(f"{name}: {error}") from error
         if layout == "triton":
             write_repository(staging, TRITON_NAME)
-        replace_folder(staging, output)
-    except PassError as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise InputError(f"{name}: {error}") from error
-    except OSError as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise IrcError(f"{output}: could not be written ({error.strerror or error}); free some space") from error
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+            (staging / "genai_config.json").unlink(missing_ok=True)  # it names a model beside it, which has moved
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     return {
         "model": str(output),

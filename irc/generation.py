@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,9 @@ from transformers import AutoTokenizer
 
 from irc.errors import InputError
 from irc.runtime import Runtime, Step
+
+_COLDEST = 1e-3
+_TAIL = 16
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,8 @@ class Sampling:
 
     def check(self) -> None:
         """Refuse values that mean nothing."""
-        if self.temperature < 0:
-            raise InputError(f"temperature is {self.temperature}; give 0 (greedy) or more")
+        if self.temperature != 0 and not _COLDEST <= self.temperature < math.inf:
+            raise InputError(f"temperature is {self.temperature}; give 0 (greedy), or {_COLDEST} or more")
         if self.top_k < 0:
             raise InputError(f"top_k is {self.top_k}; give 0 (all) or more")
         if not 0 < self.top_p <= 1:
@@ -188,7 +192,7 @@ class Generator:
                 break
             result.tokens.append(token)
             new = [token]
-            text = self.tokenizer.decode(result.tokens, skip_special_tokens=True)
+            text = self._text_after(ids[-_TAIL:], result.tokens)
             cut = min((text.find(mark) for mark in stop if mark and mark in text), default=-1)
             if cut >= 0:
                 text, result.stopped = text[:cut], "stop"
@@ -198,6 +202,15 @@ class Generator:
             if cut >= 0:
                 break
         emit(result.text[sent:])
+
+    def _text_after(self, before: list[int], new: list[int]) -> str:
+        """Return the text of new tokens as it stands after others: some tokenizers drop a space that begins a text."""
+        start: str = self.tokenizer.decode(before, skip_special_tokens=True)
+        whole: str = self.tokenizer.decode(before + new, skip_special_tokens=True)
+        if whole.startswith(start):
+            return whole[len(start) :]
+        alone: str = self.tokenizer.decode(new, skip_special_tokens=True)
+        return alone  # the last character of the prompt was half a character
 
 
 def choose(logits: NDArray[np.float32], sampling: Sampling, random: np.random.Generator) -> int:
@@ -230,8 +243,12 @@ def _sure(text: str, stop: Sequence[str]) -> int:
 def _end_tokens(folder: Path, tokenizer: Any) -> frozenset[int]:
     from transformers import GenerationConfig
 
-    ends = [tokenizer.eos_token_id]
+    ends: list[Any] = [tokenizer.eos_token_id]
     if (folder / "generation_config.json").is_file():
-        stated = GenerationConfig.from_pretrained(folder).eos_token_id
-        ends += stated if isinstance(stated, list) else [stated]
-    return frozenset(int(end) for end in ends if end is not None)
+        try:
+            stated = GenerationConfig.from_pretrained(folder).eos_token_id
+            ends += stated if isinstance(stated, list) else [stated]
+            return frozenset(int(end) for end in ends if end is not None)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise InputError(f"{folder / 'generation_config.json'}: damaged; export again") from error
+    return frozenset() if tokenizer.eos_token_id is None else frozenset([int(tokenizer.eos_token_id)])

@@ -13,6 +13,7 @@ from irc.bundle import CONFIG, file_sha256
 from irc.errors import InputError
 
 FORMAT_VERSION = 1
+DTYPES = ("fp32", "fp16", "bf16")
 MANIFEST = "irc.json"
 
 
@@ -52,6 +53,8 @@ def open_folder(path: Path) -> OnnxFolder:
     Raises:
         InputError: It is none, it is damaged, altered, or of a newer format or operator version.
     """
+    if not path.exists():
+        raise InputError(f"{path}: there is no such folder; give one that irc export wrote")
     if not (path / MANIFEST).is_file():
         hint = f"export it first: irc export {path} -o DIR" if (path / CONFIG).is_file() else "make one with irc export"
         raise InputError(f"{path}: not an ONNX folder of irc ({MANIFEST} is missing); {hint}")
@@ -62,10 +65,8 @@ def open_folder(path: Path) -> OnnxFolder:
                 what = key.replace("_", " ")
                 raise InputError(f"{path}: {what} {manifest[key]} is newer than this irc knows ({known}); upgrade irc")
         hashes = dict(manifest["sha256"])
-        CacheShape(**manifest["cache"])
-        if any(not isinstance(unit["execute"], str) for unit in manifest["units"]):
-            raise TypeError("a unit has no decision")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        _check_types(manifest, hashes)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(f"{path / MANIFEST}: damaged ({type(error).__name__}: {error}); export again") from error
     found = sorted(path.rglob(MODEL))
     if not found:
@@ -80,3 +81,21 @@ def open_folder(path: Path) -> OnnxFolder:
                 f"{file}: its hash is not the one in {MANIFEST}: the file is truncated or was changed; export again"
             )
     return OnnxFolder(path, model, manifest)
+
+
+def _check_types(manifest: dict[str, Any], hashes: dict[str, Any]) -> None:
+    """Raise ValueError or TypeError where the manifest holds something of a kind that `irc export` never writes."""
+    cache = CacheShape(**manifest["cache"])
+    numbers = [cache.layers, cache.heads, cache.size, *cache.reduced]
+    if any(type(number) is not int or number < 0 for number in numbers):
+        raise TypeError("the cache's shape is not of whole numbers")
+    if manifest["dtype"] not in DTYPES:
+        raise ValueError(f"dtype is {manifest['dtype']!r}")
+    context = manifest.get("context_length")
+    if context is not None and (type(context) is not int or context < 1):
+        raise TypeError("context_length is no whole number")
+    for unit in manifest["units"]:
+        if any(not isinstance(unit[key], str) for key in ("unit", "execute", "difference")):
+            raise TypeError("a unit has no decision")
+    if any(Path(name).name != name or not isinstance(value, str) for name, value in hashes.items()):
+        raise ValueError("a hash is that of no file of the folder")

@@ -20,9 +20,13 @@ from irc.onnx_folder import OnnxFolder
 from irc.routed import RoutedForCausalLM
 from irc.runtime import Runtime
 from irc.stages import ProgressFactory
+from irc.train import Progress
 
-TOLERANCE = {"fp32": 1e-4, "fp16": 5e-2, "bf16": 5e-1}
-"""Largest difference of logits that each data type's rounding explains."""
+TOLERANCE = 1e-4
+"""Largest difference of logits that fp32's rounding explains; 16-bit types have `tolerance_of`."""
+
+_ROUNDINGS = 8
+_EPSILON = {"fp16": 2.0**-10, "bf16": 2.0**-7}
 
 NEAR = 1e-4
 """A route may differ where a router's two logits are nearer than this (fp32; rounding decides there)."""
@@ -57,15 +61,25 @@ def verify(
         seq_len: Tokens a window.
         prompts: Texts to continue greedily with both.
         new_tokens: Tokens of each continuation.
-        tolerance: Largest absolute difference of logits; by default that of the folder's data type.
+        tolerance: Largest absolute difference of logits; by default what `tolerance_of` says.
 
     Returns:
         What `irc verify --json` prints; `ok` says whether the gate is passed.
     """
+    if tolerance is not None and not 0 <= tolerance < math.inf:
+        raise InputError(f"--tolerance is {tolerance}; give 0 or more")
     runtime = Runtime(folder, provider)
+    context = runtime.exported.manifest.get("context_length")
+    if context and seq_len > context:
+        raise InputError(f"--seq-len is {seq_len}, the model's context is {context}; give at most {context}")
+    if context and prompts and seq_len // 2 + new_tokens > context:
+        most = context - seq_len // 2
+        raise InputError(f"--new-tokens is {new_tokens}, which leaves the model's context; give at most {most}")
     exported = runtime.exported
     dtype = exported.dtype
     source = bundle or exported.manifest["source"]
+    if bundle is None and Path(source).is_absolute() and not Path(source).exists():
+        raise InputError(f"{folder}: was exported from {source}, which is not there; name where it is by --bundle")
     model = open_model(source, base=base, dtype=dtype, device="cpu", key_policy=_key_policy(exported))
     if bool(model.spec) != bool(exported.decisions):
         raise InputError(f"{folder}: exported from another kind of model than {source}")
@@ -76,8 +90,10 @@ def verify(
         for index, window in enumerate(chosen):
             totals.add(model, window[None])
             bar.update(index + 1, max_abs_diff=totals.worst)
-    same, generated = _generated(model, runtime, pick(text, prompts * seq_len)[:prompts], new_tokens)
-    limit = TOLERANCE[dtype] if tolerance is None else tolerance
+    continued = pick(text, prompts * seq_len)[:prompts]
+    with progress("continuations", len(continued)) as bar:
+        same, generated = _generated(model, runtime, continued, new_tokens, bar)
+    limit = tolerance_of(dtype, totals.largest) if tolerance is None else tolerance
     return {
         "model": str(folder),
         "bundle": source,
@@ -93,6 +109,19 @@ def verify(
     }
 
 
+def tolerance_of(dtype: str, largest: float) -> float:
+    """Return the largest difference of logits that rounding explains.
+
+    Args:
+        dtype: `fp32`: 1e-4. `fp16`, `bf16`: eight units in the last place of the largest logit, for rounding adds up
+            over the layers.
+        largest: Largest absolute logit.
+    """
+    if dtype == "fp32":
+        return TOLERANCE
+    return _ROUNDINGS * _EPSILON[dtype] * 2.0 ** math.floor(math.log2(max(1.0, largest)))
+
+
 def _key_policy(exported: OnnxFolder) -> KeyPolicy | None:
     """Return the policy that a folder was exported under; None where every token's keys are stored."""
     if not exported.cache.reduced:
@@ -106,7 +135,8 @@ class _Totals:
     def __init__(self, runtime: Runtime, near: float) -> None:
         self.runtime, self.near = runtime, near
         self.units = [decision.unit for decision in runtime.exported.decisions]
-        self.worst, self.flips, self.rounding, self.windows, self.left_out = 0.0, 0, 0, 0, 0
+        self.worst = self.largest = 0.0
+        self.flips, self.rounding, self.windows, self.left_out = 0, 0, 0, 0
         self.agree = dict.fromkeys(self.units, 0)
         self.loss = {"pytorch": 0.0, "onnxruntime": 0.0}
         self.tokens = self.predicted = 0
@@ -121,6 +151,7 @@ class _Totals:
         found = torch.from_numpy(step.logits)
         for name, logits in (("pytorch", expected), ("onnxruntime", found)):
             self.loss[name] += F.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum").item()
+        self.largest = max(self.largest, expected.abs().max().item())
         self.tokens += ids.numel()
         self.predicted += ids.numel() - 1
         self.windows += 1
@@ -157,11 +188,11 @@ class _Totals:
 
 
 @torch.no_grad()
-def _generated(model: Any, runtime: Runtime, texts: torch.Tensor, count: int) -> tuple[int, int]:
+def _generated(model: Any, runtime: Runtime, texts: torch.Tensor, count: int, bar: Progress) -> tuple[int, int]:
     """Continue the first half of each text greedily with both; returns identical ones, and all."""
     generator = Generator(runtime)
     same = 0
-    for window in texts:
+    for done, window in enumerate(texts, start=1):
         prompt = window[: max(1, len(window) // 2)]
         expected = model.generate(
             prompt[None], attention_mask=torch.ones_like(prompt[None]), max_new_tokens=count, do_sample=False
@@ -170,4 +201,5 @@ def _generated(model: Any, runtime: Runtime, texts: torch.Tensor, count: int) ->
         wanted = expected.tolist()
         end = next((i for i, token in enumerate(wanted) if token in generator.end), len(wanted))
         same += found == wanted[:end]
+        bar.update(done, identical=same)
     return same, len(texts)

@@ -12,18 +12,19 @@ from typing import Any, cast
 
 import torch
 
-from irc.bundle import CONFIG, replace_folder, write_bundle
+from irc.bundle import CONFIG, write_bundle
 from irc.card import model_card
 from irc.checkpoint import BaseModel, find_base
 from irc.config import Recipe
 from irc.data import Split, TextSource, load_text, pick, token_stream, windows
-from irc.errors import InputError, IrcError
+from irc.errors import InputError
 from irc.evaluate import Evaluation, evaluate
 from irc.key_policy import KeyPolicy, kv_facts, set_key_policy
 from irc.policies import policy_named
 from irc.routed import RoutedForCausalLM, RoutingSpec, build_routed
 from irc.stage_cache import StageCache
 from irc.stages import ProgressFactory, StageContext, check_text, run_lff, run_lora, run_router
+from irc.staging import staged
 from irc.workspace import check_same_recipe, held, is_main_process, load_stage, save_stage, stage_figures, work_folder
 
 log = logging.getLogger(__name__)
@@ -158,7 +159,7 @@ def capture_and_rewrite(conversion: Conversion) -> None:
     """Capture the base and insert untrained forecasters, routers and muxes."""
     recipe = conversion.recipe
     conversion.base.check_finite()
-    spec = RoutingSpec(recipe.rank, recipe.forecaster, recipe.policy, recipe.sparsity, recipe.seed)
+    spec = RoutingSpec(recipe.rank, recipe.forecaster, recipe.policy, recipe.sparsity, recipe.seed, recipe.router.reads)
     conversion.model = build_routed(conversion.base, spec, recipe.dtype, recipe.device, recipe.seed)
     conversion.model.facts["base"] = conversion.base
 
@@ -218,18 +219,10 @@ def finish(conversion: Conversion) -> None:
     conversion.metrics = metrics_of(conversion)
     if not is_main_process():
         return
-    staging = conversion.work / "bundle"
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        staging.mkdir()
+    with staged(conversion.output) as staging:
         recipe = conversion.recipe.to_dict()
         card = model_card(conversion.metrics, conversion.recipe)
         write_bundle(conversion.model, staging, conversion.metrics, recipe, card)
-        replace_folder(staging, conversion.output)
-    except OSError as error:
-        raise IrcError(
-            f"{conversion.output}: could not be written ({error.strerror or error}); free some space and use --resume"
-        ) from error
     shutil.rmtree(conversion.work)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from irc.modules import Mux, RoutingControl
 from irc.policies import make_forecaster, make_router, policy_named, refuse_whole_sequences
 from passes.base import PassManager
 from passes.insert_forecasters import InsertForecasters
-from passes.insert_routers import InsertRouters
+from passes.insert_routers import InsertRouters, Reads
 from passes.match import MatchResult, Unit, match_units
 
 
@@ -36,6 +36,7 @@ class RoutingSpec:
         policy: Name of the routing policy (see `irc.policies`).
         sparsity: Target share of skipped tokens, where the policy fixes it by structure (`mod`, `random`).
         seed: Of the draws of policy `random`.
+        reads: What routers read, as in `passes.insert_routers`; empty for what the policy says.
     """
 
     rank: int
@@ -43,6 +44,7 @@ class RoutingSpec:
     policy: str = "informed"
     sparsity: float = 0.0
     seed: int = 0
+    reads: str = ""
 
 
 class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
@@ -194,7 +196,7 @@ def build_routed(
     passes = PassManager(
         [
             InsertForecasters(forecaster, lambda unit: Mux(unit.name, control)),
-            InsertRouters(router, policy.reads),
+            InsertRouters(router, cast(Reads, spec.reads) if spec.reads else policy.reads),
         ]
     )
     with torch.random.fork_rng(devices=[]):

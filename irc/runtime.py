@@ -104,6 +104,11 @@ class Runtime:
         names += [f"{layer}.slots" for layer in cache.reduced]
         self._past = [f"{PAST}.{name}" for name in names]
         self._present = [f"{PRESENT}.{name}" for name in names]
+        found = {value.name for value in self._session.get_inputs() if value.name.startswith(PAST)}
+        if found != set(self._past):
+            raise InputError(
+                f"{folder}: the model has {len(found)} cache inputs, irc.json describes {len(self._past)}; export again"
+            )
 
     @property
     def device(self) -> str:

@@ -214,6 +214,7 @@ def calibrate_threshold(context: StageContext) -> dict[str, Any]:
                 assert isinstance(router, Router)
                 router.shift(-shifts[unit.name])
             total -= sum(shifts.values()) / len(shifts)
+        progress.update(_CALIBRATION_ROUNDS, sparsity=best[0])
     realized, total, kept, keep = best
     for bias, value in zip(biases, kept, strict=True):
         bias.copy_(value)

@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 
 from irc.bundle import adapter_tensors, set_adapter
 from irc.config import Recipe
-from irc.errors import InputError, IrcError
+from irc.errors import InputError
 from irc.lora import load_lora, save_lora
 from irc.routed import RoutedForCausalLM
+from irc.staging import cannot_write
 from irc.train import write_safetensors
 
 _FREE_TO_CHANGE = frozenset({"checkpoint_seconds"})
@@ -51,6 +52,8 @@ def held(work: Path, recipe: Recipe, *, force: bool, resume: bool) -> Iterator[N
         yield
         return
     saved = work / "recipe.yaml"
+    if work.exists() and not saved.exists() and not (work.is_dir() and not any(work.iterdir())):
+        raise InputError(f"{work}: unfinished work would lie here, but something else does; give another --output")
     if saved.exists() and not (force or resume):
         raise InputError(f"{work}: an unfinished conversion lies here; --resume continues it, --force starts over")
     try:
@@ -69,8 +72,7 @@ def held(work: Path, recipe: Recipe, *, force: bool, resume: bool) -> Iterator[N
                     shutil.rmtree(work)  # nothing to continue
                 raise
     except OSError as error:
-        reason = error.strerror or error
-        raise IrcError(f"{work}: cannot be written ({reason}); check space and permissions, then --resume") from error
+        raise cannot_write(work, error) from error
 
 
 @contextmanager

@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -101,6 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.set_json_mode(False)
     _quiet_libraries()
     session = Session()
+    _end_cleanly()
     try:
         given = sys.argv[1:] if arguments is None else list(arguments)
         result = group.main(given or ["--help"], prog_name="irc", standalone_mode=False, obj=session)
@@ -128,6 +131,9 @@ def _failure(error: BaseException) -> _Failure:
         return _Failure(f"{_one_line(error.format_message()).rstrip('.')} (see '{path} --help')", 2)
     if isinstance(error, click.ClickException):
         return _Failure(_one_line(error.format_message()), 2)
+    if isinstance(error, OSError) and error.strerror:
+        place = f"{error.filename}: " if error.filename else ""
+        return _Failure(f"{_one_line(place + error.strerror)} (--debug shows the traceback)", 1)
     message = _one_line(str(error))
     name = type(error).__name__
     return _Failure(f"{name}: {message or 'no message'} (--debug shows the traceback)", 1)
@@ -136,6 +142,12 @@ def _failure(error: BaseException) -> _Failure:
 def _one_line(message: str) -> str:
     text = " ".join(message.split())
     return text if len(text) <= _LONGEST_MESSAGE else text[: _LONGEST_MESSAGE - 2] + " …"
+
+
+def _end_cleanly() -> None:
+    """Let a request to end (SIGTERM) unwind like an interrupt does, so that no half-written folder stays."""
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 def _quiet_libraries() -> None:

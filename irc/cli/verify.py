@@ -43,8 +43,21 @@ def command(folder: Path, as_json: bool, **options: Any) -> int:
     else:
         _show(result)
     if not result["ok"]:
-        console.fail(f"{folder}: ONNX Runtime and PyTorch differ by more than the tolerance {result['tolerance']:g}")
+        console.fail(f"{folder}: {_what_differs(result)}")
     return 0 if result["ok"] else 3
+
+
+def _what_differs(result: dict[str, Any]) -> str:
+    """Say in one sentence which of the gates was missed."""
+    generated, flips = result["generated"], result.get("flips", {}).get("other", 0)
+    found = []
+    if result["max_abs_diff"] > result["tolerance"]:
+        found.append(f"logits by {result['max_abs_diff']:.3g}, the tolerance is {result['tolerance']:.3g}")
+    if flips:
+        found.append(f"the routes of {flips} windows, where no near tie explains it")
+    if generated["identical"] < generated["prompts"]:
+        found.append(f"{generated['prompts'] - generated['identical']} of {generated['prompts']} continuations")
+    return f"ONNX Runtime and PyTorch differ: {'; '.join(found)}"
 
 
 def _show(result: dict[str, Any]) -> None:
@@ -60,7 +73,9 @@ def _show(result: dict[str, Any]) -> None:
     ]
     if result["routing_agreement"] is not None:
         rows.insert(2, ["routing agreement", f"{result['routing_agreement']:.6f}"])
-    console.table(f"{result['data']['name']}, {result['data']['tokens']:,} tokens", ["", ""], rows)
-    if "units" in result:
-        cells = [[name, f"{unit['routing_agreement']:.6f}"] for name, unit in result["units"].items()]
-        console.table("routing agreement", ["unit", "share"], cells)
+    data = result["data"]
+    console.table(f"{data['name']}, {data['tokens']:,} tokens in windows of {data['seq_len']}", ["", ""], rows)
+    shares = {name: unit["routing_agreement"] for name, unit in result.get("units", {}).items()}
+    if shares and min(shares.values()) < 1:
+        cells = [[name, f"{share:.6f}"] for name, share in shares.items() if share < 1]
+        console.table("units whose routes differ somewhere", ["unit", "agreement"], cells)

@@ -27,7 +27,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
     values = [list(row) for row in rows]
     if any(len(row) != len(columns) for row in values):
         raise ValueError(f"table {title!r}: every row needs {len(columns)} cells, one for each of {list(columns)}")
-    grid = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    grid = Table(box=None, pad_edge=False, show_header=any(columns), header_style="dim", padding=(0, 2, 0, 0))
     for index, column in enumerate(columns):
         cells = [row[index] for row in values]
         numeric = bool(cells) and all(cell is None or isinstance(cell, int | float) for cell in cells)

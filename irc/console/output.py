@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 
+from rich.color import ColorSystem
 from rich.console import Console
 from rich.text import Text
 
@@ -58,9 +59,22 @@ def say(message: str = "", style: str | None = None) -> None:
 
 
 def stream(piece: str, style: str | None = None) -> None:
-    """Show a piece of a text that is still growing, on stdout, at once and as it is."""
-    results().print(piece, style=style, end="", soft_wrap=True, highlight=False, markup=False)
-    results().file.flush()
+    """Show a piece of a text that is still growing, on stdout, at once and as it is.
+
+    A terminal alone gets the style, and no control character that could command it.
+    """
+    console = results()
+    if console.is_terminal:
+        safe = "".join(
+            letter if letter.isprintable() or letter in "\n\t" else "\N{REPLACEMENT CHARACTER}" for letter in piece
+        )
+        piece = console.get_style(style).render(safe, color_system=_colours(console)) if style else safe
+    console.file.write(piece)
+    console.file.flush()
+
+
+def _colours(console: Console) -> ColorSystem | None:
+    return None if console.no_color or console.color_system is None else ColorSystem.STANDARD
 
 
 def note(message: str, style: str | None = None) -> None:

@@ -101,11 +101,12 @@ def test_nothing_is_left_of_an_export_that_failed(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, irc_main: Callable[..., Any], error: BaseException
 ) -> None:
     def fail(*arguments: Any, **options: Any) -> None:
-        (tmp_path / "onnx.new" / "model.onnx.data").write_bytes(b"half")
+        (staging,) = (tmp_path / "a").iterdir()
+        (staging / "model.onnx.data").write_bytes(b"half")
         raise error
 
     monkeypatch.setattr(export_module, "export_onnx", fail)
-    shown = irc_main("export", bundle, "-o", tmp_path / "onnx")
+    shown = irc_main("export", bundle, "-o", tmp_path / "a" / "onnx")  # the parent is made, and goes too
     assert shown.code != 0
     assert list(tmp_path.iterdir()) == []
     if isinstance(error, OSError):
