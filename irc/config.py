@@ -59,6 +59,7 @@ class RouterRecipe:
     """Stage `router`: train the routers, then set their decision threshold."""
 
     reads: str = setting("", "what routers read: unit (its normed input), stream, layer; empty for the policy's own")
+    start: float = setting(0.0, "logit for execution that untrained routers start with: 3 begins nearly dense")
     steps: int = setting(200, "training steps")
     batch_size: int = setting(8, "windows a step")
     lr: float = setting(5e-3, "learning rate of the routers, cosine to a tenth")

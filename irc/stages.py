@@ -140,6 +140,10 @@ def run_router(context: StageContext) -> dict[str, Any]:
     model = context.model
     if context.recipe.policy == "static":
         return drop_units(model, context.calibration_windows(), context.recipe.sparsity)
+    for unit in model.units if recipe.start else ():
+        router = model.part(unit, "router")
+        if isinstance(router, Router):
+            router.shift(recipe.start)  # a checkpoint, where there is one, holds it already and takes its place
     model.requires_grad_(False)
     _learn(model, "router")
     if recipe.forecaster_lr > 0:
