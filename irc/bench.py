@@ -20,7 +20,7 @@ from irc.flops import flops_ratio, head_flops, unit_flops
 from irc.modules import default_rank
 from irc.routed import RoutedForCausalLM, RoutingSpec, build_routed
 from irc.runtime import Runtime, Step
-from irc.stages import ProgressFactory
+from irc.train import ProgressFactory
 
 
 @dataclass(frozen=True)

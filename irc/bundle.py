@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from safetensors.torch import load_file
 
 from irc.checkpoint import BaseModel, find_base
 from irc.config import LoraRecipe, check_key_policy
+from irc.dial import turn_dial
 from irc.errors import InputError
 from irc.key_policy import KeyPolicy, calibrated_keep, key_policy_of, set_key_policy
 from irc.lora import WEIGHTS, load_lora, save_lora
@@ -42,7 +44,12 @@ CONFIG, ADAPTER, LORA, METRICS, RECIPE, CARD = (
 
 
 def load(
-    path: str | os.PathLike[str], *, base: str | None = None, dtype: str = "auto", device: str = "cpu"
+    path: str | os.PathLike[str],
+    *,
+    base: str | None = None,
+    dtype: str = "auto",
+    device: str = "cpu",
+    sparsity: float | None = None,
 ) -> RoutedForCausalLM:
     """Load a bundle as a model that routes deterministically.
 
@@ -51,6 +58,7 @@ def load(
         base: Where the base model is, when it has moved; its weights must have the recorded hash.
         dtype: `auto`, `fp32` or `bf16`.
         device: Where the model will run.
+        sparsity: Another share to skip than the bundle's own, within its dial (see `irc.dial`).
 
     Returns:
         A transformers model in eval mode: `model(input_ids, attention_mask)`, `model.generate(...)`.
@@ -75,6 +83,8 @@ def load(
     if config.get("lora"):
         load_lora(model, folder / LORA, LoraRecipe(**config["lora"]))
     model.facts.update(base=model_base, bundle=folder, config=config)
+    if sparsity is not None:
+        turn_dial(model, sparsity)
     if config.get("kv_policy", "full") != "full":
         set_key_policy(model, KeyPolicy(config["kv_policy"], config["kv_threshold"]), calibrated_keep(model))
     return model
@@ -170,7 +180,12 @@ def save_bundle(
 
 
 def write_bundle(
-    model: RoutedForCausalLM, folder: Path, metrics: dict[str, Any], recipe: dict[str, Any], card: str
+    model: RoutedForCausalLM,
+    folder: Path,
+    metrics: dict[str, Any],
+    recipe: dict[str, Any],
+    card: str,
+    dial: Sequence[dict[str, Any]] = (),
 ) -> None:
     """Write the files of a bundle into an existing folder."""
     assert model.spec is not None
@@ -195,6 +210,7 @@ def write_bundle(
             for u in model.units
         ],
         "sparsity": metrics.get("sparsity", {}),
+        "dial": list(dial),
         "data": {key: metrics["data"][key] for key in ("name", "fingerprint", "seq_len")} if "data" in metrics else {},
         "kv_policy": key_policy.name,
         "kv_threshold": key_policy.threshold,

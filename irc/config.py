@@ -99,6 +99,10 @@ class Recipe:
     stages: list[str] = field(
         default_factory=list, metadata={"help": "stages, in order; none means those that the policy needs"}
     )
+    dial: list[float] = field(
+        default_factory=list,
+        metadata={"help": "sparsities whose thresholds the bundle keeps, to run at any between"},
+    )
     kv_policy: str = setting("full", "whose keys and values are stored: full, or reduced (see kv_threshold)")
     kv_threshold: float = setting(0.5, "reduced: no tokens that attention units skipping at least this share skip")
     seq_len: int = setting(256, "tokens a window")
@@ -122,6 +126,10 @@ class Recipe:
         if not 0.0 <= self.sparsity <= 1.0:
             raise InputError(f"sparsity is {self.sparsity}; give a share between 0 and 1, such as 0.25")
         policy = policy_named(self.policy)
+        if any(not isinstance(share, (int, float)) or not 0 <= share <= 1 for share in self.dial):
+            raise InputError(f"dial is {self.dial}; give shares between 0 and 1, such as 0.1,0.3,0.5")
+        if self.dial and (policy.capacity or not policy.learns):
+            raise InputError(f"policy {self.policy} has no threshold to turn; leave --dial out")
         if self.forecaster not in ("linear", "silu"):
             raise InputError(f"forecaster is '{self.forecaster}'; choose linear or silu")
         if self.router.reads not in READS:

@@ -13,12 +13,13 @@ from irc.checkpoint import BaseModel, find_base
 from irc.config import Recipe, check_key_policy, load_recipe
 from irc.data import Split, TextSource, load_text, pick, token_stream, windows
 from irc.errors import InputError
-from irc.evaluate import evaluate
+from irc.evaluate import evaluate, evaluate_routed
+from irc.flops import flops_ratio
 from irc.key_policy import KeyPolicy, calibrated_keep, set_key_policy
 from irc.kv_sweep import kv_sweep
 from irc.pipeline import result_metrics
 from irc.routed import RoutedForCausalLM, build_plain
-from irc.stages import ProgressFactory
+from irc.train import ProgressFactory
 
 
 def open_model(
@@ -28,18 +29,21 @@ def open_model(
     dtype: str = "auto",
     device: str = "auto",
     key_policy: KeyPolicy | None = None,
+    sparsity: float | None = None,
 ) -> RoutedForCausalLM:
-    """Open a bundle, under its own key/value policy or another, or capture a plain model."""
+    """Open a bundle, under its own key/value policy and sparsity or others, or capture a plain model."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"device is '{device}', but torch sees no CUDA device; use --device cpu")
     if (Path(name) / CONFIG).is_file():
         made_with = _saved_recipe(Path(name)).dtype  # so that its figures come out again
-        model = load(name, base=base, dtype=made_with if dtype == "auto" else dtype, device=device)
+        model = load(name, base=base, dtype=made_with if dtype == "auto" else dtype, device=device, sparsity=sparsity)
         if key_policy:
             set_key_policy(model, key_policy, calibrated_keep(model))
         return model
+    if sparsity is not None:
+        raise InputError(f"{name}: a plain model skips no token, so its sparsity cannot be set; convert it first")
     if key_policy:
         raise InputError(f"{name}: a plain model skips no token, so it has no key/value policy; convert it first")
     plain = find_base(name)
@@ -61,6 +65,8 @@ def run_evaluation(
     device: str = "auto",
     key_policy: KeyPolicy | None = None,
     kv_thresholds: Sequence[float] = (),
+    sparsity: float | None = None,
+    sparsities: Sequence[float] = (),
 ) -> dict[str, Any]:
     """Evaluate a bundle or a plain model; what is not said is as in the bundle's conversion.
 
@@ -69,7 +75,7 @@ def run_evaluation(
     """
     for threshold in kv_thresholds:
         check_key_policy("reduced", threshold)
-    model = open_model(name, base=base, dtype=dtype, device=device, key_policy=key_policy)
+    model = open_model(name, base=base, dtype=dtype, device=device, key_policy=key_policy, sparsity=sparsity)
     if kv_thresholds:
         calibrated_keep(model)  # refuses what has none before any work is done
     recipe = _recipe(model)
@@ -85,8 +91,11 @@ def run_evaluation(
     chosen = pick(windows(stream, length, text.name), recipe.eval_tokens if tokens is None else tokens)
     with progress("evaluate", len(chosen)) as bar:
         result = evaluate(model, chosen, bar)
-    target = recipe.sparsity if model.spec else None
-    sweep = {"kv_sweep": kv_sweep(model, chosen, kv_thresholds, progress)} if kv_thresholds else {}
+    target = model.facts.get("dial", recipe.sparsity) if model.spec else None
+    sweep: dict[str, Any] = {"kv_sweep": kv_sweep(model, chosen, kv_thresholds, progress)} if kv_thresholds else {}
+    if sparsities:
+        opened = {"base": base, "dtype": dtype, "device": device, "key_policy": key_policy}
+        sweep["sparsity_sweep"] = [_at(name, share, chosen, progress, opened) for share in sparsities]
     return {
         "model": name,
         "data": {
@@ -99,6 +108,21 @@ def run_evaluation(
         **result_metrics(model, result, target),
         **sweep,
         "seconds": {"evaluate": round(result.seconds, 2)},
+    }
+
+
+def _at(
+    name: str, sparsity: float, text: torch.Tensor, progress: ProgressFactory, opened: dict[str, Any]
+) -> dict[str, Any]:
+    """Return a bundle's figures with its dial at a sparsity."""
+    model = open_model(name, sparsity=sparsity, **opened)
+    with progress(f"sparsity {sparsity:g}", len(text)) as bar:
+        perplexity, keep = evaluate_routed(model, text, bar)
+    return {
+        "target": sparsity,
+        "realized": 1 - sum(keep.values()) / len(keep),
+        "perplexity": perplexity,
+        "flops_ratio": flops_ratio(model, keep, text.shape[1]),
     }
 
 

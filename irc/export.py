@@ -43,6 +43,7 @@ def export(
     force: bool = False,
     dump_dir: Path | None = None,
     key_policy: KeyPolicy | None = None,
+    sparsity: float | None = None,
 ) -> dict[str, Any]:
     """Export a bundle, or a plain model densely, as a folder that ONNX Runtime runs.
 
@@ -55,6 +56,7 @@ def export(
         force: Replace an ONNX folder at `output`.
         dump_dir: Where every pass leaves its before, after and diff.
         key_policy: Whose keys and values are stored; the bundle's own policy when None.
+        sparsity: Another share to skip than the bundle's own, within its dial.
 
     Returns:
         What `irc export --json` prints.
@@ -70,7 +72,7 @@ def export(
         raise InputError(f"layout is '{layout}'; choose from {', '.join(LAYOUTS)}")
     started = time.monotonic()
     with staged(output) as staging:  # a place that cannot be written is found before any work is done
-        model = open_model(name, base=base, dtype=dtype, device="cpu", key_policy=key_policy)
+        model = open_model(name, base=base, dtype=dtype, device="cpu", key_policy=key_policy, sparsity=sparsity)
         if model.spec is not None:
             refuse_whole_sequences(policy_named(model.spec.policy), "be exported")
         merge_lora(model)
@@ -128,6 +130,7 @@ def _write(model: RoutedForCausalLM, name: str, folder: Path, dump_dir: Path | N
         "least_onnxruntime": LEAST_ORT,
         "dtype": _NAMES[str(dtype)],
         "source": _source(name),
+        "sparsity": model.facts.get("dial"),
         "base": facts.get("base", {"name": base.name}),
         "kv_policy": policy.name,
         "kv_threshold": policy.threshold,

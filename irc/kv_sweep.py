@@ -10,7 +10,7 @@ import torch
 from irc.evaluate import evaluate_routed
 from irc.key_policy import KeyPolicy, calibrated_keep, key_policy_of, kv_saved, set_key_policy
 from irc.routed import RoutedForCausalLM
-from irc.stages import ProgressFactory
+from irc.train import ProgressFactory
 
 
 def kv_sweep(

@@ -34,12 +34,17 @@ class Router(nn.Sequential):
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, 2))
 
-    def shift(self, amount: float) -> None:
-        """Add `amount` to the execute logit of every token."""
+    @property
+    def last(self) -> nn.Linear:
+        """The linear that makes the two logits."""
         last = self[2]
         assert isinstance(last, nn.Linear)
+        return last
+
+    def shift(self, amount: float) -> None:
+        """Add `amount` to the execute logit of every token."""
         with torch.no_grad():
-            last.bias[EXECUTE] += amount
+            self.last.bias[EXECUTE] += amount
 
 
 class Forecaster(nn.Module):

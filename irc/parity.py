@@ -19,8 +19,7 @@ from irc.modules import Record
 from irc.onnx_folder import OnnxFolder
 from irc.routed import RoutedForCausalLM
 from irc.runtime import Runtime
-from irc.stages import ProgressFactory
-from irc.train import Progress
+from irc.train import Progress, ProgressFactory
 
 TOLERANCE = 1e-4
 """Largest difference of logits that fp32's rounding explains; 16-bit types have `tolerance_of`."""
@@ -80,7 +79,8 @@ def verify(
     source = bundle or exported.manifest["source"]
     if bundle is None and Path(source).is_absolute() and not Path(source).exists():
         raise InputError(f"{folder}: was exported from {source}, which is not there; name where it is by --bundle")
-    model = open_model(source, base=base, dtype=dtype, device="cpu", key_policy=_key_policy(exported))
+    policy, share = _key_policy(exported), exported.manifest.get("sparsity")
+    model = open_model(source, base=base, dtype=dtype, device="cpu", key_policy=policy, sparsity=share)
     if bool(model.spec) != bool(exported.decisions):
         raise InputError(f"{folder}: exported from another kind of model than {source}")
     text = windows(token_stream(load_text(data).split("heldout"), model.facts["base"].tokenizer), seq_len, data)

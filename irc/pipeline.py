@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 
 from irc.bundle import CONFIG, write_bundle
+from irc.calibrate import dial_points
 from irc.card import model_card
 from irc.checkpoint import BaseModel, find_base
 from irc.config import Recipe
@@ -23,8 +24,9 @@ from irc.key_policy import KeyPolicy, kv_facts, set_key_policy
 from irc.policies import policy_named
 from irc.routed import RoutedForCausalLM, RoutingSpec, build_routed
 from irc.stage_cache import StageCache
-from irc.stages import ProgressFactory, StageContext, check_text, run_lff, run_lora, run_router
+from irc.stages import StageContext, check_text, run_lff, run_lora, run_router
 from irc.staging import staged
+from irc.train import ProgressFactory
 from irc.workspace import check_same_recipe, held, is_main_process, load_stage, save_stage, stage_figures, work_folder
 
 log = logging.getLogger(__name__)
@@ -49,6 +51,7 @@ class Conversion:
         seconds: Time of every phase.
         stage_figures: What every stage measured.
         keep: Share of the calibration text that each unit executes.
+        dial: Thresholds of other sparsities.
     """
 
     recipe: Recipe
@@ -64,6 +67,7 @@ class Conversion:
     seconds: dict[str, float] = field(default_factory=dict)
     stage_figures: dict[str, dict[str, Any]] = field(default_factory=dict)
     keep: dict[str, float] = field(default_factory=dict)
+    dial: list[dict[str, Any]] = field(default_factory=list)
     evaluation: Evaluation = field(init=False)
     metrics: dict[str, Any] = field(default_factory=dict)
 
@@ -198,6 +202,8 @@ def run_stages(conversion: Conversion) -> None:
         conversion.stage_figures[stage] = figures
         conversion.seconds[stage] = figures["seconds"]
     keep = conversion.keep = conversion.stage_figures[recipe.stages[-1]].pop("calibration_keep")
+    if recipe.dial:
+        conversion.dial = dial_points(conversion.model, context.calibration_windows(), recipe.dial, conversion.progress)
     set_key_policy(conversion.model, KeyPolicy(recipe.kv_policy, recipe.kv_threshold), keep)
 
 
@@ -222,7 +228,7 @@ def finish(conversion: Conversion) -> None:
     with staged(conversion.output) as staging:
         recipe = conversion.recipe.to_dict()
         card = model_card(conversion.metrics, conversion.recipe)
-        write_bundle(conversion.model, staging, conversion.metrics, recipe, card)
+        write_bundle(conversion.model, staging, conversion.metrics, recipe, card, conversion.dial)
     shutil.rmtree(conversion.work)
 
 

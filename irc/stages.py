@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,25 +14,20 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from irc.calibrate import set_threshold
 from irc.calibration import gathering, set_closed_form
 from irc.config import Recipe
 from irc.data import pick, windows
 from irc.errors import InputError
 from irc.lora import inject_lora, lora_parameters
-from irc.modules import Forecaster, Record, Router
+from irc.modules import Forecaster, Router
 from irc.objectives import ForecastObjective, RoutingObjective
-from irc.policies import policy_named
 from irc.routed import RoutedForCausalLM
 from irc.static_depth import drop_units
-from irc.threshold import choose_shifts
-from irc.train import LoopResult, LoopSettings, Progress, accelerator_for, train
+from irc.train import LoopResult, LoopSettings, ProgressFactory, accelerator_for, train
 
 log = logging.getLogger(__name__)
 
-ProgressFactory = Callable[[str, int], AbstractContextManager[Progress]]
-
-_CALIBRATION_ROUNDS = 8
-_CALIBRATION_TOLERANCE = 0.001
 _EVAL_BATCH = 16
 
 
@@ -150,11 +145,11 @@ def run_router(context: StageContext) -> dict[str, Any]:
         _learn(model, "forecaster")
     objective = RoutingObjective(model, recipe, context.recipe.sparsity, context.recipe.seed, recipe.steps)
     if not any(group["params"] for group in objective.trainable()):
-        return set_threshold(context)
+        return _threshold(context)
     settings = context.settings("router", recipe.steps, recipe.batch_size, 0.1)
     with context.progress("router", recipe.steps) as progress:
         result = train(objective, context.train_windows(), settings, progress, context.accelerator)
-    return {**_figures(result), **set_threshold(context)}
+    return {**_figures(result), **_threshold(context)}
 
 
 def run_lora(context: StageContext) -> dict[str, Any]:
@@ -170,91 +165,11 @@ def run_lora(context: StageContext) -> dict[str, Any]:
     settings = context.settings("lora", recipe.steps, recipe.batch_size, 0.0)
     with context.progress("lora", recipe.steps) as progress:
         result = train(objective, context.train_windows(), settings, progress, context.accelerator)
-    return {**_figures(result), **set_threshold(context)}
+    return {**_figures(result), **_threshold(context)}
 
 
-def set_threshold(context: StageContext) -> dict[str, Any]:
-    """Set the routers' threshold where there is one to set; return what each unit executes of the calibration text."""
-    policy = policy_named(context.recipe.policy)
-    if policy.learns and not policy.capacity:
-        return calibrate_threshold(context)
-    keep = measured_keep(context.model, context.calibration_windows())
-    return {"calibration_sparsity": 1 - sum(keep.values()) / len(keep), "calibration_keep": keep}
-
-
-@torch.no_grad()
-def calibrate_threshold(context: StageContext) -> dict[str, Any]:
-    """Set a threshold on the logit difference so that argmax routing meets the target sparsity.
-
-    Routing changes the hidden states that later routers read, so the quantile is taken again under the
-    new routes until realized sparsity stands within 0.001 of the target, or the rounds are used up: then
-    the best threshold met stays. It is folded into the execute bias of every router.
-
-    Returns:
-        Shift (the units' mean), rounds, and on the calibration text the realized sparsity and `calibration_keep`,
-        the share of tokens that each unit executes.
-    """
-    model, target = context.model, context.recipe.sparsity
-    started = time.monotonic()
-    chosen = context.calibration_windows()
-    biases = [p for name, p in model.adapter_parameters("router").items() if name.endswith("2.bias")]
-    total, gap, rounds = 0.0, math.inf, 0
-    keep: dict[str, float] = {}
-    best = (math.nan, total, [bias.clone() for bias in biases], keep)
-    with context.progress("threshold", _CALIBRATION_ROUNDS) as progress:
-        for rounds in range(1, _CALIBRATION_ROUNDS + 1):
-            differences = _differences(model, chosen)
-            realized = (torch.cat(list(differences.values())) < 0).double().mean().item()
-            progress.update(rounds, sparsity=realized)
-            if abs(realized - target) < gap:
-                gap = abs(realized - target)
-                keep = {unit: (values >= 0).double().mean().item() for unit, values in differences.items()}
-                best = (realized, total, [bias.clone() for bias in biases], keep)
-            if gap <= _CALIBRATION_TOLERANCE or rounds == _CALIBRATION_ROUNDS:
-                break
-            shifts = choose_shifts(differences, target, _CALIBRATION_TOLERANCE)
-            for unit in model.units:
-                router = model.part(unit, "router")
-                assert isinstance(router, Router)
-                router.shift(-shifts[unit.name])
-            total -= sum(shifts.values()) / len(shifts)
-        progress.update(_CALIBRATION_ROUNDS, sparsity=best[0])
-    realized, total, kept, keep = best
-    for bias, value in zip(biases, kept, strict=True):
-        bias.copy_(value)
-    return {
-        "threshold_shift": total,
-        "calibration_rounds": float(rounds),
-        "calibration_sparsity": realized,
-        "calibration_seconds": time.monotonic() - started,
-        "calibration_keep": keep,
-    }
-
-
-def _differences(model: RoutedForCausalLM, text: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the logit differences of all tokens by unit under deterministic routing, float32 [tokens]."""
-    found: dict[str, list[torch.Tensor]] = {unit.name: [] for unit in model.units}
-    for batch in text.split(_EVAL_BATCH):
-        tape: dict[str, Record] = {}
-        with model.control.using(mode="route", tape=tape):
-            model(input_ids=batch.to(model.device), use_cache=False)
-        for name, record in tape.items():
-            assert record.difference is not None
-            found[name].append(record.difference.flatten().cpu())
-    return {name: torch.cat(parts) for name, parts in found.items()}
-
-
-@torch.no_grad()
-def measured_keep(model: RoutedForCausalLM, text: torch.Tensor) -> dict[str, float]:
-    """Return the share of tokens that each unit executes under deterministic routing."""
-    executed = {unit.name: 0 for unit in model.units}
-    for batch in text.split(_EVAL_BATCH):
-        tape: dict[str, Record] = {}
-        with model.control.using(mode="route", tape=tape):
-            model(input_ids=batch.to(model.device), use_cache=False)
-        for name, record in tape.items():
-            executed[name] += int(record.execute.sum())
-    return {name: count / text.numel() for name, count in executed.items()}
+def _threshold(context: StageContext) -> dict[str, Any]:
+    return set_threshold(context.model, context.calibration_windows(), context.recipe.sparsity, context.progress)
 
 
 def _learn(model: RoutedForCausalLM, role: str) -> None:

@@ -10,6 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +30,10 @@ class Progress(Protocol):
 
     def update(self, step: int, **figures: float | str) -> None:
         """Report that `step` steps are done."""
+
+
+ProgressFactory = Callable[[str, int], AbstractContextManager[Progress]]
+"""Makes a progress bar from what is running and the number of steps."""
 
 
 class Objective(nn.Module):

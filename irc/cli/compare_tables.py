@@ -28,12 +28,18 @@ def comparison_tables(results: dict[str, Any]) -> None:
     columns = ["policy", "target", "seeds", "perplexity", "x dense", "skipped", "attention", "FFN", "FLOPs", "seconds"]
     console.table(f"{results['model']} on {results['data']['name']}", columns, rows)
     gaps = [
-        [f"{gap['sparsity']:g}", "yes" if gap["lora"] else "no", with_spread(gap["closed"], 2), str(gap["seeds"])]
+        [
+            gap["against"],
+            f"{gap['sparsity']:g}",
+            "yes" if gap["lora"] else "no",
+            with_spread(gap["closed"], 2),
+            str(gap["seeds"]),
+        ]
         for gap in results["summary"]["gaps"]
     ]
     if gaps:
-        title = "share of skipgpt's log-perplexity gap that informed closes"
-        console.table(title, ["target", "LoRA", "closed", "seeds"], gaps)
+        title = "share of another policy's log-perplexity gap to the dense model that informed closes"
+        console.table(title, ["policy", "target", "LoRA", "closed", "seeds"], gaps)
     caught = [
         [
             f"{found['sparsity']:g}",

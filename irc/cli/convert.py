@@ -17,6 +17,7 @@ from irc.cli.options import (
     resume_option,
     seed_option,
     seq_len_option,
+    shares,
 )
 
 
@@ -29,6 +30,13 @@ from irc.cli.options import (
 )
 @click.option(
     "--policy", metavar="NAME", help="informed, skipgpt, mod, random or static (docs/method.md). [default: informed]"
+)
+@click.option(
+    "--dial",
+    default="",
+    callback=shares,
+    metavar="LIST",
+    help="Other sparsities to keep thresholds for, such as 0.1,0.2,0.3,0.4,0.5,0.6; the bundle runs at any between.",
 )
 @click.option("--rank", type=int, metavar="N", help="Forecaster rank. [default: min(100, hidden / 10)]")
 @click.option("--forecaster", type=click.Choice(["linear", "silu"]), help="Forecaster. [default: linear]")
@@ -67,6 +75,7 @@ def command(model: str | None, output: Path, as_json: bool, force: bool, resume:
     stages, cache = flags.pop("stages"), flags.pop("stages_folder")
     if stages is not None:
         recipe.stages = [stage.strip() for stage in stages.split(",") if stage.strip()]
+    recipe.dial = flags.pop("dial") or recipe.dial
     for name, value in {"model": model, **flags}.items():
         if value is not None and not (name in ("device", "dtype") and value == "auto"):
             setattr(recipe, name, value)

@@ -15,6 +15,7 @@ from irc.cli.options import (
     key_policy_options,
     seq_len_option,
     shares,
+    sparsity_option,
 )
 
 
@@ -38,6 +39,15 @@ from irc.cli.options import (
 @device_option()
 @dtype_option()
 @seq_len_option(None)
+@sparsity_option()
+@click.option(
+    "--sparsity-sweep",
+    "sparsities",
+    default="",
+    callback=shares,
+    metavar="LIST",
+    help="Comma-separated sparsities within the bundle's dial: perplexity and FLOPs at each.",
+)
 @key_policy_options
 @click.option(
     "--kv-sweep",
@@ -73,7 +83,7 @@ def command(
 ) -> None:
     """Evaluate MODEL, a bundle or a plain model (folder, hub id, or demo)."""
     from irc import console
-    from irc.cli.report import figures_table, kv_report
+    from irc.cli.report import figures_table, kv_report, sparsity_report
     from irc.evaluation_run import run_evaluation
     from irc.key_policy import KeyPolicy
 
@@ -98,6 +108,8 @@ def command(
             for name, unit in metrics["units"].items()
         ]
         console.table("units", ["unit", "keep", "", "recoverability"], rows)
+    if "sparsity_sweep" in metrics:
+        sparsity_report(metrics)
     if "kv_sweep" in metrics:
         kv_report(metrics)
 

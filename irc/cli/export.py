@@ -6,7 +6,14 @@ from pathlib import Path
 
 import click
 
-from irc.cli.options import common_options, dtype_option, force_option, key_policy_options, output_option
+from irc.cli.options import (
+    common_options,
+    dtype_option,
+    force_option,
+    key_policy_options,
+    output_option,
+    sparsity_option,
+)
 
 
 @click.command()
@@ -27,6 +34,7 @@ from irc.cli.options import common_options, dtype_option, force_option, key_poli
     metavar="DIR",
     help="Write the graph before and after every pass there, and the difference.",
 )
+@sparsity_option()
 @key_policy_options
 @force_option()
 @common_options
@@ -39,6 +47,7 @@ def command(
     dump_dir: Path | None,
     kv_policy: str | None,
     kv_threshold: float | None,
+    sparsity: float | None,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -55,7 +64,15 @@ def command(
     console.note(f"exporting {model}: dtype {dtype}, layout {layout}")
     policy = KeyPolicy.chosen(kv_policy, kv_threshold)
     result = export(
-        model, output, base=base, dtype=dtype, layout=layout, force=force, dump_dir=dump_dir, key_policy=policy
+        model,
+        output,
+        base=base,
+        dtype=dtype,
+        layout=layout,
+        force=force,
+        dump_dir=dump_dir,
+        key_policy=policy,
+        sparsity=sparsity,
     )
     if as_json:
         console.emit_json(result)

@@ -140,6 +140,12 @@ def key_policy_options(function: Decorated) -> Decorated:
     return policy(threshold(function))
 
 
+def sparsity_option() -> Decorator:
+    """Add --sparsity, which turns a bundle's dial. Argument `sparsity: float | None`."""
+    text = "Share of (token, unit) pairs to approximate, within the bundle's dial. [default: as converted]"
+    return click.option("--sparsity", type=click.FloatRange(0, 1), metavar="SHARE", help=text)
+
+
 def seq_len_option(default: int | None = 512) -> Decorator:
     """Add --seq-len, tokens a window. Argument `seq_len: int`, or `int | None` by a None default."""
     return click.option(

@@ -61,6 +61,21 @@ def kv_report(metrics: dict[str, Any]) -> None:
     console.plot("perplexity over memory saved", "share of keys and values saved", "perplexity", points)
 
 
+def sparsity_report(metrics: dict[str, Any]) -> None:
+    """Show a sweep of the sparsity dial as a table and a plot."""
+    dense, sweep = metrics["perplexity"]["dense"], metrics["sparsity_sweep"]
+    rows = [
+        [
+            *(f"{row['target']:g}", f"{row['realized']:.3f}", console.bar(row["realized"], 16)),
+            *(f"{row['perplexity']:.3f}", f"{row['perplexity'] / dense:.3f}", f"{row['flops_ratio']:.3f}"),
+        ]
+        for row in sweep
+    ]
+    console.table("the sparsity dial", ["target", "realized", "", "perplexity", "x dense", "FLOPs"], rows)
+    points = [(row["realized"], row["perplexity"], "*") for row in sweep]
+    console.plot("perplexity over sparsity", "share of pairs approximated", "perplexity", points)
+
+
 def tasks_report(results: dict[str, Any]) -> None:
     """Show figures of tasks, dense and routed side by side."""
     rows: list[list[object]] = []

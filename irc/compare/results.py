@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from statistics import mean, stdev
@@ -28,12 +29,14 @@ def summarize(rows: Sequence[Row], sparsities: Sequence[float]) -> dict[str, Any
 
     Returns:
         `groups`, one for each policy, sparsity, LoRA and variant: means and spreads over seeds;
-        `gaps`: how much of the log-perplexity gap that skipgpt leaves informed closes, by sparsity, without LoRA and
-        with it; `catch_up`: the shortest informed training that is no worse than the whole one of skipgpt.
+        `gaps`: how much of the log-perplexity gap that each other policy leaves informed closes, by sparsity, without
+        LoRA and with it; `catch_up`: the shortest informed training that is no worse than the whole one of skipgpt.
     """
+    others = [name for name in dict.fromkeys(row["policy"] for row in rows) if name not in ("informed", DENSE)]
+    cases = itertools.product((False, True), others, sparsities)
     return {
         "groups": groups(rows),
-        "gaps": [gap for lora in (False, True) for s in sparsities if (gap := gap_closed(rows, s, lora))],
+        "gaps": [gap for lora, other, s in cases if (gap := gap_closed(rows, s, lora, other))],
         "catch_up": [found for s in sparsities if (found := catch_up(rows, s))],
     }
 
@@ -61,20 +64,25 @@ def groups(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
-def gap_closed(rows: Sequence[Row], sparsity: float, lora: bool) -> Row | None:
-    """Return the share of skipgpt's log-perplexity gap to the dense model that informed closes, seed by seed.
+def gap_closed(rows: Sequence[Row], sparsity: float, lora: bool, against: str = "skipgpt") -> Row | None:
+    """Return the share of another policy's log-perplexity gap to the dense model that informed closes, seed by seed.
 
-    With LoRA the dense model is that of the same LoRA budget.
+    With LoRA the dense model is that of the same LoRA budget. Policy `static`, which draws nothing at random, stands
+    for itself at every seed.
     """
-    informed, skipgpt = (_plain(rows, policy, sparsity, lora) for policy in ("informed", "skipgpt"))
+    informed, other = (_plain(rows, policy, sparsity, lora) for policy in ("informed", against))
+    if against == "static" and other:
+        other = dict.fromkeys(informed, next(iter(other.values()))) | other
     dense = _plain(rows, DENSE, 0.0, True) if lora else {}
     shares = []
-    for seed in informed.keys() & skipgpt.keys():
+    for seed in informed.keys() & other.keys():
         reference = dense[seed]["figures"]["perplexity"]["routed"] if seed in dense else None
-        ours, theirs = (_excess(cells[seed], reference) for cells in (informed, skipgpt))
+        ours, theirs = (_excess(cells[seed], reference) for cells in (informed, other))
         if theirs > 0:
             shares.append(1 - ours / theirs)
-    return {"sparsity": sparsity, "lora": lora, "closed": _spread(shares), "seeds": len(shares)} if shares else None
+    if not shares:
+        return None
+    return {"against": against, "sparsity": sparsity, "lora": lora, "closed": _spread(shares), "seeds": len(shares)}
 
 
 def catch_up(rows: Sequence[Row], sparsity: float) -> Row | None:

@@ -30,7 +30,7 @@ from irc.data import load_text
 from irc.errors import InputError, IrcError
 from irc.evaluation_run import run_evaluation
 from irc.pipeline import convert, resolve
-from irc.stages import ProgressFactory
+from irc.train import ProgressFactory
 
 log = logging.getLogger(__name__)
 

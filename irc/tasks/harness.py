@@ -19,9 +19,9 @@ from irc.evaluation_run import open_model
 from irc.generation import Generator
 from irc.onnx_folder import MANIFEST
 from irc.runtime import Runtime
-from irc.stages import ProgressFactory
 from irc.tasks.local import LOCAL, write_tasks
 from irc.tasks.scorers import OnnxScorer, Scorer, TorchScorer
+from irc.train import ProgressFactory
 
 _BATCH_TOKENS = 4_096
 _MOST_NEW_TOKENS = 256

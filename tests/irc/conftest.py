@@ -29,7 +29,8 @@ from irc.config import LffRecipe, LoraRecipe, Recipe, RouterRecipe
 from irc.data import load_text, token_stream
 from irc.lora import inject_lora, lora_parameters
 from irc.routed import RoutedForCausalLM, RoutingSpec, build_routed
-from irc.stages import ProgressFactory, StageContext
+from irc.stages import StageContext
+from irc.train import ProgressFactory
 
 SEQ_LEN = 16
 CONFIG = {

@@ -8,19 +8,24 @@ from typing import Any
 import pytest
 import torch
 
+from irc.calibrate import calibrate
 from irc.data import windows
 from irc.errors import InputError
 from irc.modules import Record
 from irc.routed import RoutedForCausalLM
 from irc.stages import (
     StageContext,
-    calibrate_threshold,
     check_text,
     cosine_schedule,
     fit_closed_form,
     run_lff,
     run_router,
 )
+
+
+def calibrated(context: StageContext) -> dict[str, Any]:
+    return calibrate(context.model, context.calibration_windows(), context.recipe.sparsity, context.progress)
+
 
 TARGETS = [0.0, 0.1, 0.25, 0.5, 0.9, 1.0]
 
@@ -42,7 +47,7 @@ def share_skipped(model: RoutedForCausalLM, text: torch.Tensor) -> float:
 def test_threshold_reaches_the_target(make_context: Callable[..., StageContext], shake: Any, target: float) -> None:
     context = make_context(sparsity=target)
     shake(context.model)
-    figures = calibrate_threshold(context)
+    figures = calibrated(context)
     text = windows(context.calibration_stream, context.recipe.seq_len)
     count = min(len(text), context.recipe.router.calibration_tokens // context.recipe.seq_len)
     chosen = text[torch.linspace(0, len(text) - 1, count).long()]
@@ -57,7 +62,7 @@ def test_threshold_holds_on_held_out_text(
 ) -> None:
     context = make_context(sparsity=target)
     shake(context.model)
-    calibrate_threshold(context)
+    calibrated(context)
     heldout = windows(streams["heldout"], context.recipe.seq_len)[:512]
     assert abs(share_skipped(context.model, heldout) - target) <= 0.02  # some 5,000 tokens of the same source
 
@@ -66,7 +71,7 @@ def test_threshold_only_moves_the_execute_biases(make_context: Callable[..., Sta
     context = make_context(sparsity=0.1)
     shake(context.model)
     before = {name: tensor.clone() for name, tensor in context.model.state_dict().items()}
-    shift = calibrate_threshold(context)["threshold_shift"]
+    shift = calibrated(context)["threshold_shift"]
     assert shift != 0
     shifts: list[float] = []
     for name, tensor in context.model.state_dict().items():

@@ -49,9 +49,7 @@ def test_a_whole_comparison(irc_main: Main, arguments: Callable[..., list[str]],
     assert found["static", 0.5, False, ""]["realized"]["mean"] == 0.5
     assert found["informed", 0.25, False, ""]["seeds"] == 2
     assert found["mod", 0.5, False, ""]["realized"]["mean"] == pytest.approx(0.5)
-    assert {(gap["sparsity"], gap["lora"]) for gap in results["summary"]["gaps"]} <= {
-        (s, lora) for s in (0.25, 0.5) for lora in (True, False)
-    }
+    assert {gap["against"] for gap in results["summary"]["gaps"]} <= {"skipgpt", "mod", "random", "static"}
     assert [sweep["sparsity"] for sweep in results["kv_sweep"]] == [0.25, 0.5]
     page = (out / "report.html").read_text()
     # Over sparsity 2 (LoRA), over time 2 (targets), by kind 1, by layer 6, recoverability 1, three sweeps.
@@ -194,6 +192,13 @@ def test_the_gap_is_that_of_log_perplexities() -> None:
     assert found is not None
     assert found["closed"]["mean"] == pytest.approx(0.75)
     assert gap_closed(rows, 0.4, False) is None
+
+
+def test_static_stands_for_itself_at_every_seed() -> None:
+    rows = [row("informed", 10 * math.exp(0.1), seed=seed) for seed in (0, 1)] + [row("static", 10 * math.exp(0.2))]
+    found = gap_closed(rows, 0.25, False, "static")
+    assert found is not None
+    assert (found["seeds"], found["closed"]["mean"]) == (2, pytest.approx(0.5))
 
 
 def test_with_lora_the_gap_is_to_the_dense_model_of_the_same_budget() -> None:

@@ -1,0 +1,54 @@
+"""The sparsity dial: one trained bundle, run at any sparsity between those whose thresholds it keeps."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from irc.errors import InputError
+from irc.modules import Router
+from irc.routed import RoutedForCausalLM
+
+
+def turn_dial(model: RoutedForCausalLM, sparsity: float) -> None:
+    """Set a bundle's thresholds for another sparsity, between two that it keeps by interpolation.
+
+    Args:
+        model: Of a bundle, as `irc.load` returns it.
+        sparsity: Share of (token, unit) pairs to approximate.
+
+    Raises:
+        InputError: The bundle keeps no other thresholds, or none on both sides of this sparsity.
+    """
+    config: dict[str, Any] = model.facts.get("config", {})
+    points = config.get("dial") or []
+    where = model.facts.get("bundle", "the bundle")
+    if not points:
+        raise InputError(
+            f"{where}: it keeps thresholds for its own sparsity alone; convert with --dial 0.1,0.2,0.3,0.4,0.5,0.6"
+        )
+    low, high = points[0]["sparsity"], points[-1]["sparsity"]
+    if not low <= sparsity <= high:
+        raise InputError(f"{where}: sparsity {sparsity:g} is outside its dial, which goes from {low:g} to {high:g}")
+    shift, keep = (_between(points, sparsity, key) for key in ("shift", "keep"))
+    for unit in model.units:
+        router = model.part(unit, "router")
+        assert isinstance(router, Router)
+        router.shift(shift[unit.name])
+    config = copy.deepcopy(config)
+    config["sparsity"] = {"target": sparsity}
+    for entry in config["units"]:
+        entry["calibration_keep"] = keep[entry["name"]]
+        entry["keep_ratio"] = None  # measured at the bundle's own sparsity
+    model.facts["config"] = config
+    model.facts["dial"] = sparsity
+
+
+def _between(points: list[dict[str, Any]], sparsity: float, key: str) -> dict[str, float]:
+    """Interpolate the units' values between the two neighbouring points."""
+    above = next(index for index, point in enumerate(points) if point["sparsity"] >= sparsity)
+    right = points[above]
+    left = points[above - 1] if above else right
+    span = right["sparsity"] - left["sparsity"]
+    share = (sparsity - left["sparsity"]) / span if span else 0.0
+    return {unit: (1 - share) * left[key][unit] + share * value for unit, value in right[key].items()}
