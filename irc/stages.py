@@ -83,7 +83,7 @@ def cosine_schedule(floor: float) -> Callable[[float], float]:
     return lambda progress: floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def run_lff(context: StageContext) -> dict[str, float]:
+def run_lff(context: StageContext) -> dict[str, Any]:
     """Fit all forecasters: streaming statistics, closed form, refinement.
 
     Returns:
@@ -94,14 +94,14 @@ def run_lff(context: StageContext) -> dict[str, float]:
     seconds = 0.0
     if not settings.checkpoint.exists():
         seconds = fit_closed_form(context, context.train_windows())
-    figures = {"closed_form_seconds": seconds, "tokens": float(recipe.tokens)}
+    figures: dict[str, Any] = {"closed_form_seconds": seconds, "tokens": float(recipe.tokens)}
     if recipe.steps:
         context.model.requires_grad_(False)
         objective = ForecastObjective(context.model, recipe.lr)
         _learn(context.model, "forecaster")
         with context.progress("lff", recipe.steps) as progress:
             result = train(objective, context.train_windows(), settings, progress, context.accelerator)
-        figures |= {"refine_seconds": result.seconds, "cosine": result.figures["cosine"]}
+        figures |= {"refine_seconds": result.seconds, "cosine": result.figures["cosine"], "earlier": result.earlier}
     return figures
 
 
@@ -177,8 +177,9 @@ def _learn(model: RoutedForCausalLM, role: str) -> None:
         parameter.requires_grad_(True)
 
 
-def _figures(result: LoopResult) -> dict[str, float]:
-    return {"train_seconds": result.seconds, "train_tokens": float(result.tokens), **result.figures}
+def _figures(result: LoopResult) -> dict[str, Any]:
+    facts = {"train_seconds": result.seconds, "train_tokens": float(result.tokens), "earlier": result.earlier}
+    return {**facts, **result.figures}
 
 
 @contextmanager

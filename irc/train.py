@@ -77,7 +77,9 @@ class LoopResult:
     """Figures of a finished loop.
 
     Attributes:
-        seconds: Training time over all runs of the stage.
+        seconds: Training time over all runs of the stage, by the clock.
+        cpu_seconds: The same, of all processors.
+        earlier: Seconds and processor seconds of runs before this one, which were killed.
         tokens: Tokens seen.
         figures: The last step's figures.
         history: `[step, loss]` pairs, at most a hundred.
@@ -87,6 +89,8 @@ class LoopResult:
     tokens: int
     figures: dict[str, float]
     history: list[list[float]] = field(default_factory=list)
+    cpu_seconds: float = 0.0
+    earlier: tuple[float, float] = (0.0, 0.0)
 
 
 def accelerator_for(device: str, precision: str) -> Accelerator:
@@ -126,6 +130,7 @@ def train(
     model.train()
     tokens_a_step = settings.batch_size * windows.shape[1]
     started = saved = time.monotonic()
+    worked = time.process_time()
     figures: dict[str, float] = dict(before.figures)
     for step, (batch,) in enumerate(batches, start=first):
         torch.manual_seed(settings.seed * 1_000_003 + step)
@@ -142,12 +147,15 @@ def train(
         if (step + 1) % max(1, settings.steps // 100) == 0:
             before.history.append([step + 1, figures["loss"]])
         if now - saved >= settings.checkpoint_seconds and accelerator.is_main_process:
-            state = LoopResult(before.seconds + now - started, 0, figures, before.history)
+            cpu = before.cpu_seconds + time.process_time() - worked
+            state = LoopResult(before.seconds + now - started, 0, figures, before.history, cpu)
             _save(settings.checkpoint, names, optimizer, step + 1, state)
             saved = now
     objective.eval()
     seconds = before.seconds + time.monotonic() - started
-    return LoopResult(seconds, settings.steps * tokens_a_step, figures, before.history)
+    cpu = before.cpu_seconds + time.process_time() - worked
+    earlier = (before.seconds, before.cpu_seconds)
+    return LoopResult(seconds, settings.steps * tokens_a_step, figures, before.history, cpu, earlier)
 
 
 def _loader(windows: torch.Tensor, settings: LoopSettings) -> DataLoader[Any]:
@@ -183,7 +191,13 @@ def _save(path: Path, names: Mapping[str, nn.Parameter], optimizer: Any, step: i
         tensors[f"weight/{name}"] = parameter.detach().cpu().clone()
         for key, value in optimizer.state[parameter].items():
             tensors[f"{key}/{name}"] = value.detach().cpu().clone()
-    facts = {"step": step, "seconds": state.seconds, "figures": state.figures, "history": state.history}
+    facts = {
+        "step": step,
+        "seconds": state.seconds,
+        "cpu_seconds": state.cpu_seconds,
+        "figures": state.figures,
+        "history": state.history,
+    }
     write_safetensors(path, tensors, {"irc": json.dumps(facts)})
 
 
@@ -210,7 +224,10 @@ def _restore(path: Path, names: Mapping[str, nn.Parameter], optimizer: torch.opt
         with safe_open(path, framework="pt") as opened:
             facts = json.loads(opened.metadata()["irc"])
             tensors = {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118 - no mapping
-        step, before = facts["step"], LoopResult(facts["seconds"], 0, facts["figures"], facts["history"])
+        step, before = (
+            facts["step"],
+            LoopResult(facts["seconds"], 0, facts["figures"], facts["history"], facts.get("cpu_seconds", 0.0)),
+        )
         for name, parameter in names.items():
             if tensors[f"weight/{name}"].shape != parameter.shape:
                 raise ValueError(f"{name} has another shape")
