@@ -68,6 +68,7 @@ class RouterRecipe:
     temperature_end: float = setting(1.0, "temperature at the last step, linear in between")
     sparsity_weight: float = setting(8.0, "weight of |(1 - sparsity) - mean execution|")
     cosine_weight: float = setting(0.1, "weight of mean(1 - cosine) over approximated tokens")
+    distill: float = setting(0.0, "share of the loss that is the divergence from the dense model's logits, 0 to 1")
     calibration_tokens: int = setting(49_152, "tokens that set the threshold, from the calibration split")
 
 
@@ -132,6 +133,8 @@ class Recipe:
             raise InputError(f"policy {self.policy} has no threshold to turn; leave --dial out")
         if self.forecaster not in ("linear", "silu"):
             raise InputError(f"forecaster is '{self.forecaster}'; choose linear or silu")
+        if not 0.0 <= self.router.distill <= 1.0:
+            raise InputError(f"router.distill is {self.router.distill}; give a share between 0 and 1")
         if self.router.reads not in READS:
             raise InputError(f"router.reads is '{self.router.reads}'; choose from {', '.join(READS[1:])}")
         if self.eval_split not in EVAL_SPLITS:

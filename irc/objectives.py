@@ -104,8 +104,11 @@ class RoutingObjective(Objective):
         control = self.model.control
         with control.using(tape=tape, measure_error=self._cosine_weight > 0, **self._routing(windows, step)):
             logits = self.model(input_ids=windows, use_cache=False).logits
-        loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), windows[:, 1:].flatten())
+        flat = logits[:, :-1].float().flatten(0, 1)
+        loss = F.cross_entropy(flat, windows[:, 1:].flatten())
         figures = {"lm": loss.item()}
+        if self.recipe.distill > 0:
+            loss = (1 - self.recipe.distill) * loss + self.recipe.distill * self._divergence(flat, windows)
         mean_execution = torch.stack([_straight_through(record) for record in tape.values()]).mean()
         if self.extra is None and self._learns and not self._ranked:
             # The gap is taken over all processes; its gradient is each process's own share of it.
@@ -115,6 +118,12 @@ class RoutingObjective(Objective):
         if self._cosine_weight > 0:
             loss = loss + self._cosine_weight * _skipped_error(tape)
         return loss, {**figures, "sparsity": 1 - mean_execution.item()}
+
+    def _divergence(self, flat: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
+        """Return the mean divergence of routed logits [tokens, vocabulary] from those of the dense model."""
+        with torch.no_grad(), self.model.control.using(mode="execute", tape=None):
+            dense = self.model(input_ids=windows, use_cache=False).logits[:, :-1].float().flatten(0, 1)
+        return F.kl_div(flat.log_softmax(-1), dense.log_softmax(-1), reduction="batchmean", log_target=True)
 
     def _routing(self, windows: torch.Tensor, step: int) -> dict[str, Any]:
         if self.extra is not None and not self._drawn:

@@ -178,3 +178,22 @@ def test_straight_through_is_hard_forward_and_soft_backward() -> None:
     assert value.item() == pytest.approx(2 / 3)
     value.backward()
     torch.testing.assert_close(soft.grad, torch.full((1, 3), 1 / 3))
+
+
+def test_distillation_is_the_divergence_from_the_dense_model(model: RoutedForCausalLM, ids: torch.Tensor) -> None:
+    options = {"cosine_weight": 0.0, "sparsity_weight": 0.0}
+    one = objective(model, distill=1.0, **options)
+    loss, _ = one(ids, 4)
+    with torch.no_grad():
+        with model.control.using(mode="execute"):
+            dense = model(input_ids=ids, use_cache=False).logits[:, :-1].softmax(-1)
+        with model.control.using(**one._routing(ids, 4)):
+            routed = model(input_ids=ids, use_cache=False).logits[:, :-1].softmax(-1)
+        expected = (dense * (dense / routed).log()).sum(-1).mean()
+    torch.testing.assert_close(loss.detach(), expected, rtol=1e-4, atol=1e-6)
+    assert loss.item() > 1e-3
+    loss.backward()
+    assert all(p.grad is not None for p in model.adapter_parameters("router").values())
+    plain, _ = objective(model, **options)(ids, 4)
+    half, _ = objective(model, distill=0.5, **options)(ids, 4)
+    torch.testing.assert_close(half, (plain + loss) / 2)
