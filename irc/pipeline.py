@@ -18,7 +18,7 @@ from irc.card import model_card
 from irc.checkpoint import BaseModel, find_base
 from irc.config import Recipe
 from irc.data import Split, TextSource, load_text, pick, token_stream, windows
-from irc.errors import InputError
+from irc.errors import InputError, IrcError
 from irc.evaluate import Evaluation, evaluate
 from irc.key_policy import KeyPolicy, kv_facts, set_key_policy
 from irc.policies import policy_named
@@ -226,10 +226,13 @@ def finish(conversion: Conversion) -> None:
     conversion.metrics = metrics_of(conversion)
     if not is_main_process():
         return
-    with staged(conversion.output) as staging:
-        recipe = conversion.recipe.to_dict()
-        card = model_card(conversion.metrics, conversion.recipe)
-        write_bundle(conversion.model, staging, conversion.metrics, recipe, card, conversion.dial)
+    try:
+        with staged(conversion.output) as staging:
+            recipe = conversion.recipe.to_dict()
+            card = model_card(conversion.metrics, conversion.recipe)
+            write_bundle(conversion.model, staging, conversion.metrics, recipe, card, conversion.dial)
+    except IrcError as error:
+        raise type(error)(f"{error}, with --resume: the work is kept") from error
     shutil.rmtree(conversion.work)
 
 

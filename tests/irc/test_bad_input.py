@@ -224,7 +224,7 @@ def test_outputs_that_exist(
 
 def test_an_output_whose_place_cannot_be_written(irc_main: Any, convert_arguments: Arguments, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    refused(irc_main, convert_arguments(tmp_path / "file" / "b"), tmp_path / "b", "cannot be written", code=1)
+    refused(irc_main, convert_arguments(tmp_path / "file" / "b"), tmp_path / "b", "cannot be written")
 
 
 def test_a_full_disk_at_the_end_keeps_the_work(

@@ -193,7 +193,7 @@ def test_the_others_export_and_verify(
         shake(model)
     model.save_pretrained(tmp_path / "b")
     assert irc_main("export", tmp_path / "b", "-o", tmp_path / "onnx").code == 0
-    outcome = irc_main("verify", tmp_path / "onnx", "--data", text_file, "--json")
+    outcome = irc_main("verify", tmp_path / "onnx", "--data", text_file, "--seq-len", "16", "--json")
     assert outcome.code == 0, outcome.out
     assert outcome.json["routing_agreement"] == 1.0
 

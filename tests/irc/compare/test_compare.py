@@ -119,11 +119,12 @@ def test_jobs_give_the_same_figures(irc_main: Main, arguments: Callable[..., lis
 def test_a_cell_that_fails_in_its_process_is_named(
     irc_main: Main, arguments: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    more = "--policies skipgpt --sparsities 0.5 --seeds 1 --jobs 2 --set router.lr=1e30".split()
+    (tmp_path / "short.txt").write_text("too short to have held-out text")
+    more = f"--policies skipgpt --sparsities 0.5 --seeds 1 --jobs 2 --data {tmp_path / 'short.txt'}".split()
     outcome = irc_main(*arguments(tmp_path / "c", *more))
     assert outcome.code == 1
-    assert outcome.sentence().startswith("cell skipgpt-0.5-seed0: the conversion ended with exit code 1")
-    assert "lower the learning rate" in outcome.sentence()
+    assert outcome.sentence().startswith("cell skipgpt-0.5-seed0: the conversion ended with exit code 2")
+    assert "heldout split" in outcome.sentence()
 
 
 REFUSALS = [
