@@ -7,6 +7,9 @@ from typing import Any
 from irc import console
 from irc.compare.words import name_of, with_spread
 
+_WIDE = 110
+_ONLY_WIDE = ("seeds", "attention", "FFN")
+
 
 def comparison_tables(results: dict[str, Any]) -> None:
     """Show a comparison: a row for each policy, sparsity and option; then what follows from them."""
@@ -26,7 +29,12 @@ def comparison_tables(results: dict[str, Any]) -> None:
         for group in results["summary"]["groups"]
     ]
     columns = ["policy", "target", "seeds", "perplexity", "x dense", "skipped", "attention", "FFN", "FLOPs", "seconds"]
-    console.table(f"{results['model']} on {results['data']['name']}", columns, rows)
+    shown = [i for i, name in enumerate(columns) if console.width() >= _WIDE or name not in _ONLY_WIDE]
+    console.table(
+        f"{results['model']} on {results['data']['name']}",
+        [columns[i] for i in shown],
+        [[row[i] for i in shown] for row in rows],
+    )
     gaps = [
         [
             gap["against"],
