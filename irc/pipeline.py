@@ -191,7 +191,7 @@ def run_stages(conversion: Conversion) -> None:
         if figures is None:
             started, worked = time.monotonic(), time.process_time()
             figures = STAGE_RUNNERS[stage](context)
-            before = figures.pop("earlier", (0.0, 0.0))  # runs of this stage that were killed
+            before = figures.pop("earlier_seconds", (0.0, 0.0))  # runs of this stage that were killed
             figures["seconds"] = before[0] + time.monotonic() - started
             figures["cpu_seconds"] = before[1] + time.process_time() - worked
             if is_main_process():

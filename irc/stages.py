@@ -101,7 +101,11 @@ def run_lff(context: StageContext) -> dict[str, Any]:
         _learn(context.model, "forecaster")
         with context.progress("lff", recipe.steps) as progress:
             result = train(objective, context.train_windows(), settings, progress, context.accelerator)
-        figures |= {"refine_seconds": result.seconds, "cosine": result.figures["cosine"], "earlier": result.earlier}
+        figures |= {
+            "refine_seconds": result.seconds,
+            "cosine": result.figures["cosine"],
+            "earlier_seconds": result.earlier,
+        }
     return figures
 
 
@@ -178,7 +182,7 @@ def _learn(model: RoutedForCausalLM, role: str) -> None:
 
 
 def _figures(result: LoopResult) -> dict[str, Any]:
-    facts = {"train_seconds": result.seconds, "train_tokens": float(result.tokens), "earlier": result.earlier}
+    facts = {"train_seconds": result.seconds, "train_tokens": float(result.tokens), "earlier_seconds": result.earlier}
     return {**facts, **result.figures}
 
 
