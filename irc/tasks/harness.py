@@ -168,9 +168,10 @@ def run_tasks(
         scorers = _scorers(name, base, dtype, device)
         if any(task in LOCAL for task in tasks):
             first = next(iter(scorers.values())).tokenizer
-            documents = load_text(data).split("heldout") or list(load_text(data).documents)
+            text = load_text(data)
+            documents = text.split("heldout") or list(text.documents)
             count = _QUESTIONS if limit is None else limit
-            write_tasks(tasks, documents, lambda text: len(first(text)["input_ids"]), Path(made), count)
+            write_tasks(tasks, documents, lambda piece: len(first(piece)["input_ids"]), Path(made), count)
             manager = _manager(tasks, task_path, Path(made))
         results: dict[str, dict[str, Any]] = {}
         sparsity = None
