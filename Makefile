@@ -8,14 +8,16 @@ PYTHON ?=
 CANDIDATES = $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.14 python)
 DEMO := build/demo-bundle
 ONNX := build/demo-onnx
+NATIVE := $(VENV)/.native
+NATIVE_FILES := $(shell find exporters/native -name build -prune -o -type f -print)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint clean native sanitize
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z.]*\):[^#]*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
 
-demo: $(STAMP)  ## convert the embedded model, measure it, show its units, export it and run it on ONNX Runtime
+demo: $(STAMP) native  ## convert the embedded model, measure it, show its units, export it and run it on ONNX Runtime
 	$(BIN)/irc convert demo -o $(DEMO) --sparsity 0.25 --force
 	$(BIN)/irc eval $(DEMO)
 	$(BIN)/irc inspect $(DEMO)
@@ -23,8 +25,22 @@ demo: $(STAMP)  ## convert the embedded model, measure it, show its units, expor
 	$(BIN)/irc verify $(ONNX)
 	$(BIN)/irc generate $(ONNX) "def read_lines(path):" --max-tokens 80
 
-test: lint  ## lint, then run the tests
+test: lint native  ## lint, then run the tests
 	$(BIN)/python -m pytest
+
+native: $(STAMP)  ## build and install the native operator library, where there is a C++ compiler
+	@if command -v $${CXX:-c++} >/dev/null; then $(MAKE) --no-print-directory $(NATIVE); \
+	else echo "no C++ compiler: the native operator library is not built, portable operators will be used"; fi
+
+$(NATIVE): $(STAMP) $(NATIVE_FILES)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --force-reinstall ./exporters/native
+	@touch $@
+
+sanitize: $(STAMP)  ## run the kernels' tests on a build with the address and undefined-behaviour sanitizers
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --upgrade --no-deps --target build/sanitize \
+	  --config-settings cmake.define.IRC_SANITIZE=ON ./exporters/native
+	PYTHONPATH=build/sanitize LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest tests/exporters/test_native_ops.py
 
 lint: $(STAMP)  ## ruff, mypy --strict, the import contracts
 	$(BIN)/ruff check .

@@ -27,6 +27,8 @@ from exporters.onnx_weights import store_transposed
 from passes.base import Pass, PassManager
 from passes.clean_up import CleanUp
 from passes.fold_differences import FoldDifferences
+from passes.fuse_forecasts import FuseForecasts
+from passes.fuse_routers import FuseRouters
 from passes.harden_routers import HardenRouters
 from passes.lower_to_compaction import LowerToCompaction
 from passes.match import match_units
@@ -42,7 +44,8 @@ LEAST_ORT = "1.23"  # the first that runs Attention, RotaryEmbedding and RMSNorm
 
 def lowering() -> list[Pass]:
     """Return the passes that prepare a captured model for export, in order."""
-    return [RaiseNorms(), RaiseAttention(), HardenRouters(), FoldDifferences(), LowerToCompaction(), CleanUp()]
+    raised: list[Pass] = [RaiseNorms(), RaiseAttention(), HardenRouters()]
+    return [*raised, FoldDifferences(), FuseRouters(), LowerToCompaction(), FuseForecasts(), CleanUp()]
 
 
 @dataclass(frozen=True)

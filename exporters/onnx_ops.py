@@ -55,6 +55,26 @@ def ScatterAddHalf(y, rows, base):
 
 
 @script(irc, default_opset=op)
+def Router(x, w1, b1, w2, b2):
+    """Return how much rather each token of x [batch, tokens, d] executes, float32 [batch, tokens].
+
+    w1 is [d, hidden], b1 [hidden], w2 [hidden, 1], b2 [1].
+    """
+    logit = op.Add(op.MatMul(op.Relu(op.Add(op.MatMul(x, w1), b1)), w2), b2)
+    return op.Cast(op.Squeeze(logit, op.Constant(value_ints=[-1])), to=onnx.TensorProto.FLOAT)
+
+
+@script(irc, default_opset=op)
+def ForecastAdd(x, rows, base, down, up, bias):
+    """Return base [batch, tokens, out] with x's tokens `rows` [1, n, 2] @ down @ up + bias added to the same tokens.
+
+    x is [batch, tokens, d], down [d, rank], up [rank, out], bias [out]; no row comes twice.
+    """
+    forecast = op.Add(op.MatMul(op.MatMul(op.GatherND(x, rows), down), up), bias)
+    return irc.ScatterAdd(forecast, rows, base)
+
+
+@script(irc, default_opset=op)
 def RaggedPlaces(rows, like):
     """Return how `rows` [1, n, 2] look if each sequence's own stand at its front, padded to the longest.
 
@@ -159,7 +179,17 @@ def ReducedAttention(
     return y, keys, values, slots
 
 
-FUNCTIONS = (SelectRows, Compact, Scatter, ScatterAdd, RoutedAttention, ReducedAttention, RaggedPlaces)
+FUNCTIONS = (
+    SelectRows,
+    Compact,
+    Scatter,
+    ScatterAdd,
+    Router,
+    ForecastAdd,
+    RoutedAttention,
+    ReducedAttention,
+    RaggedPlaces,
+)
 
 
 def function_protos(used: set[str], half: bool = False) -> list[onnx.FunctionProto]:
@@ -193,6 +223,8 @@ _SCHEMAS = (
     ("Compact", "x: T, rows: I -> y: T", ""),
     ("Scatter", "y: T, rows: I, base: T -> z: T", ""),
     ("ScatterAdd", "y: T, rows: I, base: T -> z: T", ""),
+    ("Router", "x: T, w1: T, b1: T, w2: T, b2: T -> difference: F", ""),
+    ("ForecastAdd", "x: T, rows: I, base: T, down: T, up: T, bias: T -> z: T", ""),
     (
         "RoutedAttention",
         "q: T, rows: I, k: T, v: T, past_k: T, past_v: T, mask: T -> y: T, present_k: T, present_v: T",
@@ -208,6 +240,7 @@ _SCHEMAS = (
 )
 _TYPES = {
     "B": ["tensor(bool)"],
+    "F": ["tensor(float)"],
     "I": ["tensor(int64)"],
     "T": ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"],
 }

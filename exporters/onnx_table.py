@@ -22,6 +22,8 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         torch.ops.irc.compact.default: _compact,
         torch.ops.irc.scatter.default: _scatter,
         torch.ops.irc.scatter_add.default: _scatter_add,
+        torch.ops.irc.router.default: _router,
+        torch.ops.irc.forecast_add.default: _forecast_add,
         torch.ops.irc.rms_norm.default: _rms_norm,
         torch.ops.irc.rotary.default: _rotary,
         torch.ops.irc.attention.default: _attention,
@@ -44,6 +46,14 @@ def _scatter(y, rows, base):
 
 def _scatter_add(y, rows, base):
     return irc.ScatterAdd(y, rows, base)
+
+
+def _router(x, w1, b1, w2, b2):
+    return irc.Router(x, w1, b1, w2, b2)
+
+
+def _forecast_add(x, rows, base, down, up, bias):
+    return irc.ForecastAdd(x, rows, base, down, up, bias)
 
 
 def _rms_norm(x, weight, eps):

@@ -55,7 +55,13 @@ class Load:
 
 
 def bench(
-    shape: Shape, sparsities: Sequence[float], load: Load, progress: ProgressFactory, provider: str, seed: int = 0
+    shape: Shape,
+    sparsities: Sequence[float],
+    load: Load,
+    progress: ProgressFactory,
+    provider: str,
+    seed: int = 0,
+    ops: str = "auto",
 ) -> dict[str, Any]:
     """Time a random Llama whose gates follow given random masks.
 
@@ -69,6 +75,7 @@ def bench(
         progress: Makes progress bars.
         provider: Of ONNX Runtime.
         seed: Of weights and masks.
+        ops: Kernels of our operators in the routed model, as for `Runtime`.
 
     Returns:
         What `irc bench --json` prints.
@@ -82,14 +89,17 @@ def bench(
         )
     with tempfile.TemporaryDirectory() as work:
         model, folders = _export_both(shape, Path(work), seed)
-        runtimes = {name: Runtime(folder, provider, forced=name == "routed") for name, folder in folders.items()}
+        runtimes = {
+            name: Runtime(folder, provider, forced=name == "routed", ops=ops) for name, folder in folders.items()
+        }
         rows = []
         with progress("bench", len(sparsities)) as bar:
             for done, share in enumerate(sparsities, start=1):
                 rows.append(_row(model, runtimes, share, load, seed))
                 bar.update(done, sparsity=share)
-    provider = runtimes["routed"].provider
-    return {"shape": vars(shape), "load": vars(load), "provider": provider, "ops": "portable", "results": rows}
+    routed = runtimes["routed"]
+    used = {"provider": routed.provider, "ops": routed.ops}
+    return {"shape": vars(shape), "load": vars(load), **used, "results": rows}
 
 
 def _export_both(shape: Shape, work: Path, seed: int) -> tuple[RoutedForCausalLM, dict[str, Path]]:

@@ -95,7 +95,7 @@ class Cpu:
 
 @dataclass(frozen=True)
 class Environment:
-    """All that `irc env` shows; a version is None where the package is not installed."""
+    """All that `irc env` shows; a version is None where the package is not installed, and so is `native`."""
 
     platform: str
     versions: Mapping[str, str | None]
@@ -103,6 +103,7 @@ class Environment:
     providers: tuple[Provider, ...]
     cuda: Cuda
     cpu: Cpu
+    native: Mapping[str, object] | None = None
     warnings: tuple[str, ...] = field(default=())
 
     def as_dict(self) -> dict[str, object]:
@@ -114,6 +115,7 @@ def inspect_environment() -> Environment:
     """Look at everything; takes some seconds, since it imports torch and starts ONNX Runtime once a provider."""
     runtimes = onnxruntime_distributions()
     providers, warnings = onnxruntime_providers(runtimes)
+    native, problem = native_operators()
     conflict = conflict_warning(runtimes)
     return Environment(
         platform=platform.platform(),
@@ -122,8 +124,21 @@ def inspect_environment() -> Environment:
         providers=providers,
         cuda=cuda(),
         cpu=cpu(),
-        warnings=((conflict,) if conflict else ()) + warnings,
+        native=native,
+        warnings=((conflict,) if conflict else ()) + warnings + ((problem,) if problem else ()),
     )
+
+
+def native_operators() -> tuple[Mapping[str, object] | None, str]:
+    """Describe the installed operator library, None where there is none; and say why it cannot be loaded."""
+    from irc.errors import InputError
+    from irc.native import installed_library
+
+    try:
+        library = installed_library()
+    except InputError as error:
+        return None, str(error)
+    return (asdict(library) | {"path": str(library.path)} if library else None), ""
 
 
 def version(name: str, lookup: Lookup = importlib.metadata.version) -> str | None:

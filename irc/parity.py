@@ -41,6 +41,7 @@ def verify(
     base: str | None = None,
     data: str = "stdlib",
     provider: str = "auto",
+    ops: str = "auto",
     tokens: int = 4_096,
     seq_len: int = 128,
     prompts: int = 4,
@@ -56,6 +57,7 @@ def verify(
         base: Where the bundle's base model is, if it has moved.
         data: Text, as for `irc eval`; its held-out part is read.
         provider: Of ONNX Runtime.
+        ops: Kernels of our operators, as for `Runtime`.
         tokens: To compare logits on.
         seq_len: Tokens a window.
         prompts: Texts to continue greedily with both.
@@ -67,7 +69,7 @@ def verify(
     """
     if tolerance is not None and not 0 <= tolerance < math.inf:
         raise InputError(f"--tolerance is {tolerance}; give 0 or more")
-    runtime = Runtime(folder, provider)
+    runtime = Runtime(folder, provider, ops=ops)
     context = runtime.exported.manifest.get("context_length")
     if context and seq_len > context:
         raise InputError(f"--seq-len is {seq_len}, the model's context is {context}; give at most {context}")
@@ -98,6 +100,7 @@ def verify(
         "model": str(folder),
         "bundle": source,
         "provider": runtime.provider,
+        "ops": runtime.ops,
         "dtype": dtype,
         "data": {"name": data, "split": "heldout", "tokens": int(chosen.numel()), "seq_len": seq_len},
         "max_abs_diff": totals.worst,

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from exporters.onnx import PAST, PRESENT
 from irc.errors import InputError
+from irc.native import choose_library
 from irc.onnx_folder import OnnxFolder, open_folder
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -73,12 +74,16 @@ class Runtime:
         provider: `auto`, `cpu` or `cuda`.
         threads: Of one operator; 0 leaves it to ONNX Runtime.
         forced: Whether `step` is given the decisions instead of following the routers, which run all the same.
+        ops: Kernels of the operators of domain `irc`: `auto`, `native`, `portable` or a library's path, as
+            `irc.native.choose_library` has them.
 
     Raises:
-        InputError: The folder is damaged, the provider does not load, or cannot run the model's data type.
+        InputError: The folder is damaged, or the provider or the library does not load or lacks the model's data type.
     """
 
-    def __init__(self, folder: Path, provider: str = "auto", threads: int = 0, forced: bool = False) -> None:
+    def __init__(
+        self, folder: Path, provider: str = "auto", threads: int = 0, forced: bool = False, ops: str = "auto"
+    ) -> None:
         self.exported: OnnxFolder = open_folder(folder)
         self.provider = choose_provider(provider)
         if self.provider == "cpu" and self.exported.dtype == "bf16":
@@ -92,7 +97,13 @@ class Runtime:
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(self.exported.model.parent.resolve())
         )
+        # A model without routed units has no operator of ours.
+        routed = bool(self.exported.decisions)
+        library = choose_library(ops, self.provider, self.exported.dtype) if routed else None
+        self.ops = "native" if library else "portable"
         try:
+            if library:
+                options.register_custom_ops_library(str(library.path))
             self._session = ort.InferenceSession(
                 _with_decisions(self.exported, forced), options, providers=[PROVIDERS[self.provider]]
             )

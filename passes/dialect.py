@@ -1,8 +1,9 @@
 """The `irc::` operators: what the graph of a routed model says beyond torch's own operators.
 
-Routing operators (`select_rows`, `compact`, `scatter`, `scatter_add`, `routed_attention`, `reduced_attention`) move
-tokens; each becomes a node of the ONNX domain `irc`. Raised operators (`rms_norm`, `rotary`, `attention`) say in one
-word what capture spread over many nodes; each becomes one standard ONNX operator. docs/operators.md describes them.
+Routing operators (`select_rows`, `compact`, `scatter`, `scatter_add`, `router`, `forecast_add`, `routed_attention`,
+`reduced_attention`) choose and move tokens; each becomes a node of the ONNX domain `irc`. Raised operators (`rms_norm`,
+`rotary`, `attention`) say in one word what capture spread over many nodes; each becomes one standard ONNX operator.
+docs/operators.md describes them.
 
 Rows are (sequence, token) pairs, int64 [1, n, 2]. Compacted tensors keep a leading 1, [1, n, d], so that whatever works
 on [batch, tokens, d] works on them too.
@@ -61,6 +62,46 @@ def scatter_add(y: Tensor, rows: Tensor, base: Tensor) -> Tensor:
 
 @scatter_add.register_fake
 def _(y: Tensor, rows: Tensor, base: Tensor) -> Tensor:
+    return torch.empty_like(base)
+
+
+@torch.library.custom_op("irc::router", mutates_args=())
+def router(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    """Return how much rather each token executes than is approximated, float32 [batch, tokens].
+
+    Args:
+        x: [batch, tokens, d].
+        w1: [d, hidden].
+        b1: [hidden].
+        w2: [hidden, 1], of the difference of the two logits.
+        b2: [1].
+    """
+    return (F.relu(x @ w1 + b1) @ w2 + b2).squeeze(-1).float()
+
+
+@router.register_fake
+def _(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    return x.new_empty(x.shape[:2], dtype=torch.float32)
+
+
+@torch.library.custom_op("irc::forecast_add", mutates_args=())
+def forecast_add(x: Tensor, rows: Tensor, base: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> Tensor:
+    """Return base with the forecast of the tokens `rows`, which are all different, added to them.
+
+    Args:
+        x: What forecasts are made from, [batch, tokens, d].
+        rows: int64 [1, n, 2].
+        base: What is added to, [batch, tokens, out].
+        down: [d, rank].
+        up: [rank, out].
+        bias: [out].
+    """
+    index = rows[..., 0], rows[..., 1]
+    return base.index_put(index, base[index] + (x[index] @ down @ up + bias))
+
+
+@forecast_add.register_fake
+def _(x: Tensor, rows: Tensor, base: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> Tensor:
     return torch.empty_like(base)
 
 

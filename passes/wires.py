@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from typing import cast
 
+import torch
 from torch import fx, nn
 
 from passes.base import finish
@@ -79,3 +80,8 @@ def _append_output(graph: fx.Graph, node: fx.Node) -> int:
     results = cast("tuple[fx.Node, ...]", output.args[0])
     output.args = (type(results)((*results, node)),)
     return len(results)
+
+
+def transposed_weight(graph: fx.Graph, linear: str) -> fx.Node:
+    """Insert the weight of a linear, by its path, as [in, out]."""
+    return graph.call_function(torch.ops.aten.t.default, (graph.get_attr(f"{linear}.weight"),))

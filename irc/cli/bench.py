@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from irc.cli.options import Decorator, common_options, provider_option, seed_option, shares
+from irc.cli.options import Decorator, common_options, ops_option, provider_option, seed_option, shares
 
 
 def _size(name: str, default: int, text: str) -> Decorator:
@@ -32,9 +32,10 @@ def _size(name: str, default: int, text: str) -> Decorator:
 @_size("decode", 64, "Timed decode steps of one token.")
 @_size("rounds", 7, "Timed rounds; medians count.")
 @provider_option()
+@ops_option()
 @seed_option()
 @common_options
-def command(sparsities: list[float], provider: str, seed: int, as_json: bool, **sizes: int) -> None:
+def command(sparsities: list[float], provider: str, ops: str, seed: int, as_json: bool, **sizes: int) -> None:
     """Time a Llama with random weights on ONNX Runtime, dense and routed by random masks, in turns.
 
     Both go through the same export. Routers, compaction and forecasters are in the routed time. The ideal is what
@@ -45,7 +46,7 @@ def command(sparsities: list[float], provider: str, seed: int, as_json: bool, **
 
     shape = Shape(*(sizes[name] for name in ("hidden", "layers", "ffn", "heads", "kv_heads")))
     load = Load(*(sizes[name] for name in ("prefill", "past", "decode", "rounds")))
-    result = bench(shape, sparsities, load, console.progress, provider, seed)
+    result = bench(shape, sparsities, load, console.progress, provider, seed, ops)
     if as_json:
         console.emit_json(result)
         return

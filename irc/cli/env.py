@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -42,6 +43,8 @@ def _show(environment: Environment) -> None:
         each.name: f"{usable[each.usable]}{f' ({each.reason})' if each.reason else ''}"
         for each in environment.providers
     }
+    native: Mapping[str, Any] | None = environment.native
+    kernels = {provider: ", ".join(types) for provider, types in native["providers"].items()} if native else {}
     cpu, cuda = environment.cpu, environment.cuda
     devices = {
         f"{index} {each.name}": f"{_gib(each.memory_total)}, {_gib(each.memory_free)} free, "
@@ -52,6 +55,9 @@ def _show(environment: Environment) -> None:
         "platform": environment.platform,
         "versions": installed | runtimes,
         "execution providers": providers or "none: ONNX Runtime is not usable",
+        "native operators": {"version": f"{native['version']}, {native['instruction_set']}"} | kernels
+        if native
+        else "not installed: portable ones are used",
         "CUDA": {"torch build": cuda.build or "none", "driver": cuda.driver or "none"}
         | (devices or {"devices": f"none: {cuda.reason}"}),
         "CPU": {

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from irc.cli.options import common_options, provider_option, seed_option
+from irc.cli.options import common_options, ops_option, provider_option, seed_option
 
 
 @click.command()
@@ -24,6 +24,7 @@ from irc.cli.options import common_options, provider_option, seed_option
 @click.option("--top-p", type=float, default=1.0, show_default=True, metavar="P", help="Sample among this share.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
 @provider_option()
+@ops_option()
 @seed_option()
 @common_options
 def command(folder: Path, prompt: str, as_json: bool, max_tokens: int, stop: tuple[str, ...], **flags: Any) -> None:
@@ -32,10 +33,10 @@ def command(folder: Path, prompt: str, as_json: bool, max_tokens: int, stop: tup
     from irc.generation import Generator, Sampling
     from irc.runtime import Runtime
 
-    provider = flags.pop("provider")
+    provider, ops = flags.pop("provider"), flags.pop("ops")
     sampling = Sampling(**flags)
     sampling.check()
-    generator = Generator(Runtime(folder, provider))
+    generator = Generator(Runtime(folder, provider, ops=ops))
     generator.encode(prompt)  # refuses what cannot be continued before anything is printed
     if not as_json:
         console.stream(prompt, style="dim")
@@ -43,6 +44,7 @@ def command(folder: Path, prompt: str, as_json: bool, max_tokens: int, stop: tup
     result = generator.generate(prompt, max_tokens=max_tokens, sampling=sampling, stop=stop, emit=emit)
     figures = {
         "provider": generator.runtime.provider,
+        "ops": generator.runtime.ops,
         "prompt_tokens": result.prompt_tokens,
         "new_tokens": len(result.tokens),
         "stopped": result.stopped,
@@ -60,5 +62,5 @@ def command(folder: Path, prompt: str, as_json: bool, max_tokens: int, stop: tup
     console.note(
         f"{len(result.tokens)} tokens ({result.stopped}), {result.tokens_per_s:.1f} tokens/s after "
         f"{1e3 * result.prefill_seconds:.0f} ms, {result.skipped:.1%} of the units' work skipped, "
-        f"{memory}{generator.runtime.provider}"
+        f"{memory}{generator.runtime.provider}, {generator.runtime.ops} operators"
     )

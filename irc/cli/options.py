@@ -109,6 +109,15 @@ def provider_option(default: str = "auto") -> Decorator:
     return click.option("--provider", type=kind, default=default, show_default=True, help=text)
 
 
+def ops_option() -> Decorator:
+    """Add --ops. Argument `ops: str`: auto, native, portable or the path of an operator library."""
+    text = (
+        "Kernels of the operators of domain irc: native (the installed library), portable (standard operators), auto "
+        "(native where it is installed and fits), or the path of a library."
+    )
+    return click.option("--ops", default="auto", show_default=True, metavar="NAME", help=text)
+
+
 def dtype_option(default: str = "auto") -> Decorator:
     """Add --dtype. Argument `dtype: str`: auto or the name of a torch dtype; fp32, fp16, bf16 are understood."""
     kind = click.Choice(["auto", *_DTYPES.values(), *_DTYPES])

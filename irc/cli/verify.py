@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from irc.cli.options import common_options, data_option, provider_option, seq_len_option
+from irc.cli.options import common_options, data_option, ops_option, provider_option, seq_len_option
 
 
 @click.command()
@@ -16,6 +16,7 @@ from irc.cli.options import common_options, data_option, provider_option, seq_le
 @click.option("--bundle", metavar="PATH", help="What the folder was exported from, if it has moved.")
 @click.option("--base", metavar="MODEL", help="Where the bundle's base model is, if it has moved.")
 @provider_option()
+@ops_option()
 @seq_len_option(128)
 @click.option(
     "--tokens", type=click.IntRange(min=1), default=4096, show_default=True, metavar="N", help="Tokens to compare on."
@@ -65,7 +66,7 @@ def _show(result: dict[str, Any]) -> None:
 
     perplexity, generated = result["perplexity"], result["generated"]
     rows = [
-        ["provider, data type", f"{result['provider']}, {result['dtype']}"],
+        ["provider, operators, data type", f"{result['provider']}, {result['ops']}, {result['dtype']}"],
         ["largest difference of logits", f"{result['max_abs_diff']:.2e}  (tolerance {result['tolerance']:g})"],
         ["perplexity, PyTorch", f"{perplexity['pytorch']:.4f}"],
         ["perplexity, ONNX Runtime", f"{perplexity['onnxruntime']:.4f}"],

@@ -18,25 +18,32 @@ from torch import fx
 from exporters.onnx import MODEL, CacheShape, Decision, export_onnx
 from irc.cache import cache_shape
 from irc.modules import Forecaster, Mux, Record, Router, RoutingControl, StoredKeys
+from irc.native import installed_library
 from passes.base import PassManager
 from passes.insert_forecasters import InsertForecasters
 from passes.insert_routers import InsertRouters
 from passes.mask_skipped_keys import MaskSkippedKeys
 from passes.match import match_units
 
+LIBRARY = installed_library()
+OPS = ("portable", "native") if LIBRARY else ("portable",)
 GATES = {"mixed": 0.0, "all executed": 1e3, "all skipped": -1e3}
 
 
 @dataclass
 class Pair:
-    """A model in PyTorch and in ONNX Runtime; `gates` is a key of GATES."""
+    """A model in PyTorch and in ONNX Runtime; `gates` is a key of GATES.
+
+    `all_ops` are the kinds of kernels that a session can have here: portable bodies, and native ones where installed.
+    """
 
     reference: fx.GraphModule
     control: RoutingControl
     path: Path
     decisions: list[Decision]
     cache: CacheShape
-    sessions: dict[str, ort.InferenceSession] = field(default_factory=dict)
+    all_ops: tuple[str, ...] = OPS
+    sessions: dict[tuple[str, str], ort.InferenceSession] = field(default_factory=dict)
 
     def _bias(self, amount: float) -> None:
         with torch.no_grad():
@@ -55,9 +62,11 @@ class Pair:
         self._bias(-GATES[gates])
         return list(outputs), tape
 
-    def onnx(self, gates: str, ids: Any, mask: Any, past: list[Any], slots: Sequence[Any] = ()) -> dict[str, Any]:
+    def onnx(
+        self, gates: str, ids: Any, mask: Any, past: list[Any], slots: Sequence[Any] = (), ops: str = "portable"
+    ) -> dict[str, Any]:
         """Return outputs and decisions of ONNX Runtime by name; `slots` are those of reduced layers."""
-        session = self.session(gates)
+        session = self.session(gates, ops)
         feeds = {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
         for index, tensor in enumerate(past):
             feeds[f"past_key_values.{index // 2}.{('key', 'value')[index % 2]}"] = tensor.numpy()
@@ -66,9 +75,9 @@ class Pair:
         names = [output.name for output in session.get_outputs()]
         return {n: torch.from_numpy(np.array(v)) for n, v in zip(names, session.run(None, feeds), strict=True)}
 
-    def session(self, gates: str) -> ort.InferenceSession:
+    def session(self, gates: str, ops: str = "portable") -> ort.InferenceSession:
         """Return a session whose routers lean as `gates` says, with every decision among its outputs."""
-        if gates not in self.sessions:
+        if (gates, ops) not in self.sessions:
             model = onnx.load(str(self.path))
             for tensor in model.graph.initializer:
                 if tensor.name.endswith("_router.2.bias"):
@@ -79,8 +88,14 @@ class Pair:
             for decision in self.decisions:
                 value = onnx.helper.make_tensor_value_info(decision.execute, onnx.TensorProto.BOOL, ["b", "s"])
                 model.graph.output.append(value)
-            self.sessions[gates] = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-        return self.sessions[gates]
+            options = ort.SessionOptions()
+            if ops == "native":
+                assert LIBRARY is not None
+                options.register_custom_ops_library(str(LIBRARY.path))
+            self.sessions[gates, ops] = ort.InferenceSession(
+                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
+        return self.sessions[gates, ops]
 
 
 @pytest.fixture(scope="session")

@@ -66,14 +66,20 @@ def _feeds(pair: Any, case: dict[str, Any], dtype: torch.dtype = torch.float32) 
 
 
 def _compare(pair: Any, case: dict[str, Any]) -> bool:
-    """Compare all outputs; returns False, and compares nothing, where rounding may decide a route."""
+    """Compare all outputs, with all kinds of kernels; returns False where rounding may decide a route."""
     ids, mask, past = _feeds(pair, case)
     real = mask[:, -ids.shape[1] :].bool()
     expected, tape = pair.torch(case["gates"], ids, mask, past)
     near = [record.difference.abs()[real].min().item() for record in tape.values() if record.difference is not None]
     if near and min(near) <= NEAR:
         return False
-    found = pair.onnx(case["gates"], ids, mask, past)
+    for ops in pair.all_ops:
+        found = pair.onnx(case["gates"], ids, mask, past, ops=ops)
+        _check(pair, case, found, expected, tape, mask, real)
+    return True
+
+
+def _check(pair: Any, case: dict[str, Any], found: Any, expected: Any, tape: Any, mask: Any, real: Any) -> None:
     assert (found["logits"] - expected[0])[real].abs().max() <= TOLERANCE
     for index, tensor in enumerate(expected[1:]):
         name = f"present.{index // 2}.{('key', 'value')[index % 2]}"
@@ -84,7 +90,6 @@ def _compare(pair: Any, case: dict[str, Any]) -> bool:
         assert torch.equal(found[decision.execute][real], execute[real]), decision.unit
         if case["gates"] != "mixed":
             assert bool(execute.all()) == (case["gates"] == "all executed")
-    return True
 
 
 @settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -135,15 +140,18 @@ def test_operators_and_weights_of_the_file(routed: Any) -> None:
     found = Counter(node.op_type for node in model.graph.node)
     assert found["RoutedAttention"] == 2
     assert found["SelectRows"] == 4, "one of each unit gives executed and skipped tokens"
-    assert found["ScatterAdd"] == 8
+    assert found["ScatterAdd"] == 4
+    assert found["Router"] == found["ForecastAdd"] == 4
     assert found["RMSNormalization"] == 5
     assert found["RotaryEmbedding"] == 4
     assert found["Where"] == 1, "one mask for all layers"
     assert found["Transpose"] == 0, "weights lie as MatMul reads them"
     assert sorted(function.name for function in model.functions) == [
         "Compact",
+        "ForecastAdd",
         "RaggedPlaces",
         "RoutedAttention",
+        "Router",
         "ScatterAdd",
         "SelectRows",
     ]
@@ -169,10 +177,11 @@ def test_half_precision(tiny: Callable, make_pair: Callable) -> None:
     for gates in ("all executed", "all skipped"):
         ids, mask, past = _feeds(pair, case, torch.float16)
         expected, _ = pair.torch(gates, ids, mask, past)
-        found = pair.onnx(gates, ids, mask, past)["logits"]
-        assert found.dtype == torch.float16
-        real = mask[:, -ids.shape[1] :].bool()
-        assert (found.float() - expected[0].float())[real].abs().max() <= 2e-2
+        for ops in pair.all_ops:
+            found = pair.onnx(gates, ids, mask, past, ops=ops)["logits"]
+            assert found.dtype == torch.float16
+            real = mask[:, -ids.shape[1] :].bool()
+            assert (found.float() - expected[0].float())[real].abs().max() <= 2e-2
 
 
 def test_bf16_is_written(tiny: Callable, make_pair: Callable) -> None:

@@ -72,17 +72,18 @@ def compare(pair: Any, case: dict[str, Any]) -> bool:
     ):
         return False
     (keys, slots), (values, _) = (packed(tensor, stored) for tensor in past[2:4])
-    found = pair.onnx(case["gates"], ids, mask, [*past[:2], keys, values], [slots])
-    assert (found["logits"] - expected[0])[real].abs().max() <= TOLERANCE
-    for decision in pair.decisions:
-        assert torch.equal(found[decision.execute][real], tape[decision.unit].execute[real]), decision.unit
-    # Of padding too, whose routes mean nothing and may differ from PyTorch's.
-    execute = found["model.layers.1.self_attn.execute"]
-    present = found["present.1.slots"]
-    assert present.shape[1] == slots.shape[1] + int(execute.sum(1).max())
-    for part, wanted in (("key", expected[3]), ("value", expected[4])):
-        tensor = spread(found[f"present.1.{part}"], present, before + length)
-        assert (tensor - wanted).transpose(1, 2)[mask.bool()].abs().max() <= TOLERANCE
+    for ops in pair.all_ops:
+        found = pair.onnx(case["gates"], ids, mask, [*past[:2], keys, values], [slots], ops=ops)
+        assert (found["logits"] - expected[0])[real].abs().max() <= TOLERANCE
+        for decision in pair.decisions:
+            assert torch.equal(found[decision.execute][real], tape[decision.unit].execute[real]), decision.unit
+        # Of padding too, whose routes mean nothing and may differ from PyTorch's.
+        execute = found["model.layers.1.self_attn.execute"]
+        present = found["present.1.slots"]
+        assert present.shape[1] == slots.shape[1] + int(execute.sum(1).max())
+        for part, wanted in (("key", expected[3]), ("value", expected[4])):
+            tensor = spread(found[f"present.1.{part}"], present, before + length)
+            assert (tensor - wanted).transpose(1, 2)[mask.bool()].abs().max() <= TOLERANCE
     return True
 
 
@@ -109,5 +110,13 @@ def test_the_file_is_valid_and_names_its_slots(tiny: Callable, make_pair: Callab
     inputs, outputs = ([value.name for value in side] for side in (model.graph.input, model.graph.output))
     assert [name for name in inputs + outputs if "slots" in name] == ["past_key_values.1.slots", "present.1.slots"]
     kinds = {node.op_type for node in model.graph.node if node.domain == "irc"}
-    assert kinds == {"SelectRows", "Compact", "ScatterAdd", "RoutedAttention", "ReducedAttention"}
+    assert kinds == {
+        "SelectRows",
+        "Compact",
+        "Router",
+        "ForecastAdd",
+        "ScatterAdd",
+        "RoutedAttention",
+        "ReducedAttention",
+    }
     assert {function.name for function in model.functions} == kinds | {"RaggedPlaces"}

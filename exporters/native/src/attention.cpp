@@ -1,0 +1,172 @@
+// RoutedAttention: queries of executed tokens alone, against all keys; keys and values of all tokens join the cache.
+//
+// Softmax is taken block by block of keys with a running maximum and sum (Milakov and Gimelshein, arXiv 1805.02867;
+// Dao et al., arXiv 2205.14135), so that scores stay in the processor's cache, and blocks that no row of a part may
+// see are left out: under a causal mask that is about half of them.
+
+#include <algorithm>
+#include <cstring>
+
+#include "kernel.h"
+#include "math.h"
+
+namespace irc {
+namespace {
+
+constexpr int64_t kPart = 96;    // queries of a task
+constexpr int64_t kBlock = 256;  // keys at a time
+constexpr int64_t kFewQueries = 4;  // of a sequence; up to here keys are read in place of being packed
+constexpr float kUnseen = -2.5e4f;  // a mask below this hides a key: models are written with -3e4 (fp16) or -1e30
+
+template <class T>
+struct Problem {
+  Input<T> q, mask;
+  Rows rows;
+  T *keys, *values, *y;
+  int64_t heads, kv_heads, size, tokens, total;
+  float scale;
+  const int64_t* seen;  // per row: one past the last key that it may see
+
+  const T* query(int64_t row, int64_t head) const { return q.data + (row * heads + head) * size; }
+  const T* mask_row(int64_t row) const { return mask.data + (rows.sequence(row) * tokens + rows.token(row)) * total; }
+  int64_t cache(int64_t row, int64_t head) const {
+    return (rows.sequence(row) * kv_heads + head / (heads / kv_heads)) * total * size;
+  }
+};
+
+// Floats that `attend` needs for `part` queries.
+int64_t memory_of(int64_t part, int64_t size) {
+  return kPanelDepth * kMostColumns + part * (kBlock + 2 * size + 2) + kBlock;
+}
+
+// Attends from rows first ... last - 1, all of one sequence, in one head.
+template <class T>
+void attend(const Problem<T>& p, int64_t first, int64_t last, int64_t head, float* panel) {
+  const int64_t count = last - first, size = p.size;
+  float *scores = panel + kPanelDepth * kMostColumns, *queries = scores + count * kBlock, *sums = queries + count * size;
+  float *largest = sums + count * size, *totals = largest + count, *added = totals + count;
+  const float *query_rows[kPart], *score_rows[kPart];
+  int64_t end = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    math<T>().widen(p.query(first + i, head), size, queries + i * size);
+    query_rows[i] = queries + i * size;
+    score_rows[i] = scores + i * kBlock;
+    largest[i] = -3e38f;
+    totals[i] = 0;
+    end = std::max(end, p.seen[first + i]);
+  }
+  std::fill_n(sums, count * size, 0.0f);
+  const T *keys = p.keys + p.cache(first, head), *values = p.values + p.cache(first, head);
+  for (int64_t from = 0; from < end; from += kBlock) {
+    const int64_t block = std::min(kBlock, end - from);
+    if (count > kFewQueries)
+      math<T>().multiply(query_rows, count, size, keys + from * size, size, true, block, scores, kBlock, false, panel);
+    else
+      for (int64_t i = 0; i < count; ++i) math<T>().dots(query_rows[i], size, keys + from * size, block, scores + i * kBlock);
+    for (int64_t i = 0; i < count; ++i) {
+      math<T>().widen(p.mask_row(first + i) + from, block, added);
+      float most = largest[i];
+      const float total = instruction_set().softmax_part(scores + i * kBlock, added, p.scale, block, &most);
+      float shrink = largest[i] - most;  // earlier parts were taken relative to a smaller maximum
+      float zero = 0;
+      instruction_set().softmax_part(&shrink, &zero, 1.0f, 1, &zero);
+      for (int64_t j = 0; j < size; ++j) sums[i * size + j] *= shrink;
+      totals[i] = totals[i] * shrink + total;
+      largest[i] = most;
+    }
+    if (count > kFewQueries)
+      math<T>().multiply(score_rows, count, block, values + from * size, size, false, size, sums, size, true, panel);
+    else
+      for (int64_t i = 0; i < count; ++i)
+        math<T>().add_row(score_rows[i], block, values + from * size, size, size, sums + i * size);
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const float inverse = 1.0f / totals[i];
+    for (int64_t j = 0; j < size; ++j) sums[i * size + j] *= inverse;
+    math<T>().narrow(sums + i * size, size, p.y + ((first + i) * p.heads + head) * size);
+  }
+}
+
+// present = past, then the new tokens; of one sequence and one head.
+template <class T>
+void append(const T* past, int64_t past_tokens, const T* fresh, int64_t tokens, int64_t stride, int64_t size, T* present) {
+  if (past_tokens) std::memcpy(present, past, size_t(past_tokens * size) * sizeof(T));
+  for (int64_t t = 0; t < tokens; ++t)
+    std::memcpy(present + (past_tokens + t) * size, fresh + t * stride, size_t(size) * sizeof(T));
+}
+
+}  // namespace
+
+template <class T>
+void routed_attention(const Call& call, const Attributes& attributes) {
+  Problem<T> p;
+  p.q = call.input<T>(0, 3);
+  const auto k = call.input<T>(2, 3), v = call.input<T>(3, 3), past_k = call.input<T>(4, 4), past_v = call.input<T>(5, 4);
+  p.mask = call.input<T>(6, 3);
+  p.heads = attributes.heads, p.kv_heads = attributes.kv_heads, p.scale = attributes.scale;
+  const int64_t batch = k.shape[0], past = past_k.shape[2];
+  p.tokens = k.shape[1], p.size = past_k.shape[3], p.total = past + p.tokens;
+  const int64_t kv_heads = p.kv_heads, size = p.size, tokens = p.tokens, total = p.total, stride = kv_heads * size;
+  p.rows = rows_of(call, 1, batch, tokens);
+  const auto same = [](const Shape& shape, std::initializer_list<int64_t> expected) {
+    return std::equal(expected.begin(), expected.end(), shape.size);
+  };
+  call.expect(same(p.q.shape, {1, p.rows.count, p.heads * size}), "q is " + p.q.shape.text() + " for " + std::to_string(p.rows.count) + " rows and " + std::to_string(p.heads) + " heads of " + std::to_string(size));
+  call.expect(same(k.shape, {batch, tokens, stride}) && same(v.shape, {batch, tokens, stride}), "k is " + k.shape.text() + ", v " + v.shape.text() + ", the past " + past_k.shape.text());
+  call.expect(same(past_k.shape, {batch, kv_heads, past, size}) && same(past_v.shape, {batch, kv_heads, past, size}), "past keys are " + past_k.shape.text() + ", values " + past_v.shape.text());
+  call.expect(same(p.mask.shape, {batch, tokens, total}), "mask is " + p.mask.shape.text() + ", expected [" + std::to_string(batch) + ", " + std::to_string(tokens) + ", " + std::to_string(total) + "]");
+  p.y = call.output<T>(0, {1, p.rows.count, p.heads * size});
+  p.keys = call.output<T>(1, {batch, kv_heads, total, size});
+  p.values = call.output<T>(2, {batch, kv_heads, total, size});
+
+  // Parts of the queries, none across two sequences.
+  std::vector<int64_t> starts;
+  for (int64_t row = 0; row < p.rows.count; ++row)
+    if (starts.empty() || row - starts.back() == kPart || p.rows.sequence(row) != p.rows.sequence(row - 1)) starts.push_back(row);
+  const int64_t parts = int64_t(starts.size());
+  starts.push_back(p.rows.count);
+  int64_t longest = 0;
+  for (int64_t part = 0; part < parts; ++part) longest = std::max(longest, starts[part + 1] - starts[part]);
+
+  std::vector<int64_t> seen(size_t(p.rows.count), total);
+  p.seen = seen.data();
+  call.parallel(p.rows.count > kFewQueries ? parts : 0, [&](int64_t part) {
+    for (int64_t row = starts[part]; row < starts[part + 1]; ++row) {
+      const T* mask = p.mask_row(row);
+      int64_t end = total;
+      while (end > 0 && load(mask[end - 1]) < kUnseen) --end;
+      seen[row] = end ? end : total;  // a row that sees nothing sees all alike: finite, and means nothing
+    }
+  });
+  const auto append_head = [&](int64_t index) {
+    const int64_t sequence = index / kv_heads, head = index % kv_heads, fresh = sequence * tokens * stride + head * size;
+    append(past_k.data + index * past * size, past, k.data + fresh, tokens, stride, size, p.keys + index * total * size);
+    append(past_v.data + index * past * size, past, v.data + fresh, tokens, stride, size, p.values + index * total * size);
+  };
+  const int64_t floats = memory_of(longest, size);
+  if (longest <= kFewQueries) {
+    // A step of decoding: a head's cache is appended to and attended over while it is near.
+    const int64_t group = p.heads / kv_heads;
+    float* memory = scratch(batch * kv_heads * floats);
+    call.parallel(batch * kv_heads, [&](int64_t index) {
+      append_head(index);
+      for (int64_t part = 0; part < parts; ++part)
+        if (p.rows.sequence(starts[part]) == index / kv_heads)
+          for (int64_t head = index % kv_heads * group; head < (index % kv_heads + 1) * group; ++head)
+            attend(p, starts[part], starts[part + 1], head, memory + index * floats);
+    });
+    return;
+  }
+  call.parallel(batch * kv_heads, append_head);
+  // As many memories as there can be tasks at once would do; a task cannot know its thread, so each part has one.
+  float* memory = scratch(parts * floats);
+  call.parallel(parts, [&](int64_t part) {
+    for (int64_t head = 0; head < p.heads; ++head) attend(p, starts[part], starts[part + 1], head, memory + part * floats);
+  });
+}
+
+template void routed_attention<float>(const Call&, const Attributes&);
+template void routed_attention<Half>(const Call&, const Attributes&);
+template void routed_attention<BFloat>(const Call&, const Attributes&);
+
+}  // namespace irc

@@ -1,0 +1,128 @@
+"""Finds the native operator library, and says whether it fits a model: its provider, types and domain version.
+
+The library is a package of its own (`exporters/native`); it is loaded from there or from a path that the user gives,
+never from a model's folder.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from exporters.onnx_ops import VERSION
+from irc.errors import InputError
+
+log = logging.getLogger(__name__)
+
+PACKAGE = "irc_native"
+_HOW = "build it with pip install ./exporters/native (it needs a C++ compiler)"
+
+
+@dataclass(frozen=True)
+class NativeLibrary:
+    """An operator library that could be loaded.
+
+    Attributes:
+        path: The shared library.
+        version: Of the library.
+        domain_version: Of the ONNX domain `irc` that its kernels implement.
+        providers: The data types (fp32, fp16, bf16) of its kernels, by provider (cpu, cuda).
+        instruction_set: What its CPU kernels use here.
+    """
+
+    path: Path
+    version: str
+    domain_version: int
+    providers: Mapping[str, Sequence[str]]
+    instruction_set: str
+
+    def misfit(self, provider: str, dtype: str) -> str:
+        """Return why it cannot serve a model on a provider, empty where it can."""
+        if self.domain_version != VERSION:
+            return f"it implements version {self.domain_version} of domain irc, models have {VERSION}; {_HOW} again"
+        if provider not in self.providers:
+            return f"it has no kernels for {provider}, only for {', '.join(self.providers)}"
+        if dtype not in self.providers[provider]:
+            return f"its {provider} kernels are for {', '.join(self.providers[provider])}, the model is {dtype}"
+        return ""
+
+
+def installed_library() -> NativeLibrary | None:
+    """Return the library of the installed package, None where there is none.
+
+    Raises:
+        InputError: The package is there, but its library cannot be loaded.
+    """
+    try:
+        package = importlib.import_module(PACKAGE)
+    except ImportError:
+        return None
+    try:
+        path = Path(package.library_path())
+    except (AttributeError, OSError) as error:
+        raise InputError(f"package {PACKAGE}: {error}") from error
+    return load_library(path)
+
+
+def load_library(path: Path) -> NativeLibrary:
+    """Load a library and ask it what it is.
+
+    Raises:
+        InputError: It is missing, built for another machine, or no operator library of ours.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: there is no operator library; {_HOW}, or give its path")
+    try:
+        describe = ctypes.CDLL(str(path.resolve())).irc_native_describe
+    except OSError as error:
+        raise InputError(f"{path}: the operator library cannot be loaded ({error}); {_HOW} on this machine") from error
+    except AttributeError as error:
+        raise InputError(f"{path}: this is no operator library of irc (it lacks irc_native_describe)") from error
+    describe.restype = ctypes.c_char_p
+    try:
+        found = json.loads(describe().decode())
+        return NativeLibrary(
+            path.resolve(),
+            str(found["version"]),
+            int(found["domain_version"]),
+            {str(provider): [str(name) for name in names] for provider, names in found["providers"].items()},
+            str(found["instruction_set"]),
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: the operator library describes itself in another way; {_HOW} again") from error
+
+
+def choose_library(ops: str, provider: str, dtype: str) -> NativeLibrary | None:
+    """Return the library that serves a model, None for the portable bodies in its file.
+
+    Args:
+        ops: `portable`; `native`, the installed library; `auto`, the same where it is there and fits, and a warning
+            where it is there and does not; or the path of a library.
+        provider: `cpu` or `cuda`.
+        dtype: Of the model: fp32, fp16 or bf16.
+
+    Raises:
+        InputError: A library was asked for that is missing or does not fit.
+    """
+    if ops == "portable":
+        return None
+    if ops == "auto":
+        try:
+            library = installed_library()
+            reason = library.misfit(provider, dtype) if library else ""
+        except InputError as error:
+            library, reason = None, str(error)
+        if reason:
+            log.warning("native operators are not used, portable ones are: %s", reason)
+        return None if reason else library
+    library = installed_library() if ops == "native" else load_library(Path(ops))
+    if library is None:
+        raise InputError(f"--ops is native, but package {PACKAGE} is not installed; {_HOW}")
+    if reason := library.misfit(provider, dtype):
+        raise InputError(f"--ops is {ops}, but the library does not fit: {reason}")
+    return library

@@ -1,0 +1,84 @@
+"""Which operator library serves a model, and what is said where none does."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from irc import native
+from irc.errors import InputError
+from irc.native import NativeLibrary, choose_library, installed_library, load_library
+
+LIBRARY = installed_library()
+needs_library = pytest.mark.skipif(LIBRARY is None, reason="the native operator library is not installed")
+
+
+def _library(version: int = 1, types: tuple[str, ...] = ("fp32",)) -> NativeLibrary:
+    return NativeLibrary(Path("libirc_native.so"), "0", version, {"cpu": types}, "baseline")
+
+
+@needs_library
+def test_the_installed_library_serves_all_types_on_cpu() -> None:
+    for dtype in ("fp32", "fp16", "bf16"):
+        assert choose_library("auto", "cpu", dtype) == choose_library("native", "cpu", dtype) == LIBRARY
+    assert LIBRARY is not None
+    assert choose_library(str(LIBRARY.path), "cpu", "fp32") == LIBRARY
+    assert choose_library("portable", "cpu", "fp32") is None
+
+
+@pytest.mark.parametrize(
+    ("library", "provider", "dtype", "reason"),
+    [
+        (_library(version=9), "cpu", "fp32", "version 9 of domain irc, models have 1"),
+        (_library(), "cuda", "fp32", "no kernels for cuda, only for cpu"),
+        (_library(), "cpu", "fp16", "cpu kernels are for fp32, the model is fp16"),
+    ],
+)
+def test_a_misfit_is_an_error_when_asked_for_and_a_warning_else(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    library: NativeLibrary,
+    provider: str,
+    dtype: str,
+    reason: str,
+) -> None:
+    monkeypatch.setattr(native, "installed_library", lambda: library)
+    with pytest.raises(InputError, match=reason):
+        choose_library("native", provider, dtype)
+    monkeypatch.setattr(logging.getLogger("irc"), "propagate", True)
+    with caplog.at_level(logging.WARNING, "irc"):
+        assert choose_library("auto", provider, dtype) is None
+    assert reason in caplog.text
+
+
+def test_without_the_package_auto_is_portable_and_native_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "PACKAGE", "no_such_package_anywhere")
+    assert choose_library("auto", "cpu", "fp32") is None
+    with pytest.raises(InputError, match=r"not installed; build it with pip install \./exporters/native"):
+        choose_library("native", "cpu", "fp32")
+
+
+def test_what_is_no_library_of_ours_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="there is no operator library"):
+        load_library(tmp_path / "missing.so")
+    text = tmp_path / "text.so"
+    text.write_text("no shared library")
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load_library(text)
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    for source, message in (
+        ("int other;", "lacks irc_native_describe"),
+        ('extern "C" const char* irc_native_describe() { return "no JSON"; }', "describes itself in another way"),
+    ):
+        built = tmp_path / f"{len(source)}.so"
+        subprocess.run(
+            [compiler, "-shared", "-fPIC", "-x", "c++", "-", "-o", built], input=source, text=True, check=True
+        )
+        with pytest.raises(InputError, match=message):
+            load_library(built)
