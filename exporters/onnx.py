@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
 PAST, PRESENT = "past_key_values", "present"
+PAST_FROM = "attention_mask"  # what says how many tokens came before: caches may have room for more
 LEAST_ORT = "1.23"  # the first that runs Attention, RotaryEmbedding and RMSNormalization of opset 23
 
 
@@ -95,8 +96,7 @@ class _Deployed(nn.Module):
         slots: list[torch.Tensor],
     ) -> Any:
         positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-        before = attention_mask.shape[1] - input_ids.shape[1] if slots else past[0].shape[2]
-        return self.model(input_ids, attention_mask, positions[:, before:], *past, *slots)
+        return self.model(input_ids, attention_mask, positions[:, -input_ids.shape[1] :], *past, *slots)
 
 
 def export_onnx(

@@ -18,8 +18,9 @@ from irc.errors import InputError
 from irc.export import export
 from irc.flops import flops_ratio, head_flops, unit_flops
 from irc.modules import default_rank
+from irc.onnx_cache import Cache
 from irc.routed import RoutedForCausalLM, RoutingSpec, build_routed
-from irc.runtime import Runtime, Step
+from irc.runtime import Runtime
 from irc.train import ProgressFactory
 
 
@@ -46,7 +47,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Load:
-    """What is timed: a prefill of `prefill` tokens, and `decode` steps of one token after a past of `past`."""
+    """What is timed: a prefill of `prefill` tokens, and `decode` steps of one token each after `past` tokens."""
 
     prefill: int = 512
     past: int = 128
@@ -66,7 +67,7 @@ def bench(
     """Time a random Llama whose gates follow given random masks.
 
     Every gate of the routed model is drawn with the nominal sparsity; routers run and are counted. Dense and routed
-    calls alternate. Decode steps draw new gates for each token.
+    steps alternate. Decode steps draw new gates for each token.
 
     Args:
         shape: Of the model.
@@ -137,36 +138,39 @@ def _row(model: RoutedForCausalLM, runtimes: dict[str, Runtime], share: float, l
     def ids(tokens: int) -> NDArray[np.int64]:
         return random.integers(0, vocabulary, (1, tokens))
 
-    prompt, token = ids(load.prefill), ids(1)
+    prompt, before, token = ids(load.prefill), ids(load.past), ids(1)
     gates = random.random((units, 1, load.prefill)) >= share
     steps = random.random((load.decode, units, 1, 1)) >= share
 
-    def prefill(name: str) -> Step:
-        runtime = runtimes[name]
-        cache = runtime.empty_cache(1)
-        return runtime.step(prompt, np.ones((1, load.prefill), np.int64), cache, gates if name == "routed" else None)
+    def time_prefill() -> dict[str, float]:
+        return {name: step(name, prompt, runtime.empty_cache(1), gates) for name, runtime in runtimes.items()}
 
-    past = {}
-    for name, runtime in runtimes.items():
-        past[name] = runtime.empty_cache(1)
-        all_executed = np.ones((units, 1, load.past), bool) if name == "routed" else None
-        runtime.step(ids(load.past), np.ones((1, load.past), np.int64), past[name], all_executed)
+    def time_decode() -> dict[str, float]:
+        """Read a past, then time steps of one token, each after the one before."""
+        caches = {name: runtime.empty_cache(1) for name, runtime in runtimes.items()}
+        for name, cache in caches.items():
+            step(name, before, cache, np.ones((units, 1, load.past), bool))
+        seconds = dict.fromkeys(runtimes, 0.0)
+        for forced in steps:
+            for name, cache in caches.items():
+                seconds[name] += step(name, token, cache, forced)
+        return seconds
 
-    def decode(name: str) -> None:
-        for index in range(load.decode):
-            forced = steps[index] if name == "routed" else None
-            cache = past[name].copy()
-            runtimes[name].step(token, np.ones((1, load.past + 1), np.int64), cache, forced)
+    def step(name: str, new: NDArray[np.int64], cache: Cache, forced: NDArray[np.bool_]) -> float:
+        mask = np.ones((1, cache.length + new.shape[1]), np.int64)
+        started = time.perf_counter()
+        runtimes[name].step(new, mask, cache, forced if name == "routed" else None)
+        return time.perf_counter() - started
 
     result: dict[str, Any] = {"sparsity": share, "realized": float(1 - gates.mean())}
     keep = {unit.name: float(gates[index].mean()) for index, unit in enumerate(model.units)}
     kept = {unit.name: float(steps[:, index].mean()) for index, unit in enumerate(model.units)}
     ideals = {
         "prefill": 1 / flops_ratio(model, keep, load.prefill),
-        "decode": 1 / bytes_ratio(model, kept, load.past),
+        "decode": 1 / bytes_ratio(model, kept, load.past + load.decode // 2),
     }
-    for name, run, count in (("prefill", prefill, 1), ("decode", decode, load.decode)):
-        dense, routed = _alternate(run, load.rounds)
+    for name, run, count in (("prefill", time_prefill, 1), ("decode", time_decode, load.decode)):
+        dense, routed = _medians(run, load.rounds)
         result[name] = {
             "dense_ms": 1e3 * dense / count,
             "routed_ms": 1e3 * routed / count,
@@ -177,16 +181,11 @@ def _row(model: RoutedForCausalLM, runtimes: dict[str, Runtime], share: float, l
     return result
 
 
-def _alternate(run: Callable[[str], Any], rounds: int) -> tuple[float, float]:
-    """Return the median seconds of the dense and of the routed model, timed in turns after one call each."""
-    seconds: dict[str, list[float]] = {"dense": [], "routed": []}
-    for index in range(rounds + 1):
-        for name, times in seconds.items():
-            started = time.perf_counter()
-            run(name)
-            if index:
-                times.append(time.perf_counter() - started)
-    return float(np.median(seconds["dense"])), float(np.median(seconds["routed"]))
+def _medians(run: Callable[[], dict[str, float]], rounds: int) -> tuple[float, float]:
+    """Return the median seconds of the dense and of the routed model, after one round that does not count."""
+    taken = [run() for _ in range(rounds + 1)][1:]
+    dense, routed = (float(np.median([seconds[name] for seconds in taken])) for name in ("dense", "routed"))
+    return dense, routed
 
 
 def bytes_ratio(model: RoutedForCausalLM, keep: dict[str, float], past: int) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from exporters.genai import genai_config
-from exporters.onnx import LEAST_ORT, MODEL, CacheShape, export_onnx
+from exporters.onnx import LEAST_ORT, MODEL, PAST_FROM, CacheShape, export_onnx
 from exporters.onnx_ops import OPSET, VERSION
 from exporters.triton import write_repository
 from irc import __version__
@@ -137,6 +137,7 @@ def _write(model: RoutedForCausalLM, name: str, folder: Path, dump_dir: Path | N
         "context_length": config.get("max_position_embeddings"),
         "vocab_size": config["vocab_size"],
         "cache": asdict(cache),
+        "past_from": PAST_FROM,
         "units": [asdict(d) | {"keep_ratio": measured.get(d.unit, {}).get("keep_ratio")} for d in decisions],
         "sha256": {path.name: file_sha256(path) for path in sorted(folder.glob(MODEL + "*"))},
     }

@@ -181,7 +181,7 @@ class Generator:
             mask = np.ones((1, cache.length + len(new)), dtype=np.int64)
             step = self.runtime.step(np.array([new], dtype=np.int64), mask, cache)
             result.count(step)
-            result.kv_saved = cache.saved(self.runtime.exported.cache.layers)
+            result.kv_saved = cache.saved()
             token = choose(step.logits[0, -1], sampling, random)
             now = time.monotonic()
             if not result.tokens:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exporters.onnx import DATA, MODEL, CacheShape, Decision
+from exporters.onnx import DATA, MODEL, PAST_FROM, CacheShape, Decision
 from exporters.onnx_ops import VERSION
 from irc.bundle import CONFIG, file_sha256
 from irc.errors import InputError
@@ -40,6 +40,11 @@ class OnnxFolder:
     def decisions(self) -> list[Decision]:
         """Where each routed unit says what it decided; empty for a dense model."""
         return [Decision(u["unit"], u["execute"], u["difference"]) for u in self.manifest["units"]]
+
+    @property
+    def counts_past_by_mask(self) -> bool:
+        """Whether caches may have room for more tokens than they hold; folders of early versions may not."""
+        return bool(self.manifest.get("past_from") == PAST_FROM)
 
     @property
     def dtype(self) -> str:

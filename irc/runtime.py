@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,11 @@ from numpy.typing import NDArray
 from exporters.onnx import PAST, PRESENT
 from irc.errors import InputError
 from irc.native import choose_library
+from irc.onnx_cache import Cache, CacheLayout, PlacedCache, onnxruntime
 from irc.onnx_folder import OnnxFolder, open_folder
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _EXECUTE, _DIFFERENCES = "irc.execute", "irc.logit_differences"
-_ELEMENTS = {
-    "fp32": onnx.TensorProto.FLOAT,
-    "fp16": onnx.TensorProto.FLOAT16,
-    "bf16": onnx.TensorProto.BFLOAT16,
-}
 
 
 @dataclass(frozen=True)
@@ -38,32 +33,6 @@ class Step:
     logits: NDArray[np.float32]
     execute: NDArray[np.bool_]
     difference: NDArray[np.float32]
-
-
-class Cache:
-    """Keys and values of all layers (and slots of reduced ones) on the model's device, as ONNX Runtime's own values.
-
-    Attributes:
-        values: In the order of the model's inputs.
-        length: Tokens that the model has read; reduced layers store fewer.
-    """
-
-    def __init__(self, values: Sequence[Any], length: int) -> None:
-        self.values = list(values)
-        self.length = length
-
-    def saved(self, layers: int) -> float:
-        """Return the share of keys that reduced layers do not store; of the longest sequence where there are many.
-
-        Args:
-            layers: Of the model; values begin with key and value of each.
-        """
-        stored = sum(int(value.shape()[2]) for value in self.values[: 2 * layers : 2])
-        return 1 - stored / (layers * self.length) if self.length else 0.0
-
-    def copy(self) -> Cache:
-        """Return a cache of the same tokens that grows by itself; nothing is copied but references."""
-        return Cache(self.values, self.length)
 
 
 class Runtime:
@@ -113,13 +82,20 @@ class Runtime:
         cache = self.exported.cache
         names = [f"{layer}.{part}" for layer in range(cache.layers) for part in ("key", "value")]
         names += [f"{layer}.slots" for layer in cache.reduced]
-        self._past = [f"{PAST}.{name}" for name in names]
-        self._present = [f"{PRESENT}.{name}" for name in names]
+        past, present = ([f"{stem}.{name}" for name in names] for stem in (PAST, PRESENT))
         found = {value.name for value in self._session.get_inputs() if value.name.startswith(PAST)}
-        if found != set(self._past):
+        if found != set(past):
             raise InputError(
-                f"{folder}: the model has {len(found)} cache inputs, irc.json describes {len(self._past)}; export again"
+                f"{folder}: the model has {len(found)} cache inputs, irc.json describes {len(past)}; export again"
             )
+        context = self.exported.manifest.get("context_length")
+        self._layout = CacheLayout(
+            past, present, cache.layers, cache.heads, cache.size, self.exported.dtype, self.provider, context
+        )
+        self._outputs = ["logits", *([_DIFFERENCES] if self.exported.decisions else [])]
+        attention = [decision for decision in self.exported.decisions if decision.unit.endswith("attn")]
+        placed = self.exported.counts_past_by_mask and not cache.reduced and len(attention) == cache.layers
+        self.in_place = placed and self.ops == "native"
 
     @property
     def device(self) -> str:
@@ -128,11 +104,7 @@ class Runtime:
 
     def empty_cache(self, batch: int) -> Cache:
         """Return the cache of a text that has not begun."""
-        shape = self.exported.cache
-        make = onnxruntime().OrtValue.ortvalue_from_shape_and_type
-        keys = make([batch, shape.heads, 0, shape.size], _ELEMENTS[self.exported.dtype], self.device)
-        slots = make([batch, 0], onnx.TensorProto.INT64, self.device)
-        return Cache([keys] * (2 * shape.layers) + [slots] * len(shape.reduced), 0)
+        return (PlacedCache if self.in_place else Cache)(self._layout, batch)
 
     def step(
         self, ids: NDArray[np.int64], mask: NDArray[np.int64], cache: Cache, execute: NDArray[np.bool_] | None = None
@@ -145,38 +117,19 @@ class Runtime:
             cache: Of the tokens before.
             execute: Decisions [units, batch, tokens] of a forced runtime.
         """
-        binding = self._session.io_binding()
+        binding = cache.bind(self._session, self._outputs, ids.shape[1])
         binding.bind_cpu_input("input_ids", ids)
         binding.bind_cpu_input("attention_mask", mask)
-        for name, value in zip(self._past, cache.values, strict=True):
-            binding.bind_ortvalue_input(name, value)
-        binding.bind_output("logits")
-        for name in self._present:
-            binding.bind_output(name, self.device)
-        if self.exported.decisions:
-            binding.bind_output(_DIFFERENCES)
         if self._forced:
             assert execute is not None, "a forced runtime is told every decision"
             binding.bind_cpu_input(_EXECUTE, np.ascontiguousarray(execute))
         self._session.run_with_iobinding(binding)
         logits, *rest = binding.get_outputs()
-        cache.values = rest[: len(self._present)]
-        cache.length += ids.shape[1]
         difference = np.zeros((0, *ids.shape), np.float32)
         if self.exported.decisions:
-            difference = rest[-1].numpy().reshape(-1, *ids.shape)
+            difference = rest.pop(0).numpy().reshape(-1, *ids.shape)
+        cache.advance(rest, ids.shape[1])
         return Step(_float32(logits), difference >= 0 if execute is None else execute, difference)
-
-
-def onnxruntime() -> Any:
-    """Import ONNX Runtime, or say how to get it."""
-    try:
-        import onnxruntime as ort
-    except ImportError as error:
-        raise InputError(
-            "ONNX Runtime is not installed; pip install 'informed-routing-compiler[cpu]' or, for NVIDIA GPUs, [gpu]"
-        ) from error
-    return ort
 
 
 def choose_provider(wanted: str) -> str:

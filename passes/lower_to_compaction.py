@@ -133,11 +133,9 @@ def _lead_slots(model: fx.GraphModule, unit: Unit) -> None:
 
 
 def _count_past_by_mask(model: fx.GraphModule) -> None:
-    """Take the number of past tokens from the mask where caches hold fewer than all of them."""
+    """Take the number of past tokens from the mask: caches may hold fewer tokens, or have room for more."""
     graph = model.graph
     inputs = {node.name: node for node in graph.nodes if node.op == "placeholder"}
-    if not any(name.startswith("past_slots_") for name in inputs):
-        return
     lengths = [(name, 2) for name in inputs if name.startswith("past_key_values_")]
     for node in [n for n in graph.nodes if n.target == aten.sym_size.int and (str(n.args[0]), n.args[1]) in lengths]:
         with graph.inserting_before(node):

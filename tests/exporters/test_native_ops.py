@@ -170,6 +170,31 @@ def test_attention_equals_the_reference_in_float32(case: dict[str, Any]) -> None
 
 
 @needs_library
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(case=attention, room=st.integers(1, 70))
+def test_a_cache_with_room_is_written_in_place(case: dict[str, Any], room: int) -> None:
+    """Past and present in the same memory; nothing but the new tokens is written, and places behind are not read."""
+    inputs, added, attributes = _attention_inputs(case)
+    expected = _run("RoutedAttention", [*inputs[:6], added], [case["dtype"]] * 3, **attributes)
+    session = _session(
+        "RoutedAttention", [x.dtype for x in [*inputs[:6], added]], [case["dtype"]] * 3, attributes, True
+    )
+    past, tokens = case["past"], case["tokens"]
+    caches = [torch.nn.functional.pad(x, (0, 0, 0, tokens + room), value=torch.nan) for x in inputs[4:6]]
+    binding = session.io_binding()
+    for index, x in enumerate([*inputs[:4], *caches, added]):
+        binding.bind_input(f"x{index}", "cpu", 0, KINDS[x.dtype], tuple(x.shape), x.data_ptr())
+    for index, x in enumerate(caches, start=1):
+        binding.bind_output(f"y{index}", "cpu", 0, KINDS[x.dtype], tuple(x.shape), x.data_ptr())
+    binding.bind_output("y0", "cpu")
+    session.run_with_iobinding(binding)
+    _close(_tensor(binding.get_outputs()[-1], case["dtype"]), expected[0])
+    for cache, whole in zip(caches, expected[1:], strict=True):
+        assert torch.equal(cache[:, :, : past + tokens], whole)
+        assert cache[:, :, past + tokens :].isnan().all()
+
+
+@needs_library
 @pytest.mark.parametrize("tokens", [1, 5, 200])
 def test_attention_passes_nan_on_and_survives_a_row_that_sees_nothing(tokens: int) -> None:
     case = {
@@ -228,7 +253,7 @@ def test_what_does_not_fit_is_an_error_that_says_so(name: str) -> None:
         (0, lambda t: t[:, :-1], "q is"),
         (2, lambda t: t[:, :-1], "k is|row"),
         (4, lambda t: t[:, :, :-1], "past keys are|k is"),
-        (6, lambda t: t[:, :, :-1], r"mask is \[1, 4, 6\], expected \[1, 4, 7\]"),
+        (6, lambda t: t[:, :, :-1], r"past keys are \[1, 2, 3, 8\], the mask \[1, 4, 6\] says 2 past tokens and 4 new"),
     ],
 )
 def test_attention_refuses_shapes_that_do_not_fit(index: int, change: Callable[..., Any], message: str) -> None:

@@ -23,14 +23,15 @@ struct Problem {
   Input<T> q, mask;
   Rows rows;
   T *keys, *values, *y;
-  int64_t heads, kv_heads, size, tokens, total;
+  int64_t heads, kv_heads, size, tokens, total;  // total: past and new
+  int64_t places;                                // of the cache, total or more
   float scale;
   const int64_t* seen;  // per row: one past the last key that it may see
 
   const T* query(int64_t row, int64_t head) const { return q.data + (row * heads + head) * size; }
   const T* mask_row(int64_t row) const { return mask.data + (rows.sequence(row) * tokens + rows.token(row)) * total; }
   int64_t cache(int64_t row, int64_t head) const {
-    return (rows.sequence(row) * kv_heads + head / (heads / kv_heads)) * total * size;
+    return (rows.sequence(row) * kv_heads + head / (heads / kv_heads)) * places * size;
   }
 };
 
@@ -87,10 +88,10 @@ void attend(const Problem<T>& p, int64_t first, int64_t last, int64_t head, floa
   }
 }
 
-// present = past, then the new tokens; of one sequence and one head.
+// present = past, then the new tokens; of one sequence and one head. They may be the same memory.
 template <class T>
 void append(const T* past, int64_t past_tokens, const T* fresh, int64_t tokens, int64_t stride, int64_t size, T* present) {
-  if (past_tokens) std::memcpy(present, past, size_t(past_tokens * size) * sizeof(T));
+  if (past_tokens && present != past) std::memcpy(present, past, size_t(past_tokens * size) * sizeof(T));
   for (int64_t t = 0; t < tokens; ++t)
     std::memcpy(present + (past_tokens + t) * size, fresh + t * stride, size_t(size) * sizeof(T));
 }
@@ -104,20 +105,25 @@ void routed_attention(const Call& call, const Attributes& attributes) {
   const auto k = call.input<T>(2, 3), v = call.input<T>(3, 3), past_k = call.input<T>(4, 4), past_v = call.input<T>(5, 4);
   p.mask = call.input<T>(6, 3);
   p.heads = attributes.heads, p.kv_heads = attributes.kv_heads, p.scale = attributes.scale;
-  const int64_t batch = k.shape[0], past = past_k.shape[2];
-  p.tokens = k.shape[1], p.size = past_k.shape[3], p.total = past + p.tokens;
-  const int64_t kv_heads = p.kv_heads, size = p.size, tokens = p.tokens, total = p.total, stride = kv_heads * size;
+  // The mask says how many tokens there are. A cache of just the past grows; one with room for the new tokens too is
+  // written in place where past and present are the same memory.
+  const int64_t batch = k.shape[0], room = past_k.shape[2];
+  p.tokens = k.shape[1], p.size = past_k.shape[3], p.total = p.mask.shape[2];
+  const int64_t past = p.total - p.tokens;
+  p.places = room == past ? p.total : room;
+  const int64_t kv_heads = p.kv_heads, size = p.size, tokens = p.tokens, total = p.total, places = p.places, stride = kv_heads * size;
   p.rows = rows_of(call, 1, batch, tokens);
   const auto same = [](const Shape& shape, std::initializer_list<int64_t> expected) {
     return std::equal(expected.begin(), expected.end(), shape.size);
   };
   call.expect(same(p.q.shape, {1, p.rows.count, p.heads * size}), "q is " + p.q.shape.text() + " for " + std::to_string(p.rows.count) + " rows and " + std::to_string(p.heads) + " heads of " + std::to_string(size));
   call.expect(same(k.shape, {batch, tokens, stride}) && same(v.shape, {batch, tokens, stride}), "k is " + k.shape.text() + ", v " + v.shape.text() + ", the past " + past_k.shape.text());
-  call.expect(same(past_k.shape, {batch, kv_heads, past, size}) && same(past_v.shape, {batch, kv_heads, past, size}), "past keys are " + past_k.shape.text() + ", values " + past_v.shape.text());
+  call.expect(past >= 0 && places >= total, "past keys are " + past_k.shape.text() + ", the mask " + p.mask.shape.text() + " says " + std::to_string(past) + " past tokens and " + std::to_string(tokens) + " new ones");
+  call.expect(same(past_k.shape, {batch, kv_heads, room, size}) && same(past_v.shape, {batch, kv_heads, room, size}), "past keys are " + past_k.shape.text() + ", values " + past_v.shape.text());
   call.expect(same(p.mask.shape, {batch, tokens, total}), "mask is " + p.mask.shape.text() + ", expected [" + std::to_string(batch) + ", " + std::to_string(tokens) + ", " + std::to_string(total) + "]");
   p.y = call.output<T>(0, {1, p.rows.count, p.heads * size});
-  p.keys = call.output<T>(1, {batch, kv_heads, total, size});
-  p.values = call.output<T>(2, {batch, kv_heads, total, size});
+  p.keys = call.output<T>(1, {batch, kv_heads, places, size});
+  p.values = call.output<T>(2, {batch, kv_heads, places, size});
 
   // Parts of the queries, none across two sequences.
   std::vector<int64_t> starts;
@@ -140,8 +146,8 @@ void routed_attention(const Call& call, const Attributes& attributes) {
   });
   const auto append_head = [&](int64_t index) {
     const int64_t sequence = index / kv_heads, head = index % kv_heads, fresh = sequence * tokens * stride + head * size;
-    append(past_k.data + index * past * size, past, k.data + fresh, tokens, stride, size, p.keys + index * total * size);
-    append(past_v.data + index * past * size, past, v.data + fresh, tokens, stride, size, p.values + index * total * size);
+    append(past_k.data + index * room * size, past, k.data + fresh, tokens, stride, size, p.keys + index * places * size);
+    append(past_v.data + index * room * size, past, v.data + fresh, tokens, stride, size, p.values + index * places * size);
   };
   const int64_t floats = memory_of(longest, size);
   if (longest <= kFewQueries) {

@@ -1,0 +1,164 @@
+"""Keys and values on ONNX Runtime: caches that grow by a copy at each step, and caches that are written in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx
+
+from irc.errors import InputError
+
+ELEMENTS = {
+    "fp32": onnx.TensorProto.FLOAT,
+    "fp16": onnx.TensorProto.FLOAT16,
+    "bf16": onnx.TensorProto.BFLOAT16,
+}
+_STEP = 64  # places are reserved in multiples of it
+
+
+def onnxruntime() -> Any:
+    """Import ONNX Runtime, or say how to get it."""
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise InputError(
+            "ONNX Runtime is not installed; pip install 'informed-routing-compiler[cpu]' or, for NVIDIA GPUs, [gpu]"
+        ) from error
+    return ort
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """What the caches of one model have in common.
+
+    Attributes:
+        past: Names of the inputs: key and value of each layer, then slots of reduced layers.
+        present: Names of the outputs, in the same order.
+        layers: Decoder layers.
+        heads: Key/value heads.
+        size: Features of a head.
+        dtype: fp32, fp16 or bf16.
+        device: `cpu` or `cuda`.
+        context: Most tokens of a text, None where the model does not say.
+        spare: Memory of the last cache that is no longer used, for the next: (places, values), one at most.
+    """
+
+    past: Sequence[str]
+    present: Sequence[str]
+    layers: int
+    heads: int
+    size: int
+    dtype: str
+    device: str
+    context: int | None = None
+    spare: list[tuple[int, list[Any]]] = field(default_factory=list, compare=False)
+
+    def empty(self, batch: int, places: int) -> list[Any]:
+        """Return values with room for so many tokens; what they hold is undefined."""
+        make = onnxruntime().OrtValue.ortvalue_from_shape_and_type
+        values = [
+            make([batch, self.heads, places, self.size], ELEMENTS[self.dtype], self.device)
+            for _ in range(2 * self.layers)
+        ]
+        reduced = len(self.past) - len(values)
+        return values + [make([batch, places], onnx.TensorProto.INT64, self.device) for _ in range(reduced)]
+
+
+class Cache:
+    """Keys and values of all layers (and slots of reduced ones) on the model's device; each step makes new ones.
+
+    Attributes:
+        layout: Of the model.
+        batch: Sequences.
+        values: ONNX Runtime's own, in the order of the model's inputs.
+        length: Tokens that the model has read; reduced layers store fewer.
+    """
+
+    def __init__(self, layout: CacheLayout, batch: int) -> None:
+        self.layout = layout
+        self.batch = batch
+        self.values = layout.empty(batch, 0)
+        self.length = 0
+
+    def bind(self, session: Any, outputs: Sequence[str], tokens: int) -> Any:
+        """Return a binding of `outputs`, then of past and present, for a step of so many tokens."""
+        binding = session.io_binding()
+        for name in outputs:
+            binding.bind_output(name)
+        for name, value in zip(self.layout.past, self.values, strict=True):
+            binding.bind_ortvalue_input(name, value)
+        for name in self.layout.present:
+            binding.bind_output(name, self.layout.device)
+        return binding
+
+    def advance(self, present: Sequence[Any], tokens: int) -> None:
+        """Take what a step gave for `present`."""
+        self.values = list(present)
+        self.length += tokens
+
+    def saved(self) -> float:
+        """Return the share of keys that reduced layers do not store; of the longest sequence where there are many."""
+        layers = self.layout.layers
+        stored = sum(int(value.shape()[2]) for value in self.values[: 2 * layers : 2])
+        return 1 - stored / (layers * self.length) if self.length else 0.0
+
+
+class PlacedCache(Cache):
+    """A cache with room for more tokens than it holds: a step writes the new ones and moves nothing.
+
+    Past and present are the same memory, which only native RoutedAttention can write to. Where the room is used up it
+    doubles, up to the model's context.
+
+    Attributes:
+        places: Tokens that there is room for.
+    """
+
+    places = 0
+    _binding: Any = None
+
+    def bind(self, session: Any, outputs: Sequence[str], tokens: int) -> Any:
+        """Return the binding of this cache's memory, made anew only where the memory is."""
+        if self.length + tokens > self.places:
+            self._reserve(self.length + tokens)
+            self._binding = None
+        if self._binding is None:
+            self._binding = session.io_binding()
+            for name in outputs:
+                self._binding.bind_output(name)
+            for past, present, value in zip(self.layout.past, self.layout.present, self.values, strict=True):
+                self._binding.bind_ortvalue_input(past, value)
+                self._binding.bind_ortvalue_output(present, value)
+        else:
+            for name in outputs:  # their shapes may change from step to step
+                self._binding.bind_output(name)
+        return self._binding
+
+    def advance(self, present: Sequence[Any], tokens: int) -> None:
+        """Count the new tokens; they were written already."""
+        self.length += tokens
+
+    def saved(self) -> float:
+        """Return 0: every token is stored."""
+        return 0.0
+
+    def _reserve(self, needed: int) -> None:
+        wanted = max(needed + _STEP, 2 * self.places)
+        if self.layout.context is not None:
+            wanted = max(needed, min(wanted, self.layout.context))
+        # One place more than needed: a full cache could not be told from one that grows.
+        places = (wanted // _STEP + 1) * _STEP
+        fits = [kept for kept in self.layout.spare if kept[0] >= places and kept[1][0].shape()[0] == self.batch]
+        if fits:
+            self.layout.spare.clear()
+        places, larger = fits[0] if fits else (places, self.layout.empty(self.batch, places))
+        if self.length:
+            for old, new in zip(self.values, larger, strict=True):
+                new.numpy()[:, :, : self.length] = old.numpy()[:, :, : self.length]
+        self.values, self.places = larger, places
+
+    def __del__(self) -> None:
+        """Leave the memory to the next cache: memory that is new to the process is slow at its first touch."""
+        if self.places:
+            self.layout.spare[:] = [(self.places, self.values)]
