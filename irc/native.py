@@ -20,6 +20,7 @@ from irc.errors import InputError
 log = logging.getLogger(__name__)
 
 PACKAGE = "irc_native"
+_CHOICES = "auto, native, portable or the path of an operator library"
 _HOW = "build it with pip install ./exporters/native (it needs a C++ compiler)"
 
 
@@ -33,6 +34,7 @@ class NativeLibrary:
         domain_version: Of the ONNX domain `irc` that its kernels implement.
         providers: The data types (fp32, fp16, bf16) of its kernels, by provider (cpu, cuda).
         instruction_set: What its CPU kernels use here.
+        cache_with_room: Whether RoutedAttention writes to a cache in place.
     """
 
     path: Path
@@ -40,6 +42,7 @@ class NativeLibrary:
     domain_version: int
     providers: Mapping[str, Sequence[str]]
     instruction_set: str
+    cache_with_room: bool = False
 
     def misfit(self, provider: str, dtype: str) -> str:
         """Return why it cannot serve a model on a provider, empty where it can."""
@@ -75,8 +78,12 @@ def load_library(path: Path) -> NativeLibrary:
     Raises:
         InputError: It is missing, built for another machine, or no operator library of ours.
     """
-    if not path.is_file():
-        raise InputError(f"{path}: there is no operator library; {_HOW}, or give its path")
+    try:
+        there = path.is_file()
+    except OSError as error:
+        raise InputError(f"--ops: {error.strerror}; give {_CHOICES}") from error
+    if not there:
+        raise InputError(f"--ops is '{path}', and there is no such library; give {_CHOICES}")
     try:
         describe = ctypes.CDLL(str(path.resolve())).irc_native_describe
     except OSError as error:
@@ -92,6 +99,7 @@ def load_library(path: Path) -> NativeLibrary:
             int(found["domain_version"]),
             {str(provider): [str(name) for name in names] for provider, names in found["providers"].items()},
             str(found["instruction_set"]),
+            found.get("cache_with_room") is True,
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: the operator library describes itself in another way; {_HOW} again") from error

@@ -149,10 +149,15 @@ class PlacedCache(Cache):
             wanted = max(needed, min(wanted, self.layout.context))
         # One place more than needed: a full cache could not be told from one that grows.
         places = (wanted // _STEP + 1) * _STEP
-        fits = [kept for kept in self.layout.spare if kept[0] >= places and kept[1][0].shape()[0] == self.batch]
-        if fits:
-            self.layout.spare.clear()
-        places, larger = fits[0] if fits else (places, self.layout.empty(self.batch, places))
+        try:
+            kept, larger = self.layout.spare.pop()  # at once: another thread may want it too
+        except IndexError:
+            kept, larger = 0, []
+        if kept >= places and larger[0].shape()[0] == self.batch:
+            places = kept
+        else:
+            del larger
+            larger = self.layout.empty(self.batch, places)
         if self.length:
             for old, new in zip(self.values, larger, strict=True):
                 new.numpy()[:, :, : self.length] = old.numpy()[:, :, : self.length]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from irc.errors import InputError
 from irc.native import choose_library
 from irc.onnx_cache import Cache, CacheLayout, PlacedCache, onnxruntime
 from irc.onnx_folder import OnnxFolder, open_folder
+
+log = logging.getLogger(__name__)
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _EXECUTE, _DIFFERENCES = "irc.execute", "irc.logit_differences"
@@ -69,13 +72,19 @@ class Runtime:
         # A model without routed units has no operator of ours.
         routed = bool(self.exported.decisions)
         library = choose_library(ops, self.provider, self.exported.dtype) if routed else None
-        self.ops = "native" if library else "portable"
-        try:
-            if library:
+        if library:
+            try:
                 options.register_custom_ops_library(str(library.path))
-            self._session = ort.InferenceSession(
-                _with_decisions(self.exported, forced), options, providers=[PROVIDERS[self.provider]]
-            )
+            except Exception as error:
+                reason = f"{library.path}: ONNX Runtime cannot register it ({_first_line(error)})"
+                if ops != "auto":
+                    raise InputError(reason) from error
+                log.warning("native operators are not used, portable ones are: %s", reason)
+                library = None
+        self.ops = "native" if library else "portable"
+        model, routed_attention = _with_decisions(self.exported, forced)
+        try:
+            self._session = ort.InferenceSession(model, options, providers=[PROVIDERS[self.provider]])
         except Exception as error:
             raise InputError(f"{folder}: ONNX Runtime cannot load it ({_first_line(error)})") from error
         self._forced = forced
@@ -93,9 +102,8 @@ class Runtime:
             past, present, cache.layers, cache.heads, cache.size, self.exported.dtype, self.provider, context
         )
         self._outputs = ["logits", *([_DIFFERENCES] if self.exported.decisions else [])]
-        attention = [decision for decision in self.exported.decisions if decision.unit.endswith("attn")]
-        placed = self.exported.counts_past_by_mask and not cache.reduced and len(attention) == cache.layers
-        self.in_place = placed and self.ops == "native"
+        can = library is not None and library.cache_with_room and self.exported.counts_past_by_mask
+        self.in_place = can and routed_attention == cache.layers
 
     @property
     def device(self) -> str:
@@ -116,7 +124,15 @@ class Runtime:
             mask: [batch, cached + tokens], 0 on padding.
             cache: Of the tokens before.
             execute: Decisions [units, batch, tokens] of a forced runtime.
+
+        Raises:
+            ValueError: The shapes do not fit the cache.
         """
+        if mask.shape != (len(ids), cache.length + ids.shape[1]) or len(ids) != cache.batch:
+            raise ValueError(
+                f"ids are {list(ids.shape)}, the mask {list(mask.shape)}; the cache holds {cache.length} tokens of "
+                f"{cache.batch} sequences"
+            )
         binding = cache.bind(self._session, self._outputs, ids.shape[1])
         binding.bind_cpu_input("input_ids", ids)
         binding.bind_cpu_input("attention_mask", mask)
@@ -160,8 +176,10 @@ def choose_provider(wanted: str) -> str:
     return "cpu"
 
 
-def _with_decisions(exported: OnnxFolder, forced: bool) -> bytes:
-    """Return the model with the logit differences of all units as one more output; its weights stay in their file.
+def _with_decisions(exported: OnnxFolder, forced: bool) -> tuple[bytes, int]:
+    """Return the model with the logit differences of all units as one more output, and how many RoutedAttention it has.
+
+    Its weights stay in their file.
 
     Forced, one more input says what executes; the routers run all the same, for the output reads them.
     """
@@ -182,8 +200,7 @@ def _with_decisions(exported: OnnxFolder, forced: bool) -> bytes:
             maker.output[list(maker.output).index(decision.execute)] = own
             graph.initializer.append(onnx.numpy_helper.from_array(np.array(index), number))
             graph.node.insert(0, onnx.helper.make_node("Gather", [_EXECUTE, number], [decision.execute], axis=0))
-    serialized: bytes = model.SerializeToString()
-    return serialized
+    return model.SerializeToString(), sum(node.op_type == "RoutedAttention" for node in graph.node)
 
 
 def _float32(value: Any) -> NDArray[np.float32]:

@@ -37,6 +37,8 @@ def _fuse(graph: fx.Graph, module: nn.Module, squeeze: fx.Node) -> bool:
     single = squeeze.args[0]
     if not isinstance(single, fx.Node) or single.target != aten._to_copy.default or list(single.users) != [squeeze]:
         return False
+    if squeeze.args[1] != -1 or single.kwargs.get("dtype") != torch.float32:
+        return False
     call = single.args[0]
     if not isinstance(call, fx.Node) or call.op != "call_module" or list(call.users) != [single]:
         return False

@@ -118,6 +118,14 @@ def test_rows_are_moved_exactly(case: dict[str, Any]) -> None:
     assert torch.equal(z, irc.scatter_add(y, executed, base)), "one rounding, as in PyTorch"
 
 
+@needs_library
+def test_every_byte_but_zero_is_true() -> None:
+    mask = torch.tensor([[2, 0, 255, 1]], dtype=torch.uint8).view(torch.bool)
+    executed, skipped = _run("SelectRows", [mask], [torch.int64] * 2)
+    assert executed.tolist() == [[[0, 0], [0, 2], [0, 3]]]
+    assert skipped.tolist() == [[[0, 1]]]
+
+
 attention = st.fixed_dictionaries(
     {
         "batch": st.integers(1, 3),

@@ -63,8 +63,10 @@ def test_without_the_package_auto_is_portable_and_native_says_how_to_get_it(monk
 
 
 def test_what_is_no_library_of_ours_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="there is no operator library"):
+    with pytest.raises(InputError, match="there is no such library; give auto, native, portable or the path"):
         load_library(tmp_path / "missing.so")
+    with pytest.raises(InputError, match="File name too long; give auto"):
+        load_library(Path("x" * 400))
     text = tmp_path / "text.so"
     text.write_text("no shared library")
     with pytest.raises(InputError, match="cannot be loaded"):

@@ -116,11 +116,16 @@ void routed_attention(const Call& call, const Attributes& attributes) {
   const auto same = [](const Shape& shape, std::initializer_list<int64_t> expected) {
     return std::equal(expected.begin(), expected.end(), shape.size);
   };
-  call.expect(same(p.q.shape, {1, p.rows.count, p.heads * size}), "q is " + p.q.shape.text() + " for " + std::to_string(p.rows.count) + " rows and " + std::to_string(p.heads) + " heads of " + std::to_string(size));
-  call.expect(same(k.shape, {batch, tokens, stride}) && same(v.shape, {batch, tokens, stride}), "k is " + k.shape.text() + ", v " + v.shape.text() + ", the past " + past_k.shape.text());
-  call.expect(past >= 0 && places >= total, "past keys are " + past_k.shape.text() + ", the mask " + p.mask.shape.text() + " says " + std::to_string(past) + " past tokens and " + std::to_string(tokens) + " new ones");
-  call.expect(same(past_k.shape, {batch, kv_heads, room, size}) && same(past_v.shape, {batch, kv_heads, room, size}), "past keys are " + past_k.shape.text() + ", values " + past_v.shape.text());
-  call.expect(same(p.mask.shape, {batch, tokens, total}), "mask is " + p.mask.shape.text() + ", expected [" + std::to_string(batch) + ", " + std::to_string(tokens) + ", " + std::to_string(total) + "]");
+  if (!same(p.q.shape, {1, p.rows.count, p.heads * size}))
+    call.fail("q is " + p.q.shape.text() + " for " + std::to_string(p.rows.count) + " rows and " + std::to_string(p.heads) + " heads of " + std::to_string(size));
+  if (!same(k.shape, {batch, tokens, stride}) || !same(v.shape, {batch, tokens, stride}))
+    call.fail("k is " + k.shape.text() + ", v " + v.shape.text() + ", the past " + past_k.shape.text());
+  if (past < 0 || places < total)
+    call.fail("past keys are " + past_k.shape.text() + ", the mask " + p.mask.shape.text() + " says " + std::to_string(past) + " past tokens and " + std::to_string(tokens) + " new ones");
+  if (!same(past_k.shape, {batch, kv_heads, room, size}) || !same(past_v.shape, {batch, kv_heads, room, size}))
+    call.fail("past keys are " + past_k.shape.text() + ", values " + past_v.shape.text());
+  if (!same(p.mask.shape, {batch, tokens, total}))
+    call.fail("mask is " + p.mask.shape.text() + " for k " + k.shape.text());
   p.y = call.output<T>(0, {1, p.rows.count, p.heads * size});
   p.keys = call.output<T>(1, {batch, kv_heads, places, size});
   p.values = call.output<T>(2, {batch, kv_heads, places, size});
@@ -164,10 +169,13 @@ void routed_attention(const Call& call, const Attributes& attributes) {
     return;
   }
   call.parallel(batch * kv_heads, append_head);
-  // As many memories as there can be tasks at once would do; a task cannot know its thread, so each part has one.
-  float* memory = scratch(parts * floats);
-  call.parallel(parts, [&](int64_t part) {
-    for (int64_t head = 0; head < p.heads; ++head) attend(p, starts[part], starts[part + 1], head, memory + part * floats);
+  // A task is a part of the queries and a share of the heads: enough tasks for all threads, and a memory for each.
+  const int64_t shares = std::min(p.heads, std::max<int64_t>(1, (2 * thread_count() + parts - 1) / parts));
+  float* memory = scratch(parts * shares * floats);
+  call.parallel(parts * shares, [&](int64_t task) {
+    const int64_t part = task / shares, share = task % shares;
+    for (int64_t head = share * p.heads / shares; head < (share + 1) * p.heads / shares; ++head)
+      attend(p, starts[part], starts[part + 1], head, memory + task * floats);
   });
 }
 

@@ -23,21 +23,20 @@ void Call::check(OrtStatus* status) const {
   throw Failure{kRuntimeException, std::string(name_) + ": " + message};
 }
 
-void Call::expect(bool holds, const std::string& what) const {
-  if (!holds) refuse(std::string(name_) + ": " + what);
-}
+void Call::fail(const std::string& what) const { refuse(std::string(name_) + ": " + what); }
 
 const void* Call::read(int index, int rank, Shape* shape) const {
   const OrtValue* value = nullptr;
   check(GetInput::call(api_, context_, size_t(index), &value));
-  expect(value != nullptr, "input " + std::to_string(index) + " is missing");
+  if (!value) fail("input " + std::to_string(index) + " is missing");
   OrtTensorTypeAndShapeInfo* info = nullptr;
   check(GetTensorTypeAndShape::call(api_, value, &info));
   const std::unique_ptr<OrtTensorTypeAndShapeInfo, void (*)(OrtTensorTypeAndShapeInfo*)> kept(
       info, reinterpret_cast<void (*)(OrtTensorTypeAndShapeInfo*)>(api_->slot[99]));
   size_t found = 0;
   check(GetDimensionsCount::call(api_, info, &found));
-  expect(int(found) == rank, "input " + std::to_string(index) + " has " + std::to_string(found) + " dimensions, expected " + std::to_string(rank));
+  if (int(found) != rank)
+    fail("input " + std::to_string(index) + " has " + std::to_string(found) + " dimensions, expected " + std::to_string(rank));
   shape->rank = rank;
   check(GetDimensions::call(api_, info, shape->size, found));
   void* data = nullptr;
@@ -59,15 +58,15 @@ void Call::spread(int64_t count, void (*task)(void*, size_t), void* data) const 
 
 Rows rows_of(const Call& call, int index, int64_t batch, int64_t tokens) {
   const auto input = call.input<int64_t>(index, 3);
-  call.expect(input.shape[0] == 1 && input.shape[2] == 2, "rows are " + input.shape.text() + ", expected [1, n, 2]");
+  if (input.shape[0] != 1 || input.shape[2] != 2) call.fail("rows are " + input.shape.text() + ", expected [1, n, 2]");
   const Rows rows{input.data, input.shape[1]};
   int64_t before = -1;
   for (int64_t row = 0; row < rows.count; ++row) {
     const int64_t sequence = rows.sequence(row), token = rows.token(row);
-    call.expect(sequence >= 0 && sequence < batch && token >= 0 && token < tokens,
-                "row (" + std::to_string(sequence) + ", " + std::to_string(token) + ") lies outside of [" +
-                    std::to_string(batch) + ", " + std::to_string(tokens) + "]");
-    call.expect(sequence * tokens + token > before, "rows are not in order, or one comes twice");
+    if (sequence < 0 || sequence >= batch || token < 0 || token >= tokens)
+      call.fail("row (" + std::to_string(sequence) + ", " + std::to_string(token) + ") lies outside of [" +
+                std::to_string(batch) + ", " + std::to_string(tokens) + "]");
+    if (sequence * tokens + token <= before) call.fail("rows are not in order, or one comes twice");
     before = sequence * tokens + token;
   }
   return rows;

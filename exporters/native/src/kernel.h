@@ -53,8 +53,8 @@ class Call {
     return static_cast<T*>(write(index, shape));
   }
 
-  // Says that a condition about the inputs holds, or ends the call with a message.
-  void expect(bool holds, const std::string& what) const;
+  // Ends the call with a message about its inputs. Messages are put together only where they are needed.
+  [[noreturn]] void fail(const std::string& what) const;
 
   // Runs task(0) ... task(count - 1) on ONNX Runtime's threads; tasks must not throw.
   template <class Task>

@@ -142,7 +142,7 @@ __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOp
 
 // What the library is, as JSON: read by irc before it is registered.
 __attribute__((visibility("default"))) const char* irc_native_describe() {
-  static const std::string text = std::string("{\"version\": \"" IRC_VERSION "\", \"domain_version\": 1, \"least_onnxruntime\": \"1.23\", ") +
+  static const std::string text = std::string("{\"version\": \"" IRC_VERSION "\", \"domain_version\": 1, \"cache_with_room\": true, ") +
       "\"providers\": {\"cpu\": [\"fp32\", \"fp16\", \"bf16\"]}, \"instruction_set\": \"" + irc::instruction_set().name + "\"}";
   return text.c_str();
 }

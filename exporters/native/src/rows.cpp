@@ -9,13 +9,14 @@
 namespace irc {
 
 void select_rows(const Call& call) {
-  const auto mask = call.input<bool>(0, 2);
+  // Read as bytes: whatever is not zero is true, even where another program wrote a 2.
+  const auto mask = call.input<uint8_t>(0, 2);
   const int64_t batch = mask.shape[0], tokens = mask.shape[1], count = mask.shape.count();
-  const int64_t executed = std::count(mask.data, mask.data + count, true);
+  const int64_t executed = count - std::count(mask.data, mask.data + count, uint8_t(0));
   int64_t* next[2] = {call.output<int64_t>(1, {1, count - executed, 2}), call.output<int64_t>(0, {1, executed, 2})};
   for (int64_t sequence = 0; sequence < batch; ++sequence)
     for (int64_t token = 0; token < tokens; ++token) {
-      int64_t*& to = next[mask.data[sequence * tokens + token] ? 1 : 0];
+      int64_t*& to = next[mask.data[sequence * tokens + token] != 0];
       *to++ = sequence;
       *to++ = token;
     }
@@ -48,8 +49,8 @@ static void put_rows(const Call& call, const Put& put) {
   const auto y = call.input<T>(0, 3), base = call.input<T>(2, 3);
   const int64_t tokens = base.shape[1], width = base.shape[2];
   const Rows rows = rows_of(call, 1, base.shape[0], tokens);
-  call.expect(y.shape[0] == 1 && y.shape[1] == rows.count && y.shape[2] == width,
-              "y is " + y.shape.text() + ", expected [1, " + std::to_string(rows.count) + ", " + std::to_string(width) + "]");
+  if (y.shape[0] != 1 || y.shape[1] != rows.count || y.shape[2] != width)
+    call.fail("y is " + y.shape.text() + ", expected [1, " + std::to_string(rows.count) + ", " + std::to_string(width) + "]");
   T* z = call.output<T>(0, {base.shape[0], tokens, width});
   if (z != base.data) std::memcpy(z, base.data, size_t(base.shape.count()) * sizeof(T));
   for_parts(call, rows.count, width, [&](int64_t first, int64_t last) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from irc import native
+from irc.onnx_cache import Cache
 from irc.runtime import Runtime
 
 PROMPT = "def parse(text):\n    "
@@ -55,6 +57,49 @@ def test_verify_and_generate_say_which_kernels_ran(
     assert f"{expected} operators" in shown.err
 
 
+@needs_library
+def test_a_mask_that_does_not_fit_the_cache_is_an_error(exported: Path) -> None:
+    """In a cache with room the kernel would write where the mask says."""
+    for ops in ("native", "portable"):
+        runtime = Runtime(exported, "cpu", ops=ops)
+        cache = runtime.empty_cache(1)
+        runtime.step(np.zeros((1, 5), np.int64), np.ones((1, 5), np.int64), cache)
+        for ids, mask in ((1, (1, 3)), (1, (1, 7)), (2, (1, 6))):
+            with pytest.raises(ValueError, match="the cache holds 5 tokens of 1 sequences"):
+                runtime.step(np.zeros((1, ids), np.int64), np.ones(mask, np.int64), cache)
+        assert cache.length == 5
+
+
+@needs_library
+def test_a_library_that_knows_no_cache_with_room_gets_one_that_grows(
+    exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = native.installed_library()
+    assert library is not None
+    monkeypatch.setattr(native, "installed_library", lambda: replace(library, cache_with_room=False))
+    runtime = Runtime(exported, "cpu")
+    assert (runtime.ops, runtime.in_place) == ("native", False)
+
+
+@needs_library
+def test_a_finished_texts_memory_serves_the_next_text_alone(exported: Path) -> None:
+    runtime = Runtime(exported, "cpu")
+
+    def begun(batch: int = 1) -> Cache:
+        cache = runtime.empty_cache(batch)
+        runtime.step(np.zeros((batch, 5), np.int64), np.ones((batch, 5), np.int64), cache)
+        return cache
+
+    first = begun()
+    memory = first.values[0]
+    del first
+    second, third = begun(), begun()
+    assert second.values[0] is memory
+    assert third.values[0] is not memory
+    del second
+    assert begun(2).values[0] is not memory, "of another batch"
+
+
 def test_a_dense_model_needs_no_kernels_of_ours(dense: Path) -> None:
     assert Runtime(dense, ops="native").ops == "portable"
 
@@ -65,6 +110,9 @@ def test_kernels_that_were_asked_for_and_are_not_there(
     shown = irc_main("generate", exported, PROMPT, "--ops", text_file)
     assert shown.code == 2
     assert "the operator library cannot be loaded" in shown.sentence()
+    shown = irc_main("generate", exported, PROMPT, "--ops", "nativ")
+    assert shown.code == 2
+    assert "--ops is 'nativ', and there is no such library; give auto, native" in shown.sentence()
     monkeypatch.setattr(native, "PACKAGE", "no_such_package_anywhere")
     shown = irc_main("generate", exported, PROMPT, "--ops", "native")
     assert shown.code == 2
