@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -33,27 +34,19 @@ def staged(folder: Path) -> Iterator[Path]:
     if Path.cwd().is_relative_to(place):
         raise InputError(f"{folder}: is the working folder or holds it; give a folder inside it by --output")
     made = [parent for parent in place.parents if not parent.exists()]
+    # Named before it is made, so that a signal at any moment finds what to remove; no two names are alike.
+    staging = place.with_name(f".{place.name[:80]}.{secrets.token_hex(8)}.new")
     try:
+        place.exists()  # the name must be possible before any work is done
         place.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{place.name[:80]}.", suffix=".new", dir=place.parent))
-    except OSError as error:
-        _remove(made)
-        raise cannot_write(folder, error) from error
-    try:
-        # The name must be possible before any work is done, and mkdtemp makes folders for their owner alone.
-        place.exists()
-        umask = os.umask(0)
-        os.umask(umask)
-        staging.chmod(0o777 & ~umask)
+        staging.mkdir()
         yield staging
         replace_folder(staging, place)
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
         _remove(made)
-        raise cannot_write(folder, error) from error
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        _remove(made)
+        if isinstance(error, OSError):
+            raise cannot_write(folder, error) from error
         raise
 
 
