@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -134,6 +134,23 @@ def finish(module: nn.Module) -> None:
         module.recompile()
     else:
         cast("_Finalizable", module).finalize()
+
+
+def rewrite_nodes(
+    model: fx.GraphModule, target: object, rewrite: Callable[[fx.Graph, nn.Module, fx.Node], bool]
+) -> PassResult:
+    """Offer every node that calls `target`, in every graph of a model, to a function that says if it changed it."""
+    modified = False
+    for module in list(model.modules()):
+        graph = graph_of(module)
+        if graph is None:
+            continue
+        found = [node for node in graph.nodes if node.target == target]
+        changed = [rewrite(graph, module, node) for node in found]
+        if any(changed):
+            finish(module)
+            modified = True
+    return PassResult(model, modified)
 
 
 class _Finalizable:

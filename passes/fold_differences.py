@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import fx, nn
 
-from passes.base import Pass, PassResult, finish, graph_of
+from passes.base import Pass, PassResult, rewrite_nodes
 
 aten = torch.ops.aten
 
@@ -20,15 +20,7 @@ class FoldDifferences(Pass):
 
     def call(self, model: fx.GraphModule) -> PassResult:
         """Fold all differences whose two logits nothing else reads."""
-        modified = False
-        for module in list(model.modules()):
-            graph = graph_of(module)
-            differences = [node for node in graph.nodes if node.target == aten.sub.Tensor] if graph else []
-            folded = [_fold(cast(fx.Graph, graph), module, node) for node in differences]
-            if any(folded):
-                finish(module)
-                modified = True
-        return PassResult(model, modified)
+        return rewrite_nodes(model, aten.sub.Tensor, _fold)
 
 
 def _fold(graph: fx.Graph, module: nn.Module, difference: fx.Node) -> bool:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import fx, nn
 
 from passes import dialect  # noqa: F401 - registers the operators
-from passes.base import Pass, PassResult, finish, graph_of
+from passes.base import Pass, PassResult, rewrite_nodes
 from passes.wires import transposed_weight
 
 irc = torch.ops.irc
@@ -23,15 +21,7 @@ class FuseForecasts(Pass):
 
     def call(self, model: fx.GraphModule) -> PassResult:
         """Fuse all linear forecasters."""
-        modified = False
-        for module in list(model.modules()):
-            graph = graph_of(module)
-            adds = [node for node in graph.nodes if node.target == irc.scatter_add.default] if graph else []
-            fused = [_fuse(cast(fx.Graph, graph), module, node) for node in adds]
-            if any(fused):
-                finish(module)
-                modified = True
-        return PassResult(model, modified)
+        return rewrite_nodes(model, irc.scatter_add.default, _fuse)
 
 
 def _fuse(graph: fx.Graph, module: nn.Module, add: fx.Node) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 from passes import dialect  # noqa: F401 - registers the operators
-from passes.base import Pass, PassResult, finish, graph_of
+from passes.base import Pass, PassResult, rewrite_nodes
 from passes.wires import transposed_weight
 
 aten = torch.ops.aten
@@ -22,15 +22,7 @@ class FuseRouters(Pass):
 
     def call(self, model: fx.GraphModule) -> PassResult:
         """Fuse all routers whose logit nothing else reads."""
-        modified = False
-        for module in list(model.modules()):
-            graph = graph_of(module)
-            squeezes = [node for node in graph.nodes if node.target == aten.squeeze.dim] if graph else []
-            fused = [_fuse(cast(fx.Graph, graph), module, node) for node in squeezes]
-            if any(fused):
-                finish(module)
-                modified = True
-        return PassResult(model, modified)
+        return rewrite_nodes(model, aten.squeeze.dim, _fuse)
 
 
 def _fuse(graph: fx.Graph, module: nn.Module, squeeze: fx.Node) -> bool:

@@ -2,7 +2,8 @@
 //
 // No package registry ships ONNX Runtime's headers, and the ABI is append-only: a function keeps its place in the table
 // of OrtApi for ever, so a place is all that has to be known. Models ran on ONNX Runtime 1.23, 1.24, 1.25 and 1.32;
-// tests/exporters/test_native_ops.py calls every one of them on the installed one. Sources: onnxruntime_c_api.h, "OrtApi" and "OrtCustomOp".
+// tests/exporters/test_native_ops.py runs kernels that call them on the installed one. Sources: onnxruntime_c_api.h,
+// "OrtApi" and "OrtCustomOp".
 #pragma once
 
 #include <cstddef>
@@ -82,7 +83,6 @@ using CreateCustomOpDomain = Function<26, OrtStatus*, const char*, OrtCustomOpDo
 using CustomOpDomainAdd = Function<27, OrtStatus*, OrtCustomOpDomain*, const OrtCustomOp*>;
 using AddCustomOpDomain = Function<28, OrtStatus*, OrtSessionOptions*, OrtCustomOpDomain*>;
 using GetTensorMutableData = Function<51, OrtStatus*, OrtValue*, void**>;
-using GetTensorElementType = Function<60, OrtStatus*, const OrtTensorTypeAndShapeInfo*, int*>;
 using GetDimensionsCount = Function<61, OrtStatus*, const OrtTensorTypeAndShapeInfo*, size_t*>;
 using GetDimensions = Function<62, OrtStatus*, const OrtTensorTypeAndShapeInfo*, int64_t*, size_t>;
 using GetTensorTypeAndShape = Function<65, OrtStatus*, const OrtValue*, OrtTensorTypeAndShapeInfo**>;
