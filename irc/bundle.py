@@ -23,12 +23,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from irc.checkpoint import BaseModel, find_base
-from irc.config import LoraRecipe, check_key_policy
+from irc.config import check_key_policy
 from irc.dial import turn_dial
 from irc.errors import InputError
 from irc.key_policy import KeyPolicy, calibrated_keep, key_policy_of, set_key_policy
 from irc.lora import WEIGHTS, load_lora, save_lora
 from irc.routed import RoutedForCausalLM, RoutingSpec, build_routed
+from irc.stage_recipes import LoraRecipe
 from irc.staging import replaced, staged
 from irc.train import write_safetensors
 

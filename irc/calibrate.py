@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
+from irc.budget import Budget, plain_budget
 from irc.modules import EXECUTE, Record, Router
 from irc.policies import policy_named
 from irc.routed import RoutedForCausalLM
-from irc.threshold import choose_shifts
+from irc.threshold import choose_shifts, quantile
 from irc.train import ProgressFactory
 
 _ROUNDS = 8
@@ -21,26 +22,28 @@ _BATCH = 16
 
 
 def set_threshold(
-    model: RoutedForCausalLM, text: torch.Tensor, target: float, progress: ProgressFactory
+    model: RoutedForCausalLM, text: torch.Tensor, budget: Budget, progress: ProgressFactory
 ) -> dict[str, Any]:
     """Set the threshold where the policy has one to set; return what each unit executes of the calibration text.
 
     Args:
         model: Rewritten model.
         text: Calibration windows, int64 [windows, length].
-        target: Share of (token, unit) pairs to approximate.
+        budget: What is to be approximated.
         progress: Makes a progress bar.
     """
     assert model.spec is not None
     policy = policy_named(model.spec.policy)
     if policy.learns and not policy.capacity:
-        return calibrate(model, text, target, progress)
+        return calibrate(model, text, budget, progress)
     keep = measured_keep(model, text)
     return {"calibration_sparsity": 1 - sum(keep.values()) / len(keep), "calibration_keep": keep}
 
 
 @torch.no_grad()
-def calibrate(model: RoutedForCausalLM, text: torch.Tensor, target: float, progress: ProgressFactory) -> dict[str, Any]:
+def calibrate(
+    model: RoutedForCausalLM, text: torch.Tensor, budget: Budget, progress: ProgressFactory
+) -> dict[str, Any]:
     """Set a threshold on the logit difference so that argmax routing meets the target sparsity.
 
     Routing changes the hidden states that later routers read, so the quantile is taken again under the
@@ -59,15 +62,16 @@ def calibrate(model: RoutedForCausalLM, text: torch.Tensor, target: float, progr
     with progress("threshold", _ROUNDS) as bar:
         for rounds in range(1, _ROUNDS + 1):
             differences = _differences(model, text)
-            realized = (torch.cat(list(differences.values())) < 0).double().mean().item()
+            keep_now = {unit: (values >= 0).double().mean().item() for unit, values in differences.items()}
+            skipped = {unit: 1 - share for unit, share in keep_now.items()}
+            realized, missed = budget.realized(skipped), budget.missed(skipped)
             bar.update(rounds, sparsity=realized)
-            if abs(realized - target) < gap:
-                gap = abs(realized - target)
-                keep = {unit: (values >= 0).double().mean().item() for unit, values in differences.items()}
+            if missed < gap:
+                gap, keep = missed, keep_now
                 best = (realized, total, {unit: bias.clone() for unit, bias in biases.items()}, keep)
             if gap <= _TOLERANCE or rounds == _ROUNDS:
                 break
-            shifts = choose_shifts(differences, target, _TOLERANCE)
+            shifts = _shifts(differences, budget)
             for unit, bias in biases.items():
                 bias[EXECUTE] -= shifts[unit]
             total -= sum(shifts.values()) / len(shifts)
@@ -84,6 +88,12 @@ def calibrate(model: RoutedForCausalLM, text: torch.Tensor, target: float, progr
     }
 
 
+def _shifts(differences: dict[str, torch.Tensor], budget: Budget) -> dict[str, float]:
+    if budget.targets is None:
+        return choose_shifts(differences, budget.sparsity, _TOLERANCE, budget.weights)
+    return {unit: quantile(values, budget.targets[unit]) for unit, values in differences.items()}
+
+
 @torch.no_grad()
 def dial_points(
     model: RoutedForCausalLM, text: torch.Tensor, targets: Sequence[float], progress: ProgressFactory
@@ -98,7 +108,7 @@ def dial_points(
     own = {unit: bias.clone() for unit, bias in biases.items()}
     points = []
     for target in sorted(targets):
-        found = calibrate(model, text, target, progress)
+        found = calibrate(model, text, plain_budget(list(biases), target), progress)
         shift = {unit: (bias[EXECUTE] - own[unit][EXECUTE]).item() for unit, bias in biases.items()}
         points.append(
             {

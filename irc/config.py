@@ -17,10 +17,10 @@ import yaml
 from irc.errors import InputError
 from irc.modules import default_rank
 from irc.policies import Policy, policy_named
+from irc.stage_recipes import LffRecipe, LoraRecipe, RouterRecipe, setting
 
 STAGES = ("lff", "router", "lora")
 PRECISIONS = ("auto", "fp32", "bf16")
-READS = ("", "unit", "stream", "layer")
 EVAL_SPLITS = ("heldout", "validation")
 KEY_POLICIES = ("full", "reduced")
 _LEAST = {
@@ -32,59 +32,14 @@ _LEAST = {
     "router.steps": 1,
     "router.batch_size": 1,
     "router.calibration_tokens": 1,
+    "router.clip": 0,
+    "router.noise_end": 0,
+    "router.entropy_weight": 0,
+    "router.teach_steps": 0,
     "lora.steps": 1,
     "lora.batch_size": 1,
     "lora.rank": 1,
 }
-
-
-def setting(default: Any, text: str) -> Any:
-    """Declare a recipe field with its default and its help."""
-    return field(default=default, metadata={"help": text})
-
-
-@dataclass
-class LffRecipe:
-    """Stage `lff`: fit the forecasters."""
-
-    tokens: int = setting(65_536, "calibration tokens of the streaming pass, from the train split")
-    ridge: float = setting(1e-4, "ridge of the regression, relative to the mean input variance")
-    steps: int = setting(50, "refinement steps by L1 + (1 - cosine); 0 leaves the closed form")
-    batch_size: int = setting(8, "windows a refinement step")
-    lr: float = setting(1e-3, "refinement learning rate, cosine to zero")
-
-
-@dataclass
-class RouterRecipe:
-    """Stage `router`: train the routers, then set their decision threshold."""
-
-    reads: str = setting("", "what routers read: unit (its normed input), stream, layer; empty for the policy's own")
-    start: float = setting(0.0, "logit for execution that untrained routers start with: 3 begins nearly dense")
-    steps: int = setting(200, "training steps")
-    batch_size: int = setting(8, "windows a step")
-    lr: float = setting(5e-3, "learning rate of the routers, cosine to a tenth")
-    forecaster_lr: float = setting(2e-3, "learning rate of the forecasters in this stage; 0 freezes them")
-    temperature_start: float = setting(5.0, "Gumbel-softmax temperature at the first step")
-    temperature_end: float = setting(1.0, "temperature at the last step, linear in between")
-    sparsity_weight: float = setting(8.0, "weight of |(1 - sparsity) - mean execution|")
-    cosine_weight: float = setting(0.1, "weight of mean(1 - cosine) over approximated tokens")
-    distill: float = setting(0.0, "share of the loss that is the divergence from the dense model's logits, 0 to 1")
-    calibration_tokens: int = setting(49_152, "tokens that set the threshold, from the calibration split")
-
-
-@dataclass
-class LoraRecipe:
-    """Stage `lora` (optional): low-rank adapters on the base's linears, routing on."""
-
-    steps: int = setting(200, "training steps")
-    batch_size: int = setting(8, "windows a step")
-    lr: float = setting(2e-4, "learning rate, cosine to zero")
-    rank: int = setting(16, "rank of the adapters")
-    alpha: int = setting(32, "scale of the adapters: alpha / rank")
-    dropout: float = setting(0.1, "dropout before the adapters")
-    targets: list[str] = field(
-        default_factory=lambda: ["q_proj", "v_proj", "gate_proj"], metadata={"help": "names of the adapted linears"}
-    )
 
 
 @dataclass
@@ -135,8 +90,7 @@ class Recipe:
             raise InputError(f"forecaster is '{self.forecaster}'; choose linear or silu")
         if not 0.0 <= self.router.distill <= 1.0:
             raise InputError(f"router.distill is {self.router.distill}; give a share between 0 and 1")
-        if self.router.reads not in READS:
-            raise InputError(f"router.reads is '{self.router.reads}'; choose from {', '.join(READS[1:])}")
+        self.router.check(policy.forecasts)
         if self.eval_split not in EVAL_SPLITS:
             raise InputError(f"eval_split is '{self.eval_split}'; choose from {', '.join(EVAL_SPLITS)}")
         if self.precision not in PRECISIONS:
@@ -157,7 +111,7 @@ class Recipe:
             raise InputError(f"seq_len is {self.seq_len}; a window needs at least 2 tokens")
         for name, least in _LEAST.items():
             value = operator.attrgetter(name)(self)
-            if value < least:
+            if not value >= least:  # neither is NaN
                 raise InputError(f"{name} is {value}; give at least {least}")
 
     def rank_for(self, width: int) -> int:

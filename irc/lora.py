@@ -11,9 +11,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from irc.config import LoraRecipe
 from irc.errors import InputError
 from irc.routed import RoutedForCausalLM
+from irc.stage_recipes import LoraRecipe
 from irc.train import write_safetensors
 
 WEIGHTS = "adapter_model.safetensors"

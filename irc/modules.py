@@ -68,6 +68,25 @@ class Forecaster(nn.Module):
         return result
 
 
+class BottleneckRouter(Router):
+    """A router that reads its unit's forecaster's bottleneck: x [batch, tokens, d] -> logits [batch, tokens, 2].
+
+    Args:
+        forecaster: Of the same unit; its parameters stay its own.
+        hidden: Hidden size.
+    """
+
+    def __init__(self, forecaster: Forecaster, hidden: int) -> None:
+        super().__init__(forecaster.down.out_features, hidden)
+        self._forecaster = (forecaster,)  # in a tuple: no submodule, so that no parameter has two names
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the logits."""
+        (forecaster,) = self._forecaster
+        logits: torch.Tensor = super().forward(forecaster.act(forecaster.down(x)))  # type: ignore[no-untyped-call]
+        return logits
+
+
 class ZeroForecaster(nn.Module):
     """The greedy baseline's forecast: a skipped unit adds nothing to the residual stream."""
 
@@ -103,6 +122,8 @@ class RoutingControl:
         mode: `route` follows the routers' argmax (inference), `sample` draws hard Gumbel-softmax
             decisions (training), `execute` and `approximate` ignore the routers, `forced` follows `masks`.
         temperature: Of the sampling.
+        shift: Added to every logit difference in sampling.
+        noise_scale: Of the sampling noise; 0 samples nothing.
         noise: Uniform draws per unit, [batch, tokens], for the sampling; reproducible because they are given.
         masks: Per unit, bool [batch, tokens], True where the unit executes.
         tape: Receives a `Record` per unit and call while not None.
@@ -115,6 +136,8 @@ class RoutingControl:
 
     mode: Mode = "route"
     temperature: float = 1.0
+    shift: float = 0.0
+    noise_scale: float = 1.0
     noise: dict[str, torch.Tensor] = field(default_factory=dict)
     masks: dict[str, torch.Tensor] = field(default_factory=dict)
     tape: dict[str, Record] | None = None
@@ -143,7 +166,8 @@ class RoutingControl:
         if self.capacity is not None:
             return self.top(difference, self.capacity), torch.sigmoid(difference)
         uniform = self.noise[unit].to(difference)
-        soft = torch.sigmoid((difference + torch.logit(uniform, eps=1e-6)) / self.temperature)
+        noise = self.noise_scale * torch.logit(uniform, eps=1e-6)
+        soft = torch.sigmoid((difference + self.shift + noise) / self.temperature)
         return soft >= 0.5, soft
 
     def top(self, difference: torch.Tensor, capacity: float) -> torch.Tensor:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import random
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils import reduce
-from torch import nn
 
-from irc.config import RouterRecipe
+from irc.budget import Budget, plain_budget
 from irc.modules import Record
 from irc.policies import policy_named
 from irc.routed import RoutedForCausalLM
+from irc.stage_recipes import RouterRecipe
 from irc.train import Objective, step_noise
 
 Figures = dict[str, float]
@@ -54,8 +57,9 @@ class RoutingObjective(Objective):
         sparsity: Target share of approximated (token, unit) pairs.
         seed: Of the sampling noise.
         steps: Length of the stage, for the temperature.
-        extra: Further parameters to train (LoRA), with their learning rate; then routers stay frozen
-            and the temperature stays at its end.
+        lora: Parameter groups to train instead (the stage lora); the temperature then stays at its end.
+        sampled: Whether that stage samples its routes, which routers need to learn.
+        budget: What meets the target; the model as a whole when None.
     """
 
     def __init__(
@@ -65,7 +69,9 @@ class RoutingObjective(Objective):
         sparsity: float,
         seed: int,
         steps: int,
-        extra: tuple[dict[str, nn.Parameter], float] | None = None,
+        lora: Sequence[dict[str, Any]] = (),
+        sampled: bool = False,
+        budget: Budget | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -73,16 +79,17 @@ class RoutingObjective(Objective):
         self.sparsity = sparsity
         self.seed = seed
         self.steps = steps
-        self.extra = extra
+        self.lora, self.sampled = list(lora), sampled or not lora
+        self.budget = budget or plain_budget([unit.name for unit in model.units], sparsity)
         policy = policy_named(model.spec.policy if model.spec else "informed")
         self._learns, self._ranked = policy.learns, policy.capacity
         self._drawn = policy.forecasts and not policy.learns
         self._cosine_weight = recipe.cosine_weight if policy.forecasts else 0.0
 
     def trainable(self) -> list[dict[str, Any]]:
-        """Routers, and forecasters where they keep learning; or the extra parameters alone."""
-        if self.extra is not None:
-            return [{"params": self.extra[0], "lr": self.extra[1]}]
+        """Routers, and forecasters where they keep learning; or what the stage lora trains."""
+        if self.lora:
+            return self.lora
         groups = [{"params": self.model.adapter_parameters("router"), "lr": self.recipe.lr}] if self._learns else []
         if self.recipe.forecaster_lr > 0:
             groups.append({"params": self.model.adapter_parameters("forecaster"), "lr": self.recipe.forecaster_lr})
@@ -91,7 +98,21 @@ class RoutingObjective(Objective):
     def temperature(self, step: int) -> float:
         """Return the sampling temperature of a step."""
         start, end = self.recipe.temperature_start, self.recipe.temperature_end
-        return end if self.extra is not None else start + (end - start) * step / max(1, self.steps - 1)
+        return end if self.lora else start + (end - start) * step / max(1, self.steps - 1)
+
+    def noise_scale(self, step: int) -> float:
+        """Return the scale of the sampling noise of a step: 1 in the first half, then falling to its end."""
+        if self.lora:
+            return self.recipe.noise_end
+        late = max(0.0, 2 * step / max(1, self.steps - 1) - 1)
+        return 1 + (self.recipe.noise_end - 1) * late
+
+    def target(self, step: int) -> float:
+        """Return the target share of a step."""
+        if not self.recipe.target_range:
+            return self.sparsity
+        low, high = self.recipe.target_range
+        return low + (high - low) * random.Random(self.seed * 9_973 + step).random()
 
     def forward(self, windows: torch.Tensor, step: int) -> tuple[torch.Tensor, Figures]:
         """Return the loss and its parts.
@@ -109,15 +130,15 @@ class RoutingObjective(Objective):
         figures = {"lm": loss.item()}
         if self.recipe.distill > 0:
             loss = (1 - self.recipe.distill) * loss + self.recipe.distill * self._divergence(flat, windows)
-        mean_execution = torch.stack([_straight_through(record) for record in tape.values()]).mean()
-        if self.extra is None and self._learns and not self._ranked:
-            # The gap is taken over all processes; its gradient is each process's own share of it.
-            gap = (reduce(mean_execution.detach().clone(), "mean") - (1 - self.sparsity)).item()
-            sign = 1.0 if gap > 0 else -1.0
-            loss = loss + self.recipe.sparsity_weight * (sign * (mean_execution - mean_execution.detach()) + abs(gap))
+        execution = {unit: _straight_through(record) for unit, record in tape.items()}
+        if self.sampled and self._learns and not self._ranked:
+            loss = loss + self.recipe.sparsity_weight * self.budget.loss(execution, self.target(step))
+        if self.recipe.entropy_weight > 0 and self.sampled and self._learns:
+            loss = loss + self.recipe.entropy_weight * _entropy(tape)
         if self._cosine_weight > 0:
             loss = loss + self._cosine_weight * _skipped_error(tape)
-        return loss, {**figures, "sparsity": 1 - mean_execution.item()}
+        skipped = 1 - torch.stack(list(execution.values())).mean().item()
+        return loss, {**figures, "sparsity": skipped}
 
     def _divergence(self, flat: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
         """Return the mean divergence of routed logits [tokens, vocabulary] from those of the dense model."""
@@ -126,14 +147,31 @@ class RoutingObjective(Objective):
         return F.kl_div(flat.log_softmax(-1), dense.log_softmax(-1), reduction="batchmean", log_target=True)
 
     def _routing(self, windows: torch.Tensor, step: int) -> dict[str, Any]:
-        if self.extra is not None and not self._drawn:
+        if not self.sampled and not self._drawn:
             return {"mode": "route"}
         shape = (windows.shape[0], windows.shape[1])
         noise = step_noise([unit.name for unit in self.model.units], self.seed, step, shape)
         if self._drawn:  # policy random: new draws for every step
             masks = {unit: (draw >= self.sparsity).to(windows.device) for unit, draw in noise.items()}
             return {"mode": "forced", "masks": masks}
-        return {"mode": "sample", "temperature": self.temperature(step), "noise": noise}
+        return {
+            "mode": "sample",
+            "temperature": self.temperature(step),
+            "noise": noise,
+            "noise_scale": self.noise_scale(step),
+            "shift": _log_odds(1 - self.target(step)) - _log_odds(1 - self.sparsity),
+        }
+
+
+def _log_odds(share: float) -> float:
+    share = min(max(share, 1e-3), 1 - 1e-3)
+    return math.log(share / (1 - share))
+
+
+def _entropy(tape: dict[str, Record]) -> torch.Tensor:
+    """Mean entropy of the routers' decisions, in nats, over all (token, unit) pairs."""
+    logits = torch.stack([_some(record.difference) for record in tape.values()])
+    return F.binary_cross_entropy_with_logits(logits, torch.sigmoid(logits))
 
 
 def _straight_through(record: Record) -> torch.Tensor:

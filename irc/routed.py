@@ -18,8 +18,8 @@ from irc.cache import CACHE_NAME, flat_past, updated
 from irc.capture import Captured, assign_weights, capture
 from irc.checkpoint import BaseModel
 from irc.errors import InputError
-from irc.modules import Mux, RoutingControl
-from irc.policies import make_forecaster, make_router, policy_named, refuse_whole_sequences
+from irc.modules import BottleneckRouter, Forecaster, Mux, RoutingControl
+from irc.policies import Policy, make_forecaster, make_router, policy_named, refuse_whole_sequences
 from passes.base import PassManager
 from passes.insert_forecasters import InsertForecasters
 from passes.insert_routers import InsertRouters, Reads
@@ -190,19 +190,28 @@ def build_routed(
         return make_forecaster(policy, unit.width, spec.rank, spec.forecaster).to(device, captured.dtype)
 
     def router(unit: Unit) -> nn.Module:
+        if spec.reads == "bottleneck" and policy.learns:
+            beside = captured.graph.get_submodule(f"{unit.name}_forecaster")
+            return BottleneckRouter(cast(Forecaster, beside), max(8, unit.width // 4)).to(device, captured.dtype)
         made = make_router(policy, unit.width, spec.rank, spec.sparsity, seeds[unit.name])
         return made.to(device, captured.dtype)
 
     passes = PassManager(
         [
             InsertForecasters(forecaster, lambda unit: Mux(unit.name, control)),
-            InsertRouters(router, cast(Reads, spec.reads) if spec.reads else policy.reads),
+            InsertRouters(router, _source(spec, policy)),
         ]
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         passes.run(captured.graph)
     return _ready(RoutedForCausalLM(captured, match, control, spec))
+
+
+def _source(spec: RoutingSpec, policy: Policy) -> Reads:
+    if spec.reads == "bottleneck":  # its own router takes it from there
+        return "unit"
+    return cast(Reads, spec.reads) if spec.reads else policy.reads
 
 
 def _ready(model: RoutedForCausalLM) -> RoutedForCausalLM:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from irc.budget import Budget, make_budget
 from irc.calibrate import set_threshold
 from irc.calibration import gathering, set_closed_form
 from irc.config import Recipe
@@ -24,6 +25,7 @@ from irc.modules import Forecaster, Router
 from irc.objectives import ForecastObjective, RoutingObjective
 from irc.routed import RoutedForCausalLM
 from irc.static_depth import drop_units
+from irc.teaching import TeachObjective
 from irc.train import LoopResult, LoopSettings, ProgressFactory, accelerator_for, train
 
 log = logging.getLogger(__name__)
@@ -147,13 +149,30 @@ def run_router(context: StageContext) -> dict[str, Any]:
     _learn(model, "router")
     if recipe.forecaster_lr > 0:
         _learn(model, "forecaster")
-    objective = RoutingObjective(model, recipe, context.recipe.sparsity, context.recipe.seed, recipe.steps)
+    budget = _budget(context)
+    if recipe.teach_steps:
+        _teach(context)
+    objective = RoutingObjective(
+        model, recipe, context.recipe.sparsity, context.recipe.seed, recipe.steps, budget=budget
+    )
     if not any(group["params"] for group in objective.trainable()):
-        return _threshold(context)
+        return _threshold(context, budget)
     settings = context.settings("router", recipe.steps, recipe.batch_size, 0.1)
+    settings.clip = recipe.clip
     with context.progress("router", recipe.steps) as progress:
         result = train(objective, context.train_windows(), settings, progress, context.accelerator)
-    return {**_figures(result), **_threshold(context)}
+    return {**_figures(result), **_threshold(context, budget)}
+
+
+def _teach(context: StageContext) -> None:
+    """Let the routers learn what forecasts cost; a router stage that has begun holds what came of it."""
+    recipe = context.recipe.router
+    if (context.work / "router.checkpoint.safetensors").exists():
+        return
+    objective = TeachObjective(context.model, recipe.lr, context.recipe.sparsity)
+    settings = context.settings("teach", recipe.teach_steps, recipe.batch_size, 0.0)
+    with context.progress("teach", recipe.teach_steps) as progress:
+        train(objective, context.train_windows(), settings, progress, context.accelerator)
 
 
 def run_lora(context: StageContext) -> dict[str, Any]:
@@ -162,18 +181,35 @@ def run_lora(context: StageContext) -> dict[str, Any]:
     model = context.model
     model.requires_grad_(False)
     inject_lora(model, recipe, context.recipe.seed)
-    extra = (lora_parameters(model), recipe.lr)
+    groups = [{"params": lora_parameters(model), "lr": recipe.lr}]
+    for role, rate in (("forecaster", recipe.forecaster_lr), ("router", recipe.router_lr)):
+        if rate > 0 and model.adapter_parameters(role):
+            _learn(model, role)
+            groups.append({"params": model.adapter_parameters(role), "lr": rate})
+    budget = _budget(context)
     objective = RoutingObjective(
-        model, context.recipe.router, context.recipe.sparsity, context.recipe.seed, recipe.steps, extra
+        model,
+        context.recipe.router,
+        context.recipe.sparsity,
+        context.recipe.seed,
+        recipe.steps,
+        lora=groups,
+        sampled=recipe.router_lr > 0,
+        budget=budget,
     )
     settings = context.settings("lora", recipe.steps, recipe.batch_size, 0.0)
     with context.progress("lora", recipe.steps) as progress:
         result = train(objective, context.train_windows(), settings, progress, context.accelerator)
-    return {**_figures(result), **_threshold(context)}
+    return {**_figures(result), **_threshold(context, budget)}
 
 
-def _threshold(context: StageContext) -> dict[str, Any]:
-    return set_threshold(context.model, context.calibration_windows(), context.recipe.sparsity, context.progress)
+def _threshold(context: StageContext, budget: Budget) -> dict[str, Any]:
+    return set_threshold(context.model, context.calibration_windows(), budget, context.progress)
+
+
+def _budget(context: StageContext) -> Budget:
+    recipe = context.recipe
+    return make_budget(context.model, recipe.router.budget, recipe.sparsity, context.calibration_windows())
 
 
 def _learn(model: RoutedForCausalLM, role: str) -> None:

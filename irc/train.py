@@ -60,6 +60,7 @@ class LoopSettings:
         checkpoint: File to write and to continue from.
         checkpoint_seconds: Time between two writes.
         weight_decay: Of AdamW.
+        clip: Largest norm of the gradient, 0 for no bound.
     """
 
     steps: int
@@ -70,6 +71,7 @@ class LoopSettings:
     checkpoint: Path
     checkpoint_seconds: float = 30.0
     weight_decay: float = 0.0
+    clip: float = 0.0
 
 
 @dataclass
@@ -138,6 +140,8 @@ def train(
         if not bool(torch.isfinite(loss)):
             raise IrcError(f"the loss is {loss.item()} at step {step}; lower the learning rate of this stage")
         accelerator.backward(loss)
+        if settings.clip:
+            accelerator.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], settings.clip)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()

@@ -25,10 +25,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTra
 from irc import console, routed
 from irc.capture import Captured, capture
 from irc.checkpoint import BaseModel, find_base
-from irc.config import LffRecipe, LoraRecipe, Recipe, RouterRecipe
+from irc.config import Recipe
 from irc.data import load_text, token_stream
 from irc.lora import inject_lora, lora_parameters
 from irc.routed import RoutedForCausalLM, RoutingSpec, build_routed
+from irc.stage_recipes import LffRecipe, LoraRecipe, RouterRecipe
 from irc.stages import StageContext
 from irc.train import ProgressFactory
 

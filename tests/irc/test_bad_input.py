@@ -180,6 +180,17 @@ SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "unknown stage": (["--stages", "lff,train"], ("lff, train", "lff, router, lora")),
     "order": (["--stages", "lff,lora,router"], ("in this order",)),
     "policy": (["--policy", "greedy"], ("greedy", "informed")),
+    "reads": (["--set", "router.reads=all"], ("router.reads is 'all'", "bottleneck")),
+    "bottleneck": (["--policy", "skipgpt", "--set", "router.reads=bottleneck"], ("has no forecasters",)),
+    "budget": (["--set", "router.budget=layer"], ("router.budget is 'layer'", "recoverability")),
+    "one end": (["--set", "router.target_range=[0.1]"], ("router.target_range is [0.1]", "two shares")),
+    "ends": (["--set", "router.target_range=[0.6, 0.1]"], ("[0.6, 0.1]", "ascending")),
+    "no ends": (["--set", "router.target_range=[a, b]"], ("['a', 'b']", "two shares")),
+    "range": (
+        ["--set", "router.target_range=[0.1, 0.6]", "--set", "router.budget=unit"],
+        ("needs a budget of the whole model",),
+    ),
+    "clip": (["--set", "router.clip=nan"], ("router.clip is nan", "at least 0")),
     "no recipe": (["--recipe", "nowhere.yaml"], ("nowhere.yaml", "cannot be read")),
 }
 

@@ -12,10 +12,10 @@ import torch
 from peft import PeftConfig
 from safetensors.torch import load_file, save_file
 
-from irc.config import LoraRecipe
 from irc.errors import InputError
 from irc.lora import WEIGHTS, inject_lora, load_lora, lora_config, lora_parameters, save_lora
 from irc.routed import RoutedForCausalLM
+from irc.stage_recipes import LoraRecipe
 from irc.stages import StageContext, run_lora
 
 Make = Callable[..., RoutedForCausalLM]
@@ -107,4 +107,21 @@ def test_the_stage_changes_the_adapters_and_nothing_else(
             assert torch.equal(after[name], tensor), name
     trained = lora_parameters(context.model)
     assert all(float(parameter.abs().max()) > 0 for name, parameter in trained.items() if "lora_B" in name)
+    assert abs(figures["calibration_sparsity"] - 0.25) <= 0.01
+
+
+@pytest.mark.parametrize(("rates", "learns"), [((1e-2, 0.0), "forecaster"), ((0.0, 1e-2), "router")])
+def test_forecasters_or_routers_learn_along_when_asked(
+    make_context: Callable[..., StageContext], shake: Any, rates: tuple[float, float], learns: str
+) -> None:
+    context = make_context()
+    shake(context.model)
+    context.recipe.lora.forecaster_lr, context.recipe.lora.router_lr = rates
+    before = copy.deepcopy(context.model.state_dict())
+    figures = run_lora(context)
+    after = {name.replace(".base_layer", ""): tensor for name, tensor in context.model.state_dict().items()}
+    changed = {name for name, tensor in before.items() if not torch.equal(after[name], tensor)}
+    kept = {name for name in changed if f"_{learns}." not in name and not name.endswith("_router.2.bias")}
+    assert not kept
+    assert {name for name in before if f"_{learns}." in name} <= changed
     assert abs(figures["calibration_sparsity"] - 0.25) <= 0.01

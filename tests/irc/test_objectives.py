@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from irc.checkpoint import BaseModel
-from irc.config import RouterRecipe
 from irc.modules import Record
 from irc.objectives import ForecastObjective, RoutingObjective, _straight_through
 from irc.routed import RoutedForCausalLM
+from irc.stage_recipes import RouterRecipe
 
 Make = Callable[..., RoutedForCausalLM]
 STEPS = 11
@@ -29,8 +30,8 @@ def model(make_routed: Make, shake: Any) -> RoutedForCausalLM:
     return model
 
 
-def objective(model: RoutedForCausalLM, sparsity: float = 0.25, extra: Any = None, **recipe: Any) -> RoutingObjective:
-    return RoutingObjective(model, RouterRecipe(**recipe), sparsity, seed=0, steps=STEPS, extra=extra)
+def objective(model: RoutedForCausalLM, sparsity: float = 0.25, lora: Any = (), **recipe: Any) -> RoutingObjective:
+    return RoutingObjective(model, RouterRecipe(**recipe), sparsity, seed=0, steps=STEPS, lora=lora)
 
 
 def sampled(model: RoutedForCausalLM, one: RoutingObjective, ids: torch.Tensor, step: int) -> dict[str, Record]:
@@ -145,7 +146,7 @@ def test_forecasters_learn_along_only_when_asked(model: RoutedForCausalLM, forec
 
 def test_extra_parameters_train_alone_with_deterministic_routes(model: RoutedForCausalLM, ids: torch.Tensor) -> None:
     extra = torch.nn.Parameter(torch.zeros(1))
-    one = objective(model, extra=({"extra": extra}, 0.1))
+    one = objective(model, lora=[{"params": {"extra": extra}, "lr": 0.1}])
     (group,) = one.trainable()
     assert group["params"] == {"extra": extra}
     with torch.no_grad():
@@ -197,3 +198,64 @@ def test_distillation_is_the_divergence_from_the_dense_model(model: RoutedForCau
     plain, _ = objective(model, **options)(ids, 4)
     half, _ = objective(model, distill=0.5, **options)(ids, 4)
     torch.testing.assert_close(half, (plain + loss) / 2)
+
+
+def test_noise_falls_over_the_second_half_to_its_end(model: RoutedForCausalLM) -> None:
+    one = objective(model, noise_end=0.2)
+    assert [one.noise_scale(step) for step in range(STEPS)] == pytest.approx(
+        [1.0] * 6 + [0.84, 0.68, 0.52, 0.36, 0.2], abs=1e-9
+    )
+    assert {objective(model).noise_scale(step) for step in range(STEPS)} == {1.0}
+
+
+def test_without_noise_sampling_is_the_deterministic_route(model: RoutedForCausalLM, ids: torch.Tensor) -> None:
+    one = objective(model, noise_end=0.0)
+    last = sampled(model, one, ids, STEPS - 1)
+    tape: dict[str, Record] = {}
+    with model.control.using(mode="route", tape=tape):
+        model(input_ids=ids, use_cache=False)
+    assert all(torch.equal(last[unit].execute, record.execute) for unit, record in tape.items())
+    first = sampled(model, one, ids, 0)
+    assert not all(torch.equal(first[unit].execute, record.execute) for unit, record in tape.items())
+
+
+def test_entropy_term_is_the_mean_entropy(model: RoutedForCausalLM, ids: torch.Tensor) -> None:
+    plain, sharp = objective(model), objective(model, entropy_weight=0.5)
+    tape = sampled(model, plain, ids, 2)
+    p = torch.stack([torch.sigmoid(record.difference) for record in tape.values()])
+    entropy = -(p * p.log() + (1 - p) * (1 - p).log()).mean().item()
+    assert 0.05 < entropy < math.log(2)
+    with torch.no_grad():
+        assert sharp(ids, 2)[0].item() - plain(ids, 2)[0].item() == pytest.approx(0.5 * entropy, abs=1e-5)
+
+
+def test_every_step_draws_a_target_of_the_range_and_shifts_the_routers_to_it(
+    model: RoutedForCausalLM, ids: torch.Tensor
+) -> None:
+    one = objective(model, 0.25, target_range=[0.1, 0.6])
+    targets = [one.target(step) for step in range(200)]
+    assert 0.1 <= min(targets) < 0.12
+    assert 0.58 < max(targets) <= 0.6
+    assert targets == [objective(model, 0.25, target_range=[0.1, 0.6]).target(step) for step in range(200)]
+    shift = one._routing(ids, 3)["shift"]
+    odds = [(1 - share) / share for share in (targets[3], 0.25)]
+    assert shift == pytest.approx(math.log(odds[0] / odds[1]))
+    assert objective(model, 0.25)._routing(ids, 3)["shift"] == 0.0
+    with torch.no_grad():
+        skipped = [one(ids, step)[1]["sparsity"] for step in range(STEPS)]
+    assert torch.corrcoef(torch.tensor([skipped, targets[:STEPS]]))[0, 1] > 0.5
+
+
+@pytest.mark.parametrize("router_lr", [0.0, 0.2])
+def test_in_the_lora_stage_routes_are_sampled_where_routers_learn(
+    model: RoutedForCausalLM, ids: torch.Tensor, router_lr: float
+) -> None:
+    groups = [{"params": model.adapter_parameters("router"), "lr": router_lr}]
+    recipe = RouterRecipe(temperature_end=0.7)
+    one = RoutingObjective(model, recipe, 0.25, 0, STEPS, lora=groups, sampled=router_lr > 0)
+    routing = one._routing(ids, 0)
+    assert routing["mode"] == ("sample" if router_lr else "route")
+    if router_lr:
+        assert routing["temperature"] == 0.7
+        one(ids, 0)[0].backward()
+        assert all(parameter.grad is not None for parameter in groups[0]["params"].values())

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from irc.budget import plain_budget
 from irc.calibrate import calibrate
 from irc.data import windows
 from irc.errors import InputError
@@ -24,7 +25,10 @@ from irc.stages import (
 
 
 def calibrated(context: StageContext) -> dict[str, Any]:
-    return calibrate(context.model, context.calibration_windows(), context.recipe.sparsity, context.progress)
+    units = [unit.name for unit in context.model.units]
+    return calibrate(
+        context.model, context.calibration_windows(), plain_budget(units, context.recipe.sparsity), context.progress
+    )
 
 
 TARGETS = [0.0, 0.1, 0.25, 0.5, 0.9, 1.0]

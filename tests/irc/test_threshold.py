@@ -46,6 +46,22 @@ def test_nothing_can_be_done_when_every_unit_is_constant() -> None:
     assert skipped(units, choose_shifts(units, 0.4, 0.001)) in (0.0, 1.0)
 
 
+def test_a_unit_counts_by_its_weight() -> None:
+    units = {"a": torch.randn(1000), "b": torch.randn(1000) - 2}
+    weights = {"a": 0.8, "b": 0.2}
+    shifts = choose_shifts(units, 0.3, 0.001, weights)
+    assert shifts["a"] == shifts["b"]
+    under = {name: float((values < shifts[name]).double().mean()) for name, values in units.items()}
+    assert 0.8 * under["a"] + 0.2 * under["b"] == pytest.approx(0.3, abs=0.001)
+    assert under["b"] > 0.6 > 0.3 > under["a"]
+
+
+def test_quantile_counts_by_mass() -> None:
+    values, mass = torch.tensor([3.0, 1.0, 2.0]), torch.tensor([1.0, 1.0, 8.0]).double()
+    assert quantile(values, 0.1, mass) == 1.5
+    assert quantile(values, 0.9, mass) == 2.5
+
+
 def quantile_of_normal(share: float) -> float:
     return torch.distributions.Normal(0, 1).icdf(torch.tensor(share)).item()
 

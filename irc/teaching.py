@@ -1,0 +1,87 @@
+"""Teaches routers what a forecast would cost, before they are trained by routing.
+
+To first order, approximating unit u at a token changes the loss by g . (forecast - y), where g is the loss's
+gradient with respect to the unit's output y. The routers learn to predict the logarithm of its square, in
+units of its standard deviation over all tokens and units, so that one threshold serves the whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from irc.modules import Router, difference_of
+from irc.routed import RoutedForCausalLM
+from irc.train import Objective
+
+
+class TeachObjective(Objective):
+    """Squared error between every router's logit difference and the standardised log cost of forecasting.
+
+    Args:
+        model: Rewritten model with fitted forecasters.
+        lr: Learning rate of the routers.
+        sparsity: Target share to approximate: the differences' quantile that goes to zero.
+    """
+
+    def __init__(self, model: RoutedForCausalLM, lr: float, sparsity: float) -> None:
+        super().__init__()
+        self.model = model
+        self.lr = lr
+        share = torch.tensor(min(max(sparsity, 1e-3), 1 - 1e-3))
+        self.threshold = torch.distributions.Normal(0.0, 1.0).icdf(share).item()
+
+    def trainable(self) -> list[dict[str, Any]]:
+        """All routers."""
+        return [{"params": self.model.adapter_parameters("router"), "lr": self.lr}]
+
+    def forward(self, windows: torch.Tensor, step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        """Return the error, and the share of the costs' variance that the routers explain.
+
+        Args:
+            windows: int64 [batch, tokens].
+            step: Not used.
+        """
+        with _probing(self.model) as seen, self.model.control.using(mode="execute", tape=None):
+            logits = self.model(input_ids=windows, use_cache=False).logits
+        flat = logits[:, :-1].float().flatten(0, 1)
+        loss = F.cross_entropy(flat, windows[:, 1:].flatten(), reduction="sum")
+        gradients = torch.autograd.grad(loss, [probe for probe, _, _ in seen])
+        errors = [(g * error).sum(-1)[:, :-1] for g, (_, error, _) in zip(gradients, seen, strict=True)]
+        cost = (torch.stack(errors).double().square() + 1e-12).log()
+        wanted = ((cost - cost.mean()) / cost.std()).float() - self.threshold
+        difference = torch.stack([logits for _, _, logits in seen])[:, :, :-1]
+        error = (difference - wanted).square().mean()
+        return error, {"explained": 1 - error.item()}
+
+
+@contextmanager
+def _probing(model: RoutedForCausalLM) -> Iterator[list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
+    """Gather of every unit a zero added to its output, its forecast's error, and its router's difference."""
+    seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def probe(_: nn.Module, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        y, forecast, logits = arguments
+        zero = torch.zeros_like(output, requires_grad=True)
+        seen.append((zero, (forecast - y).detach(), difference_of(logits)))
+        return output + zero
+
+    def apart(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (arguments[0].detach(),)
+
+    handles = []
+    for unit in model.units:
+        handles.append(model.part(unit, "mux").register_forward_hook(probe))
+        router = model.part(unit, "router")
+        assert isinstance(router, Router)
+        handles.append(router.register_forward_pre_hook(apart))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,76 @@
+"""Teaching: routers learn what a forecast costs, to first order, and begin at the target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from irc.routed import RoutedForCausalLM
+from irc.stages import StageContext, run_lff, run_router
+from irc.teaching import TeachObjective, _probing
+
+
+def test_the_cost_is_the_first_order_change_of_the_loss(
+    make_routed: Callable[..., RoutedForCausalLM], shake: Any, ids: torch.Tensor
+) -> None:
+    """Adding a thousandth of a unit's forecast error to its output changes the loss by a thousandth of g . error."""
+    model = shake(make_routed()).double()
+
+    def loss_of(step: float, unit: int) -> float:
+        with torch.no_grad(), _probing(model) as seen, model.control.using(mode="execute"):
+            handle = model.part(model.units[unit], "mux").register_forward_hook(
+                lambda _, arguments, output: output + step * (arguments[1] - arguments[0])
+            )
+            logits = model(input_ids=ids, use_cache=False).logits
+            handle.remove()
+        assert len(seen) == len(model.units)
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
+
+    with _probing(model) as seen, model.control.using(mode="execute"):
+        logits = model(input_ids=ids, use_cache=False).logits
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+    gradients = torch.autograd.grad(loss, [probe for probe, _, _ in seen])
+    for unit in range(len(model.units)):
+        first = (gradients[unit] * seen[unit][1]).sum().item()
+        measured = (loss_of(1e-3, unit) - loss_of(-1e-3, unit)) / 2e-3
+        assert measured == pytest.approx(first, rel=1e-3, abs=0.01)  # norms compute in float32
+
+
+def test_teaching_trains_routers_alone_and_explains_the_cost(make_context: Callable[..., StageContext]) -> None:
+    context = make_context(sparsity=0.4)
+    run_lff(context)
+    model = context.model
+    model.requires_grad_(False)
+    for parameter in model.adapter_parameters("router").values():
+        parameter.requires_grad_(True)
+    objective = TeachObjective(model, 1e-2, 0.4)
+    optimizer = torch.optim.Adam(objective.trainable()[0]["params"].values(), lr=1e-2)
+    before = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    windows = context.train_windows()[:64]
+    explained = []
+    for step in range(40):
+        loss, figures = objective(windows, step)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        explained.append(figures["explained"])
+    assert explained[-1] > 0.05 > explained[0]
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if not p.requires_grad)
+    assert not any(model.part(unit, "router")._forward_pre_hooks for unit in model.units)
+
+
+def test_taught_routers_begin_near_the_target(make_context: Callable[..., StageContext]) -> None:
+    context = make_context(sparsity=0.4)
+    run_lff(context)
+    context.recipe.router.teach_steps = 60
+    context.recipe.router.steps = 1
+    context.recipe.router.lr = 1e-2
+    run_router(context)
+    bars: Any = context.progress
+    assert bars.names()[-3:] == ["teach", "router", "threshold"]
+    first = (context.work / "teach.checkpoint.safetensors").exists()
+    assert first  # a killed stage goes on from there
