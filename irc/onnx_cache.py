@@ -82,11 +82,11 @@ class Cache:
         self.values = layout.empty(batch, 0)
         self.length = 0
 
-    def bind(self, session: Any, outputs: Sequence[str], tokens: int) -> Any:
-        """Return a binding of `outputs`, then of past and present, for a step of so many tokens."""
+    def bind(self, session: Any, outputs: Sequence[str], tokens: int, device: str = "cpu") -> Any:
+        """Return a binding of `outputs`, left on `device`, then of past and present, for a step of so many tokens."""
         binding = session.io_binding()
         for name in outputs:
-            binding.bind_output(name)
+            binding.bind_output(name, device)
         for name, value in zip(self.layout.past, self.values, strict=True):
             binding.bind_ortvalue_input(name, value)
         for name in self.layout.present:
@@ -118,7 +118,7 @@ class PlacedCache(Cache):
     places = 0
     _binding: Any = None
 
-    def bind(self, session: Any, outputs: Sequence[str], tokens: int) -> Any:
+    def bind(self, session: Any, outputs: Sequence[str], tokens: int, device: str = "cpu") -> Any:
         """Return the binding of this cache's memory, made anew only where the memory is."""
         if self.length + tokens > self.places:
             self._reserve(self.length + tokens)
@@ -126,13 +126,13 @@ class PlacedCache(Cache):
         if self._binding is None:
             self._binding = session.io_binding()
             for name in outputs:
-                self._binding.bind_output(name)
+                self._binding.bind_output(name, device)
             for past, present, value in zip(self.layout.past, self.layout.present, self.values, strict=True):
                 self._binding.bind_ortvalue_input(past, value)
                 self._binding.bind_ortvalue_output(present, value)
         else:
             for name in outputs:  # their shapes may change from step to step
-                self._binding.bind_output(name)
+                self._binding.bind_output(name, device)
         return self._binding
 
     def advance(self, present: Sequence[Any], tokens: int) -> None:

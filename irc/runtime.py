@@ -48,13 +48,20 @@ class Runtime:
         forced: Whether `step` is given the decisions instead of following the routers, which run all the same.
         ops: Kernels of the operators of domain `irc`: `auto`, `native`, `portable` or a library's path, as
             `irc.native.choose_library` has them.
+        profile: Where ONNX Runtime writes what each kernel took (see `end_profile`); None for no profile.
 
     Raises:
         InputError: The folder is damaged, or the provider or the library does not load or lacks the model's data type.
     """
 
     def __init__(
-        self, folder: Path, provider: str = "auto", threads: int = 0, forced: bool = False, ops: str = "auto"
+        self,
+        folder: Path,
+        provider: str = "auto",
+        threads: int = 0,
+        forced: bool = False,
+        ops: str = "auto",
+        profile: Path | None = None,
     ) -> None:
         self.exported: OnnxFolder = open_folder(folder)
         self.provider = choose_provider(provider)
@@ -64,6 +71,8 @@ class Runtime:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        if profile is not None:
+            options.enable_profiling, options.profile_file_prefix = True, str(profile)
         # Threads wait in a loop within a call, which is fast, and stop when it ends, which leaves the cores to others.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         options.add_session_config_entry(
@@ -110,12 +119,22 @@ class Runtime:
         """Where the cache lies: `cpu` or `cuda`."""
         return self.provider
 
+    def end_profile(self) -> Path:
+        """End the profile; return ONNX Runtime's trace (JSON)."""
+        return Path(self._session.end_profiling())
+
     def empty_cache(self, batch: int) -> Cache:
         """Return the cache of a text that has not begun."""
         return (PlacedCache if self.in_place else Cache)(self._layout, batch)
 
     def step(
-        self, ids: NDArray[np.int64], mask: NDArray[np.int64], cache: Cache, execute: NDArray[np.bool_] | None = None
+        self,
+        ids: NDArray[np.int64],
+        mask: NDArray[np.int64],
+        cache: Cache,
+        execute: NDArray[np.bool_] | None = None,
+        *,
+        fetch: bool = True,
     ) -> Step:
         """Run the model on new tokens; the cache grows in place.
 
@@ -124,6 +143,7 @@ class Runtime:
             mask: [batch, cached + tokens], 0 on padding.
             cache: Of the tokens before.
             execute: Decisions [units, batch, tokens] of a forced runtime.
+            fetch: Whether results are brought to the host; otherwise they stay on the device and the step holds none.
 
         Raises:
             ValueError: The shapes do not fit the cache.
@@ -133,7 +153,7 @@ class Runtime:
                 f"ids are {list(ids.shape)}, the mask {list(mask.shape)}; the cache holds {cache.length} tokens of "
                 f"{cache.batch} sequences"
             )
-        binding = cache.bind(self._session, self._outputs, ids.shape[1])
+        binding = cache.bind(self._session, self._outputs, ids.shape[1], "cpu" if fetch else self.provider)
         binding.bind_cpu_input("input_ids", ids)
         binding.bind_cpu_input("attention_mask", mask)
         if self._forced:
@@ -141,10 +161,13 @@ class Runtime:
             binding.bind_cpu_input(_EXECUTE, np.ascontiguousarray(execute))
         self._session.run_with_iobinding(binding)
         logits, *rest = binding.get_outputs()
-        difference = np.zeros((0, *ids.shape), np.float32)
-        if self.exported.decisions:
-            difference = rest.pop(0).numpy().reshape(-1, *ids.shape)
+        found = rest.pop(0) if self.exported.decisions else None
         cache.advance(rest, ids.shape[1])
+        difference = np.zeros((0, *ids.shape), np.float32)
+        if not fetch:
+            return Step(np.zeros((0, 0, 0), np.float32), difference >= 0, difference)
+        if found is not None:
+            difference = found.numpy().reshape(-1, *ids.shape)
         return Step(_float32(logits), difference >= 0 if execute is None else execute, difference)
 
 

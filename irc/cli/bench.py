@@ -2,68 +2,213 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 import click
 
-from irc.cli.options import Decorator, common_options, ops_option, provider_option, seed_option, shares
+from irc.cli.options import Decorator, common_options, numbers, provider_option, seed_option
+
+if TYPE_CHECKING:
+    from irc.bench import Share
+
+_SIZES = {"hidden": 1024, "layers": 8, "ffn": 2816, "heads": 16, "kv_heads": 16}
+_PHASES = {"prefill": "prefill of {tokens} tokens", "decode": "decode, one token a sequence after {tokens}"}
 
 
-def _size(name: str, default: int, text: str) -> Decorator:
+def _size(name: str, text: str) -> Decorator:
+    default = _SIZES[name.replace("-", "_")]
+    return click.option(f"--{name}", type=click.IntRange(min=1), metavar="N", help=f"{text}  [default: {default}]")
+
+
+def _count(name: str, default: int, text: str) -> Decorator:
+    kind = click.IntRange(min=1)
+    return click.option(f"--{name}", type=kind, default=default, show_default=True, metavar="N", help=text)
+
+
+def _numbers(name: str, target: str, default: str, text: str) -> Decorator:
     return click.option(
-        f"--{name}", type=click.IntRange(min=1), default=default, show_default=True, metavar="N", help=text
+        f"--{name}", target, default=default, show_default=True, callback=numbers, metavar="LIST", help=text
     )
 
 
+def _shares(ctx: click.Context, parameter: click.Parameter, value: str | None) -> list[Share] | None:
+    """Read shares such as 0.25, or 0.1/0.4 for attention and FFN units."""
+    from irc.bench import Share
+
+    if value is None:
+        return None
+    found = []
+    for part in value.split(",") if value else []:
+        try:
+            attention, *rest = (float(number) for number in part.split("/"))
+            (ffn,) = rest or [attention]
+        except ValueError:
+            attention = ffn = -1.0
+        if not (0 <= attention <= 1 and 0 <= ffn <= 1):
+            example = "0.25,0.5, or 0.1/0.4 for attention and FFN units"
+            raise click.BadParameter(f"'{value}' is no list of shares; give some such as {example}", ctx, parameter)
+        found.append(Share(attention, ffn))
+    return found
+
+
+def _words(ctx: click.Context, parameter: click.Parameter, value: str) -> list[str]:
+    return [part.strip() for part in value.split(",") if part.strip()]
+
+
 @click.command()
+@click.argument("bundle", required=False, default="")
 @click.option(
     "--sparsities",
-    default="0.25,0.4,0.5,0.7",
-    show_default=True,
-    callback=shares,
+    callback=_shares,
     metavar="LIST",
-    help="Shares of skipped (token, unit) pairs.",
+    help="Shares of skipped (token, unit) pairs, or pairs 0.1/0.4 for attention and FFN; of a bundle, points of its "
+    "dial.  [default: 0.25,0.4,0.5,0.7; a bundle's own]",
 )
-@_size("hidden", 1024, "Hidden size.")
-@_size("layers", 8, "Decoder layers.")
-@_size("ffn", 2816, "Size inside the FFN.")
-@_size("heads", 16, "Attention heads.")
-@_size("kv-heads", 16, "Key/value heads.")
-@_size("prefill", 512, "Tokens of the timed prefill.")
-@_size("past", 128, "Tokens in the cache before decoding.")
-@_size("decode", 64, "Timed decode steps of one token.")
-@_size("rounds", 7, "Timed rounds; medians count.")
+@click.option(
+    "--shape", metavar="NAME", help="llama-3.2-1b, llama-3.2-3b, llama-3.1-8b or a config.json, in place of sizes."
+)
+@_size("hidden", "Hidden size.")
+@_size("layers", "Decoder layers.")
+@_size("ffn", "Size inside the FFN.")
+@_size("heads", "Attention heads.")
+@_size("kv-heads", "Key/value heads.")
+@click.option("--data", metavar="TEXT", help="What a bundle reads, held out.  [default: the text of its conversion]")
+@_numbers("batch", "batches", "1", "Sequences at a time.")
+@_numbers("prefill", "prefill", "512", "Tokens of the timed prompt.")
+@_count("past", 128, "Tokens in the cache before decoding.")
+@_count("decode", 64, "Timed steps of one token a sequence.")
+@_count("rounds", 7, "Timed rounds; medians count.")
 @provider_option()
-@ops_option()
+@click.option("--dtype", default="fp32", show_default=True, metavar="NAME", help="fp32, fp16 or bf16.")
+@click.option(
+    "--ops",
+    default="auto",
+    show_default=True,
+    callback=_words,
+    metavar="LIST",
+    help="Kernels of the operators of domain irc, each timed: native, portable, auto, or the path of a library.",
+)
+@click.option(
+    "--peers",
+    default="",
+    callback=_words,
+    metavar="LIST",
+    help="Also time static (as many layers less), hf-eager, hf-compiled (transformers), genai (its own dense build).",
+)
+@click.option("--profile", is_flag=True, help="Also say where the time goes, by operator.")
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Write an SVG of the speed-ups.")
 @seed_option()
 @common_options
-def command(sparsities: list[float], provider: str, ops: str, seed: int, as_json: bool, **sizes: int) -> None:
-    """Time a Llama with random weights on ONNX Runtime, dense and routed by random masks, in turns.
+def command(
+    bundle: str,
+    sparsities: list[Share] | None,
+    shape: str | None,
+    data: str | None,
+    batches: list[int],
+    prefill: list[int],
+    past: int,
+    decode: int,
+    rounds: int,
+    provider: str,
+    dtype: str,
+    ops: list[str],
+    peers: list[str],
+    profile: bool,
+    plot: Path | None,
+    seed: int,
+    as_json: bool,
+    **sizes: int | None,
+) -> None:
+    """Time a routed model against its dense self on ONNX Runtime, in turns.
 
-    Both go through the same export. Routers, compaction and forecasters are in the routed time. The ideal is what
-    the FLOPs (prefill) or the bytes read (decode) promise; efficiency is the measured speed-up over it.
+    Without BUNDLE: a Llama with random weights, told by random masks what to execute. With BUNDLE: its own routes on
+    held-out text. Both forms go through the same export. Routers, compaction and forecasters are in the routed time.
+    The ideal is what the FLOPs (prefill) or the bytes read (decode) promise; efficiency is the speed-up over it.
     """
     from irc import console
-    from irc.bench import Load, Shape, bench
+    from irc.bench import Load, Share, Subject, bench
+    from irc.bench.plot import speedup_plot
+    from irc.bench.shapes import Shape, shape_named
+    from irc.errors import InputError
 
-    shape = Shape(*(sizes[name] for name in ("hidden", "layers", "ffn", "heads", "kv_heads")))
-    load = Load(*(sizes[name] for name in ("prefill", "past", "decode", "rounds")))
-    result = bench(shape, sparsities, load, console.progress, provider, seed, ops)
+    given = {name: value for name, value in sizes.items() if value is not None}
+    if bundle and (shape or given):
+        raise InputError(f"{bundle}: a bundle has its own shape; leave --shape and sizes out")
+    if shape and given:
+        raise InputError(f"--shape {shape} says all sizes; leave --{next(iter(given)).replace('_', '-')} out")
+    if data and not bundle:
+        raise InputError("--data is what a bundle reads; name one, or leave it out")
+    if sparsities is None:
+        sparsities = [] if bundle else [Share(share, share) for share in (0.25, 0.4, 0.5, 0.7)]
+    text = None
+    if bundle:
+        from irc.bench.text import heldout_tokens
+
+        text = heldout_tokens(bundle, data)
+    subject = Subject(shape_named(shape) if shape else Shape(**{**_SIZES, **given}), bundle, text)
+    load = Load(tuple(batches), tuple(prefill), past, decode, rounds)
+    result = bench(
+        subject,
+        sparsities,
+        load,
+        console.progress,
+        provider=provider,
+        dtype=dtype,
+        ops=ops,
+        peers=peers,
+        profile=profile,
+        seed=seed,
+    )
+    if plot:
+        try:
+            plot.write_text(speedup_plot(result), encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"--plot {plot}: cannot be written ({error.strerror}); give another file") from error
     if as_json:
         console.emit_json(result)
         return
-    headings = ["skipped", "dense ms", "routed ms", "speed-up", "ideal", "efficiency"]
-    for name, title in (
-        ("prefill", f"prefill of {load.prefill} tokens"),
-        ("decode", f"decode, one token after {load.past}"),
-    ):
+    _show(result)
+    if plot:
+        console.say(f"{plot}: written")
+
+
+def _show(result: dict[str, Any]) -> None:
+    """Print one table a phase, batch size and length, and the profile."""
+    from irc import console
+
+    headings = ["skipped", "model", "ms", "spread", "tokens/s", "speed-up", "ideal", "efficiency"]
+    places = dict.fromkeys((row["phase"], row["batch"], row["tokens"]) for row in result["results"])
+    for phase, batch, tokens in places:
         rows = [
-            [
-                f"{row['sparsity']:.0%}",
-                f"{row[name]['dense_ms']:.2f}",
-                f"{row[name]['routed_ms']:.2f}",
-                f"{row[name]['speedup']:.3f}",
-                f"{row[name]['ideal']:.3f}",
-                f"{row[name]['efficiency']:.3f}",
-            ]
-            for row in result["results"]
+            row for row in result["results"] if (row["phase"], row["batch"], row["tokens"]) == (phase, batch, tokens)
         ]
-        console.table(f"{title}, {result['provider']}, {result['ops']} operators", headings, rows)
+        title = f"{_PHASES[phase].format(tokens=tokens)}, batch {batch}, {result['provider']}, {result['dtype']}"
+        console.table(title, headings, [line for row in rows for line in _lines(row)])
+    for entry in result["profile"]:
+        title = f"where the time goes: {entry['model']}, {entry['phase']}"
+        title += "" if entry["sparsity"] is None else f", {entry['sparsity']:.0%} skipped"
+        total = sum(operator["ms"] for operator in entry["operators"])
+        rows = [
+            [operator["name"], f"{operator['calls']:.0f}", f"{operator['ms']:.3f}", f"{operator['ms'] / total:.1%}"]
+            for operator in entry["operators"][:12]
+        ]
+        console.table(title, ["operator", "calls", "ms", "share"], rows)
+    console.say(f"{result['cores']} cores, peak memory of the process {result['peak_memory_mib']:,} MiB")
+
+
+def _lines(row: dict[str, Any]) -> list[list[str]]:
+    lines = []
+    for name, figures in row["contenders"].items():
+        judged = [f"{figures[key]:.3f}" if key in figures else "" for key in ("speedup", "ideal", "efficiency")]
+        lines.append(
+            [
+                f"{row['realized']:.1%}" if name == "dense" else "",
+                name,
+                f"{figures['ms']:.2f}",
+                f"{figures['spread']:.1%}",
+                f"{figures['tokens_per_s']:,.0f}",
+                *judged,
+            ]
+        )
+    return lines

@@ -1,0 +1,136 @@
+"""What is timed: each reads tokens with a cache, and leaves its logits where they are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from irc.bench.models import DTYPES
+from irc.onnx_cache import ELEMENTS, onnxruntime
+from irc.runtime import PROVIDERS, Runtime
+
+Ids = NDArray[np.int64]
+
+
+class Contender(Protocol):
+    """A model that can be timed."""
+
+    def empty(self, batch: int) -> Any:
+        """Return the state of texts that have not begun."""
+
+    def step(self, ids: Ids, state: Any, execute: NDArray[np.bool_] | None) -> Any:
+        """Read tokens [batch, tokens] after those of the state; return the new state.
+
+        `execute` [units, batch, tokens] tells a routed model what to run; others leave it alone.
+        """
+
+
+class OurModel:
+    """A folder that `irc export` wrote.
+
+    Args:
+        runtime: Its session; a forced one follows `execute`, any other its routers.
+        forced: Whether it is forced.
+    """
+
+    def __init__(self, runtime: Runtime, forced: bool) -> None:
+        self.runtime = runtime
+        self.forced = forced
+
+    def empty(self, batch: int) -> Any:
+        """Return an empty cache."""
+        return self.runtime.empty_cache(batch)
+
+    def step(self, ids: Ids, state: Any, execute: NDArray[np.bool_] | None) -> Any:
+        """Run the session; the cache grows in place."""
+        mask = np.ones((len(ids), state.length + ids.shape[1]), np.int64)
+        self.runtime.step(ids, mask, state, execute if self.forced else None, fetch=False)
+        return state
+
+    def routes(self, ids: Ids, state: Any) -> NDArray[np.bool_]:
+        """Return what the routers let execute, bool [units, batch, tokens]; not for timing."""
+        mask = np.ones((len(ids), state.length + ids.shape[1]), np.int64)
+        return self.runtime.step(ids, mask, state).execute
+
+
+class Transformers:
+    """The dense model in Hugging Face transformers, eager or compiled.
+
+    Args:
+        base: Folder of the model.
+        dtype: fp32, fp16 or bf16.
+        device: cpu or cuda.
+        compiled: Whether torch.compile wraps its forward pass.
+    """
+
+    def __init__(self, base: Path, dtype: str, device: str, compiled: bool) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        kinds = {short: getattr(torch, long) for long, short in DTYPES.items()}
+        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=kinds[dtype])
+        model = model.to(device).eval()
+        self._torch, self._device = torch, device
+        self._forward = torch.compile(model, dynamic=True) if compiled else model
+
+    def empty(self, batch: int) -> Any:
+        """Return no cache: transformers makes one."""
+
+    def step(self, ids: Ids, state: Any, execute: NDArray[np.bool_] | None) -> Any:
+        """Run the model; on a GPU, wait for it."""
+        with self._torch.inference_mode():
+            tokens = self._torch.from_numpy(ids).to(self._device)
+            found = self._forward(tokens, past_key_values=state, use_cache=True).past_key_values
+        if self._device == "cuda":
+            self._torch.cuda.synchronize()
+        return found
+
+
+class GenaiFolder:
+    """A folder of onnxruntime-genai's model builder, on ONNX Runtime as our own models are.
+
+    Args:
+        folder: With `model.onnx` and `genai_config.json`.
+        provider: cpu or cuda.
+        dtype: Of the cache: fp32, fp16 or bf16.
+    """
+
+    def __init__(self, folder: Path, provider: str = "cpu", dtype: str = "fp32") -> None:
+        ort = onnxruntime()
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        self.session = ort.InferenceSession(str(folder / "model.onnx"), options, providers=[PROVIDERS[provider]])
+        decoder = json.loads((folder / "genai_config.json").read_text())["model"]["decoder"]
+        self._heads, self._size = decoder["num_key_value_heads"], decoder["head_size"]
+        self._past = [i.name for i in self.session.get_inputs() if i.name.startswith("past_key_values.")]
+        self._present = [name.replace("past_key_values", "present") for name in self._past]
+        self._provider, self._element = provider, ELEMENTS[dtype]
+
+    def empty(self, batch: int) -> Any:
+        """Return empty keys and values."""
+        make = onnxruntime().OrtValue.ortvalue_from_shape_and_type
+        shape = [batch, self._heads, 0, self._size]
+        return [make(shape, self._element, self._provider) for _ in self._past]
+
+    def step(self, ids: Ids, state: Any, execute: NDArray[np.bool_] | None) -> Any:
+        """Run the session; return the new keys and values."""
+        return self.run(ids, state)[1:]
+
+    def run(self, ids: Ids, past: Any) -> list[Any]:
+        """Return logits, then keys and values, which stay in ONNX Runtime's memory."""
+        binding = self.session.io_binding()
+        length = past[0].shape()[2] + ids.shape[1]
+        binding.bind_cpu_input("input_ids", ids)
+        binding.bind_cpu_input("attention_mask", np.ones((len(ids), length), np.int64))
+        for name, tensor in zip(self._past, past, strict=True):
+            binding.bind_ortvalue_input(name, tensor)
+        for name in ("logits", *self._present):
+            binding.bind_output(name, self._provider)
+        self.session.run_with_iobinding(binding)
+        results: list[Any] = binding.get_outputs()
+        return results

@@ -1,0 +1,51 @@
+"""The plot of a bench: speed-up over the share that is skipped, and what it could be at most."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from irc.svg import BLACK, BLUE, ORANGE, svg
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_COLOURS = {"prefill": BLUE, "decode": ORANGE}
+_MARKS = {"native": "o", "portable": "s", "static": "^"}
+
+
+def speedup_plot(result: dict[str, Any]) -> str:
+    """Return an SVG of a bench's rows, at its first batch size and prompt length.
+
+    Args:
+        result: What `irc.bench.bench` returned.
+    """
+    batch, length = result["load"]["batches"][0], result["load"]["prefill"][0]
+
+    def draw(axes: Axes) -> None:
+        for phase, colour in _COLOURS.items():
+            rows = [
+                row
+                for row in result["results"]
+                if row["phase"] == phase and row["batch"] == batch and (phase == "decode" or row["tokens"] == length)
+            ]
+            rows.sort(key=lambda row: row["realized"])
+            for name, mark in _MARKS.items():
+                mine = [row for row in rows if name in row["contenders"]]
+                if not mine:
+                    continue
+                xs = [row["realized"] for row in mine]
+                axes.plot(
+                    xs,
+                    [row["contenders"][name]["speedup"] for row in mine],
+                    color=colour,
+                    marker=mark,
+                    linestyle="none" if name == "static" else "-",
+                    label=f"{phase}, {name}",
+                )
+                if name != "static":
+                    axes.plot(xs, [row["contenders"][name]["ideal"] for row in mine], color=colour, linestyle=":")
+        axes.axhline(1.0, color=BLACK, linewidth=0.8)
+        axes.set(xlabel="share of (token, unit) pairs skipped (dotted: ideal)", ylabel="speed-up over dense")
+        axes.legend(frameon=False)
+
+    return svg(draw)

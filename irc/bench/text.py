@@ -1,0 +1,34 @@
+"""The text that a bundle is timed on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from irc.bench.stage import TextTokens
+from irc.bundle import CONFIG, RECIPE, load
+from irc.config import load_recipe
+from irc.data import load_text, token_stream
+from irc.errors import InputError
+
+
+def heldout_tokens(bundle: str, data: str | None) -> TextTokens:
+    """Return the held-out tokens of a text, int64 [tokens].
+
+    Args:
+        bundle: Folder of the bundle, whose tokenizer is used.
+        data: Text, as `--data` takes it; the bundle's own when None.
+
+    Raises:
+        InputError: This is no bundle, or the text cannot be read.
+    """
+    folder = Path(bundle)
+    if not (folder / CONFIG).is_file():
+        raise InputError(
+            f"{bundle}: this is no bundle; make one with irc convert, or give no BUNDLE for random weights"
+        )
+    recipe = folder / RECIPE
+    text = load_text(data or load_recipe(recipe if recipe.is_file() else None).data)
+    base: Any = load(bundle).facts["base"]
+    tokens: TextTokens = token_stream(text.split("heldout"), base.tokenizer).numpy()
+    return tokens
