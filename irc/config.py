@@ -68,6 +68,7 @@ class Recipe:
     device: str = setting("auto", "cpu, cuda, or auto")
     dtype: str = setting("auto", "weights' data type: fp32, bf16, or auto (bf16 for a checkpoint of over 1e9 weights)")
     precision: str = setting("auto", "autocast in training: fp32, bf16, or auto (bf16 where the processor has it)")
+    activation_checkpointing: bool = setting(False, "keep only layers' inputs for the backward pass: less memory")
     checkpoint_seconds: float = setting(30.0, "seconds between checkpoints inside a stage")
     lff: LffRecipe = field(default_factory=LffRecipe, metadata={"help": "stage lff"})
     router: RouterRecipe = field(default_factory=RouterRecipe, metadata={"help": "stage router"})

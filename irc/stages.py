@@ -23,10 +23,11 @@ from irc.errors import InputError
 from irc.lora import inject_lora, lora_parameters
 from irc.modules import Forecaster, Router
 from irc.objectives import ForecastObjective, RoutingObjective
+from irc.recompute import recomputing
 from irc.routed import RoutedForCausalLM
 from irc.static_depth import drop_units
 from irc.teaching import TeachObjective
-from irc.train import LoopResult, LoopSettings, ProgressFactory, accelerator_for, train
+from irc.train import LoopResult, LoopSettings, Objective, Progress, ProgressFactory, accelerator_for, train
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +71,11 @@ class StageContext:
             checkpoint_seconds=self.recipe.checkpoint_seconds,
         )
 
+    def train(self, objective: Objective, settings: LoopSettings, progress: Progress) -> LoopResult:
+        """Run a stage's loop on the train split."""
+        with recomputing(self.model, self.recipe.activation_checkpointing):
+            return train(objective, self.train_windows(), settings, progress, self.accelerator)
+
     def train_windows(self) -> torch.Tensor:
         """Windows of the train split, int64 [windows, length]."""
         return windows(self.train_stream, self.recipe.seq_len, "train split")
@@ -102,7 +108,7 @@ def run_lff(context: StageContext) -> dict[str, Any]:
         objective = ForecastObjective(context.model, recipe.lr)
         _learn(context.model, "forecaster")
         with context.progress("lff", recipe.steps) as progress:
-            result = train(objective, context.train_windows(), settings, progress, context.accelerator)
+            result = context.train(objective, settings, progress)
         figures |= {
             "refine_seconds": result.seconds,
             "cosine": result.figures["cosine"],
@@ -160,7 +166,7 @@ def run_router(context: StageContext) -> dict[str, Any]:
     settings = context.settings("router", recipe.steps, recipe.batch_size, 0.1)
     settings.clip = recipe.clip
     with context.progress("router", recipe.steps) as progress:
-        result = train(objective, context.train_windows(), settings, progress, context.accelerator)
+        result = context.train(objective, settings, progress)
     return {**_figures(result), **_threshold(context, budget)}
 
 
@@ -172,7 +178,7 @@ def _teach(context: StageContext) -> None:
     objective = TeachObjective(context.model, recipe.lr, context.recipe.sparsity)
     settings = context.settings("teach", recipe.teach_steps, recipe.batch_size, 0.0)
     with context.progress("teach", recipe.teach_steps) as progress:
-        train(objective, context.train_windows(), settings, progress, context.accelerator)
+        context.train(objective, settings, progress)
 
 
 def run_lora(context: StageContext) -> dict[str, Any]:
@@ -199,7 +205,7 @@ def run_lora(context: StageContext) -> dict[str, Any]:
     )
     settings = context.settings("lora", recipe.steps, recipe.batch_size, 0.0)
     with context.progress("lora", recipe.steps) as progress:
-        result = train(objective, context.train_windows(), settings, progress, context.accelerator)
+        result = context.train(objective, settings, progress)
     return {**_figures(result), **_threshold(context, budget)}
 
 
