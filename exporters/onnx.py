@@ -197,15 +197,16 @@ def _name_interface(model: ir.Model, cache: CacheShape) -> None:
 
 
 def _name_decisions(model: ir.Model, units: list[str]) -> list[Decision]:
-    """Name the decisions of all routed units: each is what a SelectRows reads, a comparison of the difference."""
+    """Name the decisions of all routed units: each is what a SelectRows reads: not (difference < 0)."""
     found: list[Decision] = []
     for node in model.graph:
         if node.domain == DOMAIN and node.op_type == "SelectRows":
             unit = units[len(found)]
             decision = Decision(unit, f"{unit}.execute", f"{unit}.logit_difference")
             execute = node.inputs[0]
-            source = execute.producer() if execute else None
-            difference = source.inputs[0] if source else None
+            negation = execute.producer() if execute else None
+            less = negation.inputs[0].producer() if negation and negation.inputs[0] else None
+            difference = less.inputs[0] if less else None
             assert execute is not None
             assert difference is not None
             execute.name, difference.name = decision.execute, decision.difference

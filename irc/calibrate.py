@@ -62,7 +62,7 @@ def calibrate(
     with progress("threshold", _ROUNDS) as bar:
         for rounds in range(1, _ROUNDS + 1):
             differences = _differences(model, text)
-            keep_now = {unit: (values >= 0).double().mean().item() for unit, values in differences.items()}
+            keep_now = {unit: 1 - (values < 0).double().mean().item() for unit, values in differences.items()}
             skipped = {unit: 1 - share for unit, share in keep_now.items()}
             realized, missed = budget.realized(skipped), budget.missed(skipped)
             bar.update(rounds, sparsity=realized)

@@ -149,6 +149,8 @@ class RoutingControl:
     def decide(self, unit: str, logits: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
         """Return which tokens of a unit execute in any mode but `sample`, bool [batch, tokens].
 
+        Logits that are no numbers execute.
+
         Args:
             unit: Its name.
             logits: Of its router, [batch, tokens, 2]; without it every token executes in mode `route`.
@@ -156,7 +158,7 @@ class RoutingControl:
         """
         if self.mode == "route" and logits is not None:
             difference = difference_of(logits)
-            return difference >= 0 if self.capacity is None else self.top(difference, self.capacity)
+            return ~(difference < 0) if self.capacity is None else self.top(difference, self.capacity)
         if self.mode == "forced":
             return self.masks[unit]
         return torch.full(like.shape[:2], self.mode != "approximate", device=like.device)
@@ -168,7 +170,7 @@ class RoutingControl:
         uniform = self.noise[unit].to(difference)
         noise = self.noise_scale * torch.logit(uniform, eps=1e-6)
         soft = torch.sigmoid((difference + self.shift + noise) / self.temperature)
-        return soft >= 0.5, soft
+        return ~(soft < 0.5), soft
 
     def top(self, difference: torch.Tensor, capacity: float) -> torch.Tensor:
         """Return the best-ranked share of each sequence's real tokens; of equal ones the earlier goes first."""

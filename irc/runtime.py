@@ -165,10 +165,10 @@ class Runtime:
         cache.advance(rest, ids.shape[1])
         difference = np.zeros((0, *ids.shape), np.float32)
         if not fetch:
-            return Step(np.zeros((0, 0, 0), np.float32), difference >= 0, difference)
+            return Step(np.zeros((0, 0, 0), np.float32), difference < 0, difference)
         if found is not None:
             difference = found.numpy().reshape(-1, *ids.shape)
-        return Step(_float32(logits), difference >= 0 if execute is None else execute, difference)
+        return Step(_float32(logits), ~(difference < 0) if execute is None else execute, difference)
 
 
 def choose_provider(wanted: str) -> str:

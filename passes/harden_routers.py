@@ -19,7 +19,8 @@ EXECUTE, APPROXIMATE = 0, 1
 class HardenRouters(Pass):
     """Replaces `mux(y, forecast, logits)` by a comparison and a `where`; a mux without a router passes y on.
 
-    The comparison runs in float32 whatever the model's dtype; equal logits execute, as in `irc.modules.Mux`.
+    The comparison runs in float32 whatever the model's dtype; equal logits execute, and so do
+    logits that are no numbers, as in `irc.modules.Mux`.
     """
 
     def call(self, model: fx.GraphModule) -> PassResult:
@@ -61,7 +62,9 @@ def _harden(graph: fx.Graph, mux: fx.Node, keys: fx.Node | None) -> None:
                 graph.call_function(aten.select.int, (single, -1, index)) for index in (EXECUTE, APPROXIMATE)
             )
             difference = graph.call_function(aten.sub.Tensor, (execute, approximate), name=f"{stem}_difference")
-            decision = graph.call_function(aten.ge.Scalar, (difference, 0), name=f"{stem}_execute")
+            # Not "at least 0": of a difference that is no number, both comparisons are false, and it executes.
+            less = graph.call_function(aten.lt.Scalar, (difference, 0), name=f"{stem}_approximate")
+            decision = graph.call_function(aten.logical_not.default, (less,), name=f"{stem}_execute")
             if keys is not None:
                 keys.replace_all_uses_with(graph.call_function(torch.ops.irc.stored.default, (keys.args[0], decision)))
                 graph.erase_node(keys)
