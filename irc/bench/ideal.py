@@ -8,6 +8,36 @@ from numpy.typing import NDArray
 from irc.flops import flops_ratio, head_flops, unit_flops
 from irc.routed import RoutedForCausalLM
 
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+
+def dense_flops(model: RoutedForCausalLM, batch: int, tokens: int) -> float:
+    """Return the FLOPs of the dense model's prefill of [batch, tokens]."""
+    units = sum(count.dense for count in unit_flops(model, tokens).values())
+    return batch * tokens * (head_flops(model) + units)
+
+
+def dense_bytes(model: RoutedForCausalLM, batch: int, past: float, dtype: str) -> float:
+    """Return the bytes, weights and cache, that one step of the dense model's decoding reads.
+
+    Args:
+        model: Plain or rewritten.
+        batch: Sequences.
+        past: Mean tokens in the cache.
+        dtype: fp32, fp16 or bf16.
+    """
+    weights = head_flops(model) / 2 + sum((c.always + c.gated) / 2 for c in unit_flops(model, 0).values())
+    layers = sum(unit.kind == "attention" for unit in model.units)
+    return BYTES[dtype] * (weights + layers * _cache(model, past) * batch)
+
+
+def _cache(model: RoutedForCausalLM, past: float) -> float:
+    """Return the numbers that one layer's cache of one sequence holds in a step."""
+    config = model.config
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    numbers: float = 2.0 * (past + 1) * config.num_key_value_heads * size
+    return numbers
+
 
 def ideal_prefill(model: RoutedForCausalLM, execute: NDArray[np.bool_]) -> float:
     """Return dense over routed FLOPs of a prefill.
@@ -31,10 +61,7 @@ def ideal_decode(model: RoutedForCausalLM, execute: NDArray[np.bool_], past: flo
         execute: [steps, units, batch].
         past: Mean tokens in the cache.
     """
-    config = model.config
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    batch = execute.shape[2]
-    cache = 2.0 * (past + 1) * config.num_key_value_heads * size * batch
+    cache = _cache(model, past) * execute.shape[2]
     dense = routed = head_flops(model) / 2
     counts = unit_flops(model, 0)
     for index, unit in enumerate(model.units):

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from irc.bench.contenders import Contender, GenaiFolder, OurModel, Transformers
-from irc.bench.ideal import ideal_decode, ideal_prefill
+from irc.bench.ideal import dense_bytes, dense_flops, ideal_decode, ideal_prefill
 from irc.bench.measure import Timing, Work, decode_in_turns, prefill_in_turns
 from irc.bench.models import Pair, dense_export, genai_export, shallower
 from irc.bench.shapes import Shape
@@ -33,6 +33,7 @@ class Load:
     Attributes:
         batches: Sequences at a time.
         prefill: Tokens of the prompt, each length by itself.
+        decode_batches: Sequences at a time in decoding; as many as of the prompt when empty.
         past: Tokens in the cache before decoding.
         decode: Timed steps of one token a sequence.
         rounds: Timed rounds, whose median counts.
@@ -40,6 +41,7 @@ class Load:
 
     batches: Sequence[int] = (1,)
     prefill: Sequence[int] = (512,)
+    decode_batches: Sequence[int] = ()
     past: int = 128
     decode: int = 64
     rounds: int = 7
@@ -127,18 +129,23 @@ class Stage:
     def rows(self, load: Load, contenders: Mapping[str, Contender]) -> list[dict[str, Any]]:
         """Time every batch size and length; return one row for each, as `irc bench --json` prints them."""
         rows = []
+        model = self.pair.model
         for batch in load.batches:
             for length in load.prefill:
                 work = self.work_of(batch, length, load)
                 execute = self._executed(work, contenders)[0]
                 timings = prefill_in_turns(contenders, work, load.rounds)
-                ideal = ideal_prefill(self.pair.model, execute)
-                rows.append(self._row("prefill", batch, length, 1, execute, timings, ideal))
+                rows.append(self._row("prefill", batch, length, 1, execute, timings, ideal_prefill(model, execute)))
+                rows[-1]["dense_flops_per_s"] = dense_flops(model, batch, length) / timings["dense"].median
+        past = load.past + load.decode / 2
+        for batch in load.decode_batches or load.batches:
             work = self.work_of(batch, 1, load)
             execute = self._executed(work, contenders)[1]
             timings = decode_in_turns(contenders, work, load.rounds)
-            ideal = ideal_decode(self.pair.model, execute, load.past + load.decode / 2)
+            ideal = ideal_decode(model, execute, past)
             rows.append(self._row("decode", batch, load.past, load.decode, execute, timings, ideal))
+            read = load.decode * dense_bytes(model, batch, past, self.dtype)
+            rows[-1]["dense_bytes_per_s"] = read / timings["dense"].median
         return rows
 
     def work_of(self, batch: int, length: int, load: Load) -> Work:

@@ -75,6 +75,7 @@ def _words(ctx: click.Context, parameter: click.Parameter, value: str) -> list[s
 @_size("kv-heads", "Key/value heads.")
 @click.option("--data", metavar="TEXT", help="What a bundle reads, held out.  [default: the text of its conversion]")
 @_numbers("batch", "batches", "1", "Sequences at a time.")
+@_numbers("decode-batch", "decode_batches", "", "Sequences at a time in decoding, if others.")
 @_numbers("prefill", "prefill", "512", "Tokens of the timed prompt.")
 @_count("past", 128, "Tokens in the cache before decoding.")
 @_count("decode", 64, "Timed steps of one token a sequence.")
@@ -106,6 +107,7 @@ def command(
     shape: str | None,
     data: str | None,
     batches: list[int],
+    decode_batches: list[int],
     prefill: list[int],
     past: int,
     decode: int,
@@ -147,7 +149,7 @@ def command(
 
         text = heldout_tokens(bundle, data)
     subject = Subject(shape_named(shape) if shape else Shape(**{**_SIZES, **given}), bundle, text)
-    load = Load(tuple(batches), tuple(prefill), past, decode, rounds)
+    load = Load(tuple(batches), tuple(prefill), tuple(decode_batches), past, decode, rounds)
     result = bench(
         subject,
         sparsities,

@@ -45,7 +45,8 @@ def test_forced_decisions_take_the_routers_place(exported: Path, dense: Path) ->
 
 
 def test_bench_prints_what_it_measured(irc_main: Callable[..., Any], tmp_path: Path) -> None:
-    flags = "--sparsities 0,0.1/0.9 --batch 1,2 --prefill 32,16 --ops native,portable --peers static,hf-eager --profile"
+    flags = "--sparsities 0,0.1/0.9 --batch 1,2 --decode-batch 1,3 --prefill 32,16 --ops native,portable --profile"
+    flags += " --peers static,hf-eager"
     if not has_native():
         flags = flags.replace("native,portable", "portable")
     plot = tmp_path / "speed.svg"
@@ -53,8 +54,9 @@ def test_bench_prints_what_it_measured(irc_main: Callable[..., Any], tmp_path: P
     assert shown.code == 0, shown.err
     result = shown.json
     places = [(row["phase"], row["sparsity"], row["batch"], row["tokens"]) for row in result["results"]]
-    phases = [("prefill", 32), ("prefill", 16), ("decode", 8)]
-    assert places == [(name, share, batch, n) for share in (0, 0.5) for batch in (1, 2) for name, n in phases]
+    prompts = [("prefill", batch, length) for batch in (1, 2) for length in (32, 16)]
+    phases = [*prompts, ("decode", 1, 8), ("decode", 3, 8)]
+    assert places == [(name, share, batch, n) for share in (0, 0.5) for name, batch, n in phases]
     for row in result["results"]:
         figures = row["contenders"]
         ours = {"native", "portable"} if has_native() else {"portable"}
@@ -67,6 +69,14 @@ def test_bench_prints_what_it_measured(irc_main: Callable[..., Any], tmp_path: P
             assert ("efficiency" in entry) == (name in ours | {"static"})
             if "efficiency" in entry:
                 assert entry["efficiency"] == pytest.approx(entry["speedup"] / entry["ideal"])
+        weights = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96 + 64 * 4096  # Q and O, K and V, the FFN, the head
+        if row["phase"] == "prefill":
+            scores = 4 * (row["tokens"] + 1) / 2 * 64
+            done = row["dense_flops_per_s"] * figures["dense"]["ms"] / 1e3 / row["tokens"] / row["batch"]
+            assert done == pytest.approx(2 * weights + scores)
+        else:
+            done = row["dense_bytes_per_s"] * figures["dense"]["ms"] / 1e3
+            assert done == pytest.approx(4 * (weights + row["batch"] * 2 * (8 + 1 + 1) * 32))
         if row["sparsity"] == 0:
             assert row["realized"] == 0
             assert figures["portable"]["ideal"] < 1

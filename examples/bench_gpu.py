@@ -1,0 +1,175 @@
+"""Check and time the routed models on an NVIDIA GPU, and print all tables, in one go.
+
+    python examples/bench_gpu.py [--shape llama-3.1-8b] [--layers 32] [-o FOLDER]
+
+Needs onnxruntime-gpu and a CUDA build of torch; click is not needed. Without a GPU it says what it would run and ends.
+What it does: the card's ceilings (bf16 matrix products, copies), the demo model's routes and logits on CUDA against the
+CPU, then dense against routed in fp16 under random masks: prefill of 2,048 and 8,192 tokens, and decoding at batch 1, 8
+and 32 after 2,048 tokens. FOLDER gets results.json and results.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+SPARSITIES = (0.25, 0.5, 0.7)
+PREFILL, PAST, BATCHES = (2048, 8192), 2048, (1, 8, 32)
+GOALS = {"prefill": {1: 0.94}, "decode": {1: 0.90, 8: 0.85, 32: 0.80}}
+PLAN = f"""no GPU is here; with one this would
+  1. measure the rate of bf16 matrix products and of copies,
+  2. hold the demo model on CUDA against the CPU: routes and logits,
+  3. time a Llama of the shape in fp16, dense and routed at {", ".join(f"{s:.0%}" for s in SPARSITIES)} skipped:
+     prefill of {" and ".join(map(str, PREFILL))} tokens, decode at batch {", ".join(map(str, BATCHES))} after {PAST},
+  4. write results.json and results.md."""
+
+
+def ceilings() -> dict[str, float]:
+    """Return the rate of bf16 matrix products (FLOP/s) and of memory (bytes/s), the best of ten."""
+    import torch
+
+    def best(run: Any, amount: float) -> float:
+        taken = []
+        for _ in range(13):
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            run()
+            torch.cuda.synchronize()
+            taken.append(time.perf_counter() - started)
+        return amount / min(taken[3:])
+
+    size = 8192
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return {
+        "gemm_flops_per_s": best(lambda: a @ b, 2.0 * size**3),
+        "bytes_per_s": best(lambda: target.copy_(source), 2.0 * source.numel()),
+    }
+
+
+def correctness(work: Path) -> dict[str, Any]:
+    """Hold an untrained bundle of the demo model on CUDA (fp32, fp16) against the CPU (fp32), under forced routes."""
+    import numpy as np
+
+    from irc.bench.models import bundle_pair
+    from irc.bundle import save_bundle
+    from irc.checkpoint import find_base
+    from irc.modules import default_rank
+    from irc.routed import RoutingSpec, build_routed
+    from irc.runtime import Runtime
+
+    base = find_base("demo")
+    model = build_routed(base, RoutingSpec(default_rank(base.config.hidden_size)))
+    model.facts["base"] = base
+    save_bundle(model, work / "demo")
+    draw = np.random.default_rng(0)
+    ids = draw.integers(0, base.config.vocab_size, (3, 96))
+    execute = draw.random((len(model.units), 3, 96)) >= 0.4
+    found: dict[str, Any] = {}
+    logits = {}
+    for provider, dtype in (("cpu", "fp32"), ("cuda", "fp32"), ("cuda", "fp16")):
+        pair = bundle_pair(str(work / "demo"), work / f"{provider}-{dtype}", dtype, None)
+        runtime = Runtime(pair.routed, provider, forced=True)
+        cache, parts = runtime.empty_cache(3), []
+        for first, last in ((0, 80), (80, 81), (81, 96)):  # a prompt, a step, a few tokens more
+            mask = np.ones((3, last), np.int64)
+            parts.append(runtime.step(ids[:, first:last], mask, cache, execute[:, :, first:last]).logits)
+        logits[provider, dtype] = np.concatenate(parts, 1)
+        found[f"{provider} {dtype}"] = {
+            "ops": runtime.ops,
+            "largest difference from cpu fp32": float(np.abs(logits[provider, dtype] - logits["cpu", "fp32"]).max()),
+        }
+    return found
+
+
+def speed(shape_name: str, layers: int, rounds: int) -> dict[str, Any]:
+    """Time the shape; return what irc.bench does."""
+    from irc import console
+    from irc.bench import Load, Share, Subject, bench
+    from irc.bench.shapes import shape_named
+
+    shape = shape_named(shape_name)
+    shape = replace(shape, layers=layers or shape.layers)
+    load = Load(prefill=PREFILL, decode_batches=BATCHES, past=PAST, decode=32, rounds=rounds)
+    shares = [Share(share, share) for share in SPARSITIES]
+    return bench(Subject(shape), shares, load, console.progress, provider="cuda", dtype="fp16")
+
+
+def tables(result: dict[str, Any]) -> str:
+    """Return the results as Markdown."""
+    lines = [f"{key}: {value}  " for key, value in result["machine"].items()]
+    lines += ["", *(f"{key}: {value:.3g}  " for key, value in result["ceilings"].items())]
+    lines += ["", "| on | operators | largest difference of logits |", "|---|---|---|"]
+    for name, found in result["correctness"].items():
+        lines.append(f"| {name} | {found['ops']} | {found['largest difference from cpu fp32']:.2e} |")
+    lines += ["", "| phase | tokens | batch | skipped | dense ms | routed ms | speed-up | ideal | efficiency | goal |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|---|")
+    for row in result["speed"]["results"]:
+        name = next(name for name in row["contenders"] if name != "dense")
+        dense, routed = row["contenders"]["dense"], row["contenders"][name]
+        goal = GOALS[row["phase"]][row["batch"]]
+        figures = [f"{dense['ms']:.2f}", f"{routed['ms']:.2f}"]
+        figures += [f"{routed[key]:.3f}" for key in ("speedup", "ideal", "efficiency")]
+        place = [row["phase"], str(row["tokens"]), str(row["batch"]), f"{row['realized']:.1%}"]
+        lines.append(f"| {' | '.join([*place, *figures, f'{goal:.2f}'])} |")
+    lines += ["", "| dense | tokens | batch | share of the ceiling | goal |", "|---|---|---|---|---|"]
+    first = [row for row in result["speed"]["results"] if row["sparsity"] == SPARSITIES[0]]
+    for row in first:
+        unit, least = ("flops_per_s", 0.6) if row["phase"] == "prefill" else ("bytes_per_s", 0.7)
+        ceiling = result["ceilings"]["gemm_flops_per_s" if unit == "flops_per_s" else unit]
+        share = row[f"dense_{unit}"] / ceiling
+        lines.append(f"| {row['phase']} | {row['tokens']} | {row['batch']} | {share:.3f} | {least:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def machine() -> dict[str, str]:
+    """Return GPU, driver, versions and date."""
+    import onnxruntime
+    import torch
+
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    shown = subprocess.run(query, capture_output=True, text=True)
+    return {
+        "GPU, driver": shown.stdout.strip() or torch.cuda.get_device_name(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "onnxruntime": onnxruntime.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="llama-3.1-8b")
+    parser.add_argument("--layers", type=int, default=0, help="Fewer layers than the shape has; 0 for all.")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("-o", "--output", type=Path, default=Path("build/bench-gpu"))
+    arguments = parser.parse_args()
+    import torch
+
+    from irc import console
+
+    if not torch.cuda.is_available():
+        console.say(PLAN)
+        return
+    result: dict[str, Any] = {"machine": machine(), "ceilings": ceilings()}
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as work:
+        result["correctness"] = correctness(Path(work))
+    console.say(json.dumps(result, indent=1))  # should the rest be cut off
+    result["speed"] = speed(arguments.shape, arguments.layers, arguments.rounds)
+    (arguments.output / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+    (arguments.output / "results.md").write_text(tables(result))
+    console.say(tables(result))
+
+
+if __name__ == "__main__":
+    main()
