@@ -56,6 +56,9 @@ from irc.cli.options import (
     metavar="DIR",
     help="Take finished stages from DIR where one was trained in just this way, and leave new ones there.",
 )
+@click.option(
+    "--dry-run", is_flag=True, help="Say what it would take (time, memory, disk) after two steps of each stage."
+)
 @device_option()
 @dtype_option()
 @seq_len_option(None)
@@ -63,7 +66,9 @@ from irc.cli.options import (
 @resume_option()
 @force_option()
 @common_options
-def command(model: str | None, output: Path, as_json: bool, force: bool, resume: bool, **flags: Any) -> None:
+def command(
+    model: str | None, output: Path, as_json: bool, force: bool, resume: bool, dry_run: bool, **flags: Any
+) -> None:
     """Convert MODEL (a folder, a hub id, or demo) into a bundle of routers and forecasters."""
     from irc import console
     from irc.cli.report import conversion_report
@@ -83,6 +88,13 @@ def command(model: str | None, output: Path, as_json: bool, force: bool, resume:
         f"converting {recipe.model} with {recipe.data}: sparsity {recipe.sparsity}, "
         f"policy {recipe.policy}, seed {recipe.seed}"
     )
+    if dry_run:
+        from irc.cli.report import plan_report
+        from irc.rehearsal import rehearse
+
+        plan = rehearse(recipe, output, console.progress)
+        console.emit_json(plan) if as_json else plan_report(plan)
+        return
     metrics = convert(recipe, output, console.progress, force=force, resume=resume, stages=cache)
     if not is_main_process():
         return

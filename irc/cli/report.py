@@ -90,3 +90,23 @@ def tasks_report(results: dict[str, Any]) -> None:
     console.table(f"tasks, {results['backend']}", ["task", "figure", "questions", "dense", "routed", "error"], rows)
     if results["sparsity"]["realized"] is not None:
         console.say(f"skipped of (token, unit) pairs, padding left out: {results['sparsity']['realized']:.3f}")
+
+
+def plan_report(plan: dict[str, Any]) -> None:
+    """Show what a conversion would take."""
+    rows = [[phase["name"], console.duration(phase["seconds"])] for phase in plan["phases"]]
+    rows.append(["in all", console.duration(plan["seconds"])])
+    console.table("time, by two steps of each stage", ["phase", "about"], rows)
+    kinds = [
+        [
+            kind,
+            f"{plan[kind]['needed_mib']:,} MiB",
+            f"{plan[kind]['free_mib']:,} MiB",
+            "yes" if plan[kind]["fits"] else "no",
+        ]
+        for kind in ("memory", "disk")
+    ]
+    console.table("room", ["", "needed", "free", "fits"], kinds)
+    for kind, remedy in (("memory", "try a smaller batch or activation_checkpointing=true"), ("disk", "free some")):
+        if not plan[kind]["fits"]:
+            console.say(f"it will not fit: {kind} is short; {remedy}")

@@ -5,7 +5,7 @@ as they are: square brackets in a path are no markup.
 """
 
 from irc.console.layout import bar, table, tree
-from irc.console.live import ProgressBar, progress
+from irc.console.live import ProgressBar, duration, progress
 from irc.console.output import ConsoleHandler, emit_json, fail, note, say, set_json_mode, stream, warn, width
 from irc.console.plot import plot
 from irc.console.styled import Styled, shade
@@ -15,6 +15,7 @@ __all__ = [
     "ProgressBar",
     "Styled",
     "bar",
+    "duration",
     "emit_json",
     "fail",
     "note",

@@ -77,10 +77,10 @@ class _LineProgress:
         if now - self._last >= LOG_INTERVAL:
             self._last = now
             left = (now - self._start) / max(step, 1) * max(self._total - step, 0)
-            self._line(f"{_duration(left)} left" if step else "")
+            self._line(f"{duration(left)} left" if step else "")
 
     def close(self) -> None:
-        self._line(f"{_duration(time.monotonic() - self._start)} in all")
+        self._line(f"{duration(time.monotonic() - self._start)} in all")
 
     def _line(self, end: str) -> None:
         note("  ".join([f"{self._description} {self._step}/{self._total}", *self._figures, end]).rstrip())
@@ -91,7 +91,8 @@ def _figures(figures: Mapping[str, float | str]) -> list[str]:
     return [f"{name.replace('_per_', '/').replace('_', ' ')} {cell_text(value)}" for name, value in figures.items()]
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return seconds in words, such as `4 min 07 s`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

@@ -72,6 +72,16 @@ def test_cells_share_the_stages_that_they_begin_with(
     assert cells["informed-0.25-seed0"]["router"]["seconds"] != cells["informed-0.5-seed0"]["router"]["seconds"]
 
 
+def test_stages_of_other_routers_are_not_shared(
+    irc_main: Main, arguments: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """A router of the bottleneck has another shape, and every stage saves the routers."""
+    more = "--policies informed --sparsities 0.5 --seeds 1 --variant bottleneck:router.reads=bottleneck".split()
+    outcome = irc_main(*arguments(tmp_path / "c", *more))
+    assert outcome.code == 0, outcome.err
+    assert [cell["variant"] for cell in outcome.json["cells"]] == ["", "bottleneck"]
+
+
 def test_a_killed_comparison_goes_on(
     irc_main: Main,
     arguments: Callable[..., list[str]],

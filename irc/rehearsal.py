@@ -1,0 +1,162 @@
+"""rehearse(): a few steps of every stage, to say beforehand what a conversion takes and whether it fits."""
+
+from __future__ import annotations
+
+import copy
+import os
+import resource
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from irc.config import Recipe
+from irc.errors import IrcError
+from irc.evaluate import evaluate
+from irc.pipeline import STAGE_RUNNERS, Conversion, capture_and_rewrite, read_inputs, resolve
+from irc.stages import StageContext, check_text
+from irc.train import Progress, ProgressFactory
+
+_STEPS = 2
+_WINDOWS = 16  # as many as calibration and evaluation read at once
+_ROUNDS = 4  # of the threshold, which may take up to eight
+_ADAM = 3  # a checkpoint holds weights and two moments
+
+
+def rehearse(recipe: Recipe, output: Path, progress: ProgressFactory) -> dict[str, Any]:
+    """Run two steps of every stage of a recipe and reckon with the rest; nothing is written.
+
+    Args:
+        recipe: What is to be done.
+        output: Where the bundle would go.
+        progress: Makes progress bars.
+
+    Returns:
+        `recipe` as resolved, `phases` with `name` and `seconds`, `seconds` in all, and for `memory` and `disk` each
+        `needed_mib`, `free_mib` and `fits`. Memory is the measured peak of this process (of the GPU, on CUDA).
+
+    Raises:
+        InputError: The recipe cannot be run.
+    """
+    recipe = resolve(recipe)
+    with tempfile.TemporaryDirectory() as folder:
+        conversion = Conversion(recipe, output, Path(folder), progress)
+        read_inputs(conversion)
+        free = _free_memory(recipe.device)
+        started = time.monotonic()
+        try:
+            capture_and_rewrite(conversion)
+            phases = [
+                ("capture", time.monotonic() - started),
+                *_stages(conversion),
+                ("evaluate", _evaluate(conversion)),
+            ]
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise IrcError(f"{recipe.model}: does not fit into memory; {_less(recipe)}") from error
+    weights = sum(
+        p.numel() * p.element_size() for p in conversion.model.adapter_parameters("router", "forecaster").values()
+    )
+    stages = 1 + len(recipe.stages)
+    needed = {"memory": _peak(recipe.device), "disk": weights * (stages + _ADAM) / 2**20}
+    found = {"memory": free, "disk": shutil.disk_usage(_existing(output)).free / 2**20}
+    return {
+        "recipe": recipe.to_dict(),
+        "phases": [{"name": name, "seconds": round(seconds, 1)} for name, seconds in phases],
+        "seconds": round(sum(seconds for _, seconds in phases), 1),
+        **{
+            kind: {
+                "needed_mib": round(needed[kind]),
+                "free_mib": round(found[kind]),
+                "fits": needed[kind] <= found[kind],
+            }
+            for kind in needed
+        },
+    }
+
+
+def _stages(conversion: Conversion) -> Iterator[tuple[str, float]]:
+    """Run the stages with few steps; yield what each would take with all of its own."""
+    full = conversion.recipe
+    few = copy.deepcopy(full)
+    window = few.seq_len
+    few.lff.steps, few.router.steps, few.lora.steps = min(_STEPS, full.lff.steps), _STEPS, _STEPS
+    few.router.teach_steps = min(_STEPS, full.router.teach_steps)
+    few.lff.tokens = min(full.lff.tokens, _WINDOWS * window)
+    few.router.calibration_tokens = min(full.router.calibration_tokens, _WINDOWS * window)
+    context = StageContext(
+        conversion.model, few, conversion.streams["train"], conversion.streams["calibration"], conversion.work, _silent
+    )
+    check_text(context)
+    for stage in full.stages:
+        with conversion.progress(f"rehearsal of {stage}", 1) as bar:
+            figures = STAGE_RUNNERS[stage](context)
+            bar.update(1)
+        yield stage, _whole(figures, getattr(full, stage), getattr(few, stage), full.router, few.router)
+
+
+def _whole(figures: dict[str, Any], full: Any, few: Any, router: Any, few_router: Any) -> float:
+    """Return the seconds that a stage would take, from what its rehearsal measured."""
+    seconds = 0.0
+    if "closed_form_seconds" in figures:
+        seconds += figures["closed_form_seconds"] * full.tokens / few.tokens
+    if few.steps:
+        seconds += figures.get("refine_seconds", figures.get("train_seconds", 0.0)) * full.steps / few.steps
+    if "calibration_seconds" in figures:
+        a_round = figures["calibration_seconds"] / figures["calibration_rounds"]
+        seconds += _ROUNDS * a_round * router.calibration_tokens / few_router.calibration_tokens
+    return float(seconds)
+
+
+def _evaluate(conversion: Conversion) -> float:
+    """Return the seconds of the closing evaluation, from one batch of it."""
+    some = conversion.heldout[:_WINDOWS]
+    started = time.monotonic()
+    with _silent("", 1) as bar:
+        evaluate(conversion.model, some, bar)
+    return (time.monotonic() - started) * len(conversion.heldout) / len(some)
+
+
+class _Nothing:
+    def update(self, step: int, **figures: float | str) -> None:
+        """Say nothing."""
+
+
+@contextmanager
+def _silent(name: str, total: int) -> Iterator[Progress]:
+    yield _Nothing()
+
+
+def _peak(device: str) -> float:
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _free_memory(device: str) -> float:
+    """Return the MiB that this process may take, what it has included."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info()[0] / 2**20
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / 1024
+        held = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    except (OSError, StopIteration, ValueError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**20
+    return available + held
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    return path if path.exists() else _existing(path.parent)
+
+
+def _less(recipe: Recipe) -> str:
+    wishes = ["smaller router.batch_size and lff.batch_size", "a shorter --seq-len"]
+    if not recipe.activation_checkpointing:
+        wishes.append("activation_checkpointing=true")
+    return "try " + ", ".join(wishes)

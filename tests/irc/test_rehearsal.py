@@ -1,0 +1,75 @@
+"""A dry run says what a conversion takes, leaves nothing, and comes near what it then takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from irc import rehearsal
+
+Arguments = Callable[..., list[str]]
+
+
+def test_a_dry_run_plans_every_stage_and_writes_nothing(
+    quick_capture: None, irc_main: Callable[..., Any], convert_arguments: Arguments, tmp_path: Path
+) -> None:
+    before = set(tmp_path.iterdir())
+    arguments = [*convert_arguments(tmp_path / "b"), "--stages", "lff,router,lora", "--dry-run"]
+    shown = irc_main(*arguments)
+    assert shown.code == 0, shown.err
+    plan = shown.json
+    assert [phase["name"] for phase in plan["phases"]] == ["capture", "lff", "router", "lora", "evaluate"]
+    assert plan["seconds"] == pytest.approx(sum(phase["seconds"] for phase in plan["phases"]), abs=0.5)
+    assert plan["recipe"]["router"]["steps"] == 6  # as it was asked for, not as it was rehearsed
+    assert plan["memory"]["fits"]
+    assert 100 < plan["memory"]["needed_mib"] < plan["memory"]["free_mib"]
+    assert plan["disk"]["fits"]
+    assert set(tmp_path.iterdir()) == before
+    table = irc_main(*(word for word in arguments if word != "--json")).out
+    assert "in all" in table
+    assert "needed" in table
+
+
+def test_time_grows_with_the_steps_that_are_asked_for(
+    quick_capture: None, irc_main: Callable[..., Any], convert_arguments: Arguments, tmp_path: Path
+) -> None:
+    def seconds(steps: int) -> float:
+        more = ["--set", f"router.steps={steps}", "--dry-run"]
+        phases = irc_main(*convert_arguments(tmp_path / "b"), *more).json["phases"]
+        return float(next(phase["seconds"] for phase in phases if phase["name"] == "router"))
+
+    assert seconds(200_000) > 100 * seconds(200)
+
+
+def test_what_does_not_fit_is_said(
+    quick_capture: None,
+    irc_main: Callable[..., Any],
+    convert_arguments: Arguments,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rehearsal, "_free_memory", lambda device: 1.0)
+    arguments = (word for word in convert_arguments(tmp_path / "b") if word != "--json")
+    shown = irc_main(*arguments, "--dry-run")
+    assert shown.code == 0
+    assert "it will not fit: memory is short; try a smaller batch" in shown.out + shown.err
+
+
+def test_memory_that_runs_out_is_an_error_of_one_sentence(
+    quick_capture: None,
+    irc_main: Callable[..., Any],
+    convert_arguments: Arguments,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def starves(context: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setitem(rehearsal.STAGE_RUNNERS, "router", starves)
+    shown = irc_main(*convert_arguments(tmp_path / "b"), "--dry-run")
+    assert shown.code == 1
+    assert "does not fit into memory; try smaller router.batch_size" in shown.err
+    assert "Traceback" not in shown.err
