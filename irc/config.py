@@ -17,6 +17,7 @@ import yaml
 from irc.errors import InputError
 from irc.modules import default_rank
 from irc.policies import Policy, policy_named
+from irc.ready_recipes import read_recipe
 from irc.stage_recipes import LffRecipe, LoraRecipe, RouterRecipe, setting
 
 STAGES = ("lff", "router", "lora")
@@ -153,21 +154,13 @@ def load_recipe(path: Path | None, overrides: typing.Sequence[str] = ()) -> Reci
     """Read a recipe file and apply `a.b=c` overrides.
 
     Args:
-        path: YAML file, or None for the defaults.
+        path: YAML file or name of a ready recipe, or None for the defaults.
         overrides: Such as `router.steps=500`; values are YAML.
 
     Raises:
         InputError: The file cannot be read, a key is unknown, or a value has the wrong type.
     """
-    data: Any = {}
-    if path is not None:
-        try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise InputError(f"recipe {path}: cannot be read: {str(error).splitlines()[0]}") from error
-        if not isinstance(data, dict):
-            raise InputError(f"recipe {path}: expected keys and values, found {type(data).__name__}")
-    recipe = recipe_from(data)
+    recipe = recipe_from({} if path is None else read_recipe(path))
     for text in overrides:
         override(recipe, text)
     return recipe

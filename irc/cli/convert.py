@@ -44,7 +44,11 @@ from irc.cli.options import (
     "--stages", metavar="LIST", help="Comma-separated stages of lff, router, lora. [default: as the policy needs]"
 )
 @click.option(
-    "--recipe", "recipe_file", type=click.Path(path_type=Path), metavar="FILE", help="Recipe (YAML) to start from."
+    "--recipe",
+    "recipe_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Recipe to start from: a YAML file, or a ready one such as llama-3.2-1b-25 (also 3.2-3b, 3.1-8b; -40, -70).",
 )
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe field, such as router.steps=500."

@@ -1,0 +1,42 @@
+"""The ready recipes are whole, by name, and give way to files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from irc.config import load_recipe
+from irc.errors import InputError
+from irc.modules import router_hidden
+from irc.pipeline import resolve
+from irc.ready_recipes import read_recipe, ready_names
+
+WIDTHS = {"llama-3.1-8b": 4096, "llama-3.2-1b": 2048, "llama-3.2-3b": 3072}
+
+
+@pytest.mark.parametrize("name", ready_names())
+def test_every_ready_recipe_is_a_recipe(name: str) -> None:
+    stem, _, share = name.rpartition("-")
+    recipe = resolve(load_recipe(Path(name)))
+    assert recipe.model.lower() == f"meta-llama/{stem}"
+    assert recipe.sparsity == int(share) / 100
+    assert recipe.rank_for(WIDTHS[stem]) == 100
+    assert router_hidden(WIDTHS[stem], recipe.rank) == WIDTHS[stem] // 4 - 200  # the paper's
+    assert (recipe.router.steps, recipe.router.batch_size, recipe.seq_len) == (2000, 16, 2048)
+
+
+def test_without_a_share_it_is_a_quarter_and_settings_come_on_top() -> None:
+    assert load_recipe(Path("llama-3.2-1b")).sparsity == 0.25
+    assert load_recipe(Path("llama-3.2-1b-40"), ["sparsity=0.5", "router.steps=3"]).router.steps == 3
+
+
+def test_a_file_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "llama-3.2-1b").write_text("sparsity: 0.1\n")
+    monkeypatch.chdir(tmp_path)
+    assert read_recipe(Path("llama-3.2-1b")) == {"sparsity": 0.1}
+
+
+def test_a_wrong_name_says_the_right_ones() -> None:
+    with pytest.raises(InputError, match=r"no such file; the ready ones are llama-3\.1-8b, .*-25, -40, -70"):
+        read_recipe(Path("llama-3.2-2b"))
