@@ -176,8 +176,13 @@ def save_bundle(
     """
     if model.spec is None:
         raise InputError("a plain model has nothing to save; convert it first")
+    config = model.facts.get("config", {})
+    if metrics is None and config:  # of a loaded bundle: what is known of its units stays known
+        metrics = {"calibration_keep": {unit["name"]: unit.get("calibration_keep") for unit in config["units"]}}
+        metrics["sparsity"] = config.get("sparsity", {})
+    dial = [] if "dial" in model.facts else config.get("dial", [])  # shifts are relative to the thresholds before
     with staged(folder) as staging:
-        write_bundle(model, staging, metrics or {}, recipe or {}, card)
+        write_bundle(model, staging, metrics or {}, recipe or {}, card, dial)
 
 
 def write_bundle(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -10,14 +11,18 @@ from typing import Any
 import torch
 
 from irc.budget import Budget, plain_budget
+from irc.errors import IrcError
 from irc.modules import EXECUTE, Record, Router
 from irc.policies import policy_named
 from irc.routed import RoutedForCausalLM
 from irc.threshold import choose_shifts, quantile
 from irc.train import ProgressFactory
 
+log = logging.getLogger(__name__)
+
 _ROUNDS = 8
 _TOLERANCE = 0.001
+_FAR = 0.02  # from the target; worth a word
 _BATCH = 16
 
 
@@ -77,6 +82,15 @@ def calibrate(
             total -= sum(shifts.values()) / len(shifts)
         bar.update(_ROUNDS, sparsity=best[0])
     realized, total, kept, keep = best
+    if not all(bool(bias.isfinite().all()) for bias in kept.values()):
+        raise IrcError("the routers' weights are no longer finite numbers; lower router.lr, or set router.clip=1")
+    if abs(realized - budget.sparsity) > _FAR:
+        log.warning(
+            "the threshold gives a sparsity of %.3f on the calibration text in place of %.3f: many tokens are alike to "
+            "the routers",
+            realized,
+            budget.sparsity,
+        )
     for unit, bias in biases.items():
         bias.copy_(kept[unit])
     return {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from irc.config import Recipe
+from irc.config import Recipe, text_name
 
 
 def model_card(metrics: dict[str, Any], recipe: Recipe) -> str:
@@ -28,8 +28,8 @@ def model_card(metrics: dict[str, Any], recipe: Recipe) -> str:
         f"# {recipe.model}, informed routing at {recipe.sparsity:.0%} sparsity\n\n"
         f"Routers and forecasters (rank {recipe.rank}) round every attention and FFN unit of `{recipe.model}`. "
         "The base's own weights are not in this folder.\n\n"
-        f"Measured on {metrics['data']['tokens']:,} held-out tokens of `{recipe.data}` in windows of "
-        f"{recipe.seq_len}:\n\n"
+        f"Measured on {metrics['data']['tokens']:,} tokens of the {text_name(metrics['data']['split'])} of "
+        f"`{recipe.data}` in windows of {recipe.seq_len}:\n\n"
         f"| figure | value |\n|---|---|\n{table}\n\n"
         'Use it:\n\n```python\nimport irc\n\nmodel = irc.load("PATH/OF/THIS/FOLDER")\n```\n\n'
         "Make it again: `irc convert --recipe recipe.yaml -o OUTPUT` "

@@ -113,6 +113,19 @@ class BaseModel:
                     digest.update(block)
         return digest.hexdigest()
 
+    def identity(self) -> str:
+        """Return a SHA-256 of all that decides what the model computes: weights, configuration and tokenizer.
+
+        Names, paths and versions of libraries in the configuration do not count.
+        """
+        ignored = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
+        config = {key: value for key, value in self.config.to_dict().items() if key not in ignored}
+        digest = hashlib.sha256((self.sha256() + json.dumps(config, sort_keys=True, default=str)).encode())
+        for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt"):
+            if (self.folder / name).is_file():
+                digest.update((self.folder / name).read_bytes())
+        return digest.hexdigest()
+
     def dtype(self, wanted: str) -> torch.dtype:
         """Resolve a `--dtype`: `auto` is fp32, but bf16 for checkpoints over 2 GB."""
         if wanted != "auto":

@@ -33,6 +33,12 @@ _LEAST = {
     "router.steps": 1,
     "router.batch_size": 1,
     "router.calibration_tokens": 1,
+    "lff.lr": 0,
+    "router.lr": 0,
+    "router.forecaster_lr": 0,
+    "lora.lr": 0,
+    "lora.forecaster_lr": 0,
+    "lora.router_lr": 0,
     "router.clip": 0,
     "router.noise_end": 0,
     "router.entropy_weight": 0,
@@ -176,7 +182,7 @@ def override(recipe: Recipe, text: str) -> None:
     Raises:
         InputError: There is no such field, or the value does not fit it.
     """
-    key, separator, value = text.partition("=")
+    key, separator, value = (part.strip() for part in text.partition("="))
     if not separator:
         raise InputError(f"--set {text}: expected key=value, such as router.steps=500")
     try:
@@ -188,6 +194,11 @@ def override(recipe: Recipe, text: str) -> None:
     for part in parts:
         target = getattr(target, _known(target, part, key))
     _assign(target, _known(target, leaf, key), parsed, key)
+
+
+def text_name(split: str) -> str:
+    """Return what people call the text of the closing evaluation."""
+    return "held-out text" if split == "heldout" else f"{split} text"
 
 
 def recipe_from(data: dict[str, Any]) -> Recipe:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -57,6 +59,20 @@ def inject_lora(model: RoutedForCausalLM, recipe: LoraRecipe, seed: int) -> None
 def lora_parameters(model: RoutedForCausalLM) -> dict[str, nn.Parameter]:
     """Return the adapters' parameters by name."""
     return {name: parameter for name, parameter in model.graph.named_parameters() if "lora_" in name}
+
+
+@contextmanager
+def adapters_off(model: RoutedForCausalLM) -> Iterator[None]:
+    """Let a model compute as if it had no adapters, for the time of a `with` block."""
+    layers = [module for module in model.graph.modules() if isinstance(module, LoraLayer)]
+    before = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, was in zip(layers, before, strict=True):
+            layer._disable_adapters = was
 
 
 def save_lora(model: RoutedForCausalLM, folder: Path) -> None:

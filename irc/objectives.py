@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from accelerate.utils import reduce
 
 from irc.budget import Budget, plain_budget
+from irc.lora import adapters_off
 from irc.modules import Record
 from irc.policies import policy_named
 from irc.routed import RoutedForCausalLM
@@ -142,7 +143,8 @@ class RoutingObjective(Objective):
 
     def _divergence(self, flat: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
         """Return the mean divergence of routed logits [tokens, vocabulary] from those of the dense model."""
-        with torch.no_grad(), self.model.control.using(mode="execute", tape=None):
+        # The teacher is the base itself: without adapters, without their dropout.
+        with torch.no_grad(), adapters_off(self.model), self.model.control.using(mode="execute", tape=None):
             dense = self.model(input_ids=windows, use_cache=False).logits[:, :-1].float().flatten(0, 1)
         return F.kl_div(flat.log_softmax(-1), dense.log_softmax(-1), reduction="batchmean", log_target=True)
 

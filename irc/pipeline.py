@@ -16,7 +16,7 @@ from irc.bundle import CONFIG, write_bundle
 from irc.calibrate import dial_points
 from irc.card import model_card
 from irc.checkpoint import BaseModel, find_base
-from irc.config import Recipe
+from irc.config import Recipe, text_name
 from irc.data import Split, TextSource, load_text, pick, token_stream, windows
 from irc.errors import InputError, IrcError
 from irc.evaluate import Evaluation, evaluate
@@ -183,7 +183,7 @@ def run_stages(conversion: Conversion) -> None:
     context.accelerator.wait_for_everyone()  # the work folder is the main process's alone until here
     cache = None
     if conversion.stages is not None:
-        cache = StageCache(conversion.stages, conversion.base.sha256(), conversion.text.fingerprint())
+        cache = StageCache(conversion.stages, conversion.base.identity(), conversion.text.fingerprint())
     for stage in recipe.stages:
         figures = stage_figures(work, stage)
         if figures is None and cache is not None and cache.fetch(recipe, stage, work):
@@ -210,7 +210,7 @@ def run_stages(conversion: Conversion) -> None:
 
 def evaluate_heldout(conversion: Conversion) -> None:
     """Measure the result on held-out text."""
-    with conversion.progress("held-out text", len(conversion.heldout)) as progress:
+    with conversion.progress(text_name(conversion.recipe.eval_split), len(conversion.heldout)) as progress:
         conversion.evaluation = evaluate(conversion.model, conversion.heldout, progress)
 
 

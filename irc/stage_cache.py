@@ -24,7 +24,7 @@ class StageCache:
 
     Attributes:
         folder: Where they lie, each in a folder named by a hash.
-        base: SHA-256 of the base's weights.
+        base: Identity of the base (see `irc.checkpoint`).
         text: Fingerprint of the text.
     """
 

@@ -71,7 +71,7 @@ class RouterRecipe:
         ends = self.target_range
         numbers = all(isinstance(end, (int, float)) for end in ends)
         if ends and not (numbers and len(ends) == 2 and 0 <= ends[0] < ends[1] <= 1):
-            raise InputError(f"router.target_range is {ends}; give two shares in ascending order, such as 0.1,0.6")
+            raise InputError(f"router.target_range is {ends}; give two shares in ascending order, such as [0.1, 0.6]")
         if ends and self.budget in ("unit", "recoverability"):
             raise InputError(f"router.target_range needs a budget of the whole model, not '{self.budget}'")
 

@@ -23,6 +23,7 @@ from irc.errors import InputError
 from irc.lora import inject_lora, lora_parameters
 from irc.modules import Forecaster, Router
 from irc.objectives import ForecastObjective, RoutingObjective
+from irc.policies import policy_named
 from irc.recompute import recomputing
 from irc.routed import RoutedForCausalLM
 from irc.static_depth import drop_units
@@ -178,7 +179,8 @@ def _teach(context: StageContext) -> None:
     objective = TeachObjective(context.model, recipe.lr, context.recipe.sparsity)
     settings = context.settings("teach", recipe.teach_steps, recipe.batch_size, 0.0)
     with context.progress("teach", recipe.teach_steps) as progress:
-        context.train(objective, settings, progress)
+        # Never with activation checkpointing: what the objective reads of a layer would be gone.
+        train(objective, context.train_windows(), settings, progress, context.accelerator)
 
 
 def run_lora(context: StageContext) -> dict[str, Any]:
@@ -188,7 +190,8 @@ def run_lora(context: StageContext) -> dict[str, Any]:
     model.requires_grad_(False)
     inject_lora(model, recipe, context.recipe.seed)
     groups = [{"params": lora_parameters(model), "lr": recipe.lr}]
-    for role, rate in (("forecaster", recipe.forecaster_lr), ("router", recipe.router_lr)):
+    learns = policy_named(context.recipe.policy).learns
+    for role, rate in (("forecaster", recipe.forecaster_lr), ("router", recipe.router_lr if learns else 0.0)):
         if rate > 0 and model.adapter_parameters(role):
             _learn(model, role)
             groups.append({"params": model.adapter_parameters(role), "lr": rate})
@@ -200,7 +203,7 @@ def run_lora(context: StageContext) -> dict[str, Any]:
         context.recipe.seed,
         recipe.steps,
         lora=groups,
-        sampled=recipe.router_lr > 0,
+        sampled=learns and recipe.router_lr > 0,
         budget=budget,
     )
     settings = context.settings("lora", recipe.steps, recipe.batch_size, 0.0)

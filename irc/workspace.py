@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 from irc.bundle import adapter_tensors, set_adapter
-from irc.config import Recipe
+from irc.config import Recipe, recipe_from
 from irc.errors import InputError
 from irc.lora import load_lora, save_lora
 from irc.routed import RoutedForCausalLM
@@ -77,11 +77,19 @@ def held(work: Path, recipe: Recipe, *, force: bool, resume: bool) -> Iterator[N
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as opened:
+    with path.open("a+") as opened:
         try:
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise InputError(f"{path.name}: another irc convert is writing to this output; wait for it") from error
+            opened.seek(0)
+            who = opened.read().strip()
+            raise InputError(
+                f"{path.name}: another irc convert{f' (process {who})' if who else ''} is writing to this output; wait "
+                "for it, or end it"
+            ) from error
+        opened.truncate(0)
+        opened.write(str(os.getpid()))
+        opened.flush()
         try:
             yield
         finally:
@@ -91,9 +99,9 @@ def _locked(path: Path) -> Iterator[None]:
 def check_same_recipe(recipe: Recipe, saved: Path) -> None:
     """Refuse to continue work that was begun with other settings, naming the first that differs."""
     try:
-        before = yaml.safe_load(saved.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise InputError(f"{saved}: damaged; start over with --force") from error
+        before = recipe_from(yaml.safe_load(saved.read_text())).to_dict()
+    except (OSError, yaml.YAMLError, InputError, AttributeError) as error:
+        raise InputError(f"{saved}: damaged, or of another version; start over with --force") from error
     for key, value in recipe.to_dict().items():
         automatic = key == "rank" and value == 0
         if key not in _FREE_TO_CHANGE and not automatic and before.get(key) != value:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,6 +17,9 @@ from irc.cli.options import (
     shares,
     sparsity_option,
 )
+
+if TYPE_CHECKING:
+    from irc.key_policy import KeyPolicy
 
 
 @click.command()
@@ -84,11 +87,18 @@ def command(
     """Evaluate MODEL, a bundle or a plain model (folder, hub id, or demo)."""
     from irc import console
     from irc.cli.report import figures_table, kv_report, sparsity_report
+    from irc.errors import InputError
     from irc.evaluation_run import run_evaluation
     from irc.key_policy import KeyPolicy
 
     if tasks:
-        _evaluate_tasks(model, tasks, limit, task_path, as_json, options)
+        given = {"--kv-sweep": kv_sweep, "--sparsity-sweep": options["sparsities"], "--tokens": options["tokens"]}
+        given |= {"--seq-len": options["seq_len"], "--split": options["split"] != "auto"}
+        for flag, value in given.items():
+            if value:
+                raise InputError(f"{flag} is for perplexity; --tasks read whole questions, so leave one of them out")
+        key_policy = KeyPolicy.chosen(kv_policy, kv_threshold)
+        _evaluate_tasks(model, tasks, limit, task_path, as_json, options, key_policy)
         return
     metrics = run_evaluation(
         model,
@@ -115,7 +125,13 @@ def command(
 
 
 def _evaluate_tasks(
-    model: str, tasks: str, limit: int | None, task_path: Path | None, as_json: bool, options: dict[str, Any]
+    model: str,
+    tasks: str,
+    limit: int | None,
+    task_path: Path | None,
+    as_json: bool,
+    options: dict[str, Any],
+    key_policy: KeyPolicy | None,
 ) -> None:
     from irc import console
     from irc.cli.report import tasks_report
@@ -128,9 +144,12 @@ def _evaluate_tasks(
             f"--tasks needs lm-evaluation-harness ({error}); install it with: "
             "pip install 'informed-routing-compiler[tasks]'"
         ) from error
+    names = [task.strip() for task in tasks.split(",") if task.strip()]
+    if not names:
+        raise InputError(f"--tasks '{tasks}' names no task; give some such as code_continuation,code_recall")
     results = run_tasks(
         model,
-        [task.strip() for task in tasks.split(",") if task.strip()],
+        names,
         console.progress,
         data=options["data"] or "stdlib",
         limit=limit,
@@ -138,6 +157,8 @@ def _evaluate_tasks(
         base=options["base"],
         dtype=options["dtype"],
         device=options["device"],
+        key_policy=key_policy,
+        sparsity=options["sparsity"],
     )
     if as_json:
         console.emit_json(results)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from irc import console
+from irc.config import text_name
 
 
 def conversion_report(metrics: dict[str, Any]) -> None:
     """Show a finished conversion."""
-    figures_table("held-out text", metrics)
+    figures_table(text_name(metrics["data"]["split"]), metrics)
     seconds = metrics["seconds"]
     console.table("time", ["phase", "seconds"], [[name, f"{value:.1f}"] for name, value in seconds.items()])
     console.say(f"bundle: {metrics['output']}")

@@ -14,6 +14,10 @@ from irc.errors import InputError
 from irc.policies import policy_named
 
 DENSE = "dense"
+_FIXED = frozenset(
+    "model data policy sparsity seed stages eval_split eval_tokens seq_len device dtype precision".split()
+)
+_CHANGES = re.compile(r",(?=\s*[\w.]+\s*=)")  # the commas between settings, not those of a list
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Cell:
         lora: Whether the stage lora follows.
         variant: Name of the option that is tried, empty for the plain method.
         changes: Settings of the recipe that differ, such as `router.steps=50`.
+        swept: The setting whose sweep the cell belongs to; empty for none.
     """
 
     policy: str
@@ -35,6 +40,7 @@ class Cell:
     lora: bool = False
     variant: str = ""
     changes: tuple[str, ...] = ()
+    swept: str = ""
 
     @property
     def name(self) -> str:
@@ -95,6 +101,10 @@ class Plan:
                 raise InputError(f"--{name} is empty; give at least one")
             if len(set(values)) != len(values):
                 raise InputError(f"--{name} names one twice: {', '.join(map(str, values))}")
+        for name, changes in self.variants.items():
+            fixed = next((key for change in changes if (key := change.partition("=")[0].strip()) in _FIXED), None)
+            if fixed:
+                raise InputError(f"--variant {name} changes {fixed}, in which cells must agree; set it for all")
         if any(not 0 < share < 1 for share in self.budgets):
             raise InputError("--budgets are shares of the router stage's steps; give some between 0 and 1")
         if (self.ranks or self.calibration_tokens or self.variants) and "informed" not in self.policies:
@@ -115,15 +125,18 @@ class Plan:
             steps = max(1, round(share * base.router.steps))
             change = (f"router.steps={steps}",)
             trained = [policy for policy in self.policies if policy_named(policy).learns]
-            cells += [Cell(policy, *place, variant=change[0], changes=change) for place in grid for policy in trained]
+            cells += [
+                Cell(policy, *place, False, change[0], change, "router.steps") for place in grid for policy in trained
+            ]
         for name, values in (("rank", self.ranks), ("lff.tokens", self.calibration_tokens)):
-            cells += [Cell("informed", *first, variant=f"{name}={v}", changes=(f"{name}={v}",)) for v in values]
+            cells += [Cell("informed", *first, False, f"{name}={v}", (f"{name}={v}",), name) for v in values]
         for name, changes in self.variants.items():
             cells += [Cell("informed", *place, variant=name, changes=changes) for place in grid]
         if self.lora:
             cells += [Cell(DENSE, 0.0, seed, lora=True) for seed in self.seeds]
             cells += [Cell(policy, *place, lora=True) for place in grid for policy in self.policies]
-        return list(_once(cells))
+        _check_names(cells)
+        return list(dict.fromkeys(cells))
 
 
 def _repeats(cell: Cell, seeds: Sequence[int]) -> bool:
@@ -131,12 +144,15 @@ def _repeats(cell: Cell, seeds: Sequence[int]) -> bool:
     return cell.policy == "static" and cell.seed != seeds[0]
 
 
-def _once(cells: Iterable[Cell]) -> Iterable[Cell]:
-    seen: set[str] = set()
+def _check_names(cells: Iterable[Cell]) -> None:
+    """Refuse two different cells of one name: one would take the other's folder."""
+    seen: dict[str, Cell] = {}
     for cell in cells:
-        if cell.name not in seen:
-            seen.add(cell.name)
-            yield cell
+        if seen.setdefault(cell.name, cell) != cell:
+            raise InputError(
+                f"two cells would both be named {cell.name}; give variants names of their own, and targets that differ "
+                "in six digits"
+            )
 
 
 def read_variants(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -148,12 +164,13 @@ def read_variants(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = {}
     for text in texts:
         name, colon, settings = text.partition(":")
-        changes = tuple(part.strip() for part in settings.split(",") if part.strip())
-        if not (name.strip() and colon and changes and all("=" in change for change in changes)):
+        name = name.strip()
+        changes = tuple(part.strip() for part in _CHANGES.split(settings) if part.strip())
+        if not (name and colon and changes and all("=" in change for change in changes)):
             raise InputError(f"--variant '{text}': expected NAME:KEY=VALUE[,KEY=VALUE], such as frozen:router.lr=1e-3")
         if name in found:
             raise InputError(f"--variant: two are named '{name}'; give each a name of its own")
-        found[name.strip()] = changes
+        found[name] = changes
     return found
 
 

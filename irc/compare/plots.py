@@ -53,7 +53,7 @@ def perplexity_over_seconds(rows: Sequence[Row], sparsity: float) -> str:
                 row
                 for row in rows
                 if (row["policy"], row["sparsity"], row["lora"]) == (policy, sparsity, False)
-                and (not row["variant"] or row["variant"].startswith("router.steps="))
+                and (not row["variant"] or row["swept"] == "router.steps")
             ]
             for seed in sorted({row["seed"] for row in mine}):
                 points = sorted(

@@ -47,7 +47,7 @@ def _sections(results: dict[str, Any]) -> Iterator[dict[str, Any]]:
         if any(group["lora"] == lora and group["policy"] != "dense" for group in groups):
             title = "Perplexity over sparsity" + (" after LoRA" if lora else "")
             yield _section(title, "Bars span the seeds.", [plots.perplexity_over_sparsity(groups, lora)])
-    budgets = {row["sparsity"] for row in rows if row["variant"].startswith("router.steps=")}
+    budgets = {row["sparsity"] for row in rows if row["swept"] == "router.steps"}
     if budgets:
         text = "Each point is a training of its own with its own schedule; those of informed include the lff stage."
         timed = [plots.perplexity_over_seconds(rows, sparsity) for sparsity in sorted(budgets)]
@@ -64,7 +64,7 @@ def _sections(results: dict[str, Any]) -> Iterator[dict[str, Any]]:
         ("rank", "Forecaster rank", "rank"),
         ("lff.tokens", "Size of the calibration text", "tokens of the lff stage"),
     ):
-        swept = [row for row in rows if row["variant"].startswith(f"{key}=")]
+        swept = [row for row in rows if row["swept"] == key]
         if swept:
             yield _section(title, "", [plots.sweep(swept, key, label)])
     if results["kv_sweep"]:

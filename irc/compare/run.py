@@ -21,7 +21,7 @@ import transformers
 import yaml
 
 from irc import __version__
-from irc.bundle import METRICS
+from irc.bundle import METRICS, RECIPE
 from irc.checkpoint import find_base
 from irc.compare.cells import Cell, Plan, plan_facts
 from irc.compare.results import summarize
@@ -31,6 +31,7 @@ from irc.errors import InputError, IrcError
 from irc.evaluation_run import run_evaluation
 from irc.pipeline import convert, resolve
 from irc.train import ProgressFactory
+from irc.workspace import check_same_recipe
 
 log = logging.getLogger(__name__)
 
@@ -70,10 +71,12 @@ def compare(
     cells = plan.cells(recipe)
     recipes = {cell.name: resolve(cell.recipe(recipe)) for cell in cells}
     base, text = find_base(recipe.model), load_text(recipe.data)
+    for one in recipes.values():
+        one.rank_for(base.config.hidden_size)
     facts = {
         "irc_version": __version__,
         "model": recipe.model,
-        "base_sha256": base.sha256(),
+        "base_identity": base.identity(),
         "data": {"name": text.name, "fingerprint": text.fingerprint()},
         "recipe": {key: value for key, value in recipe.to_dict().items() if key not in _PER_CELL},
     }
@@ -112,10 +115,10 @@ def _open(output: Path, facts: dict[str, Any], *, resume: bool, force: bool) -> 
     if path.is_file() and resume:
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
-            known = {key: before[key] for key in ("base_sha256", "data", "recipe")}
+            known = {key: before[key] for key in ("base_identity", "data", "recipe")}
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}: damaged; start over with --force") from error
-        if known["base_sha256"] != facts["base_sha256"]:
+        if known["base_identity"] != facts["base_identity"]:
             raise InputError(f"{output}: compares {before.get('model')}, another model; give another --output")
         if known["data"]["fingerprint"] != facts["data"]["fingerprint"]:
             raise InputError(f"{output}: was made on another text ({known['data']['name']}); give another --output")
@@ -146,6 +149,7 @@ def _made(
     waiting = []
     for cell in cells:
         if _finished(output, cell):
+            check_same_recipe(recipes[cell.name], _folder(output, cell) / RECIPE)
             yield cell.name
         else:
             waiting.append(cell)
@@ -226,6 +230,7 @@ def _row(cell: Cell, output: Path) -> dict[str, Any]:
             "seed": cell.seed,
             "lora": cell.lora,
             "variant": cell.variant,
+            "swept": cell.swept,
             "changes": list(cell.changes),
             "figures": {key: metrics[key] for key in wanted} | {"tokens": metrics["data"]["tokens"]},
         }

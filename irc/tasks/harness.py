@@ -17,9 +17,10 @@ from irc.data import load_text
 from irc.errors import InputError
 from irc.evaluation_run import open_model
 from irc.generation import Generator
+from irc.key_policy import KeyPolicy
 from irc.onnx_folder import MANIFEST
 from irc.runtime import Runtime
-from irc.tasks.local import LOCAL, write_tasks
+from irc.tasks.local import LOCAL, RECALL_TOKENS, write_tasks
 from irc.tasks.scorers import OnnxScorer, Scorer, TorchScorer
 from irc.train import ProgressFactory
 
@@ -141,6 +142,8 @@ def run_tasks(
     base: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
+    key_policy: KeyPolicy | None = None,
+    sparsity: float | None = None,
 ) -> dict[str, Any]:
     """Evaluate a bundle, a plain model or an ONNX folder on tasks.
 
@@ -154,6 +157,8 @@ def run_tasks(
         base: Where a bundle's base is, if it has moved.
         dtype: Of a PyTorch model.
         device: Of a PyTorch model.
+        key_policy: Of a bundle, in place of its own.
+        sparsity: Of a bundle, in place of its own, within its dial.
 
     Returns:
         The JSON object of `irc eval --tasks`: each task's figures, dense and routed, and the sparsity that was met.
@@ -165,9 +170,14 @@ def run_tasks(
         logging.getLogger(noisy).setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as made:
         manager = _manager(tasks, task_path, Path(made))
-        scorers = _scorers(name, base, dtype, device)
+        opened = {"base": base, "dtype": dtype, "key_policy": key_policy, "sparsity": sparsity}
+        scorers = _scorers(name, device, opened)
         if any(task in LOCAL for task in tasks):
-            first = next(iter(scorers.values())).tokenizer
+            first, context = next(iter(scorers.values())).tokenizer, next(iter(scorers.values())).context
+            if "code_recall" in tasks and context < RECALL_TOKENS:
+                raise InputError(
+                    f"task code_recall asks for names up to {RECALL_TOKENS} tokens back; {name} reads {context}"
+                )
             text = load_text(data)
             documents = text.split("heldout") or list(text.documents)
             count = _QUESTIONS if limit is None else limit
@@ -190,11 +200,14 @@ def run_tasks(
     }
 
 
-def _scorers(name: str, base: str | None, dtype: str, device: str) -> dict[str, Scorer]:
+def _scorers(name: str, device: str, opened: dict[str, Any]) -> dict[str, Scorer]:
     if (Path(name) / MANIFEST).is_file():
+        fixed = next((key for key in ("sparsity", "key_policy") if opened[key] is not None), None)
+        if fixed:
+            raise InputError(f"{name}: an exported folder has its {fixed.replace('_', ' ')}; export again with another")
         generator = Generator(Runtime(Path(name), "cuda" if device.startswith("cuda") else device))
         return {"routed" if generator.runtime.exported.decisions else "dense": OnnxScorer(generator)}
-    model = open_model(name, base=base, dtype=dtype, device=device)
+    model = open_model(name, device=device, **opened)
     scorers: dict[str, Scorer] = {"dense": TorchScorer(model, "execute")}
     return scorers | ({"routed": TorchScorer(model, "route")} if model.spec else {})
 

@@ -25,7 +25,7 @@ from irc.errors import InputError
 CHOICES = 4
 RECALL_DISTANCE = 200
 _CONTEXT_CHARACTERS = 1_200
-_RECALL_TOKENS = 440
+RECALL_TOKENS = 440
 _CLOSERS = (")", "]", "}", "):", "))", ")]", "],", "),", "})", "):\n", ")\n")
 _NAME = re.compile(r"\b[A-Za-z_]\w{4,}\b")
 Doc = dict[str, Any]
@@ -156,8 +156,9 @@ def _closings(documents: Sequence[Document], draw: random.Random, encode: Encode
                 indents.append(_question(before, " " * indent + rest, wrong, draw))
     for questions in (brackets, indents):
         draw.shuffle(questions)
-    half = min(limit // 2, len(brackets), len(indents))
-    yield from (question for pair in zip(brackets[:half], indents[:half], strict=True) for question in pair)
+    half = min((limit + 1) // 2, len(brackets), len(indents))
+    pairs = zip(brackets[:half], indents[:half], strict=True)
+    yield from [question for pair in pairs for question in pair][:limit]
 
 
 def _recalls(documents: Sequence[Document], draw: random.Random, encode: Encode, limit: int) -> Iterator[Doc]:
@@ -170,11 +171,11 @@ def _recalls(documents: Sequence[Document], draw: random.Random, encode: Encode,
             before = last.get(name)
             last[name] = place
             # Tokens have three characters or so: cheap bounds first, then the count itself.
-            if before is None or not 300 < place - before < 4 * _RECALL_TOKENS or draw.random() > 0.2:
+            if before is None or not 300 < place - before < 4 * RECALL_TOKENS or draw.random() > 0.2:
                 continue
             context = document.text[before:place]
             length = encode(context)
-            if not RECALL_DISTANCE <= length <= _RECALL_TOKENS:
+            if not RECALL_DISTANCE <= length <= RECALL_TOKENS:
                 continue
             others = sorted({other for other in _NAME.findall(context) if other != name and len(other) > 4})
             if len(others) >= CHOICES - 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from transformers import BertConfig, CLIPConfig, GPT2Config, LlamaConfig, PretrainedConfig, T5Config
 
 from irc.capture import assign_weights, capture
-from irc.checkpoint import BaseModel
+from irc.checkpoint import BaseModel, find_base
 from irc.errors import InputError
 
 SMALL: dict[str, Any] = {
@@ -196,3 +197,21 @@ def test_shards_give_every_weight_and_hold_one_shard(tmp_path: Path) -> None:
     assert held() is not None
     assert weights["z"].sum() == 28
     assert held() is None
+
+
+def test_what_decides_the_result_makes_the_identity(model_folder: Path, tmp_path: Path) -> None:
+    """Weights alone do not: stages that another configuration trained must not be taken for this one's."""
+    plain = find_base(str(model_folder))
+    for name, change, same in (
+        ("moved", {"_name_or_path": "elsewhere", "transformers_version": "9.9"}, True),
+        ("norm", {"rms_norm_eps": 0.1}, False),
+        ("activation", {"hidden_act": "gelu"}, False),
+    ):
+        folder = Path(shutil.copytree(model_folder, tmp_path / name))
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | change))
+        assert find_base(str(folder)).sha256() == plain.sha256()
+        assert (find_base(str(folder)).identity() == plain.identity()) == same
+    folder = Path(shutil.copytree(model_folder, tmp_path / "tokenizer"))
+    (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text() + " ")
+    assert find_base(str(folder)).identity() != plain.identity()

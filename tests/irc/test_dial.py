@@ -66,6 +66,35 @@ def test_any_sparsity_between(converted: Path, streams: dict[str, torch.Tensor])
     assert realized(converted, None, streams) == pytest.approx(0.25, abs=0.05)
 
 
+def test_a_loaded_bundle_keeps_its_dial_when_it_is_saved(converted: Path, tmp_path: Path) -> None:
+    irc.load(converted).save_pretrained(tmp_path / "again")
+    first, again = (json.loads((folder / "irc_config.json").read_text()) for folder in (converted, tmp_path / "again"))
+    assert again["dial"] == first["dial"] != []
+    for key in ("name", "calibration_keep"):
+        assert [unit[key] for unit in again["units"]] == [unit[key] for unit in first["units"]]
+    irc.load(converted, sparsity=0.3).save_pretrained(tmp_path / "turned")  # its shifts would no longer fit
+    assert json.loads((tmp_path / "turned" / "irc_config.json").read_text())["dial"] == []
+
+
+def test_tasks_follow_the_dial_and_refuse_what_is_for_perplexity(converted: Path, irc_main: Any) -> None:
+    for flags, part in (
+        (("--sparsity", "0.95"), "outside its dial"),
+        (("--tokens", "9"), "--tokens is for perplexity"),
+        (("--kv-sweep", "0.5"), "--kv-sweep is for perplexity"),
+        (("--split", "all"), "--split is for perplexity"),
+    ):
+        outcome = irc_main("eval", converted, "--tasks", "code_closing", "--limit", "1", *flags)
+        assert outcome.code == 2
+        assert part in outcome.sentence()
+    assert "names no task" in irc_main("eval", converted, "--tasks", ",").sentence()
+    found = [
+        irc_main("eval", converted, "--tasks", "code_closing", "--limit", "3", "--sparsity", share, "--json").json
+        for share in ("0.1", "0.6")
+    ]
+    assert found[0]["sparsity"]["realized"] < 0.35 < found[1]["sparsity"]["realized"]
+    assert found[0]["tasks"]["code_closing"]["routed"]["questions"] == 3
+
+
 def test_the_command_line_turns_it(converted: Path, irc_main: Any, text_file: Path, tmp_path: Path) -> None:
     outcome = irc_main("eval", converted, "--sparsity-sweep", "0.1,0.3,0.6", "--json")
     assert outcome.code == 0, outcome.err

@@ -13,7 +13,7 @@ from peft import PeftConfig
 from safetensors.torch import load_file, save_file
 
 from irc.errors import InputError
-from irc.lora import WEIGHTS, inject_lora, load_lora, lora_config, lora_parameters, save_lora
+from irc.lora import WEIGHTS, adapters_off, inject_lora, load_lora, lora_config, lora_parameters, save_lora
 from irc.routed import RoutedForCausalLM
 from irc.stage_recipes import LoraRecipe
 from irc.stages import StageContext, run_lora
@@ -125,3 +125,30 @@ def test_forecasters_or_routers_learn_along_when_asked(
     assert not kept
     assert {name for name in before if f"_{learns}." in name} <= changed
     assert abs(figures["calibration_sparsity"] - 0.25) <= 0.01
+
+
+def test_a_policy_without_routers_to_train_keeps_its_routes(make_context: Callable[..., StageContext]) -> None:
+    """What informed is held against: the dense model under the same LoRA budget, and whole units dropped."""
+    context = make_context(policy="static")
+    context.model.part(context.model.units[0], "router").choose(False)
+    before = copy.deepcopy(context.model.adapter_parameters("router"))
+    context.recipe.lora.router_lr = 3.0
+    figures = run_lora(context)
+    assert figures["sparsity"] == pytest.approx(1 / len(context.model.units))
+    for name, parameter in context.model.adapter_parameters("router").items():
+        assert torch.equal(parameter, before[name])
+
+
+def test_without_adapters_the_model_is_the_base(make_routed: Make, lora_on: Any, shake: Any, ids: torch.Tensor) -> None:
+    model = shake(make_routed())
+    with torch.no_grad(), model.control.using(mode="execute"):
+        plain = model(input_ids=ids).logits
+        lora_on(model)
+        model.train()
+        adapted = model(input_ids=ids).logits
+        with adapters_off(model):
+            again = model(input_ids=ids).logits
+        after = model(input_ids=ids).logits
+    assert not torch.allclose(adapted, plain, atol=1e-3)
+    torch.testing.assert_close(again, plain)
+    assert not torch.allclose(after, plain, atol=1e-3)

@@ -11,7 +11,7 @@ import torch
 from irc.budget import plain_budget
 from irc.calibrate import calibrate
 from irc.data import windows
-from irc.errors import InputError
+from irc.errors import InputError, IrcError
 from irc.modules import Record
 from irc.routed import RoutedForCausalLM
 from irc.stages import (
@@ -171,3 +171,23 @@ def test_short_text_is_refused_before_any_work(make_context: Callable[..., Stage
 def test_cosine_schedule() -> None:
     schedule = cosine_schedule(0.1)
     assert [schedule(progress) for progress in (0, 0.5, 1, 2)] == pytest.approx([1, 0.55, 0.1, 0.1])
+
+
+def test_routers_that_are_no_numbers_are_refused(make_context: Callable[..., StageContext], shake: Any) -> None:
+    context = make_context()
+    shake(context.model)
+    with torch.no_grad():
+        context.model.part(context.model.units[1], "router").last.bias.fill_(torch.nan)
+    with pytest.raises(IrcError, match=r"no longer finite numbers; lower router\.lr"):
+        calibrated(context)
+
+
+def test_a_target_that_is_missed_is_said(
+    make_context: Callable[..., StageContext], caplog: pytest.LogCaptureFixture
+) -> None:
+    context = make_context(sparsity=0.4)
+    with torch.no_grad():
+        for unit in context.model.units:
+            context.model.part(unit, "router").last.weight.zero_()  # all tokens are alike
+    assert calibrated(context)["calibration_sparsity"] == 0.5  # two units of four
+    assert "in place of 0.400: many tokens are alike to the routers" in caplog.text

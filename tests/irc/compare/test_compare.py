@@ -76,10 +76,19 @@ def test_stages_of_other_routers_are_not_shared(
     irc_main: Main, arguments: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     """A router of the bottleneck has another shape, and every stage saves the routers."""
-    more = "--policies informed --sparsities 0.5 --seeds 1 --variant bottleneck:router.reads=bottleneck".split()
-    outcome = irc_main(*arguments(tmp_path / "c", *more))
+    more = "--policies informed --sparsities 0.5 --seeds 1".split()
+    variants = ["--variant", "bottleneck:router.reads=bottleneck", "--variant", "rank=low:rank=3"]
+    outcome = irc_main(*arguments(tmp_path / "c", *more, *variants))
     assert outcome.code == 0, outcome.err
-    assert [cell["variant"] for cell in outcome.json["cells"]] == ["", "bottleneck"]
+    assert [cell["variant"] for cell in outcome.json["cells"]] == ["", "bottleneck", "rank=low"]
+    again = irc_main(*arguments(tmp_path / "c", *more, "--variant", "rank=low:rank=2", "--resume"))
+    assert again.code == 2
+    assert "was begun with rank = 3, now it is 2" in again.sentence()  # no old figures under new settings
+
+
+def test_a_variant_may_hold_a_list() -> None:
+    found = read_variants(["range:router.target_range=[0.1,0.6],router.steps=3", "one: rank = 4"])
+    assert found == {"range": ("router.target_range=[0.1,0.6]", "router.steps=3"), "one": ("rank = 4",)}
 
 
 def test_a_killed_comparison_goes_on(
@@ -150,6 +159,12 @@ REFUSALS = [
     (("--variant", "x:router.nothing=1"), "unknown key router.nothing"),
     (("--variant", "x:router.lr=fast"), "router.lr is 'fast'"),
     (("--set", "eval_split=all"), "eval_split is 'all'"),
+    (("--variant", "a:sparsity=0.6"), "--variant a changes sparsity"),
+    (("--variant", "a:eval_split=validation"), "--variant a changes eval_split"),
+    (("--variant", "a:router.steps=2", "--variant", " a:router.steps=3"), "two are named 'a'"),
+    (("--lora", "--variant", "lora:router.steps=2"), "would both be named informed-0.25-lora-seed0"),
+    (("--sparsities", "0.25,0.25000001"), "would both be named"),
+    (("--ranks", "64"), "rank is 64, the model's hidden size is 32"),
 ]
 
 
@@ -170,7 +185,7 @@ def test_a_folder_of_another_comparison_is_refused(
     assert irc_main(*arguments(out, *more)).code == 0
     facts = json.loads((out / "compare.json").read_text())
     for change, expected in (
-        ({"base_sha256": "0" * 64}, "another model"),
+        ({"base_identity": "0" * 64}, "another model"),
         ({"data": {"name": "other", "fingerprint": "0"}}, "another text (other)"),
         ({"recipe": facts["recipe"] | {"rank": 7}}, "was begun with rank = 7, now it is 4"),
     ):
@@ -192,7 +207,15 @@ def row(policy: str, ppl: float, *, seed: int = 0, variant: str = "", seconds: f
     figures = {"perplexity": {"dense": 10.0, "routed": ppl, "ratio": ppl / 10}, "sparsity": sparsity, "stages": stages}
     place = 0.0 if policy == "dense" else 0.25
     return {
-        **{"name": "", "policy": policy, "sparsity": place, "seed": seed, "lora": lora, "variant": variant},
+        **{
+            "name": "",
+            "policy": policy,
+            "sparsity": place,
+            "seed": seed,
+            "lora": lora,
+            "variant": variant,
+            "swept": "",
+        },
         "figures": figures | {"flops_ratio": 0.8},
     }
 
