@@ -12,6 +12,7 @@ from irc.compare.cells import DENSE
 
 Row = dict[str, Any]
 _TRAINING = ("lff", "router", "lora")
+_BUDGET = frozenset({"lff.tokens", "lff.steps", "router.steps", "router.calibration_tokens"})
 
 
 def training_seconds(row: Row, kind: str = "seconds") -> float:
@@ -88,9 +89,9 @@ def gap_closed(rows: Sequence[Row], sparsity: float, lora: bool, against: str = 
 def catch_up(rows: Sequence[Row], sparsity: float) -> Row | None:
     """Return the shortest informed training, lff included, that ends no worse than skipgpt's whole one.
 
-    Only cells that were made count, variants too: it is as fine as the budgets of the plan. `share` is its time over
-    skipgpt's by the clock, `cpu_share` that of the processors (which other work on the machine does not stretch), over
-    the seeds that have one; `reached` says how many do.
+    Only cells that were made count, of the plain method and of variants that train or read less or more: it is as fine
+    as the budgets of the plan. `share` is its time over skipgpt's by the clock, `cpu_share` that of the processors
+    (which other work on the machine does not stretch), over the seeds that have one; `reached` says how many do.
     """
     skipgpt = _plain(rows, "skipgpt", sparsity, False)
     shares: dict[str, list[float]] = {"seconds": [], "cpu_seconds": []}
@@ -101,6 +102,7 @@ def catch_up(rows: Sequence[Row], sparsity: float) -> Row | None:
             row
             for row in rows
             if (row["policy"], row["sparsity"], row["seed"], row["lora"]) == ("informed", sparsity, seed, False)
+            and all(change.partition("=")[0].strip() in _BUDGET for change in row["changes"])
         ]
         good = [row for row in tries if row["figures"]["perplexity"]["routed"] <= wanted]
         if good:

@@ -215,6 +215,7 @@ def row(policy: str, ppl: float, *, seed: int = 0, variant: str = "", seconds: f
             "lora": lora,
             "variant": variant,
             "swept": "",
+            "changes": [] if variant == "" else [variant],
         },
         "figures": figures | {"flops_ratio": 0.8},
     }
@@ -252,7 +253,7 @@ def test_catching_up_takes_the_shortest_training_that_is_no_worse() -> None:
         row("informed", 11.0, seconds=110),
         row("informed", 11.5, variant="router.steps=50", seconds=60),
         row("informed", 13.0, variant="router.steps=25", seconds=35),
-        row("informed", 10.5, variant="other", seconds=1),
+        row("informed", 10.5, variant="router.lr=1", seconds=1),  # another method, not another budget
     ]
     found = catch_up(rows, 0.25)
     assert found is not None
