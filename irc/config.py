@@ -42,7 +42,7 @@ _LEAST = {
     "router.clip": 0,
     "router.noise_end": 0,
     "router.entropy_weight": 0,
-    "router.teach_steps": 0,
+    "router.teach_steps": -1,
     "lora.steps": 1,
     "lora.batch_size": 1,
     "lora.rank": 1,
@@ -99,6 +99,12 @@ class Recipe:
         if not 0.0 <= self.router.distill <= 1.0:
             raise InputError(f"router.distill is {self.router.distill}; give a share between 0 and 1")
         self.router.check(policy.forecasts)
+        if self.router.teach_steps > 0 and not policy.learns:
+            raise InputError(f"policy {self.policy} has no routers to teach; leave router.teach_steps out")
+        if self.dial and self.router.budget != "model":
+            raise InputError(
+                f"dial needs router.budget model, not '{self.router.budget}': it sets one sparsity for all"
+            )
         if self.eval_split not in EVAL_SPLITS:
             raise InputError(f"eval_split is '{self.eval_split}'; choose from {', '.join(EVAL_SPLITS)}")
         if self.precision not in PRECISIONS:

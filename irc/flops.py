@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from torch import fx, nn
 
+from irc.modules import BottleneckRouter
 from irc.routed import RoutedForCausalLM
 from passes.match import Unit
 
@@ -103,6 +104,9 @@ def _count(model: RoutedForCausalLM, unit: Unit, keys: float) -> UnitFlops:
     if model.spec is not None:
         for role in added:
             added[role] = sum(2.0 * m.in_features * m.out_features for _, m in _linears(model.part(unit, role)))
+        router = model.part(unit, "router")
+        if isinstance(router, BottleneckRouter):  # it computes the bottleneck of every token for itself
+            added["router"] += 2.0 * router.bottleneck.in_features * router.bottleneck.out_features
     return UnitFlops(always, gated, scores, reduced=unit.name in model.control.reduced, **added)
 
 

@@ -78,12 +78,18 @@ class BottleneckRouter(Router):
 
     def __init__(self, forecaster: Forecaster, hidden: int) -> None:
         super().__init__(forecaster.down.out_features, hidden)
-        self._forecaster = (forecaster,)  # in a tuple: no submodule, so that no parameter has two names
+        # In a tuple: no submodules, so that no parameter has two names.
+        self._shared = (forecaster.down, forecaster.act)
+
+    @property
+    def bottleneck(self) -> nn.Linear:
+        """The forecaster's first linear."""
+        return self._shared[0]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the logits."""
-        (forecaster,) = self._forecaster
-        logits: torch.Tensor = super().forward(forecaster.act(forecaster.down(x)))  # type: ignore[no-untyped-call]
+        down, act = self._shared
+        logits: torch.Tensor = super().forward(act(down(x)))  # type: ignore[no-untyped-call]
         return logits
 
 

@@ -124,7 +124,10 @@ def _check_output(output: Path) -> None:
 def resolve(recipe: Recipe) -> Recipe:
     """Check a recipe and replace every `auto` by what it means on this machine."""
     recipe.check()
-    recipe.stages = recipe.stages or policy_named(recipe.policy).stages
+    policy = policy_named(recipe.policy)
+    recipe.stages = recipe.stages or policy.stages
+    if recipe.router.teach_steps < 0:
+        recipe.router.teach_steps = policy.teach_steps
     if recipe.device == "auto":
         recipe.device = "cuda" if torch.cuda.is_available() else "cpu"
     if recipe.device.startswith("cuda") and not torch.cuda.is_available():

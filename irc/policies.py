@@ -29,6 +29,7 @@ class Policy:
         causal: Whether a token's route depends on that token and earlier ones alone; only then can the model
             generate text and be exported.
         capacity: Whether a fixed share of each sequence executes, by rank.
+        teach_steps: Steps in which its routers first learn what skipping costs, unless the recipe says otherwise.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Policy:
     learns: bool = True
     causal: bool = True
     capacity: bool = False
+    teach_steps: int = 0
 
     @property
     def stages(self) -> list[str]:
@@ -48,7 +50,7 @@ class Policy:
 POLICIES = {
     policy.name: policy
     for policy in (
-        Policy("informed", "execute or forecast, by a router of the unit's input", True, "unit"),
+        Policy("informed", "execute or forecast, by a router of the unit's input", True, "unit", teach_steps=30),
         Policy("skipgpt", "execute or skip, by a router of the layer's input (arXiv 2506.04179)", False, "layer"),
         Policy(
             "mod",

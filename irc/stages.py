@@ -157,7 +157,7 @@ def run_router(context: StageContext) -> dict[str, Any]:
     if recipe.forecaster_lr > 0:
         _learn(model, "forecaster")
     budget = _budget(context)
-    if recipe.teach_steps:
+    if recipe.teach_steps > 0:
         _teach(context)
     objective = RoutingObjective(
         model, recipe, context.recipe.sparsity, context.recipe.seed, recipe.steps, budget=budget

@@ -67,4 +67,7 @@ def _merge_biases(forecaster: nn.Module) -> None:
     with torch.no_grad():
         merged = up.weight.float() @ down.bias.float() + up.bias.float()
         up.bias = nn.Parameter(merged.to(up.bias.dtype), requires_grad=False)
-        down.register_parameter("bias", None)
+    # A linear of its own: a router may read the one that was here.
+    alone = nn.Linear(down.in_features, down.out_features, bias=False, device="meta")
+    alone.weight = down.weight
+    forecaster.add_module("down", alone)

@@ -54,6 +54,8 @@ def _fuse(graph: fx.Graph, module: nn.Module, squeeze: fx.Node) -> bool:
 
 
 def _is_router(module: nn.Module) -> bool:
+    if type(module).forward is not nn.Sequential.forward:  # it does more than its parts
+        return False
     if not isinstance(module, nn.Sequential) or [type(part) for part in module] != [nn.Linear, nn.ReLU, nn.Linear]:
         return False
     first, last = cast("tuple[nn.Linear, nn.Linear]", (module[0], module[2]))

@@ -98,7 +98,7 @@ def test_eval_of_the_base_is_the_dense_figure(
     assert plain["perplexity"] == {"dense": pytest.approx(metrics["perplexity"]["dense"], rel=1e-6)}
 
 
-PLACES = [("lff statistics", 16), ("lff", 2), ("router", 1), ("router", 5), ("threshold", 1), ("lora", 3)]
+PLACES = [("lff statistics", 16), ("lff", 2), ("teach", 1), ("router", 1), ("router", 5), ("threshold", 1), ("lora", 3)]
 
 
 @pytest.fixture(scope="module")
@@ -137,9 +137,10 @@ def test_resume_after_a_kill_is_bit_identical(
             run(output, bars())
     second = bars()
     metrics = run(output, second, resume=True)
-    order = ["lff statistics", "lff", "router", "threshold", "lora", "threshold", "held-out text"]
-    finished = {"router": 2, "threshold": 2, "lora": 4, "held-out text": 6}.get(place[0], 0)
-    begun = 1 if place[0] == "lff" else 0  # the statistics are in the checkpoint's weights
+    order = ["lff statistics", "lff", "teach", "router", "threshold", "lora", "threshold", "held-out text"]
+    finished = {"teach": 2, "router": 2, "threshold": 2, "lora": 5, "held-out text": 7}.get(place[0], 0)
+    # The statistics are in the first checkpoint's weights, and what was taught in those of router steps.
+    begun = {("lff", 2): 1, ("router", 5): 1, ("threshold", 1): 1}.get(place, 0)
     assert second.names() == order[finished + begun :]
     assert untimed(metrics) == untimed(whole["metrics"])
     assert_same_bits(output, whole["output"])
