@@ -81,10 +81,11 @@ def command(model: str | None, output: Path, as_json: bool, **options: Any) -> N
     from irc import console
     from irc.cli.compare_tables import comparison_tables
     from irc.compare.cells import Plan, read_variants
-    from irc.compare.report import write_report
+    from irc.compare.report import check_tools, write_report
     from irc.compare.run import REPORT, compare
     from irc.config import load_recipe
 
+    check_tools()
     recipe = load_recipe(options["recipe_file"], options["overrides"])
     for name in ("device", "dtype"):
         if options[name] != "auto":

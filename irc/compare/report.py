@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,21 @@ import yaml
 from irc.compare import plots
 from irc.compare.results import Row
 from irc.compare.words import name_of, with_spread
+from irc.errors import InputError
 from irc.html import render
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
+
+
+def check_tools() -> None:
+    """Refuse where a report cannot be written, before hours of training.
+
+    Raises:
+        InputError: matplotlib or jinja2 is not installed.
+    """
+    for module, wanted in (("matplotlib", "plots need matplotlib"), ("jinja2", "HTML pages need jinja2")):
+        if importlib.util.find_spec(module) is None:
+            raise InputError(f"{wanted}; install it with: pip install 'informed-routing-compiler[report]'")
 
 
 def write_report(results: dict[str, Any], path: Path) -> None:
