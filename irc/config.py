@@ -99,8 +99,6 @@ class Recipe:
         if not 0.0 <= self.router.distill <= 1.0:
             raise InputError(f"router.distill is {self.router.distill}; give a share between 0 and 1")
         self.router.check(policy.forecasts)
-        if self.router.teach_steps > 0 and not policy.learns:
-            raise InputError(f"policy {self.policy} has no routers to teach; leave router.teach_steps out")
         if self.dial and self.router.budget != "model":
             raise InputError(
                 f"dial needs router.budget model, not '{self.router.budget}': it sets one sparsity for all"

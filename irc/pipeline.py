@@ -126,7 +126,7 @@ def resolve(recipe: Recipe) -> Recipe:
     recipe.check()
     policy = policy_named(recipe.policy)
     recipe.stages = recipe.stages or policy.stages
-    if recipe.router.teach_steps < 0:
+    if recipe.router.teach_steps < 0 or not policy.learns:
         recipe.router.teach_steps = policy.teach_steps
     if recipe.device == "auto":
         recipe.device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -190,10 +190,6 @@ SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ["--set", "router.target_range=[0.1, 0.6]", "--set", "router.budget=unit"],
         ("needs a budget of the whole model",),
     ),
-    "no routers to teach": (
-        ["--policy", "random", "--set", "router.teach_steps=2"],
-        ("policy random has no routers to teach",),
-    ),
     "dial of units": (["--dial", "0.1,0.5", "--set", "router.budget=unit"], ("dial needs router.budget model",)),
     "ascent": (["--set", "router.lr=-1"], ("router.lr is -1.0", "at least 0")),
     "clip": (["--set", "router.clip=nan"], ("router.clip is nan", "at least 0")),
