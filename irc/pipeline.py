@@ -127,7 +127,8 @@ def resolve(recipe: Recipe) -> Recipe:
     policy = policy_named(recipe.policy)
     recipe.stages = recipe.stages or policy.stages
     if recipe.router.teach_steps < 0 or not policy.learns:
-        recipe.router.teach_steps = policy.teach_steps
+        # What is taught is the cost of a forecast while the rest executes: no guide where most is skipped.
+        recipe.router.teach_steps = policy.teach_steps if recipe.sparsity <= 0.5 else 0
     if recipe.device == "auto":
         recipe.device = "cuda" if torch.cuda.is_available() else "cpu"
     if recipe.device.startswith("cuda") and not torch.cuda.is_available():

@@ -29,7 +29,8 @@ class Policy:
         causal: Whether a token's route depends on that token and earlier ones alone; only then can the model
             generate text and be exported.
         capacity: Whether a fixed share of each sequence executes, by rank.
-        teach_steps: Steps in which its routers first learn what skipping costs, unless the recipe says otherwise.
+        teach_steps: Steps in which its routers first learn what skipping costs, for targets up to 0.5 and unless the
+            recipe says otherwise.
     """
 
     name: str

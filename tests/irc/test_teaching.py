@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from irc import stages
+from irc.config import Recipe
 from irc.objectives import RoutingObjective
+from irc.pipeline import resolve
 from irc.routed import RoutedForCausalLM
 from irc.stages import StageContext, run_lff, run_router
 from irc.teaching import TeachObjective, _probing
@@ -86,3 +88,22 @@ def test_routes_sampled_by_taught_routers_begin_near_the_target(
     assert begun == [pytest.approx(target, abs=0.06)]
     bars: Any = context.progress
     assert bars.names()[-3:] == ["teach", "router", "threshold"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "sparsity", "asked", "steps"),
+    [
+        ("informed", 0.25, -1, 30),
+        ("informed", 0.5, -1, 30),
+        ("informed", 0.7, -1, 0),
+        ("informed", 0.7, 5, 5),
+        ("informed", 0.25, 0, 0),
+        ("skipgpt", 0.25, -1, 0),
+        ("skipgpt", 0.25, 5, 5),
+        ("static", 0.25, 5, 0),
+    ],
+)
+def test_who_is_taught(policy: str, sparsity: float, asked: int, steps: int) -> None:
+    recipe = Recipe(policy=policy, sparsity=sparsity, device="cpu")
+    recipe.router.teach_steps = asked
+    assert resolve(recipe).router.teach_steps == steps
