@@ -69,12 +69,7 @@ class Forecaster(nn.Module):
 
 
 class BottleneckRouter(Router):
-    """A router that reads its unit's forecaster's bottleneck: x [batch, tokens, d] -> logits [batch, tokens, 2].
-
-    Args:
-        forecaster: Of the same unit; its parameters stay its own.
-        hidden: Hidden size.
-    """
+    """A router that reads the bottleneck of its unit's forecaster; x and logits as of `Router`."""
 
     def __init__(self, forecaster: Forecaster, hidden: int) -> None:
         super().__init__(forecaster.down.out_features, hidden)
