@@ -49,9 +49,7 @@ class RouterRecipe:
         default_factory=list,
         metadata={"help": "lowest and highest target, of which every step draws one; none trains for sparsity alone"},
     )
-    teach_steps: int = setting(
-        -1, "steps that first teach routers what skipping costs; -1: 30, informed up to 0.5"
-    )
+    teach_steps: int = setting(-1, "steps that first teach routers what skipping costs; -1: 30, informed up to 0.5")
     distill: float = setting(0.0, "share of the loss that is the divergence from the dense model's logits, 0 to 1")
     calibration_tokens: int = setting(49_152, "tokens that set the threshold, from the calibration split")
 
