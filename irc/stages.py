@@ -154,11 +154,11 @@ def run_router(context: StageContext) -> dict[str, Any]:
             router.shift(recipe.start)  # a checkpoint, where there is one, holds it already and takes its place
     model.requires_grad_(False)
     _learn(model, "router")
-    if recipe.forecaster_lr > 0:
-        _learn(model, "forecaster")
     budget = _budget(context)
     if recipe.teach_steps > 0:
         _teach(context)
+    if recipe.forecaster_lr > 0:  # only now: data-parallel training wants every weight that learns in the loss
+        _learn(model, "forecaster")
     objective = RoutingObjective(
         model, recipe, context.recipe.sparsity, context.recipe.seed, recipe.steps, budget=budget
     )

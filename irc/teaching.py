@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import reduce
 from torch import nn
 
 from irc.modules import Router, difference_of
@@ -56,7 +57,9 @@ class TeachObjective(Objective):
         gradients = torch.autograd.grad(loss, [probe for probe, _, _ in seen])
         errors = [(g * error).sum(-1)[:, :-1] for g, (_, error, _) in zip(gradients, seen, strict=True)]
         cost = (torch.stack(errors).double().square() + 1e-12).log()
-        wanted = ((cost - cost.mean()) / cost.std()).float() + self.shift
+        mean = reduce(cost.mean(), "mean")  # of all processes, as the gradient will be
+        spread = reduce((cost - mean).square().mean(), "mean").sqrt()
+        wanted = ((cost - mean) / spread).float() + self.shift
         difference = torch.stack([logits for _, _, logits in seen])[:, :, :-1]
         error = (difference - wanted).square().mean()
         return error, {"explained": 1 - error.item()}
