@@ -26,9 +26,14 @@ def dense_bytes(model: RoutedForCausalLM, batch: int, past: float, dtype: str) -
         past: Mean tokens in the cache.
         dtype: fp32, fp16 or bf16.
     """
+    return BYTES[dtype] * _dense_reads(model, batch, past)
+
+
+def _dense_reads(model: RoutedForCausalLM, batch: int, past: float) -> float:
+    """Return the numbers, weights and cache, that one step of the dense model's decoding reads."""
     weights = head_flops(model) / 2 + sum((c.always + c.gated) / 2 for c in unit_flops(model, 0).values())
     layers = sum(unit.kind == "attention" for unit in model.units)
-    return BYTES[dtype] * (weights + layers * _cache(model, past) * batch)
+    return weights + layers * _cache(model, past) * batch
 
 
 def _cache(model: RoutedForCausalLM, past: float) -> float:
@@ -62,13 +67,12 @@ def ideal_decode(model: RoutedForCausalLM, execute: NDArray[np.bool_], past: flo
         past: Mean tokens in the cache.
     """
     cache = _cache(model, past) * execute.shape[2]
-    dense = routed = head_flops(model) / 2
+    routed = head_flops(model) / 2
     counts = unit_flops(model, 0)
     for index, unit in enumerate(model.units):
         count, mine = counts[unit.name], execute[:, index]
         attention = cache if unit.kind == "attention" else 0.0
-        dense += (count.always + count.gated) / 2 + attention
         runs, skips = float(mine.any(-1).mean()), float((~mine).any(-1).mean())
         routed += (count.always + count.router + count.forecaster * skips + count.gated * runs) / 2
         routed += attention * float(mine.mean())
-    return dense / routed
+    return _dense_reads(model, execute.shape[2], past) / routed

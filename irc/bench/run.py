@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from irc.bench.ideal import BYTES
 from irc.bench.models import Pair, bundle_pair, random_pair
 from irc.bench.profile import where_time_goes
 from irc.bench.shapes import Shape
@@ -17,8 +18,6 @@ from irc.bench.stage import PEERS, Load, Share, Stage, TextTokens
 from irc.errors import InputError
 from irc.runtime import choose_provider
 from irc.train import ProgressFactory
-
-BENCH_DTYPES = ("fp32", "fp16", "bf16")
 
 
 @dataclass(frozen=True)
@@ -121,8 +120,8 @@ def _check(
     for name, values in (("--batch", load.batches), ("--prefill", load.prefill), ("--ops", ops)):
         if not values:
             raise InputError(f"{name} is empty; give at least one")
-    if dtype not in BENCH_DTYPES:
-        raise InputError(f"--dtype is '{dtype}'; choose from {', '.join(BENCH_DTYPES)}")
+    if dtype not in BYTES:
+        raise InputError(f"--dtype is '{dtype}'; choose from {', '.join(BYTES)}")
     for peer in peers:
         if peer not in PEERS:
             raise InputError(f"--peers names '{peer}'; choose from {', '.join(PEERS)}")

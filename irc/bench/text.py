@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from irc.bench.stage import TextTokens
-from irc.bundle import CONFIG, RECIPE, load
+from irc.bundle import CONFIG, RECIPE, read_config
+from irc.checkpoint import find_base
 from irc.config import load_recipe
 from irc.data import load_text, token_stream
 from irc.errors import InputError
@@ -29,6 +29,7 @@ def heldout_tokens(bundle: str, data: str | None) -> TextTokens:
         )
     recipe = folder / RECIPE
     text = load_text(data or load_recipe(recipe if recipe.is_file() else None).data)
-    base: Any = load(bundle).facts["base"]
-    tokens: TextTokens = token_stream(text.split("heldout"), base.tokenizer).numpy()
+    base = read_config(folder)["base"]
+    tokenizer = find_base(base["name"], base.get("revision")).tokenizer
+    tokens: TextTokens = token_stream(text.split("heldout"), tokenizer).numpy()
     return tokens
