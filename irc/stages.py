@@ -100,9 +100,10 @@ def run_lff(context: StageContext) -> dict[str, Any]:
     """
     recipe = context.recipe.lff
     settings = context.settings("lff", max(1, recipe.steps), recipe.batch_size, 0.0)
-    seconds = 0.0
+    seconds, worked = 0.0, time.process_time()
     if not settings.checkpoint.exists():
         seconds = fit_closed_form(context, context.train_windows())
+        settings.spent = (seconds, time.process_time() - worked)
     figures: dict[str, Any] = {"closed_form_seconds": seconds, "tokens": float(recipe.tokens)}
     if recipe.steps:
         context.model.requires_grad_(False)
@@ -155,8 +156,7 @@ def run_router(context: StageContext) -> dict[str, Any]:
     model.requires_grad_(False)
     _learn(model, "router")
     budget = _budget(context)
-    if recipe.teach_steps > 0:
-        _teach(context)
+    taught = _teach(context) if recipe.teach_steps > 0 else None
     if recipe.forecaster_lr > 0:  # only now: data-parallel training wants every weight that learns in the loss
         _learn(model, "forecaster")
     objective = RoutingObjective(
@@ -166,21 +166,25 @@ def run_router(context: StageContext) -> dict[str, Any]:
         return _threshold(context, budget)
     settings = context.settings("router", recipe.steps, recipe.batch_size, 0.1)
     settings.clip = recipe.clip
+    if taught is not None:
+        settings.spent = (taught.seconds, taught.cpu_seconds)
     with context.progress("router", recipe.steps) as progress:
         result = context.train(objective, settings, progress)
+    if taught is not None:
+        result.earlier = taught.earlier
     return {**_figures(result), **_threshold(context, budget)}
 
 
-def _teach(context: StageContext) -> None:
-    """Let the routers learn what forecasts cost; a router stage that has begun holds what came of it."""
+def _teach(context: StageContext) -> LoopResult | None:
+    """Let the routers learn what forecasts cost; None where the router stage has begun: it holds what came of it."""
     recipe = context.recipe.router
     if (context.work / "router.checkpoint.safetensors").exists():
-        return
+        return None
     objective = TeachObjective(context.model, recipe.lr, context.recipe.sparsity)
     settings = context.settings("teach", recipe.teach_steps, recipe.batch_size, 0.0)
     with context.progress("teach", recipe.teach_steps) as progress:
         # Never with activation checkpointing: what the objective reads of a layer would be gone.
-        train(objective, context.train_windows(), settings, progress, context.accelerator)
+        return train(objective, context.train_windows(), settings, progress, context.accelerator)
 
 
 def run_lora(context: StageContext) -> dict[str, Any]:

@@ -61,6 +61,7 @@ class LoopSettings:
         checkpoint_seconds: Time between two writes.
         weight_decay: Of AdamW.
         clip: Largest norm of the gradient, 0 for no bound.
+        spent: Seconds and processor seconds of the stage before this loop, over all its runs: checkpoints keep them.
     """
 
     steps: int
@@ -72,6 +73,7 @@ class LoopSettings:
     checkpoint_seconds: float = 30.0
     weight_decay: float = 0.0
     clip: float = 0.0
+    spent: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclass
@@ -81,7 +83,7 @@ class LoopResult:
     Attributes:
         seconds: Training time over all runs of the stage, by the clock.
         cpu_seconds: The same, of all processors.
-        earlier: Seconds and processor seconds of runs before this one, which were killed.
+        earlier: Seconds and processor seconds of the stage's runs before this one, which were killed.
         tokens: Tokens seen.
         figures: The last step's figures.
         history: `[step, loss]` pairs, at most a hundred.
@@ -152,13 +154,14 @@ def train(
             before.history.append([step + 1, figures["loss"]])
         if now - saved >= settings.checkpoint_seconds and accelerator.is_main_process:
             cpu = before.cpu_seconds + time.process_time() - worked
-            state = LoopResult(before.seconds + now - started, 0, figures, before.history, cpu)
+            spent = before.earlier if first else settings.spent
+            state = LoopResult(before.seconds + now - started, 0, figures, before.history, cpu, spent)
             _save(settings.checkpoint, names, optimizer, step + 1, state)
             saved = now
     objective.eval()
     seconds = before.seconds + time.monotonic() - started
     cpu = before.cpu_seconds + time.process_time() - worked
-    earlier = (before.seconds, before.cpu_seconds)
+    earlier = (before.earlier[0] + before.seconds, before.earlier[1] + before.cpu_seconds)
     return LoopResult(seconds, settings.steps * tokens_a_step, figures, before.history, cpu, earlier)
 
 
@@ -201,6 +204,7 @@ def _save(path: Path, names: Mapping[str, nn.Parameter], optimizer: Any, step: i
         "cpu_seconds": state.cpu_seconds,
         "figures": state.figures,
         "history": state.history,
+        "spent": state.earlier,
     }
     write_safetensors(path, tensors, {"irc": json.dumps(facts)})
 
@@ -228,10 +232,8 @@ def _restore(path: Path, names: Mapping[str, nn.Parameter], optimizer: torch.opt
         with safe_open(path, framework="pt") as opened:
             facts = json.loads(opened.metadata()["irc"])
             tensors = {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118 - no mapping
-        step, before = (
-            facts["step"],
-            LoopResult(facts["seconds"], 0, facts["figures"], facts["history"], facts.get("cpu_seconds", 0.0)),
-        )
+        seconds, spent = facts["seconds"], tuple(facts.get("spent", (0.0, 0.0)))
+        before = LoopResult(seconds, 0, facts["figures"], facts["history"], facts.get("cpu_seconds", 0.0), spent)
         for name, parameter in names.items():
             if tensors[f"weight/{name}"].shape != parameter.shape:
                 raise ValueError(f"{name} has another shape")
@@ -244,4 +246,4 @@ def _restore(path: Path, names: Mapping[str, nn.Parameter], optimizer: torch.opt
         optimizer.state[parameter] = {
             key: tensor if key == "step" else tensor.to(parameter) for key, tensor in kept.items() if key != "weight"
         }
-    return step, before
+    return facts["step"], before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from irc.pipeline import resolve
 from irc.routed import RoutedForCausalLM
 from irc.stages import StageContext, run_lff, run_router
 from irc.teaching import TeachObjective, _probing
-from irc.train import train
+from irc.train import LoopResult, train
 
 
 def test_the_cost_is_the_first_order_change_of_the_loss(
@@ -88,6 +89,41 @@ def test_routes_sampled_by_taught_routers_begin_near_the_target(
     assert begun == [pytest.approx(target, abs=0.06)]
     bars: Any = context.progress
     assert bars.names()[-3:] == ["teach", "router", "threshold"]
+
+
+@pytest.mark.parametrize(("bar", "step"), [("teach", 4), ("router", 4)])
+def test_a_killed_stage_counts_the_seconds_of_its_teaching(
+    make_context: Callable[..., StageContext],
+    bars: Any,
+    killed: type[BaseException],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    bar: str,
+    step: int,
+) -> None:
+    results: list[LoopResult] = []
+
+    def note(*arguments: Any) -> LoopResult:
+        results.append(train(*arguments))
+        return results[-1]
+
+    monkeypatch.setattr(stages, "train", note)
+
+    def context(made: Any) -> StageContext:
+        context = make_context(made)
+        context.work, context.recipe.checkpoint_seconds = tmp_path, 0.0
+        context.recipe.router.teach_steps, context.recipe.router.steps = 8, 8
+        return context
+
+    with pytest.raises(killed):
+        run_router(context(bars((bar, step))))
+    taught = [result.seconds for result in results]  # of a teaching that was not killed
+    seconds, cpu = run_router(context(bars()))["earlier_seconds"]
+    assert 0 < cpu
+    if bar == "router":
+        assert taught[0] < seconds == results[-1].earlier[0]
+    else:
+        assert seconds == results[-2].earlier[0] < results[-2].seconds  # the teaching that was resumed
 
 
 @pytest.mark.parametrize(
