@@ -66,7 +66,7 @@ def decode_in_turns(contenders: Mapping[str, Contender], work: Work, rounds: int
     """Time steps of one token a sequence, the contenders taking turns at each; seconds are of all steps of a round."""
     taken: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds + 1):
-        states = {name: _begin(contender, work) for name, contender in contenders.items()}
+        states = {name: begun(contender, work) for name, contender in contenders.items()}
         seconds = dict.fromkeys(contenders, 0.0)
         for index, token in enumerate(work.tokens):
             execute = None if work.steps is None else work.steps[index]
@@ -78,7 +78,7 @@ def decode_in_turns(contenders: Mapping[str, Contender], work: Work, rounds: int
     return {name: Timing(seconds[1:]) for name, seconds in taken.items()}
 
 
-def _begin(contender: Contender, work: Work) -> object:
+def begun(contender: Contender, work: Work) -> object:
     """Return the state after the past, in which every unit executes."""
     execute = None if work.gates is None else np.ones((len(work.gates), *work.before.shape), bool)
     return contender.step(work.before, contender.empty(len(work.before)), execute)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from irc.bench.contenders import OurModel
-from irc.bench.measure import Work
+from irc.bench.measure import Work, begun
 from irc.bench.stage import Load, Stage
 from irc.runtime import Runtime
 
@@ -43,12 +43,12 @@ def where_time_goes(stage: Stage, load: Load, ops: str) -> list[dict[str, Any]]:
 
 
 def _run(model: OurModel, work: Work, phase: str) -> int:
-    """Run a phase; return how often."""
+    """Run a phase, in decoding after the past; return how many runs of the session count, the last ones."""
     if phase == "prefill":
         for _ in range(_REPEATS):
             model.step(work.prompt, model.empty(len(work.prompt)), work.gates)
         return _REPEATS
-    state = model.empty(len(work.before))
+    state = begun(model, work)
     for index, token in enumerate(work.tokens):
         state = model.step(token, state, None if work.steps is None else work.steps[index])
     return len(work.tokens)
@@ -59,12 +59,14 @@ def summed(trace: Path, runs: int) -> list[dict[str, Any]]:
 
     Args:
         trace: JSON file.
-        runs: Calls of the model in it.
+        runs: How many of the session's runs count: the last ones.
     """
     milliseconds: dict[str, float] = defaultdict(float)
     calls: dict[str, int] = defaultdict(int)
-    for event in json.loads(trace.read_text()):
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+    events = json.loads(trace.read_text())
+    first = sorted(event["ts"] for event in events if event["name"] == "model_run")[-runs]
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time") and event["ts"] >= first:
             operator = event["args"]["op_name"]
             if operator not in _CONTROL:
                 milliseconds[operator] += event["dur"] / 1e3

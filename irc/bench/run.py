@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from irc.bench.contenders import Contender
 from irc.bench.ideal import BYTES
 from irc.bench.models import Pair, bundle_pair, random_pair
 from irc.bench.profile import where_time_goes
@@ -74,12 +75,14 @@ def bench(
     rows: list[dict[str, Any]] = []
     profiles: list[dict[str, Any]] = []
     missing: dict[str, str] = {}
+    opened: dict[Path, dict[str, Contender]] = {}
     with tempfile.TemporaryDirectory() as folder:
         work, context = Path(folder), max(*load.prefill, load.past + load.decode) + 1
         with progress("bench", max(1, len(shares))) as bar:
             for done, (share, pair) in enumerate(_pairs(subject, shares, work, dtype, context, seed), start=1):
                 stage = Stage(pair, share, subject.shape, subject.text, work, provider, dtype, seed)
-                rows += stage.rows(load, stage.contenders(ops, peers, context, missing))
+                opened = {pair.routed: opened.get(pair.routed, {})}  # those of a pair that is done are closed
+                rows += stage.rows(load, stage.contenders(ops, peers, context, missing, opened[pair.routed]))
                 if profile:
                     profiles += where_time_goes(stage, load, ops[0])
                 bar.update(done, **({} if share is None else {"sparsity": share.mean}))

@@ -94,7 +94,12 @@ class Stage:
         return OurModel(Runtime(self.pair.routed, self.provider, forced=self.forced, ops=ops), self.forced)
 
     def contenders(
-        self, ops: Sequence[str], peers: Sequence[str], context: int, missing: dict[str, str]
+        self,
+        ops: Sequence[str],
+        peers: Sequence[str],
+        context: int,
+        missing: dict[str, str],
+        opened: dict[str, Contender],
     ) -> dict[str, Contender]:
         """Open what is timed, the dense model first.
 
@@ -103,11 +108,14 @@ class Stage:
             peers: Other ways to run a model.
             context: Most tokens of a text.
             missing: Receives why a peer cannot be timed.
+            opened: What an earlier stage of the same pair opened, taken from here, and what this one opens.
         """
-        found: dict[str, Contender] = {"dense": OurModel(Runtime(self.pair.dense, self.provider), False)}
-        for choice in ops:
-            routed = self.routed(choice)
-            found[routed.runtime.ops] = routed
+        if not opened:
+            opened["dense"] = OurModel(Runtime(self.pair.dense, self.provider), False)
+            for choice in ops:
+                routed = self.routed(choice)
+                opened[routed.runtime.ops] = routed
+        opened.pop("static", None)  # it has as many layers as this stage's share leaves
         makers: dict[str, Callable[[], Contender]] = {
             "static": lambda: self._static(context),
             "hf-eager": lambda: Transformers(self.pair.base, self.dtype, self.provider, compiled=False),
@@ -115,16 +123,16 @@ class Stage:
             "genai": lambda: self._genai(),
         }
         for peer in peers:
-            if peer in missing:
+            if peer in missing or peer in opened:
                 continue
             try:
                 contender = makers[peer]()
                 contender.step(np.zeros((1, 2), np.int64), contender.empty(1), None)
-                found[peer] = contender
+                opened[peer] = contender
             except Exception as error:  # whatever another project's code raises, the others are timed
                 missing[peer] = (str(error).strip() or type(error).__name__).splitlines()[0]
                 log.warning("%s is not timed: %s", peer, missing[peer])
-        return found
+        return dict(opened)
 
     def rows(self, load: Load, contenders: Mapping[str, Contender]) -> list[dict[str, Any]]:
         """Time every batch size and length; return one row for each, as `irc bench --json` prints them."""

@@ -133,14 +133,14 @@ def test_the_ideal_of_a_step_counts_weights_once_and_caches_by_sequence(bundle: 
 
 def test_a_trace_is_summed_by_operator(tmp_path: Path) -> None:
     trace = tmp_path / "trace.json"
-    kernels = [("a", "MatMul", 300), ("b", "MatMul", 100), ("c", "If", 900), ("d", "Add", 50)]
+    kernels = [(10, "MatMul", 7000), (1010, "MatMul", 300), (1400, "If", 900), (1500, "Add", 50), (2010, "MatMul", 100)]
     events = [
-        {"cat": "Node", "name": f"{name}_kernel_time", "dur": micro, "args": {"op_name": operator}}
-        for name, operator, micro in kernels
+        {"cat": "Node", "name": f"n{start}_kernel_time", "ts": start, "dur": micro, "args": {"op_name": operator}}
+        for start, operator, micro in kernels
     ]
-    events += [{"cat": "Session", "name": "model_run", "dur": 5000}]
+    events += [{"cat": "Session", "name": "model_run", "ts": start, "dur": 900} for start in (2000, 0, 1000)]
     trace.write_text(json.dumps(events))
-    assert summed(trace, 2) == [
+    assert summed(trace, 2) == [  # of the first run, which read the past, nothing counts
         {"name": "MatMul", "calls": 1.0, "ms": 0.2},
         {"name": "Add", "calls": 0.5, "ms": 0.025},
     ]
