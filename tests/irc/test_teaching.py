@@ -119,7 +119,7 @@ def test_a_killed_stage_counts_the_seconds_of_its_teaching(
         run_router(context(bars((bar, step))))
     taught = [result.seconds for result in results]  # of a teaching that was not killed
     seconds, cpu = run_router(context(bars()))["earlier_seconds"]
-    assert 0 < cpu
+    assert cpu > 0
     if bar == "router":
         assert taught[0] < seconds == results[-1].earlier[0]
     else:
