@@ -84,7 +84,7 @@ def skipped_by_kind(groups: Sequence[Row]) -> str:
         axes.set_xticks(list(places), labels, fontsize=8)
         axes.set(ylabel="share of tokens skipped")
         axes.grid(False, axis="x")
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))  # not over the bars
 
     return svg(draw, max(4.6, 0.62 * len(groups)))
 
