@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
+
+import torch
 
 from irc.errors import InputError
 from irc.modules import Router
@@ -11,7 +13,7 @@ from irc.routed import RoutedForCausalLM
 
 
 def turn_dial(model: RoutedForCausalLM, sparsity: float) -> None:
-    """Set a bundle's thresholds for another sparsity, between two that it keeps by interpolation.
+    """Set a bundle's thresholds for another sparsity, between two that it keeps by interpolation; again, if wanted.
 
     Args:
         model: Of a bundle, as `irc.load` returns it.
@@ -20,8 +22,30 @@ def turn_dial(model: RoutedForCausalLM, sparsity: float) -> None:
     Raises:
         InputError: The bundle keeps no other thresholds, or none on both sides of this sparsity.
     """
-    config: dict[str, Any] = model.facts.get("config", {})
-    points = config.get("dial") or []
+    points = dial_round(model, sparsity)
+    shift, keep = (_between(points, sparsity, key) for key in ("shift", "keep"))
+    routers = {unit.name: cast(Router, model.part(unit, "router")) for unit in model.units}
+    own = model.facts.setdefault("own_thresholds", {n: r.last.bias.detach().clone() for n, r in routers.items()})
+    with torch.no_grad():
+        for name, router in routers.items():
+            router.last.bias.copy_(own[name])
+            router.shift(shift[name])
+    config = copy.deepcopy(model.facts["config"])
+    config["sparsity"] = {"target": sparsity}
+    for entry in config["units"]:
+        entry["calibration_keep"] = keep[entry["name"]]
+        entry["keep_ratio"] = None  # measured at the bundle's own sparsity
+    model.facts["config"] = config
+    model.facts["dial"] = sparsity
+
+
+def dial_round(model: RoutedForCausalLM, sparsity: float) -> list[dict[str, Any]]:
+    """Return the points of a bundle's dial.
+
+    Raises:
+        InputError: It has none, or none on both sides of this sparsity.
+    """
+    points: list[dict[str, Any]] = model.facts.get("config", {}).get("dial") or []
     where = model.facts.get("bundle", "the bundle")
     if not points:
         raise InputError(
@@ -30,18 +54,7 @@ def turn_dial(model: RoutedForCausalLM, sparsity: float) -> None:
     low, high = points[0]["sparsity"], points[-1]["sparsity"]
     if not low <= sparsity <= high:
         raise InputError(f"{where}: sparsity {sparsity:g} is outside its dial, which goes from {low:g} to {high:g}")
-    shift, keep = (_between(points, sparsity, key) for key in ("shift", "keep"))
-    for unit in model.units:
-        router = model.part(unit, "router")
-        assert isinstance(router, Router)
-        router.shift(shift[unit.name])
-    config = copy.deepcopy(config)
-    config["sparsity"] = {"target": sparsity}
-    for entry in config["units"]:
-        entry["calibration_keep"] = keep[entry["name"]]
-        entry["keep_ratio"] = None  # measured at the bundle's own sparsity
-    model.facts["config"] = config
-    model.facts["dial"] = sparsity
+    return points
 
 
 def _between(points: list[dict[str, Any]], sparsity: float, key: str) -> dict[str, float]:

@@ -12,10 +12,11 @@ from irc.bundle import CONFIG, RECIPE, load
 from irc.checkpoint import BaseModel, find_base
 from irc.config import Recipe, check_key_policy, load_recipe
 from irc.data import Split, TextSource, load_text, pick, token_stream, windows
+from irc.dial import dial_round, turn_dial
 from irc.errors import InputError
 from irc.evaluate import evaluate, evaluate_routed
 from irc.flops import flops_ratio
-from irc.key_policy import KeyPolicy, calibrated_keep, set_key_policy
+from irc.key_policy import KeyPolicy, calibrated_keep, key_policy_of, set_key_policy
 from irc.kv_sweep import kv_sweep
 from irc.pipeline import result_metrics
 from irc.routed import RoutedForCausalLM, build_plain
@@ -76,8 +77,12 @@ def run_evaluation(
     for threshold in kv_thresholds:
         check_key_policy("reduced", threshold)
     model = open_model(name, base=base, dtype=dtype, device=device, key_policy=key_policy, sparsity=sparsity)
+    if sparsities and model.spec is None:
+        raise InputError(f"{name}: a plain model skips no token, so its sparsity cannot be set; convert it first")
     if kv_thresholds:
         calibrated_keep(model)  # refuses what has none before any work is done
+    for share in sparsities:
+        dial_round(model, share)  # likewise
     recipe = _recipe(model)
     text = load_text(data or recipe.data)
     if split == "auto":
@@ -92,10 +97,11 @@ def run_evaluation(
     with progress("evaluate", len(chosen)) as bar:
         result = evaluate(model, chosen, bar)
     target = model.facts.get("dial", recipe.sparsity) if model.spec else None
-    sweep: dict[str, Any] = {"kv_sweep": kv_sweep(model, chosen, kv_thresholds, progress)} if kv_thresholds else {}
-    if sparsities:
-        opened = {"base": base, "dtype": dtype, "device": device, "key_policy": key_policy}
-        sweep["sparsity_sweep"] = [_at(name, share, chosen, progress, opened) for share in sparsities]
+    figures = result_metrics(model, result, target)
+    if kv_thresholds:
+        figures["kv_sweep"] = kv_sweep(model, chosen, kv_thresholds, progress)
+    if sparsities:  # last, for the dial stays where it is turned to
+        figures["sparsity_sweep"] = [_at(model, share, chosen, progress) for share in sparsities]
     return {
         "model": name,
         "data": {
@@ -105,17 +111,15 @@ def run_evaluation(
             "tokens": result.tokens,
             "seq_len": length,
         },
-        **result_metrics(model, result, target),
-        **sweep,
+        **figures,
         "seconds": {"evaluate": round(result.seconds, 2)},
     }
 
 
-def _at(
-    name: str, sparsity: float, text: torch.Tensor, progress: ProgressFactory, opened: dict[str, Any]
-) -> dict[str, Any]:
-    """Return a bundle's figures with its dial at a sparsity."""
-    model = open_model(name, sparsity=sparsity, **opened)
+def _at(model: RoutedForCausalLM, sparsity: float, text: torch.Tensor, progress: ProgressFactory) -> dict[str, Any]:
+    """Return a bundle's figures with its dial at a sparsity; the dial stays there."""
+    turn_dial(model, sparsity)
+    set_key_policy(model, key_policy_of(model), calibrated_keep(model))
     with progress(f"sparsity {sparsity:g}", len(text)) as bar:
         perplexity, keep = evaluate_routed(model, text, bar)
     return {

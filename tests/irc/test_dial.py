@@ -13,6 +13,7 @@ import torch
 import irc
 from irc.calibrate import dial_points, measured_keep
 from irc.data import windows
+from irc.dial import turn_dial
 from irc.errors import InputError
 from irc.stages import StageContext
 
@@ -120,12 +121,23 @@ def test_what_cannot_be_turned_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=r"outside its dial, which goes from 0\.1 to 0\.6"):
         irc.load(converted, sparsity=0.7)
-    outcome = irc_main("eval", model_folder, "--sparsity", "0.3")
-    assert (outcome.code, "its sparsity cannot be set" in outcome.sentence()) == (2, True)
+    for flags in (("--sparsity", "0.3"), ("--sparsity-sweep", "0.1,0.3")):
+        outcome = irc_main("eval", model_folder, *flags)
+        assert (outcome.code, "its sparsity cannot be set" in outcome.sentence()) == (2, True)
+    outcome = irc_main("eval", converted, "--sparsity-sweep", "0.1,0.7")
+    assert (outcome.code, "sparsity 0.7 is outside its dial" in outcome.sentence()) == (2, True)
     outcome = irc_main(*convert_arguments(tmp_path / "s"), "--policy", "static", "--dial", "0.1,0.2")
     assert (outcome.code, "has no threshold to turn" in outcome.sentence()) == (2, True)
     outcome = irc_main(*convert_arguments(tmp_path / "s"), "--dial", "0.1,2")
     assert outcome.code == 2
+
+
+def test_turned_twice_is_turned_once(converted: Path) -> None:
+    model, once = irc.load(converted, sparsity=0.6), irc.load(converted, sparsity=0.2)
+    turn_dial(model, 0.2)
+    wanted = once.state_dict()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in model.state_dict().items())
+    assert model.facts["config"] == once.facts["config"]
 
 
 def test_a_bundle_without_a_dial_says_how_to_get_one(make_routed: Any, tmp_path: Path) -> None:
