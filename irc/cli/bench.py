@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from irc.cli.options import Decorator, common_options, numbers, provider_option, seed_option
+from irc.cli.options import Decorator, common_options, numbers, provider_option, seed_option, words
 
 if TYPE_CHECKING:
     from irc.bench import Share
@@ -52,10 +52,6 @@ def _shares(ctx: click.Context, parameter: click.Parameter, value: str | None) -
     return found
 
 
-def _words(ctx: click.Context, parameter: click.Parameter, value: str) -> list[str]:
-    return [part.strip() for part in value.split(",") if part.strip()]
-
-
 @click.command()
 @click.argument("bundle", required=False, default="")
 @click.option(
@@ -86,14 +82,14 @@ def _words(ctx: click.Context, parameter: click.Parameter, value: str) -> list[s
     "--ops",
     default="auto",
     show_default=True,
-    callback=_words,
+    callback=words,
     metavar="LIST",
     help="Kernels of the operators of domain irc, each timed: native, portable, auto, or the path of a library.",
 )
 @click.option(
     "--peers",
     default="",
-    callback=_words,
+    callback=words,
     metavar="LIST",
     help="Also time static (as many layers less), hf-eager, hf-compiled (transformers), genai (its own dense build).",
 )

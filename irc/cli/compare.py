@@ -17,6 +17,7 @@ from irc.cli.options import (
     output_option,
     resume_option,
     shares,
+    words,
 )
 
 
@@ -27,6 +28,7 @@ from irc.cli.options import (
     "--policies",
     default="informed,skipgpt,mod,random,static",
     show_default=True,
+    callback=words,
     metavar="LIST",
     help="Routing policies (docs/method.md).",
 )
@@ -92,7 +94,7 @@ def command(model: str | None, output: Path, as_json: bool, **options: Any) -> N
             setattr(recipe, name, options[name])
     recipe.model, recipe.data = model or recipe.model, options["data"] or recipe.data
     plan = Plan(
-        policies=[name.strip() for name in options["policies"].split(",") if name.strip()],
+        policies=options["policies"],
         sparsities=options["sparsities"],
         seeds=tuple(range(options["seeds"])),
         lora=options["lora"],

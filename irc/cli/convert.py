@@ -18,6 +18,7 @@ from irc.cli.options import (
     seed_option,
     seq_len_option,
     shares,
+    words,
 )
 
 
@@ -41,7 +42,10 @@ from irc.cli.options import (
 @click.option("--rank", type=int, metavar="N", help="Forecaster rank. [default: min(100, hidden / 10)]")
 @click.option("--forecaster", type=click.Choice(["linear", "silu"]), help="Forecaster. [default: linear]")
 @click.option(
-    "--stages", metavar="LIST", help="Comma-separated stages of lff, router, lora. [default: as the policy needs]"
+    "--stages",
+    callback=words,
+    metavar="LIST",
+    help="Comma-separated stages of lff, router, lora. [default: as the policy needs]",
 )
 @click.option(
     "--recipe",
@@ -83,7 +87,7 @@ def command(
     recipe = load_recipe(flags.pop("recipe_file"), flags.pop("overrides"))
     stages, cache = flags.pop("stages"), flags.pop("stages_folder")
     if stages is not None:
-        recipe.stages = [stage.strip() for stage in stages.split(",") if stage.strip()]
+        recipe.stages = stages
     recipe.dial = flags.pop("dial") or recipe.dial
     for name, value in {"model": model, **flags}.items():
         if value is not None and not (name in ("device", "dtype") and value == "auto"):

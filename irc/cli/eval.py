@@ -16,6 +16,7 @@ from irc.cli.options import (
     seq_len_option,
     shares,
     sparsity_option,
+    words,
 )
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--tasks",
-    default="",
+    callback=words,
     metavar="LIST",
     help="Tasks of lm-evaluation-harness in place of perplexity; without a network: code_continuation, code_closing, "
     "code_recall (made of --data). MODEL may be an ONNX folder too.",
@@ -79,7 +80,7 @@ def command(
     kv_policy: str | None,
     kv_threshold: float | None,
     kv_sweep: list[float],
-    tasks: str,
+    tasks: list[str] | None,
     limit: int | None,
     task_path: Path | None,
     **options: Any,
@@ -91,7 +92,7 @@ def command(
     from irc.evaluation_run import run_evaluation
     from irc.key_policy import KeyPolicy
 
-    if tasks:
+    if tasks is not None:
         given = {"--kv-sweep": kv_sweep, "--sparsity-sweep": options["sparsities"], "--tokens": options["tokens"]}
         given |= {"--seq-len": options["seq_len"], "--split": options["split"] != "auto"}
         for flag, value in given.items():
@@ -126,7 +127,7 @@ def command(
 
 def _evaluate_tasks(
     model: str,
-    tasks: str,
+    tasks: list[str],
     limit: int | None,
     task_path: Path | None,
     as_json: bool,
@@ -144,12 +145,11 @@ def _evaluate_tasks(
             f"--tasks needs lm-evaluation-harness ({error}); install it with: "
             "pip install 'informed-routing-compiler[tasks]'"
         ) from error
-    names = [task.strip() for task in tasks.split(",") if task.strip()]
-    if not names:
-        raise InputError(f"--tasks '{tasks}' names no task; give some such as code_continuation,code_recall")
+    if not tasks:
+        raise InputError("--tasks names no task; give some such as code_continuation,code_recall")
     results = run_tasks(
         model,
-        names,
+        tasks,
         console.progress,
         data=options["data"] or "stdlib",
         limit=limit,

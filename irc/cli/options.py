@@ -189,6 +189,11 @@ def numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> list[
     return found
 
 
+def words(ctx: click.Context, parameter: click.Parameter, value: str | None) -> list[str] | None:
+    """Read a comma-separated list of names; the callback of options that take one. None where none was given."""
+    return None if value is None else [part.strip() for part in value.split(",") if part.strip()]
+
+
 def force_option() -> Decorator:
     """Add --force. Argument `force: bool`."""
     return click.option("--force", is_flag=True, help="Overwrite what is at --output.")
