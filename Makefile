@@ -8,11 +8,12 @@ PYTHON ?=
 CANDIDATES = $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.14 python)
 DEMO := build/demo-bundle
 ONNX := build/demo-onnx
+PACKAGE := build/package
 NATIVE := $(VENV)/.native
 NATIVE_FILES := $(shell find exporters/native -name build -prune -o -type f -print)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean native sanitize
+.PHONY: help demo test lint clean native sanitize package
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z.]*\):[^#]*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
@@ -48,6 +49,12 @@ lint: $(STAMP)  ## ruff, mypy --strict, the import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+package: $(STAMP)  ## build the wheel and the source distribution, and try the wheel in a fresh environment
+	rm -rf $(PACKAGE)
+	$(BIN)/python -m build --outdir $(PACKAGE) .
+	IRC_PACKAGE=$(PACKAGE) $(BIN)/python -m pytest tests/irc/test_package.py
+	@ls -l $(PACKAGE)
 
 clean:  ## remove build/ and the caches; .venv stays
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
