@@ -1,0 +1,59 @@
+"""The short examples run as they stand, and examples/README.md lists every one."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+# In this order; all share one folder, so that later ones find the tiny model and its bundle. What each must print.
+SHORT = {
+    "convert_your_own.py": (r"perplexity [\d.]+ dense, [\d.]+ routed", r"bundle: build/your-own/bundle"),
+    "write_a_pass.py": (r"2 SiLU before, 0 after, 2 hard swish", r"changed: True; by a second run: False"),
+    "export_and_run.py": (r"exported 4 routed units", r"ONNX Runtime and PyTorch give the same tokens"),
+    "inspect_in_a_browser.py": (r"120 tokens, 0\.\d+ of the", r"page: build/your-own/routes.html"),
+    "compare_policies.py": (r"informed +perplexity [\d.]+ x dense", r"skipgpt +perplexity [\d.]+ x dense"),
+    "train_on_two_processes.py": (r"largest difference of \d+ weight tensors between one process and two: \de-0[5-9]",),
+}
+SECONDS = 180  # the promise, on a CPU
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("examples")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHORT)
+def test_an_example_runs(name: str, folder: Path) -> None:
+    paths = os.pathsep.join(filter(None, (str(EXAMPLES.parent), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "hf")},
+        capture_output=True,
+        text=True,
+        timeout=2 * SECONDS,  # a machine of CI may be busy
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for expected in SHORT[name]:
+        assert re.search(expected, done.stdout), done.stdout[-3000:]
+    if name == "inspect_in_a_browser.py":
+        assert "<html" in (folder / "build/your-own/routes.html").read_text(encoding="utf-8")
+
+
+def test_the_table_names_every_example_and_no_other() -> None:
+    named = re.findall(r"^\| \[`(\w+\.py)`\]\(\1\) \|", (EXAMPLES / "README.md").read_text(), re.MULTILINE)
+    assert sorted(named) == sorted(path.name for path in EXAMPLES.glob("*.py"))
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_an_example_says_how_it_is_run(path: Path) -> None:
+    first = path.read_text().split('"""')[1]
+    assert f"python examples/{path.name}" in first
