@@ -19,23 +19,21 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from irc.bundle_config import CONFIG, FORMAT_VERSION, read_config
 from irc.checkpoint import BaseModel, find_base
-from irc.config import check_key_policy
 from irc.dial import turn_dial
 from irc.errors import InputError
 from irc.key_policy import KeyPolicy, calibrated_keep, key_policy_of, set_key_policy
 from irc.lora import WEIGHTS, load_lora, save_lora
+from irc.reading import check_links, first_line
 from irc.routed import RoutedForCausalLM, RoutingSpec, build_routed
 from irc.stage_recipes import LoraRecipe
-from irc.staging import replaced, staged
+from irc.staging import staged
 from irc.train import write_safetensors
 
-FORMAT_VERSION = 1
-CONFIG, ADAPTER, LORA, METRICS, RECIPE, CARD = (
-    "irc_config.json",
+ADAPTER, LORA, METRICS, RECIPE, CARD = (
     "irc_adapter.safetensors",
     "lora",
     "metrics.json",
@@ -56,7 +54,8 @@ def load(
 
     Args:
         path: Bundle folder.
-        base: Where the base model is, when it has moved; its weights must have the recorded hash.
+        base: Where the base model is, when it has moved; its weights must have the recorded hash. A hub id given
+            here may be downloaded, one that the bundle names is looked for in the local cache alone.
         dtype: `auto`, `fp32` or `bf16`.
         device: Where the model will run.
         sparsity: Another share to skip than the bundle's own, within its dial (see `irc.dial`).
@@ -69,7 +68,11 @@ def load(
     """
     folder = Path(path)
     config = read_config(folder)
-    model_base = find_base(base or config["base"]["name"], config["base"].get("revision"))
+    for part in (folder, folder / LORA):
+        if part.is_dir():
+            check_links(part)
+    named = config["base"]
+    model_base = find_base(base or named["name"], named.get("revision"), ask_hub=base is not None)
     found = model_base.sha256()
     if found != config["base"]["sha256"]:
         raise InputError(
@@ -109,44 +112,13 @@ def adapter_tensors(model: RoutedForCausalLM) -> dict[str, torch.Tensor]:
     return {name: p.detach().cpu() for name, p in model.adapter_parameters("router", "forecaster").items()}
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read and check `irc_config.json`.
-
-    Raises:
-        InputError: It is missing, damaged, or of a newer format.
-    """
-    path = folder / CONFIG
-    old = None if folder.exists() else replaced(folder)
-    if old is not None:
-        raise InputError(f"{folder}: a save was killed while it replaced this bundle; the whole one before is {old}")
-    if not path.is_file():
-        raise InputError(f"{folder}: not a bundle ({CONFIG} is missing); make one with irc convert")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        version = int(config["format_version"])
-        if version > FORMAT_VERSION:
-            raise InputError(
-                f"{folder}: bundle format {version} is newer than this irc reads ({FORMAT_VERSION}); upgrade irc"
-            )
-        for part in (config["base"]["name"], config["base"]["sha256"], config["adapter_sha256"]):
-            if not isinstance(part, str):
-                raise TypeError(f"{part!r} is no text")
-        if type(RoutingSpec(**config["spec"]).rank) is not int:
-            raise TypeError("rank is no integer")
-        LoraRecipe(**(config.get("lora") or {}))
-        check_key_policy(config.get("kv_policy", "full"), float(config.get("kv_threshold", 0.5)))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: damaged ({type(error).__name__}: {error}); convert again") from error
-    return dict(config)
-
-
 def _read_adapter(folder: Path, expected: str) -> dict[str, torch.Tensor]:
     path = folder / ADAPTER
     _check_hash(path, expected)
     try:
         return dict(load_file(path))
-    except SafetensorError as error:
-        raise InputError(f"{path}: not a safetensors file ({error}); convert again") from error
+    except Exception as error:
+        raise InputError(f"{path}: not a safetensors file ({first_line(error)}); convert again") from error
 
 
 def _check_hash(path: Path, expected: str | None) -> None:
@@ -248,4 +220,4 @@ def _write(path: Path, text: str) -> None:
         os.fsync(opened.fileno())
 
 
-__all__ = ["FORMAT_VERSION", "load", "read_config", "save_bundle"]
+__all__ = ["CONFIG", "FORMAT_VERSION", "load", "read_config", "save_bundle"]

@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_model
 
 from irc.cache import CACHE_NAME, cache_shape
-from irc.errors import InputError, IrcError
+from irc.errors import InputError
 from passes.base import PassManager
 from passes.clean_up import CleanUp
 from passes.set_device import SetDevice
@@ -133,7 +133,7 @@ def _meta_twin(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             twin: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    except (ValueError, KeyError, AttributeError) as error:
+    except Exception as error:
         raise InputError(
             f"{config.model_type}: transformers has no causal language model for it ({_first_line(error)})"
         ) from error
@@ -229,8 +229,8 @@ def _rebuild_buffers(captured: Captured, device: torch.device | str) -> None:
         if owner not in made:
             try:
                 made[owner] = type(twin.get_submodule(owner))(captured.config)
-            except (AttributeError, TypeError) as error:
-                raise IrcError(
+            except Exception as error:
+                raise InputError(
                     f"buffer {name}: {owner} cannot be rebuilt ({error}); this architecture is not supported"
                 ) from error
         value = getattr(made[owner], leaf).to(device)

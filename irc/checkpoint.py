@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from safetensors import safe_open
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from irc.errors import InputError
+from irc.reading import check_links, check_plain, first_line, read_json, read_text
+from irc.tokenizer import load_tokenizer
 
 DTYPES = {
     "fp32": torch.float32,
@@ -25,6 +26,15 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+_SIZES = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "vocab_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
 _LARGE_MODEL_BYTES = 2_000_000_000
 _PIECE = 1 << 22
 
@@ -45,20 +55,18 @@ class BaseModel:
     def config(self) -> PretrainedConfig:
         """Configuration; code that a folder may hold is never run."""
         try:
+            read_text(self.folder / "config.json")  # of a size that can be read
             config: PretrainedConfig = AutoConfig.from_pretrained(
                 self.folder, trust_remote_code=False, local_files_only=True
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{self.name}: config.json cannot be used ({_sentence(error)})") from error
+        except Exception as error:
+            raise InputError(f"{self.name}: config.json cannot be used ({first_line(error)})") from error
         return config
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Tokenizer of the folder."""
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False, local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{self.name}: the folder holds no usable tokenizer ({_sentence(error)})") from error
+        tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.folder, self.name)
         tokenizer.model_max_length = int(1e30)  # windows are cut by us; no warning about long texts
         return tokenizer
 
@@ -67,15 +75,15 @@ class BaseModel:
         """The safetensors files, in order.
 
         Raises:
-            InputError: There are none, or the index names one that is not there.
+            InputError: There are none, or the index names one that is not there, or is outside of the folder.
         """
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
             try:
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+                names = set(read_json(index)["weight_map"].values())
             except (ValueError, KeyError, AttributeError, TypeError) as error:
                 raise InputError(f"{index}: not a safetensors index") from error
-            shards = [self.folder / Path(name).name for name in names]
+            shards = [self.folder / check_plain(name, index) for name in sorted(names, key=str)]
         else:
             shards = [self.folder / "model.safetensors"]
         missing = [shard.name for shard in shards if not shard.is_file()]
@@ -89,9 +97,25 @@ class BaseModel:
             raise InputError(f"{self.name}: {missing[0]} is missing; the folder holds {why}")
         return shards
 
-    def weights(self) -> Mapping[str, torch.Tensor]:
+    def weights(self) -> Weights:
         """Return all weights, memory-mapped: pages are read when they are touched."""
-        return _Shards(self.shards)
+        return Weights(self.shards)
+
+    def check_sizes(self, weights: Weights) -> None:
+        """Refuse a configuration of more layers or larger sizes than any weight has, before anything is made from it.
+
+        Raises:
+            InputError: Names the value and the largest that the checkpoint bears out.
+        """
+        largest = max((size for shape in weights.shapes.values() for size in shape), default=0)
+        for name in _SIZES:
+            value = getattr(self.config, name, None)
+            most = len(weights) if name == "num_hidden_layers" else largest
+            if value is not None and (type(value) is not int or not 0 < value <= most):
+                raise InputError(
+                    f"{self.name}: config.json says {name} {str(value)[:40]}, the checkpoint's weights allow for "
+                    f"{most} at most"
+                )
 
     def check_finite(self) -> None:
         """Refuse weights with NaN or infinity, naming the first; no shard stays in memory."""
@@ -136,36 +160,58 @@ class BaseModel:
         return torch.bfloat16 if size > _LARGE_MODEL_BYTES else torch.float32
 
 
-def find_base(name: str, revision: str | None = None) -> BaseModel:
+def find_base(name: str, revision: str | None = None, *, ask_hub: bool = True) -> BaseModel:
     """Resolve MODEL: `demo`, a local folder, or a hub id (downloaded, safetensors only).
 
+    Args:
+        name: What is looked for.
+        revision: Of a hub id.
+        ask_hub: False where a folder names the model and not the user: then only the local cache is looked at.
+
     Raises:
-        InputError: Nothing is there under that name.
+        InputError: Nothing is there under that name, or the folder holds a link that leads out of it.
     """
     if name == "demo":
         return BaseModel(name, Path(str(resources.files("irc"))) / "demo")
     folder = Path(name)
-    if folder.is_dir():
+    if _is_folder(folder):
         if not (folder / "config.json").is_file():
             raise InputError(f"{name}: no config.json in this folder; give a Hugging Face model folder")
+        check_links(folder)
         return BaseModel(name, folder)
-    if folder.exists() or name.startswith((".", "/")) or name.count("/") != 1:
-        raise InputError(f"{name}: there is no such model folder; give a folder, a hub id such as org/name, or demo")
+    if len(name) > 200 or folder.exists() or name.startswith((".", "/")) or name.count("/") != 1:
+        raise InputError(
+            f"{name[:200]}: there is no such model folder; give a folder, a hub id such as org/name, or demo"
+        )
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.safetensors", "tokenizer*", "*.txt"]
     try:
-        path = snapshot_download(name, revision=revision, allow_patterns=patterns)
+        path = snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=not ask_hub)
     except Exception as error:
-        raise InputError(f"{name}: no such folder, and the hub did not give it ({_sentence(error)})") from error
+        if not ask_hub:
+            raise InputError(
+                f"{name}: is neither a folder here nor in the local cache, and what a folder names is not downloaded; "
+                f"name it yourself (--base or --bundle {name}) to download it"
+            ) from error
+        raise InputError(f"{name}: no such folder, and the hub did not give it ({first_line(error)})") from error
+    check_links(Path(path))
     return BaseModel(name, Path(path))
 
 
-class _Shards(Mapping[str, torch.Tensor]):
-    """Weights by name. Only one shard is held: what a reader converts or copies leaves memory with its shard."""
+class Weights(Mapping[str, torch.Tensor]):
+    """Weights by name. Only one shard is held: what a reader converts or copies leaves memory with its shard.
+
+    Attributes:
+        shapes: Of all weights.
+    """
 
     def __init__(self, shards: Sequence[Path]) -> None:
-        self._shard = {key: shard for shard in shards for key in _mapped(shard)}
+        self._shard: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for shard in shards:
+            for key, tensor in _mapped(shard).items():
+                self._shard[key], self.shapes[key] = shard, tuple(tensor.shape)
         self._current: tuple[Path | None, dict[str, torch.Tensor]] = (None, {})
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -186,10 +232,12 @@ def _mapped(shard: Path) -> dict[str, torch.Tensor]:
     try:
         with safe_open(shard, framework="pt") as opened:
             return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - safe_open is no mapping
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{shard}: truncated or not a safetensors file ({_sentence(error)})") from error
+    except Exception as error:
+        raise InputError(f"{shard}: truncated or not a safetensors file ({first_line(error)})") from error
 
 
-def _sentence(error: BaseException) -> str:
-    text: Any = str(error).strip() or type(error).__name__
-    return str(text).splitlines()[0][:200]
+def _is_folder(folder: Path) -> bool:
+    try:
+        return folder.is_dir()
+    except (OSError, ValueError):  # a name that no file can have
+        return False

@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from irc.errors import InputError
 from irc.modules import default_rank
 from irc.policies import Policy, policy_named
+from irc.reading_yaml import parse, shown
 from irc.ready_recipes import read_recipe
 from irc.stage_recipes import LffRecipe, LoraRecipe, RouterRecipe, setting
 
@@ -24,6 +23,7 @@ STAGES = ("lff", "router", "lora")
 PRECISIONS = ("auto", "fp32", "bf16")
 EVAL_SPLITS = ("heldout", "validation")
 KEY_POLICIES = ("full", "reduced")
+_LARGEST_SEED, _LARGEST_INTEGER = 2**32, 2**53
 _LEAST = {
     "eval_tokens": 0,
     "checkpoint_seconds": 0,
@@ -91,7 +91,7 @@ class Recipe:
             raise InputError(f"sparsity is {self.sparsity}; give a share between 0 and 1, such as 0.25")
         policy = policy_named(self.policy)
         if any(not isinstance(share, (int, float)) or not 0 <= share <= 1 for share in self.dial):
-            raise InputError(f"dial is {self.dial}; give shares between 0 and 1, such as 0.1,0.3,0.5")
+            raise InputError(f"dial is {shown(self.dial)}; give shares between 0 and 1, such as 0.1,0.3,0.5")
         if self.dial and (policy.capacity or not policy.learns):
             raise InputError(f"policy {self.policy} has no threshold to turn; leave --dial out")
         if self.forecaster not in ("linear", "silu"):
@@ -117,6 +117,8 @@ class Recipe:
                 f"and lora after them if wanted ({_why(policy)})"
             )
         check_key_policy(self.kv_policy, self.kv_threshold)
+        if abs(self.seed) > _LARGEST_SEED:
+            raise InputError(f"seed is {self.seed}; give one between -{_LARGEST_SEED} and {_LARGEST_SEED}")
         if self.rank < 0:
             raise InputError(f"rank is {self.rank}; give a positive number, or 0 for the default")
         if self.seq_len < 2:
@@ -190,8 +192,8 @@ def override(recipe: Recipe, text: str) -> None:
     if not separator:
         raise InputError(f"--set {text}: expected key=value, such as router.steps=500")
     try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        parsed = parse(value)
+    except ValueError as error:
         raise InputError(f"--set {text}: the value is not YAML") from error
     target: Any = recipe
     *parts, leaf = key.split(".")
@@ -218,7 +220,7 @@ def _fill(target: Any, data: dict[str, Any], prefix: str) -> None:
         current = getattr(target, name)
         if dataclasses.is_dataclass(current):
             if not isinstance(value, dict):
-                raise InputError(f"{prefix}{key}: expected keys and values, found {value!r}")
+                raise InputError(f"{prefix}{key}: expected keys and values, found {shown(value)}")
             _fill(current, value, f"{prefix}{key}.")
         else:
             _assign(target, name, value, prefix + str(key))
@@ -236,15 +238,16 @@ def _known(target: Any, key: str, full: str) -> str:
 def _assign(target: Any, name: str, value: Any, full: str) -> None:
     wanted = typing.get_type_hints(type(target))[name]
     origin: Any = wanted.__origin__ if isinstance(wanted, types.GenericAlias) else wanted
-    if origin is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if isinstance(value, str) and origin is float:
-        with contextlib.suppress(ValueError):
+    if origin is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError, OverflowError):
             value = float(value)
+    if isinstance(value, int) and abs(value) > _LARGEST_INTEGER:
+        raise InputError(f"recipe: {full} is larger than any that can be meant; give a smaller number")
     if (
         dataclasses.is_dataclass(origin)
         or not isinstance(value, origin)
         or (isinstance(value, bool) and origin is not bool)
+        or (wanted == list[str] and not all(isinstance(part, str) for part in value))
     ):
-        raise InputError(f"recipe: {full} is {value!r}; expected {getattr(origin, '__name__', origin)}")
+        raise InputError(f"recipe: {full} is {shown(value)}; expected {getattr(origin, '__name__', origin)}")
     setattr(target, name, value)

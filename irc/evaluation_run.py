@@ -31,8 +31,12 @@ def open_model(
     device: str = "auto",
     key_policy: KeyPolicy | None = None,
     sparsity: float | None = None,
+    ask_hub: bool = True,
 ) -> RoutedForCausalLM:
-    """Open a bundle, under its own key/value policy and sparsity or others, or capture a plain model."""
+    """Open a bundle, under its own key/value policy and sparsity or others, or capture a plain model.
+
+    Without `ask_hub`, for a name that a folder gave and not the user, nothing is downloaded.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device.startswith("cuda") and not torch.cuda.is_available():
@@ -47,7 +51,7 @@ def open_model(
         raise InputError(f"{name}: a plain model skips no token, so its sparsity cannot be set; convert it first")
     if key_policy:
         raise InputError(f"{name}: a plain model skips no token, so it has no key/value policy; convert it first")
-    plain = find_base(name)
+    plain = find_base(name, ask_hub=ask_hub)
     model = build_plain(plain, dtype, device)
     model.facts["base"] = plain
     return model

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import AutoTokenizer
 
 from irc.errors import InputError
+from irc.reading import read_text
 from irc.runtime import Runtime, Step
+from irc.tokenizer import load_tokenizer
 
 _COLDEST = 1e-3
 _TAIL = 16
@@ -98,10 +99,7 @@ class Generator:
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
         folder = runtime.exported.folder
-        try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{folder}: it holds no usable tokenizer ({str(error).splitlines()[0][:200]})") from error
+        self.tokenizer: Any = load_tokenizer(folder, str(folder))
         self.end = _end_tokens(folder, self.tokenizer)
 
     def encode(self, prompt: str) -> list[int]:
@@ -246,9 +244,10 @@ def _end_tokens(folder: Path, tokenizer: Any) -> frozenset[int]:
     ends: list[Any] = [tokenizer.eos_token_id]
     if (folder / "generation_config.json").is_file():
         try:
-            stated = GenerationConfig.from_pretrained(folder).eos_token_id
+            read_text(folder / "generation_config.json")  # of a size that can be read
+            stated = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
             ends += stated if isinstance(stated, list) else [stated]
             return frozenset(int(end) for end in ends if end is not None)
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except Exception as error:
             raise InputError(f"{folder / 'generation_config.json'}: damaged; export again") from error
     return frozenset() if tokenizer.eos_token_id is None else frozenset([int(tokenizer.eos_token_id)])

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from irc.errors import InputError
+from irc.reading import first_line
 from irc.routed import RoutedForCausalLM
 from irc.stage_recipes import LoraRecipe
 from irc.train import write_safetensors
@@ -95,8 +95,10 @@ def load_lora(model: RoutedForCausalLM, folder: Path, recipe: LoraRecipe) -> Non
     path = folder / WEIGHTS
     try:
         tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(path).items()}
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: missing, truncated or not a safetensors file ({error})") from error
+    except Exception as error:
+        raise InputError(f"{path}: missing, truncated or not a safetensors file ({first_line(error)})") from error
+    if any(recipe.rank not in tensor.shape for tensor in tensors.values()):
+        raise InputError(f"{path}: its rank is not {recipe.rank}, as the recipe has it; it belongs to another recipe")
     inject_lora(model, recipe, 0)
     expected = _state(model)
     for name in sorted(expected.keys() ^ tensors.keys()):

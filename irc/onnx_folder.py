@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from exporters.onnx import DATA, MODEL, PAST_FROM, CacheShape, Decision
 from exporters.onnx_ops import VERSION
 from irc.bundle import CONFIG, file_sha256
 from irc.errors import InputError
+from irc.reading import check_links, read_json
 
 FORMAT_VERSION = 1
 DTYPES = ("fp32", "fp16", "bf16")
@@ -30,6 +30,11 @@ class OnnxFolder:
     folder: Path
     model: Path
     manifest: dict[str, Any]
+
+    @property
+    def weights(self) -> list[str]:
+        """Names of the files beside the model whose hashes were checked."""
+        return [name for name in self.manifest["sha256"] if name != MODEL]
 
     @property
     def cache(self) -> CacheShape:
@@ -64,19 +69,27 @@ def open_folder(path: Path) -> OnnxFolder:
         hint = f"export it first: irc export {path} -o DIR" if (path / CONFIG).is_file() else "make one with irc export"
         raise InputError(f"{path}: not an ONNX folder of irc ({MANIFEST} is missing); {hint}")
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(path / MANIFEST)
         for key, known in (("format_version", FORMAT_VERSION), ("op_version", VERSION)):
-            if int(manifest[key]) > known:
+            if type(manifest[key]) is not int:
+                raise TypeError(f"{key} is no whole number")
+            if manifest[key] > known:
                 what = key.replace("_", " ")
                 raise InputError(f"{path}: {what} {manifest[key]} is newer than this irc knows ({known}); upgrade irc")
         hashes = dict(manifest["sha256"])
         _check_types(manifest, hashes)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(f"{path / MANIFEST}: damaged ({type(error).__name__}: {error}); export again") from error
-    found = sorted(path.rglob(MODEL))
+    # Beside the manifest, or where the layout of a Triton repository has it.
+    found = [place for place in (path / MODEL, *sorted(path.glob(f"*/*/{MODEL}"))) if place.is_file()]
     if not found:
         raise InputError(f"{path / MODEL}: the file is missing; export again")
     model = found[0]
+    # A link to a folder that lies elsewhere would take the model's files with it.
+    if not model.parent.resolve().is_relative_to(path.resolve()):
+        raise InputError(f"{model.parent}: is a link that leads out of its folder; put the file itself there")
+    for folder in {path, model.parent}:
+        check_links(folder)
     for name in sorted({MODEL, DATA} | set(hashes)):
         file = model.with_name(name)
         if not file.is_file():
@@ -104,3 +117,8 @@ def _check_types(manifest: dict[str, Any], hashes: dict[str, Any]) -> None:
             raise TypeError("a unit has no decision")
     if any(Path(name).name != name or not isinstance(value, str) for name, value in hashes.items()):
         raise ValueError("a hash is that of no file of the folder")
+    if not isinstance(manifest["source"], str) or not isinstance(manifest["base"], dict):
+        raise TypeError("source or base is of another kind")
+    for key in ("kv_threshold", "sparsity"):
+        if manifest.get(key) is not None and type(manifest[key]) not in (int, float):
+            raise TypeError(f"{key} is no number")

@@ -10,6 +10,8 @@ from typing import Any
 import yaml
 
 from irc.errors import InputError
+from irc.reading import read_text
+from irc.reading_yaml import parse
 
 SHARES = (25, 40, 70)
 
@@ -34,11 +36,11 @@ def read_recipe(name: Path) -> dict[str, Any]:
         found: dict[str, Any] = yaml.safe_load(text)
         return found if share is None else {**found, "sparsity": share / 100}
     try:
-        data = yaml.safe_load(name.read_text(encoding="utf-8")) or {}
+        data = parse(read_text(name)) or {}
     except FileNotFoundError as error:
         ready = f"the ready ones are {', '.join(_stems())}, each with -{', -'.join(map(str, SHARES))}"
         raise InputError(f"recipe {name}: cannot be read: there is no such file; {ready}") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"recipe {name}: cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(data, dict):
         raise InputError(f"recipe {name}: expected keys and values, found {type(data).__name__}")

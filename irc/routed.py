@@ -221,6 +221,7 @@ def _ready(model: RoutedForCausalLM) -> RoutedForCausalLM:
 
 def _captured(base: BaseModel, dtype: str, device: str) -> Captured:
     weights = base.weights()
+    base.check_sizes(weights)
     captured = capture(base.config, base.dtype(dtype))
     assign_weights(captured, weights, device)
     return captured

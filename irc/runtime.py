@@ -15,6 +15,7 @@ from exporters.onnx import PAST, PRESENT
 from irc.errors import InputError
 from irc.native import choose_library
 from irc.onnx_cache import Cache, CacheLayout, PlacedCache, onnxruntime
+from irc.onnx_check import read_model
 from irc.onnx_folder import OnnxFolder, open_folder
 
 log = logging.getLogger(__name__)
@@ -98,14 +99,23 @@ class Runtime:
             raise InputError(f"{folder}: ONNX Runtime cannot load it ({_first_line(error)})") from error
         self._forced = forced
         cache = self.exported.cache
+        found = {value.name: value.shape for value in self._session.get_inputs() if value.name.startswith(PAST)}
+        described = 2 * cache.layers + len(cache.reduced)
+        if len(found) != described:
+            raise InputError(
+                f"{folder}: the model has {len(found)} cache inputs, irc.json describes {described}; export again"
+            )
         names = [f"{layer}.{part}" for layer in range(cache.layers) for part in ("key", "value")]
         names += [f"{layer}.slots" for layer in cache.reduced]
         past, present = ([f"{stem}.{name}" for name in names] for stem in (PAST, PRESENT))
-        found = {value.name for value in self._session.get_inputs() if value.name.startswith(PAST)}
-        if found != set(past):
-            raise InputError(
-                f"{folder}: the model has {len(found)} cache inputs, irc.json describes {len(past)}; export again"
-            )
+        outputs = {value.name for value in self._session.get_outputs()}
+        shapes = [found[name] for name in past[: 2 * cache.layers] if name in found]
+        if (
+            found.keys() != set(past)
+            or not outputs.issuperset(["logits", *present])
+            or any(len(shape) != 4 or [shape[1], shape[3]] != [cache.heads, cache.size] for shape in shapes)
+        ):
+            raise InputError(f"{folder}: the model's cache is not the one that irc.json describes; export again")
         context = self.exported.manifest.get("context_length")
         self._layout = CacheLayout(
             past, present, cache.layers, cache.heads, cache.size, self.exported.dtype, self.provider, context
@@ -206,7 +216,7 @@ def _with_decisions(exported: OnnxFolder, forced: bool) -> tuple[bytes, int]:
 
     Forced, one more input says what executes; the routers run all the same, for the output reads them.
     """
-    model = onnx.load(str(exported.model), load_external_data=False)
+    model = read_model(exported.model, exported.weights)
     graph, decisions = model.graph, exported.decisions
     if decisions:
         differences = [decision.difference for decision in decisions]

@@ -18,6 +18,8 @@ from irc.bundle import adapter_tensors, set_adapter
 from irc.config import Recipe, recipe_from
 from irc.errors import InputError
 from irc.lora import load_lora, save_lora
+from irc.reading import first_line, read_json, read_text
+from irc.reading_yaml import parse
 from irc.routed import RoutedForCausalLM
 from irc.staging import cannot_write
 from irc.train import write_safetensors
@@ -99,8 +101,8 @@ def _locked(path: Path) -> Iterator[None]:
 def check_same_recipe(recipe: Recipe, saved: Path) -> None:
     """Refuse to continue work that was begun with other settings, naming the first that differs."""
     try:
-        before = recipe_from(yaml.safe_load(saved.read_text())).to_dict()
-    except (OSError, yaml.YAMLError, InputError, AttributeError) as error:
+        before = recipe_from(parse(read_text(saved))).to_dict()
+    except (OSError, ValueError, InputError, AttributeError) as error:
         raise InputError(f"{saved}: damaged, or of another version; start over with --force") from error
     for key, value in recipe.to_dict().items():
         automatic = key == "rank" and value == 0
@@ -116,8 +118,10 @@ def stage_figures(work: Path, stage: str) -> dict[str, Any] | None:
     done = work / f"{stage}.json"
     if not done.is_file():
         return None
-    figures: dict[str, Any] = json.loads(done.read_text())
-    return figures
+    try:
+        return read_json(done)
+    except ValueError as error:
+        raise InputError(f"{done}: damaged ({error}); start over with --force") from error
 
 
 def save_stage(model: RoutedForCausalLM, work: Path, stage: str, figures: dict[str, Any]) -> None:
@@ -133,6 +137,11 @@ def save_stage(model: RoutedForCausalLM, work: Path, stage: str, figures: dict[s
 
 def load_stage(model: RoutedForCausalLM, work: Path, stage: str, recipe: Recipe) -> None:
     """Give a model the weights that a finished stage saved."""
-    set_adapter(model, load_file(work / f"{stage}.safetensors"), str(work))
+    saved = work / f"{stage}.safetensors"
+    try:
+        tensors = load_file(saved)
+    except Exception as error:
+        raise InputError(f"{saved}: damaged ({first_line(error)}); start over with --force") from error
+    set_adapter(model, tensors, str(work))
     if stage == "lora" and "lora" not in model.facts:
         load_lora(model, work / "lora", recipe.lora)

@@ -72,7 +72,9 @@ class Transformers:
         from transformers import AutoModelForCausalLM
 
         kinds = {short: getattr(torch, long) for long, short in DTYPES.items()}
-        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=kinds[dtype])
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            base, dtype=kinds[dtype], local_files_only=True, trust_remote_code=False, use_safetensors=True
+        )
         model = model.to(device).eval()
         self._torch, self._device = torch, device
         self._forward = torch.compile(model, dynamic=True) if compiled else model

@@ -30,6 +30,6 @@ def heldout_tokens(bundle: str, data: str | None) -> TextTokens:
     recipe = folder / RECIPE
     text = load_text(data or load_recipe(recipe if recipe.is_file() else None).data)
     base = read_config(folder)["base"]
-    tokenizer = find_base(base["name"], base.get("revision")).tokenizer
+    tokenizer = find_base(base["name"], base.get("revision"), ask_hub=False).tokenizer
     tokens: TextTokens = token_stream(text.split("heldout"), tokenizer).numpy()
     return tokens

@@ -1,0 +1,91 @@
+"""`irc_config.json` of a bundle: read and checked, value by value, before anything is made from it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from irc.config import recipe_from
+from irc.errors import InputError
+from irc.reading import read_json
+from irc.routed import RoutingSpec
+from irc.staging import replaced
+
+FORMAT_VERSION = 1
+CONFIG = "irc_config.json"
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read and check `irc_config.json`.
+
+    Args:
+        folder: Of a bundle.
+
+    Raises:
+        InputError: It is missing, damaged, or of a newer format.
+    """
+    path = folder / CONFIG
+    old = None if folder.exists() else replaced(folder)
+    if old is not None:
+        raise InputError(f"{folder}: a save was killed while it replaced this bundle; the whole one before is {old}")
+    if not path.is_file():
+        raise InputError(f"{folder}: not a bundle ({CONFIG} is missing); make one with irc convert")
+    try:
+        config = read_json(path)
+        version = config["format_version"]
+        if type(version) is not int:
+            raise TypeError("format_version is no integer")
+        if version <= FORMAT_VERSION:
+            _check(config)
+    except (ValueError, KeyError, TypeError, AttributeError, InputError) as error:
+        raise InputError(f"{path}: damaged ({type(error).__name__}: {str(error)[:300]}); convert again") from error
+    if version > FORMAT_VERSION:
+        raise InputError(
+            f"{folder}: bundle format {version} is newer than this irc reads ({FORMAT_VERSION}); upgrade irc"
+        )
+    return config
+
+
+def _check(config: dict[str, Any]) -> None:
+    """Raise where a value is of a kind that `irc convert` never writes."""
+    base, spec = config["base"], config["spec"]
+    _texts(base["name"], base["sha256"], config["adapter_sha256"])
+    if base.get("revision") is not None:
+        _texts(base["revision"])
+    if type(RoutingSpec(**spec).rank) is not int:
+        raise TypeError("rank is no integer")
+    recipe = recipe_from(
+        {key: value for key, value in spec.items() if key != "reads"}
+        | {"router": {"reads": spec.get("reads", "")}, "lora": config.get("lora") or {}}
+        | {key: config[key] for key in ("kv_policy", "kv_threshold") if key in config}
+    )
+    recipe.check()
+    names = set()
+    for unit in config["units"]:
+        _texts(unit["name"])
+        names.add(unit["name"])
+        for key in ("calibration_keep", "keep_ratio", "recoverability"):
+            if unit.get(key) is not None:
+                _numbers(unit[key])
+    for part in ("sparsity", "data"):
+        if not isinstance(config.get(part) or {}, dict):
+            raise TypeError(f"{part} holds no keys and values")
+    before = -math.inf
+    for point in config.get("dial") or []:
+        _numbers(point["sparsity"], *point["shift"].values(), *point["keep"].values())
+        if point["sparsity"] < before or not names == point["shift"].keys() == point["keep"].keys():
+            raise ValueError("dial is out of order, or of other units")
+        before = point["sparsity"]
+
+
+def _texts(*values: Any) -> None:
+    for value in values:
+        if not isinstance(value, str):
+            raise TypeError(f"{str(value)[:80]} is no text")
+
+
+def _numbers(*values: Any) -> None:
+    for value in values:
+        if type(value) not in (int, float):
+            raise TypeError(f"{str(value)[:80]} is no number")

@@ -1,0 +1,52 @@
+"""The tokenizer of a folder: read from that folder alone, without its code and without a hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from irc.errors import InputError
+from irc.reading import check_plain, first_line, read_text
+
+_CONFIG = "tokenizer_config.json"
+_FILES = ("vocab_file", "merges_file", "spm_file", "sp_model")
+_READ = (_CONFIG, "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "config.json")
+
+
+def load_tokenizer(folder: Path, name: str) -> Any:
+    """Load a tokenizer.
+
+    Args:
+        folder: Where its files are.
+        name: What to call the folder in a failure.
+
+    Raises:
+        InputError: It has none that works, or one that names files outside of the folder.
+    """
+    try:
+        for file in _READ:
+            if (folder / file).is_file():
+                text = read_text(folder / file)
+                if file == _CONFIG:
+                    _check_files(json.loads(text), folder / file)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except InputError:
+        raise
+    except BaseException as error:
+        # A panic of the Rust library is no Exception.
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise InputError(f"{name}: the folder holds no usable tokenizer ({first_line(error)})") from error
+        raise
+
+
+def _check_files(config: Any, path: Path) -> None:
+    if not isinstance(config, dict):
+        raise ValueError(f"{_CONFIG} holds no keys and values")
+    if config.get("gguf_file") is not None:
+        raise InputError(f"{path}: names a GGUF file, which is not read; leave gguf_file out")
+    for key in _FILES:
+        if config.get(key) is not None:
+            check_plain(config[key], path)

@@ -1,0 +1,242 @@
+"""What a folder of somebody else's cannot do: name files outside of it, bring code, load a pickle, ask the network."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+import irc
+from irc.bundle import CONFIG, file_sha256, save_bundle
+from irc.checkpoint import find_base
+from irc.errors import InputError
+from irc.onnx_folder import MANIFEST, open_folder
+from irc.routed import RoutedForCausalLM
+from irc.runtime import Runtime
+
+Make = Callable[..., RoutedForCausalLM]
+
+WATCH = """
+import json, os, sys
+seen, folder = [], os.path.realpath(sys.argv[1])
+def watch(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo", "pickle.find_class"):
+        seen.append([event, str(arguments)])
+    elif event in ("exec", "import") and folder in str(arguments[:2]):
+        seen.append([event, str(arguments)])
+sys.addaudithook(watch)
+from irc.cli import main
+code = main(sys.argv[2:])
+print(json.dumps({"code": code, "seen": seen}), file=sys.stderr)
+"""
+
+
+@pytest.fixture
+def copied(model_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(model_folder, tmp_path / "model"))
+
+
+@pytest.fixture
+def bundle(make_routed: Make, tmp_path: Path) -> Path:
+    save_bundle(make_routed(), tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+def watched(folder: Path, *arguments: str | Path) -> dict[str, Any]:
+    """Run the command line in a process that writes down every connection, unpickling and run of a folder's code."""
+    done = subprocess.run(
+        [sys.executable, "-c", WATCH, str(folder), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "0"},
+        timeout=300,
+    )
+    found: dict[str, Any] = json.loads(done.stderr.strip().splitlines()[-1])
+    return found | {"err": done.stderr}
+
+
+def test_the_watch_sees_what_it_looks_for(tmp_path: Path) -> None:
+    """The test of the tests below: an address that is looked up and a pickle are seen."""
+    (tmp_path / "evil.py").write_text("import pickle, socket\npickle.loads(%r)\n" % pickle.dumps(Path("x")))
+    code = WATCH.replace("from irc.cli import main", "sys.path.insert(0, folder)\nmain = lambda _: __import__('evil')")
+    code = code.replace("code = main(sys.argv[2:])", "main(0)\ncode = 0")
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    events = {event for event, _ in json.loads(done.stderr.strip().splitlines()[-1])["seen"]}
+    assert {"pickle.find_class", "exec"} <= events
+
+
+@pytest.mark.slow
+def test_local_folders_ask_no_network_unpickle_nothing_and_run_no_code(
+    copied: Path, text_file: Path, convert_arguments: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """Convert, export and generate, on a folder that also holds pickles and Python that claim to be needed."""
+    for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt"):
+        (copied / name).write_bytes(pickle.dumps(Path("x")))
+    (copied / "modeling_evil.py").write_text("raise SystemExit('code of the folder was run')\n")
+    auto = {"AutoConfig": "modeling_evil.C", "AutoModelForCausalLM": "modeling_evil.M"}
+    edit(copied / "config.json", lambda c: c.update(auto_map=auto))
+    edit(copied / "tokenizer_config.json", lambda c: c.update(auto_map={"AutoTokenizer": [None, "modeling_evil.T"]}))
+    arguments = convert_arguments(tmp_path / "b", lff__steps=1, router__steps=1)
+    arguments[1] = str(copied)
+    for verb in (
+        arguments,
+        ["export", tmp_path / "b", "-o", tmp_path / "onnx"],
+        ["generate", tmp_path / "onnx", "the", "-n", "2"],
+    ):
+        done = watched(copied, *verb)
+        assert done["code"] == 0, done["err"]
+        assert done["seen"] == []
+    assert not list((tmp_path / "onnx").glob("*.py"))
+
+
+def test_a_model_type_that_needs_the_folders_code_is_refused(copied: Path) -> None:
+    (copied / "evil.py").write_text("raise SystemExit('code of the folder was run')\n")
+    edit(copied / "config.json", lambda c: c.update(model_type="evil", auto_map={"AutoConfig": "evil.Config"}))
+    done = watched(copied, "eval", copied, "--data", __file__)
+    assert (done["code"], done["seen"]) == (2, [])
+
+
+def test_a_bundle_that_names_a_hub_id_downloads_nothing(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit(bundle / CONFIG, lambda c: c["base"].update(name="nobody/nothing"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    done = watched(bundle, "eval", bundle, "--data", __file__)
+    assert (done["code"], done["seen"]) == (2, []), done["err"]
+    assert "what a folder names is not downloaded; name it yourself (--base" in done["err"]
+
+
+NAMES = ["../model.safetensors", "/etc/hostname", "a/b.safetensors", "..", "", "a\0b", 5]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=repr)
+def test_shards_outside_of_the_folder(copied: Path, name: Any) -> None:
+    (copied / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(InputError, match=r"index.json: names the file .* not beside it"):
+        _ = find_base(str(copied)).shards
+
+
+@pytest.mark.parametrize("key", ["vocab_file", "merges_file", "spm_file", "sp_model"])
+def test_tokenizer_files_outside_of_the_folder(copied: Path, key: str) -> None:
+    edit(copied / "tokenizer_config.json", lambda c: c.update({key: "../secret"}))
+    with pytest.raises(InputError, match=r"tokenizer_config.json: names the file '../secret', which is not beside it"):
+        _ = find_base(str(copied)).tokenizer
+
+
+def test_a_gguf_file_that_a_tokenizer_names(copied: Path, tmp_path: Path) -> None:
+    """The one file name of tokenizer_config.json that transformers follows out of the folder."""
+    edit(copied / "tokenizer_config.json", lambda c: c.update(gguf_file=str(tmp_path / "x"), tokenizer_class="Qwen2"))
+    with pytest.raises(InputError, match="names a GGUF file, which is not read"):
+        _ = find_base(str(copied)).tokenizer
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_extra.txt"])
+@pytest.mark.parametrize("target", ["outside", "/etc/hostname", "/dev/zero", "itself"])
+def test_links_that_lead_out_of_a_model(copied: Path, tmp_path: Path, name: str, target: str) -> None:
+    place = {"outside": tmp_path / "outside", "itself": copied / name}.get(target, Path(target))
+    if (copied / name).exists():
+        shutil.move(copied / name, tmp_path / "outside")
+    else:
+        (tmp_path / "outside").write_text("{}")
+    (copied / name).symlink_to(place)
+    with pytest.raises(InputError, match=rf"{name}: is a link that leads out|no config.json"):
+        find_base(str(copied))
+
+
+def test_links_that_stay_inside(copied: Path, tmp_path: Path) -> None:
+    """A link to the folder, a link inside it, and the links of the Hugging Face cache are as good as files."""
+    (tmp_path / "name").symlink_to(copied)
+    shutil.move(copied / "model.safetensors", copied / "weights")
+    (copied / "model.safetensors").symlink_to("weights")
+    assert find_base(str(tmp_path / "name")).config.hidden_size == 32
+    cache = tmp_path / "models--org--name"
+    (cache / "blobs").mkdir(parents=True)
+    snapshot = cache / "snapshots" / "0123"
+    shutil.copytree(copied, snapshot)
+    shutil.move(snapshot / "config.json", cache / "blobs" / "abc")
+    (snapshot / "config.json").symlink_to("../../blobs/abc")
+    assert find_base(str(snapshot)).config.hidden_size == 32
+
+
+@pytest.mark.parametrize("name", ["irc_adapter.safetensors", "irc_config.json", "lora/adapter_model.safetensors"])
+def test_links_that_lead_out_of_a_bundle(bundle: Path, tmp_path: Path, name: str) -> None:
+    (bundle / "lora").mkdir()
+    place = bundle / name
+    if place.exists():
+        shutil.move(place, tmp_path / "outside")
+    else:
+        (tmp_path / "outside").write_text("{}")
+    place.symlink_to(tmp_path / "outside")
+    with pytest.raises(InputError, match=f"{place.name}: is a link that leads out of its folder"):
+        irc.load(bundle)
+
+
+@pytest.fixture
+def dense(quick_capture: None, model_folder: Path, tmp_path: Path) -> Path:
+    from irc.export import export
+
+    export(str(model_folder), tmp_path / "onnx")
+    return tmp_path / "onnx"
+
+
+def sign(folder: Path) -> None:
+    """Write the hashes of the files as they are: whoever alters a folder can do that too."""
+    edit(folder / MANIFEST, lambda m: m["sha256"].update({n: file_sha256(folder / n) for n in m["sha256"]}))
+
+
+def test_weights_outside_of_an_onnx_folder(dense: Path, tmp_path: Path) -> None:
+    original = (dense / "model.onnx").read_bytes()
+    shutil.copy(dense / "model.onnx.data", tmp_path / "model.onnx.data")
+    Runtime(dense)
+    places = ("../model.onnx.data", str(tmp_path / "model.onnx.data"), "./../model.onnx.data", "config.json", "")
+    for place in places:
+        model = onnx.load_from_string(original)
+        moved = next(tensor for tensor in model.graph.initializer if tensor.external_data)
+        next(entry for entry in moved.external_data if entry.key == "location").value = place
+        (dense / "model.onnx").write_bytes(model.SerializeToString())
+        sign(dense)
+        with pytest.raises(InputError, match=r"which is not beside it|none of this folder's weights"):
+            Runtime(dense)
+
+
+@pytest.mark.parametrize("key", ["offset", "length"])
+@pytest.mark.parametrize("value", ["-4", "999999999999999", "x", "9" * 5000])
+def test_weights_larger_than_their_file(dense: Path, key: str, value: str) -> None:
+    model = onnx.load(dense / "model.onnx", load_external_data=False)
+    entries = next(tensor for tensor in model.graph.initializer if tensor.external_data).external_data
+    next(entry for entry in entries if entry.key == key).value = value
+    (dense / "model.onnx").write_bytes(model.SerializeToString())
+    sign(dense)
+    with pytest.raises(InputError, match=r"which has \d+; export again|is no number"):
+        Runtime(dense)
+
+
+def test_links_that_lead_out_of_an_onnx_folder(dense: Path, tmp_path: Path) -> None:
+    for name in ("model.onnx", "model.onnx.data", "tokenizer.json"):
+        shutil.move(dense / name, tmp_path / name)
+        (dense / name).symlink_to(tmp_path / name)
+        with pytest.raises(InputError, match=f"{name}: is a link that leads out of its folder"):
+            open_folder(dense)
+        (dense / name).unlink()
+        shutil.move(tmp_path / name, dense / name)
+    open_folder(dense)
+    (dense / "a" / "b").mkdir(parents=True)
+    shutil.move(dense / "model.onnx", tmp_path / "model.onnx")
+    (dense / "a" / "1").symlink_to(tmp_path)
+    with pytest.raises(InputError, match="is a link that leads out of its folder"):
+        open_folder(dense)
