@@ -20,10 +20,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 FOLDER, BUNDLE = Path("build/tiny"), Path("build/your-own/bundle")
 WINDOW = 128
 MODULES = """argparse ast base64 bdb calendar cmd codecs configparser contextlib copy csv dataclasses difflib dis
-    doctest enum fractions functools gettext gzip heapq imaplib inspect ipaddress locale mailbox optparse os pathlib pdb
-    pickle
-    platform plistlib pprint random shutil socket ssl statistics string subprocess tarfile tempfile textwrap threading
-    tokenize trace traceback typing uuid warnings weakref zipapp""".split()
+    doctest enum fractions functools gettext gzip heapq imaplib inspect ipaddress locale mailbox optparse os pathlib
+    pdb pickle platform plistlib pprint random shutil socket ssl statistics string subprocess tarfile tempfile textwrap
+    threading tokenize trace traceback typing uuid warnings weakref zipapp""".split()
 
 
 def write_text(folder: Path) -> Path:

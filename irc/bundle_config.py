@@ -12,7 +12,7 @@ from irc.reading import read_json
 from irc.routed import RoutingSpec
 from irc.staging import replaced
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1  # a bundle of every version up to it loads: tests/data holds one of each
 CONFIG = "irc_config.json"
 
 
@@ -34,8 +34,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = read_json(path)
         version = config["format_version"]
-        if type(version) is not int:
-            raise TypeError("format_version is no integer")
+        if type(version) is not int or version < 1:
+            raise ValueError(f"format_version is {version!r}, expected a number from 1 to {FORMAT_VERSION}")
         if version <= FORMAT_VERSION:
             _check(config)
     except (ValueError, KeyError, TypeError, AttributeError, InputError) as error:

@@ -139,7 +139,16 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "unknown spec key": (lambda b: edit(b, lambda c: c["spec"].update(odd=1)), "damaged"),
     "rank is text": (lambda b: edit(b, lambda c: c["spec"].update(rank="four")), "damaged"),
     "other rank": (lambda b: edit(b, lambda c: c["spec"].update(rank=5)), r"is \[.*expected"),
-    "version is text": (lambda b: edit(b, lambda c: c.update(format_version="new")), "damaged"),
+    "version is text": (
+        lambda b: edit(b, lambda c: c.update(format_version="new")),
+        "format_version is 'new', expected",
+    ),
+    "version is none": (lambda b: edit(b, lambda c: c.update(format_version=0)), "format_version is 0, expected"),
+    "no version": (lambda b: edit(b, lambda c: c.pop("format_version")), "damaged"),
+    "much newer format": (
+        lambda b: edit(b, lambda c: (c.clear(), c.update(format_version=7, unknown=[]))),
+        "bundle format 7 is newer .* upgrade irc",
+    ),
     "wrong base": (lambda b: edit(b, lambda c: c["base"].update(sha256="0" * 64)), "point --base to the right model"),
     "base has gone": (lambda b: edit(b, lambda c: c["base"].update(name="/nowhere/x")), "no such model folder"),
     "unknown lora key": (lambda b: edit(b, lambda c: c.update(lora={"odd": 1})), "damaged"),
