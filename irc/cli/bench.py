@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from irc.cli.options import Decorator, common_options, numbers, provider_option, seed_option, words
+from irc.cli.options import Decorator, common_options, files, numbers, provider_option, seed_option, words
 
 if TYPE_CHECKING:
     from irc.bench import Share
@@ -34,10 +34,10 @@ def _numbers(name: str, target: str, default: str, text: str) -> Decorator:
 
 def _shares(ctx: click.Context, parameter: click.Parameter, value: str | None) -> list[Share] | None:
     """Read shares such as 0.25, or 0.1/0.4 for attention and FFN units."""
+    if value is None or ctx.resilient_parsing:  # completion waits for no import of torch
+        return None
     from irc.bench import Share
 
-    if value is None:
-        return None
     found = []
     for part in value.split(",") if value else []:
         try:
@@ -53,7 +53,7 @@ def _shares(ctx: click.Context, parameter: click.Parameter, value: str | None) -
 
 
 @click.command()
-@click.argument("bundle", required=False, default="")
+@click.argument("bundle", required=False, default="", shell_complete=files)
 @click.option(
     "--sparsities",
     callback=_shares,

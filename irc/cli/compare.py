@@ -12,6 +12,7 @@ from irc.cli.options import (
     data_option,
     device_option,
     dtype_option,
+    files,
     force_option,
     numbers,
     output_option,
@@ -22,7 +23,7 @@ from irc.cli.options import (
 
 
 @click.command()
-@click.argument("model", required=False)
+@click.argument("model", required=False, shell_complete=files)
 @output_option("Folder of the comparison: its cells, results.json and report.html.", required=True)
 @click.option(
     "--policies",

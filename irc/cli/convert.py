@@ -12,6 +12,7 @@ from irc.cli.options import (
     data_option,
     device_option,
     dtype_option,
+    files,
     force_option,
     output_option,
     resume_option,
@@ -23,7 +24,7 @@ from irc.cli.options import (
 
 
 @click.command()
-@click.argument("model", required=False)
+@click.argument("model", required=False, shell_complete=files)
 @output_option("Folder to write the bundle to.", required=True)
 @data_option(None)
 @click.option(

@@ -12,6 +12,7 @@ from irc.cli.options import (
     data_option,
     device_option,
     dtype_option,
+    files,
     key_policy_options,
     seq_len_option,
     shares,
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", shell_complete=files)
 @data_option(None)
 @click.option(
     "--split",

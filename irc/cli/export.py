@@ -9,6 +9,7 @@ import click
 from irc.cli.options import (
     common_options,
     dtype_option,
+    files,
     force_option,
     key_policy_options,
     output_option,
@@ -17,7 +18,7 @@ from irc.cli.options import (
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", shell_complete=files)
 @output_option("Folder to write.", required=True)
 @dtype_option()
 @click.option(

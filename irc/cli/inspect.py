@@ -8,13 +8,13 @@ from typing import Any
 
 import click
 
-from irc.cli.options import common_options
+from irc.cli.options import common_options, files
 
 _WIDE = 100
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", shell_complete=files)
 @click.option("--base", metavar="MODEL", help="Where the bundle's base model is, if it has moved.")
 @click.option(
     "--graph", "layer", type=int, metavar="LAYER", help="Print the graph of one decoder layer, counted from 0."

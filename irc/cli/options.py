@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any] | click.Command)
 
@@ -31,6 +32,11 @@ class Session:
     """What holds for one run of the command line, whichever verb runs; click carries it as `ctx.obj`."""
 
     debug: bool = False
+
+
+def files(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Let the shell complete the name of a file or folder; for values that may be something else too."""
+    return [CompletionItem(incomplete, type="file")]
 
 
 def common_options(function: Decorated) -> Decorated:
@@ -77,7 +83,7 @@ def data_option(default: str | None = "stdlib") -> Decorator:
         "Text: a file, a folder, a .jsonl or .parquet file with a text column, hf:NAME, or stdlib "
         "(the sources of the running Python's standard library)."
     )
-    return click.option("--data", default=default, show_default=True, metavar="TEXT", help=text)
+    return click.option("--data", default=default, show_default=True, metavar="TEXT", help=text, shell_complete=files)
 
 
 def seed_option(default: int | None = 0) -> Decorator:
