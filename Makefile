@@ -3,7 +3,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-EXTRAS ?= dev,cpu,report,tasks
+EXTRAS ?= dev,cpu,report,tasks,docs
 PYTHON ?=
 CANDIDATES = $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.14 python)
 DEMO := build/demo-bundle
@@ -13,7 +13,7 @@ NATIVE := $(VENV)/.native
 NATIVE_FILES := $(shell find exporters/native -name build -prune -o -type f -print)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean native sanitize package
+.PHONY: help demo test lint clean native sanitize package docs
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z.]*\):[^#]*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
@@ -55,6 +55,12 @@ package: $(STAMP)  ## build the wheel and the source distribution, and try the w
 	$(BIN)/python -m build --outdir $(PACKAGE) .
 	IRC_PACKAGE=$(PACKAGE) $(BIN)/python -m pytest tests/irc/test_package.py
 	@ls -l $(PACKAGE)
+
+docs: $(STAMP)  ## build the documentation site in build/site
+	@$(BIN)/python -c 'import mkdocstrings, material' 2>/dev/null \
+	  || $(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --config-file .mkdocs.yml
+	@echo "documentation: build/site/index.html"
 
 clean:  ## remove build/ and the caches; .venv stays
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
