@@ -13,7 +13,7 @@ NATIVE := $(VENV)/.native
 NATIVE_FILES := $(shell find exporters/native -name build -prune -o -type f -print)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean native sanitize package docs
+.PHONY: help demo test lint clean native sanitize package docs fuzz
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z.]*\):[^#]*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
@@ -61,6 +61,9 @@ docs: $(STAMP)  ## build the documentation site in build/site
 	  || $(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --config-file .mkdocs.yml
 	@echo "documentation: build/site/index.html"
+
+fuzz: $(STAMP)  ## feed every loader at least ten million bytes of mutated files; FUZZ_BYTES=... for more
+	IRC_FUZZ_BYTES=$(or $(FUZZ_BYTES),10000000) $(BIN)/python -m pytest tests/irc/fuzz --timeout 7200
 
 clean:  ## remove build/ and the caches; .venv stays
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -83,7 +83,14 @@ def check_plain(name: Any, where: Path) -> str:
     Raises:
         InputError: It is no text, or leads elsewhere.
     """
-    if not isinstance(name, str) or name in ("", ".", "..") or "\0" in name or Path(name).name != name or "\\" in name:
+    if (
+        not isinstance(name, str)
+        or len(name.encode(errors="replace")) > 255
+        or name in ("", ".", "..")
+        or "\0" in name
+        or Path(name).name != name
+        or "\\" in name
+    ):
         raise InputError(f"{where}: names the file {_short(name)}, which is not beside it; only plain names are read")
     return name
 

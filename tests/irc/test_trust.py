@@ -72,7 +72,8 @@ def watched(folder: Path, *arguments: str | Path) -> dict[str, Any]:
 
 def test_the_watch_sees_what_it_looks_for(tmp_path: Path) -> None:
     """The test of the tests below: an address that is looked up and a pickle are seen."""
-    (tmp_path / "evil.py").write_text(f"import pickle, socket\npickle.loads({pickle.dumps(Path('x'))!r})\n")
+    source = f"import pickle, socket\npickle.loads({pickle.dumps(Path())!r})\n"
+    (tmp_path / "evil.py").write_text(source)
     code = WATCH.replace("from irc.cli import main", "sys.path.insert(0, folder)\nmain = lambda _: __import__('evil')")
     code = code.replace("code = main(sys.argv[2:])", "main(0)\ncode = 0")
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)

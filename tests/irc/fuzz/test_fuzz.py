@@ -1,0 +1,200 @@
+"""Every loader on mutated files: it loads, or raises InputError; nothing else, no long wait, no large allocation.
+
+`make fuzz` feeds each at least ten million bytes. Files that a hash protects are given the right hash again, as whoever
+alters a folder can do too.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import irc
+from irc.bundle import ADAPTER, CONFIG, RECIPE, file_sha256, save_bundle
+from irc.bundle_config import read_config
+from irc.capture import Captured, assign_weights
+from irc.checkpoint import BaseModel, find_base
+from irc.config import Recipe, load_recipe
+from irc.errors import InputError
+from irc.export import export
+from irc.generation import Generator
+from irc.lora import WEIGHTS
+from irc.onnx_folder import MANIFEST, open_folder
+from irc.pipeline import resolve
+from irc.routed import RoutedForCausalLM
+from irc.runtime import Runtime
+
+FULL_LOADS = 8
+"""Altered files of a loader that pass its checks and are then loaded wholly, which takes longer."""
+
+
+class Few:
+    """Calls a function for the first few inputs only."""
+
+    def __init__(self, most: int = FULL_LOADS) -> None:
+        self.left = most
+
+    def __call__(self, function: Callable[[], object]) -> None:
+        if self.left > 0:
+            self.left -= 1
+            function()
+
+
+@pytest.fixture
+def bundle(make_routed: Any, shake: Any, lora_on: Any, tmp_path: Path) -> Path:
+    model = lora_on(shake(make_routed()))
+    save_bundle(model, tmp_path / "bundle", {"calibration_keep": {unit.name: 0.4 for unit in model.units}})
+    return tmp_path / "bundle"
+
+
+@pytest.fixture
+def copied(model_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(model_folder, tmp_path / "model"))
+
+
+@pytest.fixture(scope="session")
+def routed_onnx(base: BaseModel, shake: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from irc.routed import RoutingSpec, build_routed
+
+    model = shake(build_routed(base, RoutingSpec(4), "fp32"))
+    model.facts["base"] = base
+    folder = tmp_path_factory.mktemp("fuzz")
+    save_bundle(model, folder / "bundle")
+    export(str(folder / "bundle"), folder / "onnx")
+    return folder / "onnx"
+
+
+@pytest.fixture
+def onnx_folder(routed_onnx: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(routed_onnx, tmp_path / "onnx"))
+
+
+def test_bundle_config(fuzz: Any, bundle: Path) -> None:
+    few = Few()
+
+    def load() -> None:
+        read_config(bundle)
+        few(lambda: irc.load(bundle))
+
+    fuzz(bundle / CONFIG, load)
+
+
+def test_bundle_recipe(fuzz: Any, tmp_path: Path) -> None:
+    path = tmp_path / RECIPE
+    path.write_text(yaml.safe_dump(Recipe().to_dict(), sort_keys=False))
+    fuzz(path, lambda: resolve(load_recipe(path)))
+
+
+TRAPS = {
+    "aliases": "a: &a [x, x]\ndial: [*a, *a]",
+    "twice": "seed: 1\nseed: 2",
+    "nested too deeply": "dial: " + "[" * 5000,
+    "day is out of range": "rank: 2001-02-31",
+    "larger than any": "seed: 0x" + "f" * 6000,
+}
+
+
+@pytest.mark.parametrize("reason", TRAPS)
+def test_recipes_that_are_traps(tmp_path: Path, reason: str) -> None:
+    (tmp_path / RECIPE).write_text(TRAPS[reason])
+    with pytest.raises(InputError, match=reason):
+        load_recipe(tmp_path / RECIPE)
+
+
+def test_adapter(fuzz: Any, bundle: Path, make_routed: Any) -> None:
+    from irc.bundle import _read_adapter, set_adapter
+
+    model: RoutedForCausalLM = make_routed()
+    path = bundle / ADAPTER
+    header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    fuzz(path, lambda: set_adapter(model, _read_adapter(bundle, file_sha256(path)), "b"), header + 64)
+
+
+def test_lora_weights(fuzz: Any, bundle: Path) -> None:
+    from irc.lora import load_lora
+    from irc.stage_recipes import LoraRecipe
+
+    model = irc.load(bundle)
+    path = bundle / "lora" / WEIGHTS
+    header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    fuzz(path, lambda: load_lora(model, bundle / "lora", LoraRecipe(rank=2)), header + 64)
+
+
+def test_checkpoint(fuzz: Any, copied: Path, request: pytest.FixtureRequest) -> None:
+    captured: Captured = request.getfixturevalue("_captured")
+    few, path = Few(), copied / "model.safetensors"
+
+    def load() -> None:
+        base = find_base(str(copied))
+        weights = base.weights()
+        base.check_sizes(weights)
+        base.check_finite()
+        few(lambda: assign_weights(copy.deepcopy(captured), weights))
+
+    fuzz(path, load, 8 + int.from_bytes(path.read_bytes()[:8], "little") + 64)
+
+
+def test_checkpoint_index(fuzz: Any, copied: Path) -> None:
+    names = dict.fromkeys(find_base(str(copied)).weights(), "model.safetensors")
+    index = copied / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": names}))
+    fuzz(index, lambda: list(find_base(str(copied)).weights()))
+
+
+def test_model_config(fuzz: Any, copied: Path) -> None:
+    from irc.routed import build_plain
+
+    few = Few(2)
+
+    def load() -> None:
+        base = find_base(str(copied))
+        base.check_sizes(base.weights())
+        few(lambda: build_plain(base))
+
+    fuzz(copied / "config.json", load)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_tokenizer(fuzz: Any, copied: Path, name: str) -> None:
+    fuzz(copied / name, lambda: find_base(str(copied)).tokenizer)
+
+
+def test_onnx_generation_config(fuzz: Any, onnx_folder: Path) -> None:
+    runtime = Runtime(onnx_folder, "cpu")
+    fuzz(onnx_folder / "generation_config.json", lambda: Generator(runtime))
+
+
+def test_onnx_manifest(fuzz: Any, onnx_folder: Path) -> None:
+    few = Few()
+
+    def load() -> None:
+        open_folder(onnx_folder)
+        few(lambda: step(onnx_folder))
+
+    fuzz(onnx_folder / MANIFEST, load)
+
+
+def step(folder: Path) -> None:
+    runtime = Runtime(folder, "cpu")
+    ids = torch.tensor([[1, 2, 3]]).numpy()
+    runtime.step(ids, np.ones_like(ids), runtime.empty_cache(1))
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data"])
+def test_onnx_model(fuzz: Any, onnx_folder: Path, name: str) -> None:
+    def load() -> None:
+        manifest = json.loads((onnx_folder / MANIFEST).read_text())
+        manifest["sha256"][name] = file_sha256(onnx_folder / name)
+        (onnx_folder / MANIFEST).write_text(json.dumps(manifest))
+        Runtime(onnx_folder, "cpu")
+
+    fuzz(onnx_folder / name, load)
