@@ -34,6 +34,7 @@ from passes.lower_to_compaction import LowerToCompaction
 from passes.match import match_units
 from passes.raise_attention import RaiseAttention
 from passes.raise_norms import RaiseNorms
+from passes.route_experts import RouteExperts
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,8 @@ LEAST_ORT = "1.24"  # the first whose Attention of opset 23 takes a past of no t
 def lowering() -> list[Pass]:
     """Return the passes that prepare a captured model for export, in order."""
     raised: list[Pass] = [RaiseNorms(), RaiseAttention(), HardenRouters()]
-    return [*raised, FoldDifferences(), FuseRouters(), LowerToCompaction(), FuseForecasts(), CleanUp()]
+    routed = [FoldDifferences(), FuseRouters(), LowerToCompaction(), FuseForecasts()]
+    return [*raised, *routed, RouteExperts(), CleanUp()]
 
 
 @dataclass(frozen=True)
@@ -201,10 +203,12 @@ def _name_decisions(model: ir.Model, units: list[str]) -> list[Decision]:
     found: list[Decision] = []
     for node in model.graph:
         if node.domain == DOMAIN and node.op_type == "SelectRows":
-            unit = units[len(found)]
-            decision = Decision(unit, f"{unit}.execute", f"{unit}.logit_difference")
             execute = node.inputs[0]
             negation = execute.producer() if execute else None
+            if negation is None or negation.op_type != "Not":  # the rows of an expert
+                continue
+            unit = units[len(found)]
+            decision = Decision(unit, f"{unit}.execute", f"{unit}.logit_difference")
             less = negation.inputs[0].producer() if negation and negation.inputs[0] else None
             difference = less.inputs[0] if less else None
             assert execute is not None

@@ -67,7 +67,9 @@ def _rms_norm(x, weight, eps):
 
 
 def _rotary(x, cos, sin, heads):
-    return op.RotaryEmbedding(x, cos, sin, num_heads=heads)
+    rotated = 2 * int(cos.shape[-1])
+    partly = rotated if rotated * heads < int(x.shape[-1]) else 0
+    return op.RotaryEmbedding(x, cos, sin, num_heads=heads, rotary_embedding_dim=partly)
 
 
 def _attention(q, k, v, past_k, past_v, mask, heads, scale):

@@ -8,6 +8,7 @@ the graphs and the weights are assigned, never copied.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,8 @@ from transformers.cache_utils import DynamicCache
 from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_model
 
 from irc.cache import CACHE_NAME, cache_shape
-from irc.errors import InputError
+from irc.errors import InputError, IrcError
+from irc.experts import separate_experts, stored_name
 from passes.base import PassManager
 from passes.clean_up import CleanUp
 from passes.set_device import SetDevice
@@ -28,7 +30,15 @@ from passes.set_device import SetDevice
 log = logging.getLogger(__name__)
 
 _BATCH, _LENGTH, _PAST = 2, 3, 5
-_SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
+_CALL_NUMBER = re.compile(r"@\d+")
+_DENSE = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "granite", "olmo2", "gemma", "gemma3_text")
+_SUPPORTED = (*_DENSE, "mixtral", "qwen3_moe", "olmoe")
+SUPPORTED = (
+    "a Llama, Mistral, Qwen2, Qwen3, SmolLM3, Phi-3, Granite, OLMo 2, Gemma, Gemma 3 (text), Mixtral, Qwen3-MoE or "
+    "OLMoE model"
+)
+"""The architectures that are tested, for sentences."""
+
 _DYNAMIC_ROPE = frozenset({"dynamic", "longrope"})
 
 
@@ -61,6 +71,7 @@ def capture(config: PretrainedConfig, dtype: torch.dtype) -> Captured:
     """
     _refuse_unsupported(config)
     twin = _meta_twin(config, dtype)
+    separate_experts(twin, config)
     register_cache_pytrees_for_model(twin)
     grad_mode = torch.is_grad_enabled()
     try:
@@ -68,7 +79,7 @@ def capture(config: PretrainedConfig, dtype: torch.dtype) -> Captured:
     except Exception as error:
         raise InputError(
             f"{config.model_type}: torch.export cannot capture this architecture ({_first_line(error)}); "
-            "convert a Llama, Mistral, Qwen2 or Qwen3 model"
+            f"convert {SUPPORTED}"
         ) from error
     finally:
         torch.set_grad_enabled(grad_mode)
@@ -95,7 +106,7 @@ def assign_weights(captured: Captured, weights: Mapping[str, torch.Tensor], devi
     model = captured.graph
     tied = _tied_names(captured.config)
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-        stored = tied.get(name, name)
+        stored = stored_name(tied.get(name, name), captured.config)
         source = weights.get(stored)
         if source is None:
             expected = f"expected {list(parameter.shape)}{_hint(captured.config)}"
@@ -114,7 +125,7 @@ def _hint(config: PretrainedConfig) -> str:
     """Say that the architecture may be the reason, where it is none of those that are tested."""
     if config.model_type in _SUPPORTED:
         return ""
-    return f" ({config.model_type} is not a supported architecture; convert a Llama, Mistral, Qwen2 or Qwen3 model)"
+    return f" ({config.model_type} is not a supported architecture; convert {SUPPORTED})"
 
 
 def _refuse_unsupported(config: PretrainedConfig) -> None:
@@ -135,7 +146,8 @@ def _meta_twin(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
             twin: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     except Exception as error:
         raise InputError(
-            f"{config.model_type}: transformers has no causal language model for it ({_first_line(error)})"
+            f"{config.model_type}: transformers has no causal language model for it that can be captured "
+            f"({_first_line(error)}); convert {SUPPORTED}"
         ) from error
     twin.train(False)
     model: PreTrainedModel = twin
@@ -222,10 +234,16 @@ def _rebuild_buffers(captured: Captured, device: torch.device | str) -> None:
     """Compute non-persistent buffers (rotary frequencies), which a meta twin does not hold."""
     twin = _meta_twin(captured.config, captured.dtype)
     made: dict[str, nn.Module] = {}
-    for name, buffer in list(captured.graph.named_buffers()):
+    for name, buffer in list(captured.graph.named_buffers(remove_duplicate=False)):
         if buffer.device.type != "meta":
             continue
-        owner, _, leaf = name.rpartition(".")
+        captured_owner, _, leaf = name.rpartition(".")
+        owner = _CALL_NUMBER.sub("", captured_owner)  # a module that is called twice has two graphs
+        scale = getattr(twin.get_submodule(owner), "scalar_embed_scale", None)
+        if leaf == "embed_scale" and scale is not None:  # Gemma's embedding is built of more than the configuration
+            value = torch.tensor(scale, dtype=buffer.dtype, device=device)
+            setattr(captured.graph.get_submodule(captured_owner), leaf, value)
+            continue
         if owner not in made:
             try:
                 made[owner] = type(twin.get_submodule(owner))(captured.config)
@@ -234,7 +252,7 @@ def _rebuild_buffers(captured: Captured, device: torch.device | str) -> None:
                     f"buffer {name}: {owner} cannot be rebuilt ({error}); this architecture is not supported"
                 ) from error
         value = getattr(made[owner], leaf).to(device)
-        setattr(captured.graph.get_submodule(owner), leaf, value)
+        setattr(captured.graph.get_submodule(captured_owner), leaf, value)
 
 
 def _first_line(error: BaseException) -> str:

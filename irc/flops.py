@@ -4,7 +4,8 @@ A linear costs 2 * in * out per token. Attention scores and their weighted sum c
 head size per executed token, where context is the mean number of keys a token sees in a window. Routers are
 charged for every token, K and V too (for executed tokens only in units of the key/value policy `reduced`,
 whose queries meet executed keys alone); Q, scores, O and the FFN for executed tokens only, forecasters for
-the others: that is what the lowered model computes.
+the others: that is what the lowered model computes. An expert of a mixture is charged for the share of tokens that it
+serves on average.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, cast
 
 from torch import fx, nn
 
+from irc.experts import share_of_experts
 from irc.modules import BottleneckRouter
 from irc.routed import RoutedForCausalLM
 from passes.match import Unit
@@ -92,6 +94,8 @@ def _count(model: RoutedForCausalLM, unit: Unit, keys: float) -> UnitFlops:
     free = _ungated(submodule) if unit.kind == "attention" else set()
     for name, linear in _linears(submodule):
         cost = 2.0 * linear.in_features * linear.out_features
+        if name.startswith("experts."):
+            cost *= share_of_experts(model.config)
         if name in free:
             always += cost
         else:

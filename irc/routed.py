@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from irc.cache import CACHE_NAME, flat_past, updated
-from irc.capture import Captured, assign_weights, capture
+from irc.capture import SUPPORTED, Captured, assign_weights, capture
 from irc.checkpoint import BaseModel
 from irc.errors import InputError
 from irc.modules import BottleneckRouter, Forecaster, Mux, RoutingControl
@@ -24,6 +24,7 @@ from passes.base import PassManager
 from passes.insert_forecasters import InsertForecasters
 from passes.insert_routers import InsertRouters, Reads
 from passes.match import MatchResult, Unit, match_units
+from passes.split_fused_linears import SplitFusedLinears
 
 
 @dataclass(frozen=True)
@@ -177,6 +178,7 @@ def build_routed(
     """
     captured = _captured(base, dtype, device)
     match = match_units(captured.graph)
+    _refuse_without_units(match, base)
     for unit in match.units:
         if spec.rank > unit.width:
             raise InputError(
@@ -208,6 +210,15 @@ def build_routed(
     return _ready(RoutedForCausalLM(captured, match, control, spec))
 
 
+def _refuse_without_units(match: MatchResult, base: BaseModel) -> None:
+    if not match.units:
+        near = f" ({match.refusals[0].name}: {match.refusals[0].reason})" if match.refusals else ""
+        raise InputError(
+            f"{base.name}: {base.config.model_type} has no attention or FFN unit that can be routed{near}; "
+            f"convert {SUPPORTED}"
+        )
+
+
 def _source(spec: RoutingSpec, policy: Policy) -> Reads:
     if spec.reads == "bottleneck":  # its own router takes it from there
         return "unit"
@@ -224,4 +235,5 @@ def _captured(base: BaseModel, dtype: str, device: str) -> Captured:
     base.check_sizes(weights)
     captured = capture(base.config, base.dtype(dtype))
     assign_weights(captured, weights, device)
+    PassManager([SplitFusedLinears()]).run(captured.graph)
     return captured

@@ -137,10 +137,12 @@ def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @torch.library.custom_op("irc::rotary", mutates_args=())
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
-    """Rotate x [batch, tokens, heads * size] by cos and sin [batch, tokens, size / 2], halves apart."""
-    left, right = x.unflatten(-1, (heads, -1)).chunk(2, dim=-1)
+    """Rotate the first 2 k features of every head of x [batch, tokens, heads * size]; cos, sin: [batch, tokens, k]."""
+    half = cos.shape[-1]
+    parts = x.unflatten(-1, (heads, -1))
+    left, right, rest = parts[..., :half], parts[..., half : 2 * half], parts[..., 2 * half :]
     c, s = cos.unsqueeze(2), sin.unsqueeze(2)
-    result: Tensor = torch.cat((left * c - right * s, right * c + left * s), dim=-1).flatten(-2)
+    result: Tensor = torch.cat((left * c - right * s, right * c + left * s, rest), dim=-1).flatten(-2)
     return result
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -17,7 +18,7 @@ from torch import fx, nn
 
 from passes import dialect  # noqa: F401 - registers the operators
 from passes.base import Pass, PassError, PassResult, finish, graph_of
-from passes.match import ADDS, Unit, is_row_wise, match_units
+from passes.match import ADDS, Unit, after_call, is_row_wise, match_units
 from passes.wires import add_input, add_output
 
 aten, irc = torch.ops.aten, torch.ops.irc
@@ -44,6 +45,8 @@ class LowerToCompaction(Pass):
             block = model.get_submodule(unit.block)
             graph = cast(fx.Graph, block.graph)
             nodes = {node.name: node for node in graph.nodes}
+            if unit.x not in nodes:  # a unit without a norm before it reads what lowering the last one replaced
+                unit = next(found for found in match_units(model).units if found.name == unit.name)
             chosen = nodes.get(unit.add)
             if chosen is None or chosen.target != aten.where.self:
                 continue
@@ -60,7 +63,7 @@ def _lower(
 ) -> None:
     column, y, forecast = cast("tuple[fx.Node, fx.Node, fx.Node]", chosen.args)
     execute = cast(fx.Node, column.args[0])
-    call, x = nodes[unit.call], nodes[unit.x]
+    call, x, after = nodes[unit.call], nodes[unit.x], after_call(nodes, unit)
     module = model.get_submodule(unit.name)
     reduced = _unmask(graph, call)
     # The unit's own call moves behind the decision: K and V do not wait for it, but one call makes them and y.
@@ -73,6 +76,8 @@ def _lower(
         forecast_rows = _on_rows(graph, forecast, x, skipped)
         if unit.kind == "ffn":
             y_rows = _on_rows(graph, call, x, executed)
+            for node in after:
+                y_rows = graph.node_copy(node, partial(_argument_on_rows, y_rows))
         else:
             inner = graph_of(module)
             assert inner is not None
@@ -80,6 +85,8 @@ def _lower(
             moved = graph.node_copy(call, lambda node: node)
             moved.args = (*call.args, executed)
             call.replace_all_uses_with(moved)
+            for node in after:
+                chosen.prepend(node)
             y_rows = y
         # Where the choice is added to the residual stream, its rows go there at once; else every token is replaced,
         # here or in the next line, and x only lends its memory.
@@ -92,7 +99,8 @@ def _lower(
     replaced = add or chosen
     whole.meta["val"] = replaced.meta.get("val")
     replaced.replace_all_uses_with(whole)
-    for node in (*([add] if add else []), chosen, column, forecast, call):
+    carried = reversed(after) if unit.kind == "ffn" else ()
+    for node in (*([add] if add else []), chosen, column, forecast, *carried, call):
         graph.erase_node(node)
     if reduced:
         finish(block)
@@ -152,6 +160,10 @@ def _on_rows(graph: fx.Graph, call: fx.Node, x: fx.Node, rows: fx.Node) -> fx.No
     compacted = graph.call_function(irc.compact.default, (x, rows))
     args = tuple(compacted if argument is x else argument for argument in call.args)
     return graph.create_node("call_module", str(call.target), args)
+
+
+def _argument_on_rows(rows: fx.Node, argument: fx.Node) -> fx.Node:
+    return argument if argument.op == "get_attr" else rows
 
 
 def _move_readers(graph: fx.Graph, moved: fx.Node, executed: fx.Node) -> None:

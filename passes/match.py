@@ -3,7 +3,8 @@
 Matching goes by structure and dataflow. In every captured graph that has submodule calls it looks for
 `add(stream, y)` where `y` comes out of one submodule call. That submodule is an attention unit when it
 computes scores (scaled dot-product attention, or a softmax between products), an FFN unit when it is built
-of linears and row-wise operators only. The unit's input `x` is the one tensor that its first linears read.
+of linears and row-wise operators only. The unit's input `x` is the one tensor that its first linears read. A norm, a
+factor or a dropout between the submodule and the add belongs to the unit: `y` is what the add reads.
 """
 
 from __future__ import annotations
@@ -26,17 +27,19 @@ _SCORES = frozenset({"scaled_dot_product_attention", "attention", "routed_attent
 _SOFTMAX, _PRODUCTS = frozenset({"softmax", "_softmax"}), frozenset({"matmul", "bmm", "einsum"})
 # What may stand between the linears of an FFN: one token's values in, the same token's values out.
 _ELEMENTWISE = frozenset(
-    "abs add alias clamp clone contiguous detach div dropout elu erf exp gelu getitem hardsigmoid hardswish hardtanh "
-    "leaky_relu linear log mish mul neg pow reciprocal relu relu6 rsqrt sigmoid silu softplus sqrt square sub tanh to "
-    "_to_copy".split()
+    "abs add alias clamp clone contiguous detach div dropout elu eq erf exp gelu getitem hardsigmoid hardswish "
+    "hardtanh leaky_relu linear log mish mul neg pow reciprocal relu relu6 rsqrt sigmoid silu softplus sqrt square sub "
+    "tanh to type_as _to_copy".split()
 )
 _END = 9223372036854775807
-_OVER_FEATURES = frozenset("amax chunk layer_norm mean rms_norm slice softmax split split_with_sizes sum var".split())
+_OVER_FEATURES = frozenset(
+    "amax chunk layer_norm mean rms_norm slice softmax split split_with_sizes sum topk var".split()
+)
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One attention or FFN sublayer of a decoder layer, without its norm and its residual add.
+    """One attention or FFN sublayer of a decoder layer, without the norm before it and its residual add.
 
     Attributes:
         name: Path of the submodule in the model, such as `model.layers.3.mlp`.
@@ -127,37 +130,72 @@ def _blocks(model: fx.GraphModule) -> Iterator[tuple[str, nn.Module]]:
         graph = getattr(module, "graph", None)
         if path and isinstance(graph, fx.Graph):
             calls = [node for node in graph.nodes if node.op == "call_module"]
-            if any(_residual_adds(node) for node in calls):
+            if any(_residual_adds(module, node) for node in calls):
                 yield path, module
 
 
 def _match_call(block: nn.Module, call: fx.Node, path: str, layer: int) -> Unit:
     submodule = block.get_submodule(str(call.target))
     kind = _kind(submodule)
-    adds = _residual_adds(call)
+    adds = _residual_adds(block, call)
     if not adds:
         raise _NoMatch("none of its outputs is added to the residual stream")
     if len(adds) > 1:
         raise _NoMatch(f"its outputs feed {len(adds)} adds; expected one residual add")
-    y, add = adds[0]
+    result, y, add = adds[0]
     if len(y.users) != 1:
         raise _NoMatch(f"its output %{y.name} has {len(y.users)} readers; expected the residual add alone")
     x, width = _input(submodule, call)
-    _check_output(submodule, y, call, width)
+    _check_output(submodule, kind, result, call, width)
     target = str(call.target)
     return Unit(f"{path}.{target}", kind, layer, path, target, call.name, x.name, y.name, add.name, width)
 
 
-def _residual_adds(call: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
-    """Return (y, add) pairs: outputs of the call that an add, or a mux before an add, joins to a stream."""
+def _residual_adds(block: nn.Module, call: fx.Node) -> list[tuple[fx.Node, fx.Node, fx.Node]]:
+    """Return (output of the call, y, add): an add, or a mux before one, joins y, made of the output, to a stream."""
     outputs = [user for user in call.users if user.target is operator.getitem] or [call]
-    pairs = []
-    for y in outputs:
+    found = []
+    for output in outputs:
+        y = output
+        while (after := _carried_on(block, y)) is not None:
+            y = after
         for user in y.users:
             is_add = user.op == "call_function" and user.target in ADDS and len(user.all_input_nodes) == 2
             if is_add or _chooses(user, y):
-                pairs.append((y, user))
-    return pairs
+                found.append((output, y, user))
+    return found
+
+
+def _carried_on(block: nn.Module, node: fx.Node) -> fx.Node | None:
+    """Return the one reader of a node when it is a norm, a factor or the like: each token from itself alone."""
+    if len(node.users) != 1:
+        return None
+    reader = next(iter(node.users))
+    if [source for source in reader.all_input_nodes if source.op != "get_attr"] != [node]:
+        return None
+    if reader.op == "call_function":
+        return reader if is_row_wise(reader) else None
+    if reader.op != "call_module" or is_mux(reader):
+        return None
+    module = block.get_submodule(str(reader.target))
+    functions = [n for graph in _graphs(module) for n in graph.nodes if n.op == "call_function"]
+    linears = any(isinstance(child, nn.Linear) for child in module.modules())
+    return reader if functions and not linears and all(map(is_row_wise, functions)) else None
+
+
+def after_call(nodes: dict[str, fx.Node], unit: Unit) -> list[fx.Node]:
+    """Return the nodes that make `y` of the output of the unit's call, in order: norms and factors, often none.
+
+    Args:
+        nodes: Of the block's graph, by name.
+        unit: The unit.
+    """
+    found: list[fx.Node] = []
+    node, call = nodes[unit.y], nodes[unit.call]
+    while node is not call and not (node.target is operator.getitem and node.args[0] is call):
+        found.insert(0, node)
+        node = next(source for source in node.all_input_nodes if source.op != "get_attr")
+    return found
 
 
 def is_mux(node: fx.Node) -> bool:
@@ -245,14 +283,18 @@ def _input(submodule: nn.Module, call: fx.Node) -> tuple[fx.Node, int]:
     return outer, width
 
 
-def _check_output(submodule: nn.Module, y: fx.Node, call: fx.Node, width: int) -> None:
-    """Refuse a unit whose output is not made by a linear back to the stream's width."""
+def _check_output(submodule: nn.Module, kind: Kind, y: fx.Node, call: fx.Node, width: int) -> None:
+    """Refuse a unit whose output has not the stream's width, or that of attention when no linear makes it."""
     graph = cast(fx.Graph, submodule.graph)
     result = next(node for node in graph.nodes if node.op == "output").args[0]
     if y is not call:
         result = cast("list[fx.Node]", result)[cast(int, y.args[1])]
     if isinstance(result, (list, tuple)) and len(result) == 1:
         result = result[0]
+    if isinstance(result, fx.Node) and result.op == "call_function" and kind == "ffn":
+        shape = list(getattr(result.meta.get("val"), "shape", []))
+        if shape[2:] == [width]:  # such as the sum of several experts
+            return
     if not isinstance(result, fx.Node) or result.op != "call_module":
         raise _NoMatch(f"its output is made by {getattr(result, 'target', result)}; expected a linear")
     last = submodule.get_submodule(str(result.target))

@@ -16,6 +16,7 @@ from passes.match import match_units
 aten = torch.ops.aten
 _SDPA = aten.scaled_dot_product_attention.default
 _VIEWS = frozenset({aten.view.default, aten.reshape.default, aten.contiguous.default, aten.alias.default})
+_CASTS = frozenset({aten.to.dtype, aten._to_copy.default, aten.type_as.default})
 _REPEATS = frozenset({*_VIEWS, aten.unsqueeze.default, aten.slice.Tensor, aten.expand.default})
 
 
@@ -117,10 +118,18 @@ def _cache(present: fx.Node) -> tuple[fx.Node, fx.Node]:
 def _heads(node: Any) -> _Heads:
     """Read [batch, heads, tokens, size] back to the linear that made it."""
     count = node.meta["val"].shape[1]
-    cos = sin = None
+    cos = sin = norm = None
+    node = _skip(node, _CASTS)
+    rest = None
+    if isinstance(node, fx.Node) and node.target == aten.cat.default:
+        node, rest = _two(node)
     if isinstance(node, fx.Node) and node.target == aten.add.Tensor:
         node, cos, sin = _unrotate(node)
+    if rest is not None:
+        node = _whole(node, rest)
     node = _skip(node, {aten.contiguous.default})
+    if isinstance(node, fx.Node) and node.target == torch.ops.irc.rms_norm.default:
+        norm, node = node, node.args[0]
     if (
         not isinstance(node, fx.Node)
         or node.target != aten.transpose.int
@@ -130,8 +139,7 @@ def _heads(node: Any) -> _Heads:
             f"heads come from {getattr(node, 'target', node)}; expected [batch, tokens, heads, size] transposed"
         )
     source: Any = node.args[0]
-    norm = None
-    if isinstance(source, fx.Node) and source.target == torch.ops.irc.rms_norm.default:
+    if norm is None and isinstance(source, fx.Node) and source.target == torch.ops.irc.rms_norm.default:
         norm, source = source, source.args[0]
     source = _skip(source, _VIEWS)
     if not isinstance(source, fx.Node) or source.meta["val"].ndim != 3:
@@ -155,6 +163,24 @@ def _unrotate(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
     if starts != [(0, size // 2), (size // 2, size)]:
         raise _NoMatch(f"its rotation takes other halves of {size} features than 0 and {size // 2}")
     return cast(fx.Node, x), _angles(cos), _angles(sin)
+
+
+def _two(joined: fx.Node) -> tuple[Any, Any]:
+    parts: Any = joined.args[0]
+    if len(parts) != 2:
+        raise _NoMatch(f"heads are joined of {len(parts)} parts; expected rotated features and others")
+    return parts[0], parts[1]
+
+
+def _whole(rotated: Any, rest: Any) -> fx.Node:
+    """Return the heads whose first features are rotated and whose others, none or more, are not."""
+    source = rotated.args[0] if isinstance(rotated, fx.Node) and rotated.args else None
+    if isinstance(source, fx.Node):
+        size = source.meta["val"].shape[-1]
+        first = (0, size) if rotated.target == aten.alias.default else _slice(rotated, source)
+        if first and first[0] == 0 and _slice(rest, source) == (first[1], size):
+            return source
+    raise _NoMatch("heads are joined of parts that are not the rotated and the other features of one linear")
 
 
 def _slice(node: Any, x: fx.Node) -> tuple[int, int] | None:
@@ -206,6 +232,9 @@ def _emit(graph: fx.Graph, part: _Heads) -> fx.Node:
         # Both halves of a head turn by the same angles: the operator reads them once.
         half = part.cos.meta["val"].shape[-1] // 2
         cos, sin = (graph.call_function(aten.slice.Tensor, (angles, -1, 0, half)) for angles in (part.cos, part.sin))
+        kind, wanted = part.cos.meta["val"].dtype, part.source.meta["val"].dtype
+        if kind != wanted:  # angles that were kept in float32
+            cos, sin = (graph.call_function(aten.to.dtype, (angles, wanted)) for angles in (cos, sin))
         node = graph.call_function(torch.ops.irc.rotary.default, (node, cos, sin, part.heads))
     node.meta.setdefault("val", part.source.meta.get("val"))
     return node

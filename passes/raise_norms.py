@@ -12,13 +12,15 @@ from passes import dialect  # noqa: F401 - registers the operators
 from passes.base import Pass, PassResult, finish, graph_of
 
 aten = torch.ops.aten
+_CASTS = frozenset({aten.to.dtype, aten._to_copy.default, aten.type_as.default})
 
 
 class RaiseNorms(Pass):
     """Replaces each call of a captured RMS norm by `irc::rms_norm(x, weight, eps)`.
 
-    A norm is a submodule whose graph is `weight * (x * rsqrt(mean(x^2, -1) + eps))` with casts between. In
-    float32 capture returns x beside the result (a cast that casts nothing); its readers then read x itself.
+    A norm is a submodule whose graph is `weight * (x * rsqrt(mean(x^2, -1) + eps))` with casts between, or the same
+    with `1 + weight` (Gemma), which then becomes a parameter `scale` of the norm. In float32 capture returns x beside
+    the result (a cast that casts nothing); its readers then read x itself.
     """
 
     def call(self, model: fx.GraphModule) -> PassResult:
@@ -39,11 +41,12 @@ def _raise_call(module: nn.Module, graph: fx.Graph, call: fx.Node) -> bool:
     found = rms_norm_of(norm)
     if found is None or len(call.args) != 1:
         return False
-    eps, outputs = found
+    eps, outputs, plus_one = found
+    weight_name = _scale(norm) if plus_one else "weight"
     x = cast(fx.Node, call.args[0])
     with graph.inserting_after(call):
         result = graph.call_function(
-            torch.ops.irc.rms_norm.default, (x, graph.create_node("get_attr", f"{call.target}.weight"), eps)
+            torch.ops.irc.rms_norm.default, (x, graph.create_node("get_attr", f"{call.target}.{weight_name}"), eps)
         )
     weight = cast(fx.Node, result.args[1])
     call.append(weight)
@@ -63,8 +66,17 @@ def _raise_call(module: nn.Module, graph: fx.Graph, call: fx.Node) -> bool:
     return True
 
 
-def rms_norm_of(module: nn.Module) -> tuple[float, str | list[str]] | None:
-    """Return (eps, outputs) of a captured RMS norm, None for anything else.
+def _scale(norm: nn.Module) -> str:
+    """Give a norm its factor 1 + weight as a parameter; returns its name."""
+    weight = cast(nn.Parameter, norm.weight)
+    with torch.no_grad():
+        scale = (1.0 + weight.float()).to(weight.dtype)
+    norm.register_parameter("scale", nn.Parameter(scale, requires_grad=False))
+    return "scale"
+
+
+def rms_norm_of(module: nn.Module) -> tuple[float, str | list[str], bool] | None:
+    """Return (eps, outputs, whether the factor is 1 + weight) of a captured RMS norm, None for anything else.
 
     `outputs` is "norm", or for a graph with several outputs a list of "norm" and "x".
     """
@@ -79,13 +91,28 @@ def rms_norm_of(module: nn.Module) -> tuple[float, str | list[str]] | None:
     what = ["x" if _uncast(node) is inputs[0] else "norm" for node in results]
     if what.count("norm") != 1:
         return None
-    eps = _eps(results[what.index("norm")], inputs[0])
-    return None if eps is None else (eps, what if isinstance(result, (list, tuple)) else "norm")
+    outputs = what if isinstance(result, (list, tuple)) else "norm"
+    for is_factor, plus_one in ((_is_weight, False), (_is_one_plus_weight, True)):
+        eps = _eps(results[what.index("norm")], inputs[0], is_factor)
+        if eps is not None:
+            return eps, outputs, plus_one
+    return None
 
 
-def _eps(node: Any, x: fx.Node) -> float | None:
-    """Return eps when a node computes weight * (x * rsqrt(mean(x^2) + eps))."""
-    scaled = _other(_uncast(node), lambda arg: arg.op == "get_attr" and arg.target == "weight")
+def _is_weight(node: Any) -> bool:
+    node = _uncast(node)
+    return isinstance(node, fx.Node) and node.op == "get_attr" and node.target == "weight"
+
+
+def _is_one_plus_weight(node: Any) -> bool:
+    node = _uncast(node)
+    added = isinstance(node, fx.Node) and node.target == aten.add.Tensor and not node.kwargs
+    return added and any(_is_weight(a) and b == 1 for a, b in (node.args[:2], node.args[1::-1]))
+
+
+def _eps(node: Any, x: fx.Node, is_factor: Any) -> float | None:
+    """Return eps when a node computes factor * (x * rsqrt(mean(x^2) + eps))."""
+    scaled = _other(_uncast(node), is_factor)
     inverse = _other(scaled, lambda arg: _uncast(arg) is x)
     shifted = _argument(inverse, aten.rsqrt.default)
     mean = _argument(shifted, aten.add.Tensor)
@@ -98,7 +125,7 @@ def _eps(node: Any, x: fx.Node) -> float | None:
 
 
 def _uncast(node: Any) -> Any:
-    while isinstance(node, fx.Node) and node.target in (aten.to.dtype, aten._to_copy.default):
+    while isinstance(node, fx.Node) and node.target in _CASTS:
         node = node.args[0]
     return node
 

@@ -59,8 +59,8 @@ class _Norm(nn.Module):
             return self.weight * (x * torch.rsqrt(x.pow(3).mean(-1, keepdim=True) + 1e-6))
         if self.kind == "over tokens":
             return self.weight * (x * torch.rsqrt(x.pow(2).mean(-2, keepdim=True) + 1e-6))
-        if self.kind == "one plus weight":
-            return (1 + self.weight) * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+        if self.kind in ("1 + weight", "2 + weight"):
+            return (int(self.kind[0]) + self.weight) * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
         return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
 
 
@@ -73,14 +73,15 @@ class _Around(nn.Module):
         return self.linear(self.norm(x))
 
 
-@pytest.mark.parametrize("kind", ["cubed", "over tokens", "one plus weight"])
+@pytest.mark.parametrize("kind", ["cubed", "over tokens", "2 + weight"])
 def test_what_only_looks_like_a_norm_is_left_alone(captured_module: Callable, kind: str) -> None:
     model = captured_module(_Around(kind), torch.randn(2, 3, 8))
     assert not PassManager([RaiseNorms()]).run(model).modified
 
 
-def test_a_plain_norm_by_hand_is_raised(captured_module: Callable, calls: Callable) -> None:
-    around, x = _Around("plain"), torch.randn(2, 3, 8)
+@pytest.mark.parametrize("kind", ["plain", "1 + weight"])
+def test_a_norm_by_hand_is_raised(captured_module: Callable, calls: Callable, kind: str) -> None:
+    around, x = _Around(kind), torch.randn(2, 3, 8)
     model = captured_module(around, x)
     assert PassManager([RaiseNorms()]).run(model).modified
     assert calls(model)["rms_norm"] == 1

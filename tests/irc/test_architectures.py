@@ -1,0 +1,157 @@
+"""Every supported architecture through convert, export and verify, and every other one refused by name.
+
+Tiny random models of transformers' own classes. Windows of 16 tokens are longer than the sliding windows of 5. With
+nothing skipped the routed model equals transformers' (fp32: 2e-5 where logits are around 5), and ONNX Runtime equals
+PyTorch within what `irc verify` allows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+import irc
+
+SHAPE = {
+    "vocab_size": 257,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,  # ten times the usual one: a tiny model must not be nearly linear
+    "eos_token_id": 256,
+    "bos_token_id": 256,
+    "pad_token_id": 256,
+}
+QUICK = (
+    "lff.tokens=512 lff.steps=1 lff.batch_size=4 router.steps=2 router.batch_size=4 router.calibration_tokens=1024 "
+    "router.teach_steps=0 eval_tokens=128 checkpoint_seconds=0 precision=fp32"
+).split()
+SLIDING = ["sliding_attention", "full_attention"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A configuration class of transformers and what differs from SHAPE."""
+
+    config: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def make(self) -> Any:
+        return getattr(transformers, self.config)(**SHAPE | self.options)
+
+
+SUPPORTED = {
+    "mistral": Case("MistralConfig", {"sliding_window": None}),
+    "mistral-sliding": Case("MistralConfig", {"sliding_window": 5}),
+    "qwen2-sliding": Case("Qwen2Config", {"use_sliding_window": True, "sliding_window": 5, "layer_types": SLIDING}),
+    "qwen3": Case("Qwen3Config", {"head_dim": 16}),
+    "smollm3": Case("SmolLM3Config", {"no_rope_layers": [1, 0]}),
+    "phi3": Case("Phi3Config", {"sliding_window": 5}),
+    "granite": Case(
+        "GraniteConfig", {"residual_multiplier": 0.5, "attention_multiplier": 0.2, "embedding_multiplier": 3.0}
+    ),
+    "olmo2": Case("Olmo2Config"),
+    "gemma": Case("GemmaConfig", {"head_dim": 8}),
+    "gemma3": Case("Gemma3TextConfig", {"head_dim": 8, "sliding_window": 5, "layer_types": SLIDING}),
+    "mixtral": Case("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": Case(
+        "Qwen3MoeConfig",
+        {
+            "head_dim": 8,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "mlp_only_layers": [1],
+        },
+    ),
+}
+REFUSED = {
+    "gpt2": (Case("GPT2Config"), "gpt2 is not a supported architecture"),
+    "gemma2": (Case("Gemma2Config", {"head_dim": 8}), "gemma2: transformers has no causal language model for it that"),
+    "mamba": (Case("MambaConfig"), "mamba: transformers has no causal language model for it that"),
+    "falcon": (Case("FalconConfig"), "falcon: torch.export cannot capture this architecture"),
+    "phi": (Case("PhiConfig"), "phi has no attention or FFN unit that can be routed"),
+    "qwen2_moe": (
+        Case("Qwen2MoeConfig", {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24}),
+        "qwen2_moe: its mixture of experts is of a kind that is not supported",
+    ),
+}
+
+
+@pytest.fixture
+def save(tmp_path: Path, model_folder: Path) -> Callable[[Case], Path]:
+    """Give `save(case)`: the folder of a random model with the byte tokenizer; norms and biases are random too."""
+
+    def make(case: Case) -> Path:
+        torch.manual_seed(1)
+        model = AutoModelForCausalLM.from_config(case.make())
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter += torch.randn_like(parameter) * 0.2
+        folder = tmp_path / "model"
+        model.save_pretrained(folder)
+        for path in model_folder.glob("*token*"):
+            (folder / path.name).write_bytes(path.read_bytes())
+        return folder
+
+    return make
+
+
+def convert_arguments(folder: Path, output: Path, text_file: Path) -> list[str]:
+    settings = [flag for setting in QUICK for flag in ("--set", setting)]
+    named = ["convert", str(folder), "-o", str(output), "--data", str(text_file), "--rank", "4", "--seq-len", "16"]
+    return [*named, "--device", "cpu", "--json", *settings]
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_convert_export_verify(
+    name: str,
+    save: Callable[[Case], Path],
+    ids: torch.Tensor,
+    text_file: Path,
+    tmp_path: Path,
+    irc_main: Callable[..., Any],
+) -> None:
+    folder, bundle, onnx = save(SUPPORTED[name]), tmp_path / "bundle", tmp_path / "onnx"
+    converted = irc_main(*convert_arguments(folder, bundle, text_file))
+    assert converted.code == 0, converted.err
+    assert 0 < converted.json["sparsity"]["realized"] < 1
+
+    routed = irc.load(bundle)
+    assert [unit.kind for unit in routed.units] == ["attention", "ffn"] * 2
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    with torch.no_grad(), routed.control.using(mode="execute"):
+        torch.testing.assert_close(routed(ids).logits, expected(ids).logits, rtol=0, atol=2e-5)
+
+    exported = irc_main("export", bundle, "-o", onnx, "--json")
+    assert exported.code == 0, exported.err
+    assert exported.json["routed_units"] == 4
+    window = ["--tokens", "128", "--seq-len", "16", "--json"]
+    verified = irc_main("verify", onnx, "--data", text_file, *window)
+    assert verified.code == 0, verified.err
+    assert verified.json["max_abs_diff"] <= 1e-4
+    assert verified.json["routing_agreement"] > 0.99
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_others_are_refused_by_name(
+    name: str, save: Callable[[Case], Path], text_file: Path, tmp_path: Path, irc_main: Callable[..., Any]
+) -> None:
+    case, part = REFUSED[name]
+    refused = irc_main(*convert_arguments(save(case), tmp_path / "bundle", text_file))
+    assert refused.code == 2, refused.err
+    sentence = refused.sentence()
+    assert part in sentence
+    assert "convert a Llama, Mistral" in sentence or "convert a Mixtral" in sentence
+    assert not (tmp_path / "bundle").exists()
