@@ -1,11 +1,19 @@
-"""Where the operator library lies."""
+"""Where the operator libraries lie."""
 
 from pathlib import Path
 
 
-def library_path() -> Path:
-    """Return the shared library that ONNX Runtime registers."""
-    found = sorted(Path(__file__).parent.glob("libirc_native.*"))
+def library_path(provider: str = "cpu") -> Path:
+    """Return the shared library that ONNX Runtime registers.
+
+    Args:
+        provider: `cpu` or `cuda`; the CUDA library is there where nvcc was found when the package was built.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    stem = {"cpu": "libirc_native", "cuda": "libirc_native_cuda"}[provider]
+    found = sorted(Path(__file__).parent.glob(f"{stem}.*"))
     if not found:
-        raise FileNotFoundError(f"{Path(__file__).parent} holds no libirc_native; install the package again")
+        raise FileNotFoundError(f"{Path(__file__).parent} holds no {stem}; install the package again")
     return found[0]

@@ -91,6 +91,7 @@ using GetAttributeInt64 = Function<86, OrtStatus*, const OrtKernelInfo*, const c
 using GetInput = Function<90, OrtStatus*, const OrtKernelContext*, size_t, const OrtValue**>;
 using GetOutput = Function<91, OrtStatus*, OrtKernelContext*, size_t, const int64_t*, size_t, OrtValue**>;
 using ReleaseStatus = Function<93, void, OrtStatus*>;
+using GetStream = Function<193, OrtStatus*, const OrtKernelContext*, void**>;  // KernelContext_GetGPUComputeStream, API 11
 using ReleaseTensorTypeAndShapeInfo = Function<99, void, OrtTensorTypeAndShapeInfo*>;
 using ParallelFor = Function<274, OrtStatus*, const OrtKernelContext*, void (*)(void*, size_t), size_t, size_t, void*>;
 

@@ -52,6 +52,12 @@ void* Call::write(int index, std::initializer_list<int64_t> shape) const {
   return data;
 }
 
+void* Call::stream() const {
+  void* stream = nullptr;
+  check(GetStream::call(api_, context_, &stream));
+  return stream;
+}
+
 void Call::spread(int64_t count, void (*task)(void*, size_t), void* data) const {
   check(ParallelFor::call(api_, context_, task, size_t(count), 0, data));
 }

@@ -53,6 +53,9 @@ class Call {
     return static_cast<T*>(write(index, shape));
   }
 
+  // The stream of the execution provider, null on the CPU.
+  void* stream() const;
+
   // Ends the call with a message about its inputs. Messages are put together only where they are needed.
   [[noreturn]] void fail(const std::string& what) const;
 
@@ -62,6 +65,8 @@ class Call {
     if (count == 1) task(0);
     if (count > 1) spread(count, [](void* data, size_t index) { (*static_cast<const Task*>(data))(int64_t(index)); }, const_cast<Task*>(&task));
   }
+
+  const char* name() const { return name_; }
 
  private:
   const void* read(int index, int rank, Shape* shape) const;
@@ -103,6 +108,8 @@ template <class T>
 void scatter(const Call& call);
 template <class T>
 void scatter_add(const Call& call);
+template <class T>
+void ragged_places(const Call& call);  // CUDA alone
 template <class T>
 void routed_attention(const Call& call, const Attributes& attributes);
 

@@ -5,6 +5,13 @@
 #include <cstdint>
 #include <cstring>
 
+// Functions that CUDA kernels call too.
+#ifdef __CUDACC__
+#define IRC_BOTH __host__ __device__
+#else
+#define IRC_BOTH
+#endif
+
 namespace irc {
 
 struct Half {
@@ -14,38 +21,38 @@ struct BFloat {
   uint16_t bits;
 };
 
-static inline float as_float(uint32_t bits) {
+IRC_BOTH static inline float as_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
 
-static inline uint32_t as_bits(float value) {
+IRC_BOTH static inline uint32_t as_bits(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
 }
 
-static inline float load(float value) { return value; }
+IRC_BOTH static inline float load(float value) { return value; }
 
-static inline float load(BFloat value) { return as_float(uint32_t(value.bits) << 16); }
+IRC_BOTH static inline float load(BFloat value) { return as_float(uint32_t(value.bits) << 16); }
 
-static inline float load(Half value) {
+IRC_BOTH static inline float load(Half value) {
   // The exponent's bias is mended by a multiplication, which makes subnormal numbers right as well.
   const float scaled = as_float(uint32_t(value.bits & 0x7fff) << 13) * as_float(0x77800000);
   const uint32_t magnitude = as_bits(scaled) | (scaled >= 65536.0f ? 0x7f800000u : 0u);
   return as_float(magnitude | uint32_t(value.bits & 0x8000) << 16);
 }
 
-static inline void store(float value, float* to) { *to = value; }
+IRC_BOTH static inline void store(float value, float* to) { *to = value; }
 
-static inline void store(float value, BFloat* to) {
+IRC_BOTH static inline void store(float value, BFloat* to) {
   const uint32_t bits = as_bits(value);
   const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
   to->bits = is_nan ? uint16_t(bits >> 16 | 0x40) : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-static inline void store(float value, Half* to) {
+IRC_BOTH static inline void store(float value, Half* to) {
   const uint32_t bits = as_bits(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
   if (magnitude > 0x7f800000) {
     to->bits = uint16_t(sign | 0x7e00);

@@ -1,0 +1,110 @@
+// Registers the kernels of domain `irc` on CUDA, one for each type, and says what a CUDA error means.
+
+#include <mutex>
+#include <string>
+
+#include "../operators.h"
+#include "device.h"
+
+#ifndef IRC_ARCHITECTURES
+#define IRC_ARCHITECTURES ""
+#endif
+
+namespace irc {
+namespace {
+
+std::string toolkit() { return std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION / 10 % 100); }
+
+std::string explain(cudaError_t error) {
+  switch (error) {
+    case cudaErrorNoKernelImageForDevice:
+      return "the library has code for " IRC_ARCHITECTURES " and not for this GPU; build it again with CMAKE_CUDA_ARCHITECTURES";
+    case cudaErrorInsufficientDriver:
+      return "the NVIDIA driver is too old for CUDA " + toolkit() + ", which the library was built with; update it";
+    case cudaErrorNoDevice:
+      return "there is no NVIDIA GPU";
+    case cudaErrorMemoryAllocation:
+      return "the GPU's memory is used up";
+    case cudaErrorStreamCaptureUnsupported:
+      return "this operator waits for the device, which a CUDA graph cannot hold; run without enable_cuda_graph";
+    default:
+      return cudaGetErrorString(error);
+  }
+}
+
+template <class T, int Type>
+OrtStatus* add_type(const OrtApi* api, OrtCustomOpDomain* domain) {
+  static const Operator operators[] = {
+      make("Compact", "TI", "T", Type, plain<compact<T>>, false, false, kProvider),
+      make("Scatter", "TIT", "T", Type, plain<scatter<T>>, true, false, kProvider),
+      make("ScatterAdd", "TIT", "T", Type, plain<scatter_add<T>>, true, false, kProvider),
+      make("RaggedPlaces", "IT", "II", Type, plain<ragged_places<T>>, false, false, kProvider),
+  };
+  for (const Operator& op : operators)
+    if (OrtStatus* status = CustomOpDomainAdd::call(api, domain, &op)) return status;
+  return nullptr;
+}
+
+OrtStatus* add_operators(const OrtApi* api, OrtCustomOpDomain* domain) {
+  static const Operator select = make("SelectRows", "B", "II", kBool, plain<select_rows>, false, false, kProvider);
+  if (OrtStatus* status = CustomOpDomainAdd::call(api, domain, &select)) return status;
+  if (OrtStatus* status = add_type<float, kFloat>(api, domain)) return status;
+  if (OrtStatus* status = add_type<Half, kHalf>(api, domain)) return status;
+  return add_type<BFloat, kBFloat>(api, domain);
+}
+
+}  // namespace
+
+#ifdef IRC_EMULATED
+cudaError_t take_memory(void** memory, size_t bytes, cudaStream_t) {
+  *memory = std::malloc(bytes);
+  return *memory ? cudaSuccess : cudaErrorMemoryAllocation;
+}
+#else
+cudaError_t take_memory(void** memory, size_t bytes, cudaStream_t stream) {
+  constexpr int kMostDevices = 64;
+  static std::mutex mutex;
+  static cudaMemPool_t pools[kMostDevices] = {};
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device)) return error;
+  if (device >= kMostDevices) return cudaMallocAsync(memory, bytes, stream);
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (!pools[device]) {
+    cudaMemPoolProps properties{};
+    properties.allocType = cudaMemAllocationTypePinned;
+    properties.location.type = cudaMemLocationTypeDevice;
+    properties.location.id = device;
+    cudaMemPool_t made = nullptr;
+    if (const cudaError_t error = cudaMemPoolCreate(&made, &properties)) return error;
+    uint64_t kept = ~uint64_t(0);
+    if (const cudaError_t error = cudaMemPoolSetAttribute(made, cudaMemPoolAttrReleaseThreshold, &kept)) return error;
+    pools[device] = made;
+  }
+  return cudaMallocFromPoolAsync(memory, bytes, pools[device], stream);
+}
+#endif
+
+void Stream::check(cudaError_t error, const char* doing) const {
+  if (error == cudaSuccess) return;
+  throw Failure{kRuntimeException, std::string(call_.name()) + ": " + explain(error) + " (CUDA error " +
+                                       std::to_string(int(error)) + " when " + doing + ")"};
+}
+
+}  // namespace irc
+
+extern "C" {
+
+// Called by ONNX Runtime (RegisterCustomOpsLibrary).
+__attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
+  return irc::register_domain(options, base, irc::add_operators);
+}
+
+// What the library is, as JSON: read by irc before it is registered. It looks for no GPU.
+__attribute__((visibility("default"))) const char* irc_native_describe() {
+  static const std::string text =
+      "{\"version\": \"" IRC_VERSION "\", \"domain_version\": 1, \"providers\": {\"cuda\": [\"fp32\", \"fp16\", \"bf16\"]}, "
+      "\"instruction_set\": \"" IRC_ARCHITECTURES "\", \"cuda\": \"" + irc::toolkit() + "\"}";
+  return text.c_str();
+}
+
+}  // extern "C"

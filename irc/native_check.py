@@ -1,0 +1,181 @@
+"""Holds an operator library's kernels against the eager dialect, node by node on random shapes.
+
+`examples/bench_gpu.py` asks this first of the CUDA library on a card.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor
+
+from exporters.onnx_ops import DOMAIN, VERSION, function_protos
+from irc.onnx_cache import onnxruntime
+from passes import dialect  # noqa: F401 - registers the operators
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+OPERATORS = ("SelectRows", "Compact", "Scatter", "ScatterAdd", "RaggedPlaces")
+_KINDS = {
+    torch.float32: TensorProto.FLOAT,
+    torch.float16: TensorProto.FLOAT16,
+    torch.bfloat16: TensorProto.BFLOAT16,
+    torch.int64: TensorProto.INT64,
+    torch.bool: TensorProto.BOOL,
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What became of one operator in one type.
+
+    Attributes:
+        operator: Its name in domain `irc`.
+        dtype: fp32, fp16 or bf16.
+        cases: How many random inputs it was given.
+        wrong: In how many of them any output differed in a single bit (NaN equals NaN).
+    """
+
+    operator: str
+    dtype: str
+    cases: int
+    wrong: int
+
+
+class NodeRunner:
+    """Runs single nodes of domain `irc` on a provider, with inputs and outputs on the host.
+
+    Args:
+        library: An operator library, None for the portable bodies.
+        provider: ONNX Runtime's name of a provider.
+    """
+
+    def __init__(self, library: Path | None, provider: str) -> None:
+        self._library, self._provider = library, provider
+        self._sessions: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(self, operator: str, inputs: Sequence[Tensor], outputs: Sequence[torch.dtype]) -> list[Tensor]:
+        """Return the outputs, whose types are given."""
+        session = self._session(operator, tuple(x.dtype for x in inputs), tuple(outputs))
+        binding = session.io_binding()
+        kept = [x.contiguous() for x in inputs]
+        for index, x in enumerate(kept):
+            binding.bind_input(f"x{index}", "cpu", 0, _KINDS[x.dtype], tuple(x.shape), x.data_ptr())
+        for index in range(len(outputs)):
+            binding.bind_output(f"y{index}", "cpu")
+        session.run_with_iobinding(binding)
+        return [_tensor(value, kind) for value, kind in zip(binding.get_outputs(), outputs, strict=True)]
+
+    def _session(self, operator: str, kinds: tuple[torch.dtype, ...], outputs: tuple[torch.dtype, ...]) -> Any:
+        key = operator, kinds, outputs
+        if key not in self._sessions:
+            names = [f"x{index}" for index in range(len(kinds))], [f"y{index}" for index in range(len(outputs))]
+            given, made = (
+                [
+                    helper.make_tensor_value_info(name, _KINDS[kind], None)
+                    for name, kind in zip(side, types, strict=True)
+                ]
+                for side, types in zip(names, (kinds, outputs), strict=True)
+            )
+            graph = helper.make_graph([helper.make_node(operator, *names, domain=DOMAIN)], "one", given, made)
+            sets = [helper.make_opsetid("", 23), helper.make_opsetid(DOMAIN, VERSION)]
+            model = helper.make_model(graph, opset_imports=sets, ir_version=10, functions=function_protos({operator}))
+            ort = onnxruntime()
+            options = ort.SessionOptions()
+            options.log_severity_level = 4
+            if self._library is not None:
+                options.register_custom_ops_library(str(self._library))
+            self._sessions[key] = ort.InferenceSession(model.SerializeToString(), options, providers=[self._provider])
+        return self._sessions[key]
+
+
+def check_kernels(library: Path | None, provider: str, cases: int = 24, seed: int = 0) -> list[Found]:
+    """Run each operator on random shapes, among them no row, all rows and no token, with NaN among the numbers.
+
+    Args:
+        library: The operator library, None for the portable bodies.
+        provider: ONNX Runtime's name of the provider that it has kernels for.
+        cases: Random inputs for each type.
+        seed: Of the inputs.
+
+    Returns:
+        One entry for each operator and type.
+    """
+    run = NodeRunner(library, provider)
+    found = []
+    for name, dtype in DTYPES.items():
+        generator = torch.Generator().manual_seed(seed)
+        wrong = dict.fromkeys(OPERATORS, 0)
+        for case in range(cases):
+            for operator, right in check_case(run, random_case(generator, case), dtype, generator).items():
+                wrong[operator] += not right
+        found += [Found(operator, name, cases, count) for operator, count in wrong.items()]
+    return found
+
+
+def random_case(generator: torch.Generator, case: int) -> dict[str, Any]:
+    """Draw a batch, tokens, a width, and the share of executed tokens; the first cases are the edges."""
+    edges = [(1, 1, 8, 0.0), (1, 1, 8, 1.0), (3, 0, 4, 0.5), (0, 3, 4, 0.5), (2, 4097, 3, 0.5), (8, 1, 64, 0.5)]
+    edges += [(1, 9000, 1, 1.0), (3, 300, 16, 0.0), (2, 5, 2100, 0.5)]
+    if case < len(edges):
+        batch, tokens, width, share = edges[case]
+    else:
+        batch, tokens = _integer(generator, 1, 9), _integer(generator, 1, 600)
+        width = _integer(generator, 1, 40) * (1, 8)[_integer(generator, 0, 2)]
+        share = _integer(generator, 0, 11) / 10
+    return {"batch": batch, "tokens": tokens, "width": width, "share": share}
+
+
+def check_case(
+    run: NodeRunner, case: Mapping[str, Any], dtype: torch.dtype, generator: torch.Generator
+) -> dict[str, bool]:
+    """Return for each operator whether all its outputs equal the eager operator's, bit by bit."""
+    irc = torch.ops.irc
+    shape = case["batch"], case["tokens"], case["width"]
+    mask = torch.rand(shape[:2], generator=generator) < case["share"]
+    x, base = (torch.randn(shape, generator=generator) for _ in range(2))
+    x, base = (torch.where(torch.rand(shape, generator=generator) < 0.01, torch.nan, t).to(dtype) for t in (x, base))
+    executed, skipped = irc.select_rows(mask)
+    right = {"SelectRows": _equal(run("SelectRows", [mask], [torch.int64] * 2), [executed, skipped])}
+    y = irc.compact(x, executed)
+    right["Compact"] = _equal(run("Compact", [x, executed], [dtype]), [y])
+    right["Scatter"] = _equal(run("Scatter", [y, executed, base], [dtype]), [irc.scatter(y, executed, base)])
+    right["ScatterAdd"] = _equal(run("ScatterAdd", [y, executed, base], [dtype]), [irc.scatter_add(y, executed, base)])
+    like = torch.zeros(shape[0], shape[1], 2, dtype=dtype)
+    right["RaggedPlaces"] = _equal(run("RaggedPlaces", [executed, like], [torch.int64] * 2), ragged_places(mask))
+    return right
+
+
+def ragged_places(mask: Tensor) -> list[Tensor]:
+    """Return what RaggedPlaces gives for the true tokens of a bool [batch, tokens]: places and index."""
+    order = torch.cumsum(mask, 1) - 1
+    counts = mask.sum(1)
+    longest = int(counts.max()) if len(counts) else 0
+    sequence, token = mask.nonzero(as_tuple=True)
+    place = order[sequence, token]
+    index = torch.zeros(len(mask), longest, dtype=torch.int64)
+    index[sequence, place] = torch.arange(len(place))
+    return [torch.stack((sequence, place), 1).unsqueeze(0), index]
+
+
+def _equal(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    return all(
+        a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
+        for a, b in zip(found, expected, strict=True)
+    )
+
+
+def _integer(generator: torch.Generator, low: int, high: int) -> int:
+    return int(torch.randint(low, high, (), generator=generator))
+
+
+def _tensor(value: Any, kind: torch.dtype) -> Tensor:
+    if kind == torch.bfloat16:
+        if 0 in value.shape():
+            return torch.empty(value.shape(), dtype=kind)
+        return torch.utils.dlpack.from_dlpack(value._ortvalue.to_dlpack()).clone()
+    return torch.from_numpy(value.numpy().copy())

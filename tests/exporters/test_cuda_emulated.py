@@ -1,0 +1,179 @@
+"""The CUDA kernels, thread by thread on the host: the same sources, compiled by the C++ compiler for the CPU provider.
+
+What a GPU adds is not tested here: memory models, alignment traps, speed, and ONNX Runtime's CUDA provider.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+
+from irc.native_check import DTYPES, OPERATORS, NodeRunner, check_kernels
+
+SOURCES = Path(__file__).parents[2] / "exporters" / "native" / "src"
+COMPILER = shutil.which(os.environ.get("CXX", "c++"))
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler: the CUDA kernels cannot be emulated")
+CPU = "CPUExecutionProvider"
+F32, I64 = torch.float32, torch.int64
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Compile all sources of the CUDA library, warnings as errors, with every launch a loop over blocks and threads."""
+    built = tmp_path_factory.mktemp("emulated") / "libirc_native_emulated.so"
+    sources = [*sorted((SOURCES / "cuda").glob("*.cu")), SOURCES / "operators.cpp", SOURCES / "kernel.cpp"]
+    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden"]
+    names = ["-DIRC_EMULATED", '-DIRC_VERSION="0"', '-DIRC_ARCHITECTURES="sm_80, sm_90"']
+    assert COMPILER is not None
+    subprocess.run([COMPILER, *flags, *names, "-x", "c++", *sources, "-o", built], check=True)
+    return built
+
+
+@pytest.fixture
+def run(library: Path) -> NodeRunner:
+    return NodeRunner(library, CPU)
+
+
+def test_every_kernel_equals_the_reference_bit_by_bit(library: Path) -> None:
+    found = check_kernels(library, CPU, cases=40)
+    assert {(each.operator, each.dtype) for each in found} == {(op, dtype) for op in OPERATORS for dtype in DTYPES}
+    assert not [each for each in found if each.wrong]
+
+
+def test_the_check_itself_can_fail(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that is off by one row is found."""
+    original = NodeRunner.__call__
+
+    def shifted(run: NodeRunner, *arguments: Any) -> list[torch.Tensor]:
+        return [tensor.roll(1, dims=1) for tensor in original(run, *arguments)]
+
+    monkeypatch.setattr(NodeRunner, "__call__", shifted)
+    assert all(each.wrong for each in check_kernels(library, CPU, cases=20))
+
+
+@pytest.mark.parametrize("gates", ["mixed", "all executed", "all skipped"])
+def test_a_model_with_kernels_in_some_places_and_bodies_in_others(
+    library: Path, tiny: Callable, make_pair: Callable, gates: str
+) -> None:
+    """RoutedAttention has no CUDA kernel: its body calls RaggedPlaces, which has one, within an If."""
+    pair = make_pair(tiny("llama"))
+    for batch, tokens, past in ((1, 9, 0), (1, 1, 4), (3, 7, 5), (3, 1, 6)):
+        generator = torch.Generator().manual_seed(tokens)
+        ids = torch.randint(0, 61, (batch, tokens), generator=generator)
+        mask = torch.ones(batch, past + tokens, dtype=I64)
+        shape = batch, pair.cache.heads, past, pair.cache.size
+        cache = [torch.randn(shape, generator=generator) for _ in range(2 * pair.cache.layers)]
+        expected = pair.onnx(gates, ids, mask, cache)
+        if (gates, "emulated") not in pair.sessions:
+            pair.sessions[gates, "emulated"] = _session(pair, library, gates)
+        found = pair.onnx(gates, ids, mask, cache, ops="emulated")
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert torch.allclose(found[name].float(), value.float(), atol=1e-5), name
+
+
+def _session(pair: Any, library: Path, gates: str) -> Any:
+    """The portable session's model, with the emulated library."""
+    original = ort.InferenceSession
+    made = []
+
+    def with_library(model: bytes, options: Any, providers: list[str]) -> Any:
+        options.register_custom_ops_library(str(library))
+        used = {node.op_type for node in onnx.load_from_string(model).graph.node if node.domain == "irc"}
+        assert {"SelectRows", "Compact", "ScatterAdd", "RoutedAttention"} <= used
+        made.append(original(model, options, providers=providers))
+        return made[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ort, "InferenceSession", with_library)
+        pair.session(gates, "emulated")
+    return made[0]
+
+
+def test_every_byte_but_zero_is_true(run: NodeRunner) -> None:
+    mask = torch.tensor([[2, 0, 255, 1]], dtype=torch.uint8).view(torch.bool)
+    executed, skipped = run("SelectRows", [mask], [I64] * 2)
+    assert executed.tolist() == [[[0, 0], [0, 2], [0, 3]]]
+    assert skipped.tolist() == [[[0, 1]]]
+
+
+def test_a_row_outside_of_its_tensor_is_left_out(run: NodeRunner) -> None:
+    """The host does not look at rows, and nothing outside is read or written."""
+    rows = torch.tensor([[[0, 1], [0, 3], [-1, 0], [1, 0]]])
+    x = torch.arange(6.0).reshape(1, 3, 2)
+    (y,) = run("Compact", [x, rows], [F32])
+    assert y.tolist() == [[[2, 3], [0, 0], [0, 0], [0, 0]]]
+    (z,) = run("ScatterAdd", [torch.ones(1, 4, 2), rows, x], [F32])
+    assert z.tolist() == [[[0, 1], [3, 4], [4, 5]]]
+
+
+x3 = torch.zeros(1, 3, 4)
+one_row = torch.tensor([[[0, 0]]])
+WRONG: dict[str, tuple[str, list[torch.Tensor], list[torch.dtype], str]] = {
+    "rows that are no pairs": ("Compact", [x3, torch.zeros(1, 2, 3, dtype=I64)], [F32], r"expected \[1, n, 2\]"),
+    "too few values": ("Scatter", [x3[:, :0], one_row, x3], [F32], r"y is \[1, 0, 4\], expected \[1, 1, 4\]"),
+    "another width": ("ScatterAdd", [torch.zeros(1, 1, 5), one_row, x3], [F32], r"expected \[1, 1, 4\]"),
+    "another rank": ("Compact", [torch.zeros(3, 4), one_row], [F32], "input 0 has 2 dimensions, expected 3"),
+    "a mask of the wrong rank": (
+        "SelectRows",
+        [torch.ones(3, dtype=torch.bool)],
+        [I64] * 2,
+        "1 dimensions, expected 2",
+    ),
+    "places for no pairs": ("RaggedPlaces", [torch.zeros(1, 2, 3, dtype=I64), x3], [I64] * 2, r"expected \[1, n, 2\]"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_does_not_fit_is_an_error_that_says_so(run: NodeRunner, name: str) -> None:
+    op, inputs, outputs, message = WRONG[name]
+    with pytest.raises(Exception, match=message):
+        run(op, inputs, outputs)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (209, "SelectRows: the library has code for sm_80, sm_90 and not for this GPU; build it again"),
+        (35, r"the NVIDIA driver is too old for CUDA \d+\.\d+, which the library was built with; update it"),
+        (100, "there is no NVIDIA GPU"),
+        (900, "which a CUDA graph cannot hold; run without enable_cuda_graph"),
+        (700, r"an emulated error \(CUDA error 700 when waiting for the stream\)"),
+    ],
+)
+def test_an_error_of_the_stream_is_a_status(
+    run: NodeRunner, monkeypatch: pytest.MonkeyPatch, error: int, message: str
+) -> None:
+    mask = torch.tensor([[True, False]])
+    monkeypatch.setenv("IRC_EMULATED_ERROR", str(error))
+    with pytest.raises(Exception, match=message):
+        run("SelectRows", [mask], [I64] * 2)
+    monkeypatch.delenv("IRC_EMULATED_ERROR")
+    assert run("SelectRows", [mask], [I64] * 2)[0].tolist() == [[[0, 0]]], "the next call is served"
+
+
+def test_only_the_number_of_rows_waits_for_the_device(run: NodeRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With every wait an error, all but SelectRows, and RaggedPlaces of several tokens in a batch, still run."""
+    monkeypatch.setenv("IRC_EMULATED_ERROR", "700")
+    rows, x = torch.tensor([[[0, 0], [2, 0]]]), torch.ones(3, 1, 4)
+    (y,) = run("Compact", [x, rows], [F32])
+    run("Scatter", [y, rows, x], [F32])
+    run("ScatterAdd", [y, rows, x], [F32])
+    places, index = run("RaggedPlaces", [rows, x], [I64] * 2)
+    assert (places.tolist(), index.tolist()) == ([[[0, 0], [2, 0]]], [[0], [0], [1]])
+    run("SelectRows", [torch.ones(0, 4, dtype=torch.bool)], [I64] * 2)
+    for op, inputs in (
+        ("SelectRows", [torch.ones(1, 1, dtype=torch.bool)]),
+        ("RaggedPlaces", [rows, torch.ones(3, 2, 4)]),
+    ):
+        with pytest.raises(Exception, match="waiting for the stream"):
+            run(op, inputs, [I64] * 2)
