@@ -95,7 +95,7 @@ class Cpu:
 
 @dataclass(frozen=True)
 class Environment:
-    """All that `irc env` shows; a version is None where the package is not installed, and so is `native`."""
+    """All that `irc env` shows; what is not installed is None: versions, `native` (for the CPU), `native_cuda`."""
 
     platform: str
     versions: Mapping[str, str | None]
@@ -104,6 +104,7 @@ class Environment:
     cuda: Cuda
     cpu: Cpu
     native: Mapping[str, object] | None = None
+    native_cuda: Mapping[str, object] | None = None
     warnings: tuple[str, ...] = field(default=())
 
     def as_dict(self) -> dict[str, object]:
@@ -115,7 +116,7 @@ def inspect_environment() -> Environment:
     """Look at everything; takes some seconds, since it imports torch and starts ONNX Runtime once a provider."""
     runtimes = onnxruntime_distributions()
     providers, warnings = onnxruntime_providers(runtimes)
-    native, problem = native_operators()
+    (native, problem), (native_cuda, cuda_problem) = native_operators(), native_operators("cuda")
     conflict = conflict_warning(runtimes)
     return Environment(
         platform=platform.platform(),
@@ -125,17 +126,18 @@ def inspect_environment() -> Environment:
         cuda=cuda(),
         cpu=cpu(),
         native=native,
-        warnings=((conflict,) if conflict else ()) + warnings + ((problem,) if problem else ()),
+        native_cuda=native_cuda,
+        warnings=((conflict,) if conflict else ()) + warnings + tuple(each for each in (problem, cuda_problem) if each),
     )
 
 
-def native_operators() -> tuple[Mapping[str, object] | None, str]:
-    """Describe the installed operator library, None where there is none; and say why it cannot be loaded."""
+def native_operators(provider: str = "cpu") -> tuple[Mapping[str, object] | None, str]:
+    """Describe a provider's installed operator library, None where there is none; and say why it cannot be loaded."""
     from irc.errors import InputError
     from irc.native import installed_library
 
     try:
-        library = installed_library()
+        library = installed_library(provider)
     except InputError as error:
         return None, str(error)
     return (asdict(library) | {"path": str(library.path)} if library else None), ""

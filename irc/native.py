@@ -1,7 +1,7 @@
 """Finds the native operator library, and says whether it fits a model: its provider, types and domain version.
 
-The library is a package of its own (`exporters/native`); it is loaded from there or from a path that the user gives,
-never from a model's folder.
+The libraries, one for each provider, are a package of their own (`exporters/native`); they are loaded from there or
+from a path that the user gives, never from a model's folder.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 PACKAGE = "irc_native"
 _CHOICES = "auto, native, portable or the path of an operator library"
 _HOW = "build it with pip install ./exporters/native (it needs a C++ compiler)"
+_HOW_CUDA = "install ./exporters/native again where nvcc is found"
+UNTRIED = "compiled, not yet run on a GPU"
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,9 @@ class NativeLibrary:
         version: Of the library.
         domain_version: Of the ONNX domain `irc` that its kernels implement.
         providers: The data types (fp32, fp16, bf16) of its kernels, by provider (cpu, cuda).
-        instruction_set: What its CPU kernels use here.
+        instruction_set: What its CPU kernels use here; of a CUDA library the GPU architectures that it has code for.
         cache_with_room: Whether RoutedAttention writes to a cache in place.
+        cuda: The version of CUDA that a CUDA library was built with, empty for the CPU.
     """
 
     path: Path
@@ -43,6 +46,7 @@ class NativeLibrary:
     providers: Mapping[str, Sequence[str]]
     instruction_set: str
     cache_with_room: bool = False
+    cuda: str = ""
 
     def misfit(self, provider: str, dtype: str) -> str:
         """Return why it cannot serve a model on a provider, empty where it can."""
@@ -55,19 +59,24 @@ class NativeLibrary:
         return ""
 
 
-def installed_library() -> NativeLibrary | None:
-    """Return the library of the installed package, None where there is none.
+def installed_library(provider: str = "cpu") -> NativeLibrary | None:
+    """Return a library of the installed package, None where there is none.
+
+    Args:
+        provider: `cpu` or `cuda`; without nvcc the package is built without a CUDA library.
 
     Raises:
-        InputError: The package is there, but its library cannot be loaded.
+        InputError: The library is there, but cannot be loaded.
     """
     try:
         package = importlib.import_module(PACKAGE)
     except ImportError:
         return None
     try:
-        path = Path(package.library_path())
-    except (AttributeError, OSError) as error:
+        path = Path(package.library_path(provider) if provider != "cpu" else package.library_path())
+    except (AttributeError, OSError, TypeError) as error:
+        if provider != "cpu":
+            return None
         raise InputError(f"package {PACKAGE}: {error}") from error
     return load_library(path)
 
@@ -100,6 +109,7 @@ def load_library(path: Path) -> NativeLibrary:
             {str(provider): [str(name) for name in names] for provider, names in found["providers"].items()},
             str(found["instruction_set"]),
             found.get("cache_with_room") is True,
+            str(found.get("cuda", "")),
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: the operator library describes itself in another way; {_HOW} again") from error
@@ -110,7 +120,7 @@ def choose_library(ops: str, provider: str, dtype: str) -> NativeLibrary | None:
 
     Args:
         ops: `portable`; `native`, the installed library; `auto`, the same where it is there and fits, and a warning
-            where it is there and does not; or the path of a library.
+            where it is there and does not, but on CUDA always the bodies; or the path of a library.
         provider: `cpu` or `cuda`.
         dtype: Of the model: fp32, fp16 or bf16.
 
@@ -120,6 +130,9 @@ def choose_library(ops: str, provider: str, dtype: str) -> NativeLibrary | None:
     if ops == "portable":
         return None
     if ops == "auto":
+        if provider == "cuda":
+            log.info("native CUDA operators are used with --ops native alone: they are %s", UNTRIED)
+            return None
         try:
             library = installed_library()
             reason = library.misfit(provider, dtype) if library else ""
@@ -128,9 +141,13 @@ def choose_library(ops: str, provider: str, dtype: str) -> NativeLibrary | None:
         if reason:
             log.warning("native operators are not used, portable ones are: %s", reason)
         return None if reason else library
-    library = installed_library() if ops == "native" else load_library(Path(ops))
+    library = installed_library(provider) if ops == "native" else load_library(Path(ops))
+    if library is None and provider == "cuda":
+        raise InputError(f"--ops is native, but there is no CUDA library in package {PACKAGE}; {_HOW_CUDA}")
     if library is None:
         raise InputError(f"--ops is native, but package {PACKAGE} is not installed; {_HOW}")
     if reason := library.misfit(provider, dtype):
         raise InputError(f"--ops is {ops}, but the library does not fit: {reason}")
+    if provider == "cuda":
+        log.warning("%s: these CUDA operators are %s; compare with --ops portable", library.path, UNTRIED)
     return library

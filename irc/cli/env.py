@@ -45,6 +45,8 @@ def _show(environment: Environment) -> None:
     }
     native: Mapping[str, Any] | None = environment.native
     kernels = {provider: ", ".join(types) for provider, types in native["providers"].items()} if native else {}
+    if native:
+        kernels["cuda"] = _cuda_kernels(environment.native_cuda)
     cpu, cuda = environment.cpu, environment.cuda
     devices = {
         f"{index} {each.name}": f"{_gib(each.memory_total)}, {_gib(each.memory_free)} free, "
@@ -67,6 +69,15 @@ def _show(environment: Environment) -> None:
         },
     }
     console.tree("environment", content)
+
+
+def _cuda_kernels(library: Mapping[str, Any] | None) -> str:
+    from irc.native import UNTRIED
+
+    if library is None:
+        return "none: nvcc was not found when the package was built"
+    types = ", ".join(library["providers"]["cuda"])
+    return f"{types} for {library['instruction_set']}, CUDA {library['cuda']}; {UNTRIED}"
 
 
 def _gib(size: int | None) -> str:
