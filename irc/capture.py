@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_model
 
 from irc.cache import CACHE_NAME, cache_shape
-from irc.errors import InputError, IrcError
+from irc.errors import InputError
 from irc.experts import separate_experts, stored_name
 from passes.base import PassManager
 from passes.clean_up import CleanUp
