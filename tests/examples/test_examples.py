@@ -18,7 +18,9 @@ SHORT = {
     "export_and_run.py": (r"exported 4 routed units", r"ONNX Runtime and PyTorch give the same tokens"),
     "inspect_in_a_browser.py": (r"120 tokens, 0\.\d+ of the", r"page: build/your-own/routes.html"),
     "compare_policies.py": (r"informed +perplexity [\d.]+ x dense", r"skipgpt +perplexity [\d.]+ x dense"),
-    "train_on_two_processes.py": (r"largest difference of \d+ weight tensors between one process and two: \de-0[5-9]",),
+    "train_on_two_processes.py": (
+        r"largest difference of \d+ weight tensors between one process and two: [\d.]+e-0[5-9]",
+    ),
 }
 SECONDS = 180  # the promise, on a CPU
 
@@ -38,7 +40,7 @@ def test_an_example_runs(name: str, folder: Path) -> None:
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "hf")},
         capture_output=True,
         text=True,
-        timeout=2 * SECONDS,  # a machine of CI may be busy
+        timeout=3 * SECONDS,  # a machine of CI may be busy
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
