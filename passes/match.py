@@ -184,12 +184,7 @@ def _carried_on(block: nn.Module, node: fx.Node) -> fx.Node | None:
 
 
 def after_call(nodes: dict[str, fx.Node], unit: Unit) -> list[fx.Node]:
-    """Return the nodes that make `y` of the output of the unit's call, in order: norms and factors, often none.
-
-    Args:
-        nodes: Of the block's graph, by name.
-        unit: The unit.
-    """
+    """Return the nodes, of a block's by name, that make `y` of the output of the unit's call, in order; often none."""
     found: list[fx.Node] = []
     node, call = nodes[unit.y], nodes[unit.call]
     while node is not call and not (node.target is operator.getitem and node.args[0] is call):

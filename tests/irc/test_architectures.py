@@ -23,7 +23,7 @@ SHAPE = {
     "vocab_size": 257,
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,  # cases whose layers differ have two
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
@@ -36,7 +36,8 @@ QUICK = (
     "lff.tokens=512 lff.steps=1 lff.batch_size=4 router.steps=2 router.batch_size=4 router.calibration_tokens=1024 "
     "router.teach_steps=0 eval_tokens=128 checkpoint_seconds=0 precision=fp32"
 ).split()
-SLIDING = ["sliding_attention", "full_attention"]
+TWO = {"num_hidden_layers": 2}
+SLIDING = {**TWO, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
 
 
 @dataclass(frozen=True)
@@ -51,18 +52,19 @@ class Case:
 
 
 SUPPORTED = {
-    "mistral": Case("MistralConfig", {"sliding_window": None}),
     "mistral-sliding": Case("MistralConfig", {"sliding_window": 5}),
-    "qwen2-sliding": Case("Qwen2Config", {"use_sliding_window": True, "sliding_window": 5, "layer_types": SLIDING}),
+    "qwen2-sliding": Case("Qwen2Config", {"use_sliding_window": True, **SLIDING}),
     "qwen3": Case("Qwen3Config", {"head_dim": 16}),
-    "smollm3": Case("SmolLM3Config", {"no_rope_layers": [1, 0]}),
+    "smollm3": Case("SmolLM3Config", {"no_rope_layers": [1, 0], **TWO}),
+    "phi3-partial-rotary": Case("Phi3Config", {"partial_rotary_factor": 0.5}),
     "phi3": Case("Phi3Config", {"sliding_window": 5}),
     "granite": Case(
         "GraniteConfig", {"residual_multiplier": 0.5, "attention_multiplier": 0.2, "embedding_multiplier": 3.0}
     ),
     "olmo2": Case("Olmo2Config"),
     "gemma": Case("GemmaConfig", {"head_dim": 8}),
-    "gemma3": Case("Gemma3TextConfig", {"head_dim": 8, "sliding_window": 5, "layer_types": SLIDING}),
+    "gemma3": Case("Gemma3TextConfig", {"head_dim": 8, **SLIDING}),
+    "olmoe": Case("OlmoeConfig", {"num_experts": 4, "num_experts_per_tok": 2}),
     "mixtral": Case("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3_moe": Case(
         "Qwen3MoeConfig",
@@ -72,15 +74,15 @@ SUPPORTED = {
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 24,
             "mlp_only_layers": [1],
+            **TWO,
         },
     ),
 }
 REFUSED = {
-    "gpt2": (Case("GPT2Config"), "gpt2 is not a supported architecture"),
+    "gpt2": (Case("GPT2Config", {"num_key_value_heads": 4}), "gpt2 is not a supported architecture"),
     "gemma2": (Case("Gemma2Config", {"head_dim": 8}), "gemma2: transformers has no causal language model for it that"),
     "mamba": (Case("MambaConfig"), "mamba: transformers has no causal language model for it that"),
     "falcon": (Case("FalconConfig"), "falcon: torch.export cannot capture this architecture"),
-    "phi": (Case("PhiConfig"), "phi has no attention or FFN unit that can be routed"),
     "qwen2_moe": (
         Case("Qwen2MoeConfig", {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24}),
         "qwen2_moe: its mixture of experts is of a kind that is not supported",
@@ -129,14 +131,14 @@ def test_convert_export_verify(
     assert 0 < converted.json["sparsity"]["realized"] < 1
 
     routed = irc.load(bundle)
-    assert [unit.kind for unit in routed.units] == ["attention", "ffn"] * 2
+    assert [unit.kind for unit in routed.units] == ["attention", "ffn"] * routed.config.num_hidden_layers
     expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
     with torch.no_grad(), routed.control.using(mode="execute"):
         torch.testing.assert_close(routed(ids).logits, expected(ids).logits, rtol=0, atol=2e-5)
 
     exported = irc_main("export", bundle, "-o", onnx, "--json")
     assert exported.code == 0, exported.err
-    assert exported.json["routed_units"] == 4
+    assert exported.json["routed_units"] == len(routed.units)
     window = ["--tokens", "128", "--seq-len", "16", "--json"]
     verified = irc_main("verify", onnx, "--data", text_file, *window)
     assert verified.code == 0, verified.err
