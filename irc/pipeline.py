@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,12 +20,22 @@ from irc.errors import InputError, IrcError
 from irc.evaluate import Evaluation, evaluate
 from irc.key_policy import KeyPolicy, kv_facts, set_key_policy
 from irc.policies import policy_named
+from irc.reading import read_json
 from irc.routed import RoutedForCausalLM, RoutingSpec, build_routed
 from irc.stage_cache import StageCache
 from irc.stages import StageContext, check_text, run_lff, run_lora, run_router
 from irc.staging import staged
 from irc.train import ProgressFactory
-from irc.workspace import check_same_recipe, held, is_main_process, load_stage, save_stage, stage_figures, work_folder
+from irc.workspace import (
+    check_same_recipe,
+    drop,
+    held,
+    is_main_process,
+    load_stage,
+    save_stage,
+    stage_figures,
+    work_folder,
+)
 
 log = logging.getLogger(__name__)
 
@@ -98,8 +106,11 @@ def convert(
     recipe = resolve(recipe)
     if resume and (output / "metrics.json").is_file() and not work_folder(output).exists():
         check_same_recipe(recipe, output / "recipe.yaml")
-        finished: dict[str, Any] = json.loads((output / "metrics.json").read_text())
-        return finished
+        drop(work_folder(output))
+        try:
+            return read_json(output / "metrics.json")
+        except ValueError as error:
+            raise InputError(f"{output / 'metrics.json'}: damaged ({error}); start over with --force") from error
     _check_output(output)
     if output.exists() and not force and not resume:
         raise InputError(f"{output}: exists already; --force replaces it, --resume continues it")
@@ -237,7 +248,7 @@ def finish(conversion: Conversion) -> None:
             write_bundle(conversion.model, staging, conversion.metrics, recipe, card, conversion.dial)
     except IrcError as error:
         raise type(error)(f"{error}, with --resume: the work is kept") from error
-    shutil.rmtree(conversion.work)
+    drop(conversion.work)
 
 
 def metrics_of(conversion: Conversion) -> dict[str, Any]:

@@ -7,9 +7,9 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 from safetensors.torch import load_file
@@ -54,7 +54,8 @@ def held(work: Path, recipe: Recipe, *, force: bool, resume: bool) -> Iterator[N
         yield
         return
     saved = work / "recipe.yaml"
-    if work.exists() and not saved.exists() and not (work.is_dir() and not any(work.iterdir())):
+    partial = saved.with_name(f"{saved.name}.tmp")
+    if work.exists() and not saved.exists() and not (work.is_dir() and set(work.iterdir()) <= {partial}):
         raise InputError(f"{work}: unfinished work would lie here, but something else does; give another --output")
     if saved.exists() and not (force or resume):
         raise InputError(f"{work}: an unfinished conversion lies here; --resume continues it, --force starts over")
@@ -62,33 +63,46 @@ def held(work: Path, recipe: Recipe, *, force: bool, resume: bool) -> Iterator[N
         work.parent.mkdir(parents=True, exist_ok=True)
         with _locked(work.parent / f"{work.name}.lock"):
             if force and not resume:
-                shutil.rmtree(work, ignore_errors=True)
+                drop(work)
             work.mkdir(exist_ok=True)
             if resume and saved.exists():
                 check_same_recipe(recipe, saved)
-            saved.write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+            partial.write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+            os.replace(partial, saved)
             try:
                 yield
             except BaseException:
-                if [path.name for path in work.iterdir()] == [saved.name]:
+                if work.is_dir() and [path.name for path in work.iterdir()] == [saved.name]:
                     shutil.rmtree(work)  # nothing to continue
                 raise
     except OSError as error:
         raise cannot_write(work, error) from error
 
 
+def drop(work: Path) -> None:
+    """Remove a work folder, and what a killed removal left: at no moment is half of one there under its name."""
+    gone = work.with_name(f".{work.name}.dropped")
+    shutil.rmtree(gone, ignore_errors=True)
+    if work.exists():
+        os.replace(work, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def _is_at(opened: TextIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(opened.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    with path.open("a+") as opened:
-        try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            opened.seek(0)
-            who = opened.read().strip()
-            raise InputError(
-                f"{path.name}: another irc convert{f' (process {who})' if who else ''} is writing to this output; wait "
-                "for it, or end it"
-            ) from error
+    with ExitStack() as files:
+        opened = files.enter_context(path.open("a+"))
+        _lock(opened, path)
+        while not _is_at(opened, path):  # its holder removed it between our opening and locking it
+            opened = files.enter_context(path.open("a+"))
+            _lock(opened, path)
         opened.truncate(0)
         opened.write(str(os.getpid()))
         opened.flush()
@@ -96,6 +110,18 @@ def _locked(path: Path) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+def _lock(opened: TextIO, path: Path) -> None:
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        opened.seek(0)
+        who = opened.read().strip()
+        raise InputError(
+            f"{path.name}: another irc convert{f' (process {who})' if who else ''} is writing to this output; wait "
+            "for it, or end it"
+        ) from error
 
 
 def check_same_recipe(recipe: Recipe, saved: Path) -> None:
