@@ -90,7 +90,11 @@ def load(
     if sparsity is not None:
         turn_dial(model, sparsity)
     if config.get("kv_policy", "full") != "full":
-        set_key_policy(model, KeyPolicy(config["kv_policy"], config["kv_threshold"]), calibrated_keep(model))
+        set_key_policy(
+            model,
+            KeyPolicy(config["kv_policy"], config.get("kv_threshold", KeyPolicy.threshold)),
+            calibrated_keep(model),
+        )
     return model
 
 

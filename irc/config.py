@@ -123,6 +123,10 @@ class Recipe:
             raise InputError(f"rank is {self.rank}; give a positive number, or 0 for the default")
         if self.seq_len < 2:
             raise InputError(f"seq_len is {self.seq_len}; a window needs at least 2 tokens")
+        if not 0 <= self.lora.dropout < 1:
+            raise InputError(f"lora.dropout is {self.lora.dropout}; give a share of at least 0 and below 1")
+        if not self.lora.targets:
+            raise InputError("lora.targets is empty; give names of linears, such as [q_proj, v_proj]")
         for name, least in _LEAST.items():
             value = operator.attrgetter(name)(self)
             if not value >= least:  # neither is NaN

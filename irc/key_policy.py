@@ -55,7 +55,7 @@ def calibrated_keep(model: RoutedForCausalLM) -> dict[str, float]:
         raise InputError("a plain model skips no token, so it has no key/value policy; convert it first")
     units = model.facts.get("config", {}).get("units", [])
     keep = {unit["name"]: unit.get("calibration_keep") for unit in units}
-    if not keep or None in keep.values():
+    if None in [keep.get(unit.name) for unit in model.units] or not keep:
         raise InputError(
             f"{model.facts.get('bundle', 'the bundle')}: it does not say what its units skip of the calibration text, "
             "which the key/value policy goes by; convert again"

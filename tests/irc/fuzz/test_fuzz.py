@@ -88,6 +88,28 @@ def test_bundle_config(fuzz: Any, bundle: Path) -> None:
     fuzz(bundle / CONFIG, load)
 
 
+CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "no threshold, no shares": (
+        lambda c: (c.update(kv_policy="reduced"), c.pop("kv_threshold"), c["units"].pop()),
+        "does not say what its units skip",
+    ),
+    "dropout": (lambda c: c["lora"].update(dropout=1e308), "lora.dropout is 1e\\+308"),
+    "no targets": (lambda c: c["lora"].update(targets=[]), "lora.targets is empty"),
+    "a rank of gigabytes": (lambda c: c["lora"].update(rank=10**9), "its rank is not 1000000000"),
+    "a seed that is none": (lambda c: c["spec"].update(seed=10**12), "seed is 1000000000000"),
+}
+
+
+@pytest.mark.parametrize("how", CONFIGS)
+def test_configs_that_once_passed_the_checks(bundle: Path, how: str) -> None:
+    change, reason = CONFIGS[how]
+    config = json.loads((bundle / CONFIG).read_text())
+    change(config)
+    (bundle / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(InputError, match=reason):
+        irc.load(bundle)
+
+
 def test_bundle_recipe(fuzz: Any, tmp_path: Path) -> None:
     path = tmp_path / RECIPE
     path.write_text(yaml.safe_dump(Recipe().to_dict(), sort_keys=False))
