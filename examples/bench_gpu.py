@@ -3,9 +3,11 @@
     python examples/bench_gpu.py [--shape llama-3.1-8b] [--layers 32] [-o FOLDER]
 
 Needs onnxruntime-gpu and a CUDA build of torch; click is not needed. Without a GPU it says what it would run and ends.
-What it does: the card's ceilings (bf16 matrix products, copies), the demo model's routes and logits on CUDA against the
-CPU, then dense against routed in fp16 under random masks: prefill of 2,048 and 8,192 tokens, and decoding at batch 1, 8
-and 32 after 2,048 tokens. FOLDER gets results.json and results.md.
+What it does: each operator on CUDA against the eager reference on random shapes, bit by bit, with portable bodies and,
+where installed, native kernels; the card's ceilings (bf16 matrix products, copies); the demo model's routes and logits
+on CUDA against the CPU; then dense against routed in fp16 under random masks: prefill of 2,048 and 8,192 tokens, and
+decoding at batch 1, 8 and 32 after 2,048 tokens. Native kernels that were wrong are not timed. FOLDER gets results.json
+and results.md.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import platform
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,11 +27,29 @@ SPARSITIES = (0.25, 0.5, 0.7)
 PREFILL, PAST, BATCHES = (2048, 8192), 2048, (1, 8, 32)
 GOALS = {"prefill": {1: 0.94}, "decode": {1: 0.90, 8: 0.85, 32: 0.80}}
 PLAN = f"""no GPU is here; with one this would
-  1. measure the rate of bf16 matrix products and of copies,
-  2. hold the demo model on CUDA against the CPU: routes and logits,
-  3. time a Llama of the shape in fp16, dense and routed at {", ".join(f"{s:.0%}" for s in SPARSITIES)} skipped:
+  1. hold each operator on CUDA against the reference, portable and native, on random shapes,
+  2. measure the rate of bf16 matrix products and of copies,
+  3. hold the demo model on CUDA against the CPU: routes and logits,
+  4. time a Llama of the shape in fp16, dense and routed at {", ".join(f"{s:.0%}" for s in SPARSITIES)} skipped:
      prefill of {" and ".join(map(str, PREFILL))} tokens, decode at batch {", ".join(map(str, BATCHES))} after {PAST},
-  4. write results.json and results.md."""
+  5. write results.json and results.md."""
+
+
+def kernels(provider: str = "CUDAExecutionProvider") -> dict[str, list[dict[str, Any]]]:
+    """Hold the operators against the eager dialect; by kind of kernels, one entry for each operator and type."""
+    from dataclasses import asdict
+
+    from irc.native import installed_library
+    from irc.native_check import check_kernels
+
+    library = installed_library("cuda")
+    kinds = {"portable": None} | ({"native": library.path} if library else {})
+    return {kind: [asdict(found) for found in check_kernels(path, provider, cases=60)] for kind, path in kinds.items()}
+
+
+def native_is_right(found: dict[str, list[dict[str, Any]]]) -> bool:
+    """Return whether there are native kernels, all without a wrong case."""
+    return "native" in found and not any(each["wrong"] for each in found["native"])
 
 
 def ceilings() -> dict[str, float]:
@@ -55,8 +76,13 @@ def ceilings() -> dict[str, float]:
     }
 
 
-def correctness(work: Path) -> dict[str, Any]:
-    """Hold an untrained bundle of the demo model on CUDA (fp32, fp16) against the CPU (fp32), under forced routes."""
+def correctness(work: Path, native: bool) -> dict[str, Any]:
+    """Hold an untrained bundle of the demo model on CUDA (fp32, fp16) against the CPU (fp32), under forced routes.
+
+    Args:
+        work: A folder for models.
+        native: Whether to run it with native operators too.
+    """
     import numpy as np
 
     from irc.bench.models import bundle_pair
@@ -75,22 +101,25 @@ def correctness(work: Path) -> dict[str, Any]:
     execute = draw.random((len(model.units), 3, 96)) >= 0.4
     found: dict[str, Any] = {}
     logits = {}
-    for provider, dtype in (("cpu", "fp32"), ("cuda", "fp32"), ("cuda", "fp16")):
-        pair = bundle_pair(str(work / "demo"), work / f"{provider}-{dtype}", dtype, None)
-        runtime = Runtime(pair.routed, provider, forced=True)
+    runs = [("cpu", "fp32", "portable"), ("cuda", "fp32", "portable"), ("cuda", "fp16", "portable")]
+    runs += [("cuda", "fp32", "native"), ("cuda", "fp16", "native")] if native else []
+    for provider, dtype, ops in runs:
+        pair = bundle_pair(str(work / "demo"), work / f"{provider}-{dtype}-{ops}", dtype, None)
+        runtime = Runtime(pair.routed, provider, forced=True, ops=ops)
         cache, parts = runtime.empty_cache(3), []
         for first, last in ((0, 80), (80, 81), (81, 96)):  # a prompt, a step, a few tokens more
             mask = np.ones((3, last), np.int64)
             parts.append(runtime.step(ids[:, first:last], mask, cache, execute[:, :, first:last]).logits)
-        logits[provider, dtype] = np.concatenate(parts, 1)
-        found[f"{provider} {dtype}"] = {
+        logits[provider, dtype, ops] = np.concatenate(parts, 1)
+        difference = np.abs(logits[provider, dtype, ops] - logits["cpu", "fp32", "portable"]).max()
+        found[f"{provider} {dtype} {ops}"] = {
             "ops": runtime.ops,
-            "largest difference from cpu fp32": float(np.abs(logits[provider, dtype] - logits["cpu", "fp32"]).max()),
+            "largest difference from cpu fp32": float(difference),
         }
     return found
 
 
-def speed(shape_name: str, layers: int, rounds: int) -> dict[str, Any]:
+def speed(shape_name: str, layers: int, rounds: int, ops: Sequence[str]) -> dict[str, Any]:
     """Time the shape; return what irc.bench does."""
     from irc import console
     from irc.bench import Load, Share, Subject, bench
@@ -100,26 +129,32 @@ def speed(shape_name: str, layers: int, rounds: int) -> dict[str, Any]:
     shape = replace(shape, layers=layers or shape.layers)
     load = Load(prefill=PREFILL, decode_batches=BATCHES, past=PAST, decode=32, rounds=rounds)
     shares = [Share(share, share) for share in SPARSITIES]
-    return bench(Subject(shape), shares, load, console.progress, provider="cuda", dtype="fp16")
+    return bench(Subject(shape), shares, load, console.progress, provider="cuda", dtype="fp16", ops=ops)
 
 
 def tables(result: dict[str, Any]) -> str:
     """Return the results as Markdown."""
     lines = [f"{key}: {value}  " for key, value in result["machine"].items()]
     lines += ["", *(f"{key}: {value:.3g}  " for key, value in result["ceilings"].items())]
+    lines += ["", "| kernels | operator | type | wrong cases | why |", "|---|---|---|---|---|"]
+    for kind, entries in result["kernels"].items():
+        for each in entries:
+            wrong = f"{each['wrong']} of {each['cases']}"
+            lines.append(f"| {kind} | {each['operator']} | {each['dtype']} | {wrong} | {each['reason']} |")
     lines += ["", "| on | operators | largest difference of logits |", "|---|---|---|"]
     for name, found in result["correctness"].items():
         lines.append(f"| {name} | {found['ops']} | {found['largest difference from cpu fp32']:.2e} |")
-    lines += ["", "| phase | tokens | batch | skipped | dense ms | routed ms | speed-up | ideal | efficiency | goal |"]
-    lines.append("|---|---|---|---|---|---|---|---|---|---|")
+    lines += ["", "| phase | tokens | batch | skipped | operators | dense ms | routed ms | speed-up | ideal |"]
+    lines[-1] += " efficiency | goal |"
+    lines.append("|---|---|---|---|---|---|---|---|---|---|---|")
     for row in result["speed"]["results"]:
-        name = next(name for name in row["contenders"] if name != "dense")
-        dense, routed = row["contenders"]["dense"], row["contenders"][name]
-        goal = GOALS[row["phase"]][row["batch"]]
-        figures = [f"{dense['ms']:.2f}", f"{routed['ms']:.2f}"]
-        figures += [f"{routed[key]:.3f}" for key in ("speedup", "ideal", "efficiency")]
-        place = [row["phase"], str(row["tokens"]), str(row["batch"]), f"{row['realized']:.1%}"]
-        lines.append(f"| {' | '.join([*place, *figures, f'{goal:.2f}'])} |")
+        dense, goal = row["contenders"]["dense"], GOALS[row["phase"]][row["batch"]]
+        for name in (name for name in row["contenders"] if name != "dense"):
+            routed = row["contenders"][name]
+            figures = [f"{dense['ms']:.2f}", f"{routed['ms']:.2f}"]
+            figures += [f"{routed[key]:.3f}" for key in ("speedup", "ideal", "efficiency")]
+            place = [row["phase"], str(row["tokens"]), str(row["batch"]), f"{row['realized']:.1%}", name]
+            lines.append(f"| {' | '.join([*place, *figures, f'{goal:.2f}'])} |")
     lines += ["", "| dense | tokens | batch | share of the ceiling | goal |", "|---|---|---|---|---|"]
     first = [row for row in result["speed"]["results"] if row["sparsity"] == SPARSITIES[0]]
     for row in first:
@@ -160,12 +195,16 @@ def main() -> None:
     if not torch.cuda.is_available():
         console.say(PLAN)
         return
-    result: dict[str, Any] = {"machine": machine(), "ceilings": ceilings()}
+    result: dict[str, Any] = {"machine": machine(), "kernels": kernels()}
+    native = native_is_right(result["kernels"])
+    result["ceilings"] = ceilings()
     arguments.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as work:
-        result["correctness"] = correctness(Path(work))
+        result["correctness"] = correctness(Path(work), native)
     console.say(json.dumps(result, indent=1))  # should the rest be cut off
-    result["speed"] = speed(arguments.shape, arguments.layers, arguments.rounds)
+    result["speed"] = speed(
+        arguments.shape, arguments.layers, arguments.rounds, ("portable", "native") if native else ("portable",)
+    )
     (arguments.output / "results.json").write_text(json.dumps(result, indent=1) + "\n")
     (arguments.output / "results.md").write_text(tables(result))
     console.say(tables(result))
