@@ -101,9 +101,10 @@ def test_model_without_units_is_refused_with_the_nearest_miss(captured_module: C
         def __init__(self) -> None:
             super().__init__()
             self.ffn = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))
+            self.norm = nn.LayerNorm(4)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x + self.ffn(x).cumsum(1)
+            return x + self.norm(self.ffn(x).cumsum(1))
 
     model = captured_module(nn.Sequential(Odd()), torch.randn(1, 3, 4))
     with pytest.raises(PassError) as caught:
