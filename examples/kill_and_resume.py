@@ -2,8 +2,9 @@
 
     python examples/kill_and_resume.py --kills 100
 
-A run is killed by SIGKILL at a moment drawn from the time that it needs unbroken, then started again (convert with
---resume), until it comes to its end before the next kill; then the next one begins. After every kill the output must be
+A run is killed by SIGKILL at a moment drawn from one and a half times what it needs unbroken, then started again
+(convert with --resume), until it comes to its end before the next kill; then the next one begins. After every kill the
+output must be
 whole or not there at all, and every finished one must be, bit for bit, the one that was never killed (times and paths
 aside). Exit code 1 where it is not. Every third kill is one of an export.
 """
@@ -77,7 +78,7 @@ class Killed:
         """Start the verb and kill it; runs that end before their kill are checked and do not count."""
         while True:
             process = self._start(self.output, self.again)
-            process.join(draw.uniform(0, self.seconds))
+            process.join(draw.uniform(0, 1.5 * self.seconds))
             process.kill()
             process.join()
             if process.exitcode == -signal.SIGKILL:

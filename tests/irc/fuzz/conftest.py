@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import sys
@@ -71,7 +72,7 @@ def mutate_json(original: bytes, edits: Edits) -> bytes:
         holder, key = places[place % len(places)]
         match kind % 5:
             case 0 | 1:
-                holder[key] = VALUES[value % len(VALUES)]
+                holder[key] = copy.deepcopy(VALUES[value % len(VALUES)])
             case 2:
                 del holder[key]
             case 3 if isinstance(holder, dict):
