@@ -23,6 +23,7 @@ from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_mo
 from irc.cache import CACHE_NAME, cache_shape
 from irc.errors import InputError
 from irc.experts import separate_experts, stored_name
+from irc.reading import first_line
 from passes.base import PassManager
 from passes.clean_up import CleanUp
 from passes.set_device import SetDevice
@@ -31,12 +32,23 @@ log = logging.getLogger(__name__)
 
 _BATCH, _LENGTH, _PAST = 2, 3, 5
 _CALL_NUMBER = re.compile(r"@\d+")
-_DENSE = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "granite", "olmo2", "gemma", "gemma3_text")
-_SUPPORTED = (*_DENSE, "mixtral", "qwen3_moe", "olmoe")
-SUPPORTED = (
-    "a Llama, Mistral, Qwen2, Qwen3, SmolLM3, Phi-3, Granite, OLMo 2, Gemma, Gemma 3 (text), Mixtral, Qwen3-MoE or "
-    "OLMoE model"
-)
+_TESTED = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "smollm3": "SmolLM3",
+    "phi3": "Phi-3",
+    "granite": "Granite",
+    "olmo2": "OLMo 2",
+    "gemma": "Gemma",
+    "gemma3_text": "Gemma 3 (text)",
+    "mixtral": "Mixtral",
+    "qwen3_moe": "Qwen3-MoE",
+    "olmoe": "OLMoE",
+}
+*_FIRST, _LAST = _TESTED.values()
+SUPPORTED = f"a {', '.join(_FIRST)} or {_LAST} model"
 """The architectures that are tested, for sentences."""
 
 _DYNAMIC_ROPE = frozenset({"dynamic", "longrope"})
@@ -78,7 +90,7 @@ def capture(config: PretrainedConfig, dtype: torch.dtype) -> Captured:
         program = export(twin, (), _example_inputs(config, dtype), dynamic_shapes=_dynamic_shapes(config), strict=False)
     except Exception as error:
         raise InputError(
-            f"{config.model_type}: torch.export cannot capture this architecture ({_first_line(error)}); "
+            f"{config.model_type}: torch.export cannot capture this architecture ({first_line(error)}); "
             f"convert {SUPPORTED}"
         ) from error
     finally:
@@ -123,7 +135,7 @@ def assign_weights(captured: Captured, weights: Mapping[str, torch.Tensor], devi
 
 def _hint(config: PretrainedConfig) -> str:
     """Say that the architecture may be the reason, where it is none of those that are tested."""
-    if config.model_type in _SUPPORTED:
+    if config.model_type in _TESTED:
         return ""
     return f" ({config.model_type} is not a supported architecture; convert {SUPPORTED})"
 
@@ -147,7 +159,7 @@ def _meta_twin(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     except Exception as error:
         raise InputError(
             f"{config.model_type}: transformers has no causal language model for it that can be captured "
-            f"({_first_line(error)}); convert {SUPPORTED}"
+            f"({first_line(error)}); convert {SUPPORTED}"
         ) from error
     twin.train(False)
     model: PreTrainedModel = twin
@@ -253,7 +265,3 @@ def _rebuild_buffers(captured: Captured, device: torch.device | str) -> None:
                 ) from error
         value = getattr(made[owner], leaf).to(device)
         setattr(captured.graph.get_submodule(captured_owner), leaf, value)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -18,6 +18,7 @@ from typing import Literal, Protocol
 import torch
 
 from irc.errors import InputError
+from irc.reading import first_line
 
 Split = Literal["train", "calibration", "validation", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "calibration", "validation", "heldout")
@@ -182,7 +183,7 @@ def _file_documents(path: Path, name: str) -> list[Document]:
         try:
             rows = parquet.read_table(path).to_pylist()
         except (OSError, ValueError) as error:
-            raise InputError(f"{path}: not a parquet file ({str(error).splitlines()[0][:200]})") from error
+            raise InputError(f"{path}: not a parquet file ({first_line(error)})") from error
         return [Document(f"{name}#{i}", text) for i, text in enumerate(_column(rows, path))]
     return _blocks(name, _read_text(path))
 

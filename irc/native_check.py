@@ -16,6 +16,7 @@ from torch import Tensor
 
 from exporters.onnx_ops import DOMAIN, VERSION, function_protos
 from irc.onnx_cache import onnxruntime
+from irc.reading import first_line
 from passes import dialect  # noqa: F401 - registers the operators
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -171,7 +172,7 @@ def check_case(
         try:
             outputs = run(operator, inputs, [tensor.dtype for tensor in expected])
         except Exception as error:  # of ONNX Runtime, which has no class of its own for them
-            found[operator] = f"{list(shape)}: {str(error).splitlines()[0]}"
+            found[operator] = f"{list(shape)}: {first_line(error, 1000)}"
         else:
             found[operator] = "" if _equal(outputs, expected) else f"{list(shape)}: other numbers"
     return found

@@ -82,8 +82,15 @@ def verify(
     if bundle is None and Path(source).is_absolute() and not Path(source).exists():
         raise InputError(f"{folder}: was exported from {source}, which is not there; name where it is by --bundle")
     policy, share = _key_policy(exported), exported.manifest.get("sparsity")
-    asked = {"ask_hub": bundle is not None}
-    model = open_model(source, base=base, dtype=dtype, device="cpu", key_policy=policy, sparsity=share, **asked)
+    model = open_model(
+        source,
+        base=base,
+        dtype=dtype,
+        device="cpu",
+        key_policy=policy,
+        sparsity=share,
+        ask_hub=bundle is not None,
+    )
     if bool(model.spec) != bool(exported.decisions):
         raise InputError(f"{folder}: exported from another kind of model than {source}")
     text = windows(token_stream(load_text(data).split("heldout"), model.facts["base"].tokenizer), seq_len, data)

@@ -95,9 +95,9 @@ def check_plain(name: Any, where: Path) -> str:
     return name
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an exception's text, its kind where there is none; at most 200 characters."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+def first_line(error: BaseException, most: int = 200) -> str:
+    """Return the first line of an exception's text, its kind where there is none; at most `most` characters."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:most]
 
 
 def _short(value: Any) -> str:

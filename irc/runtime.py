@@ -17,6 +17,7 @@ from irc.native import choose_library
 from irc.onnx_cache import Cache, CacheLayout, PlacedCache, onnxruntime
 from irc.onnx_check import read_model
 from irc.onnx_folder import OnnxFolder, open_folder
+from irc.reading import first_line
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ class Runtime:
             try:
                 options.register_custom_ops_library(str(library.path))
             except Exception as error:
-                reason = f"{library.path}: ONNX Runtime cannot register it ({_first_line(error)})"
+                reason = f"{library.path}: ONNX Runtime cannot register it ({first_line(error, 300)})"
                 if ops != "auto":
                     raise InputError(reason) from error
                 log.warning("native operators are not used, portable ones are: %s", reason)
@@ -96,7 +97,7 @@ class Runtime:
         try:
             self._session = ort.InferenceSession(model, options, providers=[PROVIDERS[self.provider]])
         except Exception as error:
-            raise InputError(f"{folder}: ONNX Runtime cannot load it ({_first_line(error)})") from error
+            raise InputError(f"{folder}: ONNX Runtime cannot load it ({first_line(error, 300)})") from error
         self._forced = forced
         cache = self.exported.cache
         found = {value.name: value.shape for value in self._session.get_inputs() if value.name.startswith(PAST)}
@@ -243,7 +244,3 @@ def _float32(value: Any) -> NDArray[np.float32]:
         return torch.utils.dlpack.from_dlpack(value._ortvalue.to_dlpack()).float().numpy()
     array: NDArray[np.float32] = value.numpy().astype(np.float32, copy=False)
     return array
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

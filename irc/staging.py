@@ -73,6 +73,13 @@ def replaced(folder: Path) -> Path | None:
     return found[0] if found else None
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file whole or not at all: into `NAME.tmp` beside it, then renamed."""
+    partial = path.with_name(f"{path.name}.tmp")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
 def cannot_write(path: Path, error: OSError) -> IrcError:
     """Return the error of a write that failed: exit code 1 for a full disk, 2 for a place that cannot be written."""
     reason = error.strerror or str(error)

@@ -21,7 +21,7 @@ from irc.lora import load_lora, save_lora
 from irc.reading import first_line, read_json, read_text
 from irc.reading_yaml import parse
 from irc.routed import RoutedForCausalLM
-from irc.staging import cannot_write
+from irc.staging import cannot_write, write_whole
 from irc.train import write_safetensors
 
 _FREE_TO_CHANGE = frozenset({"checkpoint_seconds"})
@@ -67,8 +67,7 @@ def held(work: Path, recipe: Recipe, *, force: bool, resume: bool) -> Iterator[N
             work.mkdir(exist_ok=True)
             if resume and saved.exists():
                 check_same_recipe(recipe, saved)
-            partial.write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
-            os.replace(partial, saved)
+            write_whole(saved, yaml.safe_dump(recipe.to_dict(), sort_keys=False))
             try:
                 yield
             except BaseException:
@@ -155,9 +154,7 @@ def save_stage(model: RoutedForCausalLM, work: Path, stage: str, figures: dict[s
     write_safetensors(work / f"{stage}.safetensors", adapter_tensors(model), {"format": "pt"})
     if "lora" in model.facts:
         save_lora(model, work / "lora")
-    partial = work / f"{stage}.json.tmp"
-    partial.write_text(json.dumps(figures))
-    os.replace(partial, work / f"{stage}.json")
+    write_whole(work / f"{stage}.json", json.dumps(figures))
     (work / f"{stage}.checkpoint.safetensors").unlink(missing_ok=True)
 
 

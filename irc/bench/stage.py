@@ -18,6 +18,7 @@ from irc.bench.models import Pair, dense_export, genai_export, shallower
 from irc.bench.shapes import Shape
 from irc.errors import InputError
 from irc.flops import head_flops, unit_flops
+from irc.reading import first_line
 from irc.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -130,7 +131,7 @@ class Stage:
                 contender.step(np.zeros((1, 2), np.int64), contender.empty(1), None)
                 opened[peer] = contender
             except Exception as error:  # whatever another project's code raises, the others are timed
-                missing[peer] = (str(error).strip() or type(error).__name__).splitlines()[0]
+                missing[peer] = first_line(error, 1000)
                 log.warning("%s is not timed: %s", peer, missing[peer])
         return dict(opened)
 

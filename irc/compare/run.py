@@ -30,6 +30,7 @@ from irc.data import load_text
 from irc.errors import InputError, IrcError
 from irc.evaluation_run import run_evaluation
 from irc.pipeline import convert, resolve
+from irc.staging import write_whole
 from irc.train import ProgressFactory
 from irc.workspace import check_same_recipe
 
@@ -97,7 +98,7 @@ def compare(
         "seconds": round(time.monotonic() - started, 1),
         "output": str(output),
     }
-    _write(output / RESULTS, json.dumps(results, indent=1) + "\n")
+    write_whole(output / RESULTS, json.dumps(results, indent=1) + "\n")
     return results
 
 
@@ -132,7 +133,7 @@ def _open(output: Path, facts: dict[str, Any], *, resume: bool, force: bool) -> 
         if force and not resume:
             _remove(output)
         output.mkdir(parents=True, exist_ok=True)
-        _write(path, json.dumps(facts, indent=1) + "\n")
+        write_whole(path, json.dumps(facts, indent=1) + "\n")
     except OSError as error:
         raise IrcError(f"{output}: cannot be written ({error.strerror or error}); give another --output") from error
 
@@ -194,7 +195,7 @@ def _convert_apart(recipe: Recipe, folder: Path, jobs: int, running: set[subproc
     """Convert in a process of its own with its share of the cores; what it says goes to a log beside the cell."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     written = folder.parent / f"{folder.name}.yaml"
-    _write(written, yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+    write_whole(written, yaml.safe_dump(recipe.to_dict(), sort_keys=False))
     threads = str(max(1, len(os.sched_getaffinity(0)) // jobs))
     command = [sys.executable, "-m", "irc", "convert", "--recipe", str(written), "-o", str(folder), "--resume"]
     command += ["--stage-cache", str(folder.parent.parent / _STAGES), "--json"]
@@ -271,9 +272,3 @@ def _processor() -> str:
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -19,6 +19,7 @@ from irc.evaluation_run import open_model
 from irc.generation import Generator
 from irc.key_policy import KeyPolicy
 from irc.onnx_folder import MANIFEST
+from irc.reading import first_line
 from irc.runtime import Runtime
 from irc.tasks.local import LOCAL, RECALL_TOKENS, write_tasks
 from irc.tasks.scorers import OnnxScorer, Scorer, TorchScorer
@@ -239,7 +240,7 @@ def _evaluate(
     except InputError:
         raise
     except (OSError, ConnectionError, ValueError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        reason = first_line(error)
         raise InputError(f"--tasks {','.join(tasks)}: the harness failed ({reason}); is their data at hand?") from error
     counts = found["n-samples"]
     return {
