@@ -6,6 +6,7 @@ STAMP := $(VENV)/.installed
 EXTRAS ?= dev,cpu,report,tasks,docs
 PYTHON ?=
 CANDIDATES = $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.14 python)
+WORKERS ?= 2
 DEMO := build/demo-bundle
 ONNX := build/demo-onnx
 PACKAGE := build/package
@@ -27,8 +28,8 @@ demo: $(STAMP)  ## convert the embedded model, measure it, show its units, expor
 	$(BIN)/irc verify $(ONNX)
 	$(BIN)/irc generate $(ONNX) "def read_lines(path):" --max-tokens 80
 
-test: lint native  ## lint, then run the tests
-	$(BIN)/python -m pytest
+test: lint native  ## lint, then run the tests, on two cores; WORKERS=8 for more
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 native: $(STAMP)  ## build and install the native operator library, where there is a C++ compiler
 	@if command -v $${CXX:-c++} >/dev/null; then $(MAKE) --no-print-directory $(NATIVE); \

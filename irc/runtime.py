@@ -157,8 +157,10 @@ class Runtime:
             fetch: Whether results are brought to the host; otherwise they stay on the device and the step holds none.
 
         Raises:
-            ValueError: The shapes do not fit the cache.
+            ValueError: The shapes do not fit the cache, or there is no sequence or no token.
         """
+        if not ids.size:
+            raise ValueError(f"ids are {list(ids.shape)}: a step needs a sequence and a token at least")
         if mask.shape != (len(ids), cache.length + ids.shape[1]) or len(ids) != cache.batch:
             raise ValueError(
                 f"ids are {list(ids.shape)}, the mask {list(mask.shape)}; the cache holds {cache.length} tokens of "

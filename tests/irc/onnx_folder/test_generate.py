@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -57,6 +58,14 @@ def test_the_context_ends_the_text(exported: Path) -> None:
     result = Generator(Runtime(exported)).generate("x" * 60, max_tokens=50)
     assert result.stopped in ("context", "end")
     assert result.prompt_tokens + len(result.tokens) <= 64
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
+def test_a_step_of_nothing_is_refused(exported: Path, shape: tuple[int, int]) -> None:
+    runtime = Runtime(exported)
+    nothing = np.zeros(shape, np.int64)
+    with pytest.raises(ValueError, match=r"a step needs a sequence and a token at least"):
+        runtime.step(nothing, nothing, runtime.empty_cache(len(nothing)))
 
 
 def test_an_interrupt_ends_the_text_cleanly(exported: Path) -> None:
