@@ -2,11 +2,9 @@
 
     python examples/kill_and_resume.py --kills 100
 
-A run is killed by SIGKILL at a moment drawn from one and a half times what it needs unbroken, then started again
-(convert with --resume), until it comes to its end before the next kill; then the next one begins. After every kill the
-output must be
-whole or not there at all, and every finished one must be, bit for bit, the one that was never killed (times and paths
-aside). Exit code 1 where it is not. Every third kill is one of an export.
+A run is killed by SIGKILL at a moment drawn from what it needs unbroken. Then the output must be whole or not there at
+all, and the next run (convert with --resume) must come to its end with an output that is, bit for bit, the one that was
+never killed (times and paths aside). Exit code 1 where it is not. Every third kill is one of an export.
 """
 
 from __future__ import annotations
@@ -52,7 +50,6 @@ def main() -> int:
     for number in range(arguments.kills):
         (export if number % 3 == 2 else convert).kill_once(draw)
     for verb in (convert, export):
-        verb.finish()
         verb.report()
     return 1 if convert.faults or export.faults else 0
 
@@ -75,10 +72,10 @@ class Killed:
         print(f"irc {verb}: {self.seconds:.1f} s unbroken", flush=True)
 
     def kill_once(self, draw: random.Random) -> None:
-        """Start the verb and kill it; runs that end before their kill are checked and do not count."""
+        """Start the verb, kill it, and let the next run finish; one that ends before its kill is checked, not counted."""
         while True:
             process = self._start(self.output, self.again)
-            process.join(draw.uniform(0, 1.5 * self.seconds))
+            process.join(draw.uniform(0, self.seconds))
             process.kill()
             process.join()
             if process.exitcode == -signal.SIGKILL:
@@ -86,12 +83,9 @@ class Killed:
                 self.kills[where] = self.kills.get(where, 0) + 1
                 print(f"irc {self.verb}: killed {where}", flush=True)
                 self._check_whole_or_absent()
+                self._take(*self._wait(self._start(self.output, self.again)))
                 return
             self._take(*self._wait(process))
-
-    def finish(self) -> None:
-        """Let the verb come to its end."""
-        self._take(*self._wait(self._start(self.output, self.again)))
 
     def report(self) -> None:
         where = ", ".join(f"{count} {place}" for place, count in sorted(self.kills.items()))
