@@ -72,7 +72,7 @@ class Killed:
         print(f"irc {verb}: {self.seconds:.1f} s unbroken", flush=True)
 
     def kill_once(self, draw: random.Random) -> None:
-        """Start the verb, kill it, and let the next run finish; one that ends before its kill is checked, not counted."""
+        """Start the verb, kill it, and let the next run finish; one that ends before its kill does not count."""
         while True:
             process = self._start(self.output, self.again)
             process.join(draw.uniform(0, self.seconds))

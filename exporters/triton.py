@@ -1,4 +1,8 @@
-"""A model repository for Triton Inference Server: `NAME/config.pbtxt` beside `NAME/1/model.onnx`."""
+"""A model repository for Triton Inference Server: the model on tensors, and a model that takes and gives text.
+
+`NAME` runs `model.onnx` on Triton's onnxruntime backend; its caches travel with every request. `NAME_text` runs on
+Triton's Python backend, where irc is installed: prompts come in, text goes out, and caches stay on the server.
+"""
 
 from __future__ import annotations
 
@@ -14,23 +18,44 @@ _TYPES = {
     onnx.TensorProto.BFLOAT16: "TYPE_BF16",
     onnx.TensorProto.INT64: "TYPE_INT64",
 }
+# What a request for text says, beside its prompt; all of it may be left out. As `irc generate` has it.
+OPTIONS = {
+    "max_tokens": "TYPE_INT32",
+    "temperature": "TYPE_FP32",
+    "top_k": "TYPE_INT32",
+    "top_p": "TYPE_FP32",
+    "seed": "TYPE_INT32",
+    "stop": "TYPE_STRING",
+    "stream": "TYPE_BOOL",
+}
+_MOST_WAITING, _LONGEST_WAIT = 64, 60_000_000  # requests; microseconds
+_TEXT_MODEL = '''"""Found here by Triton's Python backend, in whose Python irc is installed."""
+
+from irc.triton_text import TritonPythonModel  # noqa: F401
+'''
 
 
-def write_repository(folder: Path, name: str) -> None:
-    """Move an ONNX folder's model into version 1 of a repository and describe it.
+def write_repository(folder: Path, name: str, ops_library: str | None = None) -> None:
+    """Move an ONNX folder's model into version 1 of a repository and describe it, on tensors and on text.
 
     Args:
         folder: Holds `model.onnx` and its data; becomes the repository.
-        name: Of the model, a folder of the repository.
+        name: Of the model, a folder of the repository; `NAME_text` is the other's.
+        ops_library: Path, on the server, of the native operator library that `NAME` registers; none when None.
     """
     version = folder / name / "1"
     version.mkdir(parents=True)
     for file in (MODEL, DATA):
         (folder / file).rename(version / file)
-    (folder / name / "config.pbtxt").write_text(config_text(name, version / MODEL), encoding="utf-8")
+    config = config_text(name, version / MODEL, ops_library)
+    (folder / name / "config.pbtxt").write_text(config, encoding="utf-8")
+    text = f"{name}_text"
+    (folder / text / "1").mkdir(parents=True)
+    (folder / text / "1" / "model.py").write_text(_TEXT_MODEL, encoding="utf-8")
+    (folder / text / "config.pbtxt").write_text(text_config(text), encoding="utf-8")
 
 
-def config_text(name: str, model: Path) -> str:
+def config_text(name: str, model: Path, ops_library: str | None = None) -> str:
     """Return `config.pbtxt`, read off the model's own inputs and outputs; sizes that vary are -1.
 
     Triton counts no batch of its own here (max_batch_size 0), because the cache's batch is part of every shape.
@@ -42,5 +67,24 @@ def config_text(name: str, model: Path) -> str:
             kind = value.type.tensor_type
             sizes = ", ".join(str(dim.dim_value) if dim.HasField("dim_value") else "-1" for dim in kind.shape.dim)
             lines.append(f'{side} [ {{ name: "{value.name}" data_type: {_TYPES[kind.elem_type]} dims: [ {sizes} ] }} ]')
+    if ops_library is not None:
+        quoted = ops_library.replace("\\", "\\\\").replace('"', '\\"')
+        lines.append(f'model_operations {{ op_library_filename: "{quoted}" }}')
     lines.append("instance_group [ { kind: KIND_AUTO } ]")
+    return "\n".join(lines) + "\n"
+
+
+def text_config(name: str) -> str:
+    """Return `config.pbtxt` of the model on text: one text at a time, a bounded queue, streamed where asked."""
+    lines = [f'name: "{name}"', 'backend: "python"', "max_batch_size: 1"]
+    lines.append('input [ { name: "prompt" data_type: TYPE_STRING dims: [ 1 ] } ]')
+    for option, kind in OPTIONS.items():
+        size = -1 if option == "stop" else 1
+        lines.append(f'input [ {{ name: "{option}" data_type: {kind} dims: [ {size} ] optional: true }} ]')
+    for output, kind in (("text", "TYPE_STRING"), ("stopped", "TYPE_STRING"), ("skipped", "TYPE_FP32")):
+        lines.append(f'output [ {{ name: "{output}" data_type: {kind} dims: [ 1 ] }} ]')
+    lines.append("model_transaction_policy { decoupled: true }")
+    waiting = f"max_queue_size: {_MOST_WAITING} default_timeout_microseconds: {_LONGEST_WAIT} timeout_action: REJECT"
+    lines.append(f"dynamic_batching {{ default_queue_policy {{ {waiting} }} }}")
+    lines.append("instance_group [ { kind: KIND_CPU count: 1 } ]")  # of the Python process; irc takes the GPU itself
     return "\n".join(lines) + "\n"

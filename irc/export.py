@@ -44,6 +44,7 @@ def export(
     dump_dir: Path | None = None,
     key_policy: KeyPolicy | None = None,
     sparsity: float | None = None,
+    ops_library: str | None = None,
 ) -> dict[str, Any]:
     """Export a bundle, or a plain model densely, as a folder that ONNX Runtime runs.
 
@@ -57,6 +58,7 @@ def export(
         dump_dir: Where every pass leaves its before, after and diff.
         key_policy: Whose keys and values are stored; the bundle's own policy when None.
         sparsity: Another share to skip than the bundle's own, within its dial.
+        ops_library: Layout `triton`: path, on the server, of the native operator library to register.
 
     Returns:
         What `irc export --json` prints.
@@ -70,6 +72,8 @@ def export(
         raise cannot_write(output, error) from error
     if layout not in LAYOUTS:
         raise InputError(f"layout is '{layout}'; choose from {', '.join(LAYOUTS)}")
+    if ops_library is not None and layout != "triton":
+        raise InputError("--ops-library is written into a Triton repository; give --layout triton with it")
     started = time.monotonic()
     with staged(output) as staging:  # a place that cannot be written is found before any work is done
         model = open_model(name, base=base, dtype=dtype, device="cpu", key_policy=key_policy, sparsity=sparsity)
@@ -81,7 +85,7 @@ def export(
         except PassError as error:
             raise InputError(f"{name}: {error}") from error
         if layout == "triton":
-            write_repository(staging, TRITON_NAME)
+            write_repository(staging, TRITON_NAME, ops_library)
             (staging / "genai_config.json").unlink(missing_ok=True)  # it names a model beside it, which has moved
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     return {

@@ -28,6 +28,9 @@ from irc.cli.options import (
     show_default=True,
     help="onnx, or triton for a model repository of Triton Inference Server.",
 )
+@click.option(
+    "--ops-library", metavar="PATH", help="triton: where the server finds the native operator library to register."
+)
 @click.option("--base", metavar="MODEL", help="Where the bundle's base model is, if it has moved.")
 @click.option(
     "--dump-dir",
@@ -44,6 +47,7 @@ def command(
     output: Path,
     dtype: str,
     layout: str,
+    ops_library: str | None,
     base: str | None,
     dump_dir: Path | None,
     kv_policy: str | None,
@@ -70,6 +74,7 @@ def command(
         base=base,
         dtype=dtype,
         layout=layout,
+        ops_library=ops_library,
         force=force,
         dump_dir=dump_dir,
         key_policy=policy,

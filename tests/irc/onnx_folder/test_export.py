@@ -45,6 +45,7 @@ def test_triton_layout_describes_the_model_it_holds(bundle: Path, tmp_path: Path
             line = f'{side} [ {{ name: "{value.name}" data_type: {kinds[value.type]} dims: [ {sizes} ] }} ]'
             assert line in config.splitlines()
     assert config.count("input [") == len(session.get_inputs())
+    assert "model_operations" not in config
     assert irc_main("generate", tmp_path / "triton", PROMPT, "-n", "3", "--json").code == 0
 
 

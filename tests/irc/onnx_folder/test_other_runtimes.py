@@ -53,28 +53,6 @@ print(json.dumps(tokens[0, ids.shape[1]:].tolist()))
 """
 
 
-@pytest.fixture(scope="session")
-def installed(request: pytest.FixtureRequest) -> Callable[..., Path]:
-    """Give `installed(name, packages, dependencies)`: a folder for PYTHONPATH, or the test is skipped."""
-
-    def install(name: str, packages: list[str], dependencies: tuple[str, ...] = ()) -> Path:
-        folder = Path(request.config.cache.mkdir(f"runtime-{name}-{sys.version_info.minor}"))
-        wanted = json.dumps([packages, dependencies])
-        stamp = folder / "installed"
-        if stamp.is_file() and stamp.read_text() == wanted:
-            return folder
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--upgrade", "--target", str(folder)]
-        commands = [[*pip, "--no-deps", *packages], *([[*pip, *dependencies]] if dependencies else [])]
-        for command in commands:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                pytest.skip(f"{name} cannot be installed here: {done.stderr.strip().splitlines()[-1]}")
-        stamp.write_text(wanted)
-        return folder
-
-    return install
-
-
 @pytest.fixture(params=["routed", "dense"])
 def folder(request: pytest.FixtureRequest, exported: Path, dense: Path) -> Path:
     return exported if request.param == "routed" else dense
@@ -128,10 +106,19 @@ def test_triton_reads_the_configuration(
     bundle: Path, tmp_path: Path, installed: Callable[..., Path], irc_main: Callable[..., Any]
 ) -> None:
     types = model_config(installed("triton", TRITON))
-    assert irc_main("export", bundle, "-o", tmp_path / "triton", "--layout", "triton").code == 0
+    library = '/opt/of "irc"/libirc_native.so'
+    options = ["--layout", "triton", "--ops-library", library]
+    assert irc_main("export", bundle, "-o", tmp_path / "triton", *options).code == 0
     text = (tmp_path / "triton" / "irc" / "config.pbtxt").read_text()
     config = text_format.Parse(text, types.ModelConfig())
     assert (config.name, config.backend, config.max_batch_size) == ("irc", "onnxruntime", 0)
+    assert list(config.model_operations.op_library_filename) == [library]
+    of_text = text_format.Parse((tmp_path / "triton" / "irc_text" / "config.pbtxt").read_text(), types.ModelConfig())
+    assert (of_text.name, of_text.backend) == ("irc_text", "python")
+    assert of_text.dynamic_batching.default_queue_policy.max_queue_size == 64
+    refused = irc_main("export", bundle, "-o", tmp_path / "other", "--ops-library", library)
+    assert refused.code == 2
+    assert "give --layout triton with it" in refused.sentence()
     session = Runtime(tmp_path / "triton")._session
     kinds = {"tensor(float)": types.TYPE_FP32, "tensor(int64)": types.TYPE_INT64}
     # The runtime itself adds the last output, the logit differences.
