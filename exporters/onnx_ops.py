@@ -19,8 +19,12 @@ irc = Opset(DOMAIN, VERSION)
 
 
 @script(irc, default_opset=op)
-def SelectRows(mask):
-    """Return the true and the false tokens of mask [batch, tokens] as (sequence, token) pairs, int64 [1, n, 2]."""
+def SelectRows(mask, padded: int = 0):
+    """Return the true and the false tokens of mask [batch, tokens] as (sequence, token) pairs, int64 [1, n, 2].
+
+    Of at most `padded` tokens a kernel may return batch * tokens rows of both, the last ones (-1, -1); the body never
+    does.
+    """
     zero = op.Constant(value_ints=[0])
     true = op.Unsqueeze(op.Transpose(op.NonZero(mask), perm=[1, 0]), zero)
     false = op.Unsqueeze(op.Transpose(op.NonZero(op.Not(mask)), perm=[1, 0]), zero)
@@ -219,7 +223,7 @@ def _nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
 
 
 _SCHEMAS = (
-    ("SelectRows", "mask: B -> executed: I, skipped: I", ""),
+    ("SelectRows", "mask: B -> executed: I, skipped: I", "padded: INT = 0"),
     ("Compact", "x: T, rows: I -> y: T", ""),
     ("Scatter", "y: T, rows: I, base: T -> z: T", ""),
     ("ScatterAdd", "y: T, rows: I, base: T -> z: T", ""),
@@ -261,9 +265,14 @@ def register_schemas() -> None:
             inputs=[onnx.defs.OpSchema.FormalParameter(label, kind) for label, kind in inputs],
             outputs=[onnx.defs.OpSchema.FormalParameter(label, kind) for label, kind in outputs],
             type_constraints=[(kind, _TYPES[kind], "") for kind in kinds],
-            attributes=[
-                onnx.defs.OpSchema.Attribute(label, getattr(onnx.defs.OpSchema.AttrType, kind), required=True)
-                for label, kind in (entry.split(": ") for entry in attributes.split(", ") if entry)
-            ],
+            attributes=[_attribute(*entry.split(": ")) for entry in attributes.split(", ") if entry],
         )
         onnx.defs.register_schema(schema)
+
+
+def _attribute(label: str, kind: str) -> onnx.defs.OpSchema.Attribute:
+    """Make an attribute of a schema, required unless its kind has a default, as in `INT = 0`."""
+    kind, _, default = kind.partition(" = ")
+    if default:
+        return onnx.defs.OpSchema.Attribute(label, onnx.helper.make_attribute(label, int(default)))
+    return onnx.defs.OpSchema.Attribute(label, getattr(onnx.defs.OpSchema.AttrType, kind), required=True)

@@ -32,8 +32,8 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     }
 
 
-def _select_rows(mask):
-    return irc.SelectRows(mask)
+def _select_rows(mask, padded=0):
+    return irc.SelectRows(mask, padded=padded) if padded else irc.SelectRows(mask)
 
 
 def _compact(x, rows):

@@ -19,13 +19,19 @@ from passes import dialect_attention  # noqa: F401 - registers attention
 
 
 @torch.library.custom_op("irc::select_rows", mutates_args=())
-def select_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the true and the false tokens of a bool [batch, tokens] as rows, each in order of sequence and token."""
+def select_rows(mask: Tensor, padded: int = 0) -> tuple[Tensor, Tensor]:
+    """Return the true and the false tokens of a bool [batch, tokens] as rows, each in order of sequence and token.
+
+    Args:
+        mask: bool [batch, tokens].
+        padded: Of at most so many tokens a kernel may return batch * tokens rows of both, the last ones (-1, -1), so
+            that their number does not depend on the mask. Here it means nothing.
+    """
     return mask.nonzero().contiguous().unsqueeze(0), (~mask).nonzero().contiguous().unsqueeze(0)
 
 
 @select_rows.register_fake
-def _(mask: Tensor) -> tuple[Tensor, Tensor]:
+def _(mask: Tensor, padded: int = 0) -> tuple[Tensor, Tensor]:
     context = torch.library.get_ctx()
     true, false = (mask.new_empty([1, context.new_dynamic_size(), 2], dtype=torch.int64) for _ in range(2))
     return true, false

@@ -179,6 +179,37 @@ def test_only_the_number_of_rows_waits_for_the_device(run: NodeRunner, monkeypat
             run(op, inputs, [I64] * 2)
 
 
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (8, 1), (3, 7), (2, 300), (2, 4500)])
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_padded_rows_wait_for_nothing_and_end_in_rows_that_are_nothing(
+    run: NodeRunner, monkeypatch: pytest.MonkeyPatch, batch: int, tokens: int, share: float
+) -> None:
+    """Every wait is an error here."""
+    monkeypatch.setenv("IRC_EMULATED_ERROR", "700")
+    generator = torch.Generator().manual_seed(tokens)
+    mask = torch.rand((batch, tokens), generator=generator) < share
+    both = run("SelectRows", [mask], [I64] * 2, padded=batch * tokens)
+    for rows, wanted in zip(both, torch.ops.irc.select_rows(mask), strict=True):
+        assert rows.shape == (1, batch * tokens, 2)
+        real = wanted.shape[1]
+        assert torch.equal(rows[:, :real], wanted)
+        assert (rows[:, real:] == -1).all()
+    x, base = (torch.randn((batch, tokens, 4), generator=generator) for _ in range(2))
+    (y,) = run("Compact", [x, both[0]], [F32])
+    (z,) = run("ScatterAdd", [y + 1, both[0], base], [F32])
+    torch.testing.assert_close(z, torch.where(mask[..., None], base + x + 1, base), rtol=0, atol=1e-6)
+    with pytest.raises(Exception, match="waiting for the stream"):
+        run("SelectRows", [mask], [I64] * 2, padded=batch * tokens - 1)
+
+
+def test_padded_rows_have_no_place(run: NodeRunner) -> None:
+    mask = torch.tensor([[True, False], [False, False], [True, True]])
+    rows, _ = run("SelectRows", [mask], [I64] * 2, padded=6)
+    places, index = run("RaggedPlaces", [rows, torch.ones(3, 2, 4)], [I64] * 2)
+    assert places.tolist() == [[[0, 0], [2, 0], [2, 1], [-1, -1], [-1, -1], [-1, -1]]]
+    assert index.tolist() == [[0, 0], [0, 0], [1, 2]]
+
+
 def test_the_body_of_attention_calls_the_kernel_of_ragged_places(
     run: NodeRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -79,10 +79,11 @@ class Call {
   const char* name_;
 };
 
-// The attributes of RoutedAttention.
+// The attributes of RoutedAttention; that of SelectRows, which only CUDA heeds.
 struct Attributes {
   int64_t heads = 0, kv_heads = 0;
   float scale = 0;
+  int64_t padded = 0;
 };
 
 // Rows [1, n, 2]: pairs (sequence, token), checked against [batch, tokens] and to be in order.
@@ -101,7 +102,7 @@ float* scratch(int64_t floats);
 int64_t thread_count();
 
 // Kernels: each reads its inputs from a call and writes its outputs.
-void select_rows(const Call& call);
+void select_rows(const Call& call, const Attributes& attributes);
 template <class T>
 void compact(const Call& call);
 template <class T>

@@ -20,8 +20,10 @@ OrtStatus* create(const OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo*
   Kernel* made = new (std::nothrow) Kernel{api, of(op), {}};
   if (!made) return CreateStatus::call(api, kRuntimeException, "irc: out of memory");
   *kernel = made;
-  if (!of(op)->attends) return nullptr;
   Attributes& a = made->attributes;
+  // Only SelectRows has it, and there it may be missing.
+  if (OrtStatus* missing = GetAttributeInt64::call(api, info, "padded", &a.padded)) ReleaseStatus::call(api, missing);
+  if (!of(op)->attends) return nullptr;
   OrtStatus* status = GetAttributeInt64::call(api, info, "heads", &a.heads);
   if (!status) status = GetAttributeInt64::call(api, info, "kv_heads", &a.kv_heads);
   if (!status) status = GetAttributeFloat::call(api, info, "scale", &a.scale);

@@ -8,7 +8,7 @@
 
 namespace irc {
 
-void select_rows(const Call& call) {
+void select_rows(const Call& call, const Attributes&) {
   // Read as bytes: whatever is not zero is true, even where another program wrote a 2.
   const auto mask = call.input<uint8_t>(0, 2);
   const int64_t batch = mask.shape[0], tokens = mask.shape[1], count = mask.shape.count();

@@ -46,7 +46,7 @@ OrtStatus* add_type(const OrtApi* api, OrtCustomOpDomain* domain) {
 }
 
 OrtStatus* add_operators(const OrtApi* api, OrtCustomOpDomain* domain) {
-  static const Operator select = make("SelectRows", "B", "II", kBool, plain<select_rows>, false, false, kProvider);
+  static const Operator select = make("SelectRows", "B", "II", kBool, select_rows, false, false, kProvider);
   if (OrtStatus* status = CustomOpDomainAdd::call(api, domain, &select)) return status;
   if (OrtStatus* status = add_type<float, kFloat>(api, domain)) return status;
   if (OrtStatus* status = add_type<Half, kHalf>(api, domain)) return status;

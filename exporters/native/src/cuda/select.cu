@@ -1,5 +1,6 @@
 // SelectRows and RaggedPlaces: which rows there are, and where. The host must know how many, for they are a shape: one
-// wait for the device a call.
+// wait for the device a call. Of at most `padded` tokens SelectRows gives as many rows as tokens instead, of which the
+// last ones are (-1, -1), and does not wait.
 
 #include <algorithm>
 
@@ -68,6 +69,7 @@ struct WriteRows {
   const int* counts;
   int64_t tokens;
   int64_t *executed, *skipped;
+  int64_t padded;  // rows of both kinds, 0 where there is none to spare
 
   template <int Phase>
   IRC_BOTH void run(int64_t block, int thread, Shared& shared) const {
@@ -99,21 +101,28 @@ struct WriteRows {
       for (int i = thread / 16 * 16; i < thread; ++i) done += shared.sums.own[i];
       int64_t sequence = first / tokens, token = first % tokens;
       for (int64_t i = first; i < last; ++i) {
-        int64_t* to = part.mask[i] ? executed + 2 * done : skipped + 2 * (i - done);
-        done += part.mask[i] != 0;
+        // Each token is a row of one kind; the other kind has one row less, which is missing at its end.
+        const bool execute = part.mask[i] != 0;
+        const int64_t place = execute ? done : i - done;
+        int64_t* to = (execute ? executed : skipped) + 2 * place;
         to[0] = sequence, to[1] = token;
+        if (padded) {
+          int64_t* none = (execute ? skipped : executed) + 2 * (padded - 1 - place);
+          none[0] = none[1] = -1;
+        }
+        done += execute;
         if (++token == tokens) token = 0, ++sequence;
       }
     }
   }
 };
 
-// The first of `count` rows, in order, whose sequence is `sequence` or a later one.
+// The first of `count` rows, in order, whose sequence is `sequence` or a later one; rows (-1, -1) come last.
 IRC_BOTH inline int64_t first_of(const int64_t* rows, int64_t count, int64_t sequence) {
   int64_t low = 0, high = count;
   while (low < high) {
     const int64_t middle = (low + high) / 2;
-    if (rows[2 * middle] < sequence) low = middle + 1;
+    if (rows[2 * middle] >= 0 && rows[2 * middle] < sequence) low = middle + 1;
     else high = middle;
   }
   return low;
@@ -144,7 +153,8 @@ struct PlaceRows {
   IRC_BOTH void run(int64_t block, int thread, Shared&) const {
     const int64_t row = block * kThreads + thread;
     if (row >= count) return;
-    const int64_t sequence = rows[2 * row], place = row - first_of(rows, count, sequence);
+    const int64_t sequence = rows[2 * row];
+    const int64_t place = sequence < 0 ? -1 : row - first_of(rows, count, sequence);
     places[2 * row] = sequence, places[2 * row + 1] = place;
     if (sequence >= 0 && sequence < batch && place >= 0 && place < longest) index[sequence * longest + place] = row;
   }
@@ -152,7 +162,7 @@ struct PlaceRows {
 
 }  // namespace
 
-void select_rows(const Call& call) {
+void select_rows(const Call& call, const Attributes& attributes) {
   const auto mask = call.input<uint8_t>(0, 2);
   const Stream stream(call);
   const int64_t count = mask.shape.count(), blocks = blocks_for(count, kPart);
@@ -161,15 +171,22 @@ void select_rows(const Call& call) {
     call.output<int64_t>(1, {1, 0, 2});
     return;
   }
+  const Part part{mask.data, count};
+  const bool pads = count <= attributes.padded;
+  const auto write = [&](int64_t executed_rows, int64_t skipped_rows, const int* counts) {
+    int64_t* executed = call.output<int64_t>(0, {1, executed_rows, 2});
+    int64_t* skipped = call.output<int64_t>(1, {1, skipped_rows, 2});
+    stream.launch(blocks, WriteRows{part, counts, mask.shape[1], executed, skipped, pads ? count : 0});
+  };
+  if (pads && blocks == 1) return write(count, count, nullptr);  // nothing comes before the one block
   const Scratch<int> counts(stream, blocks);
-  stream.launch(blocks, CountExecuted{{mask.data, count}, counts.data()});
+  stream.launch(blocks, CountExecuted{part, counts.data()});
+  if (pads) return write(count, count, counts.data());
   std::vector<int> found(size_t(blocks), 0);
   stream.fetch(found.data(), counts.data(), blocks * int64_t(sizeof(int)));
   int64_t number = 0;
   for (int each : found) number += each;
-  int64_t* executed = call.output<int64_t>(0, {1, number, 2});
-  int64_t* skipped = call.output<int64_t>(1, {1, count - number, 2});
-  stream.launch(blocks, WriteRows{{mask.data, count}, counts.data(), mask.shape[1], executed, skipped});
+  write(number, count - number, counts.data());
 }
 
 // Of a batch of one, and with one new token each (a step of decoding), the longest is known without a look.
