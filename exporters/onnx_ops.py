@@ -59,6 +59,12 @@ def ScatterAddHalf(y, rows, base):
 
 
 @script(irc, default_opset=op)
+def RoutedMatMul(x, rows, w):
+    """Return x [1, n, d] @ w [d, out]; a kernel computes nothing where no row of `rows` [1, n, 2] is a token's."""
+    return op.MatMul(x, w)
+
+
+@script(irc, default_opset=op)
 def Router(x, w1, b1, w2, b2):
     """Return how much rather each token of x [batch, tokens, d] executes, float32 [batch, tokens].
 
@@ -188,6 +194,7 @@ FUNCTIONS = (
     Compact,
     Scatter,
     ScatterAdd,
+    RoutedMatMul,
     Router,
     ForecastAdd,
     RoutedAttention,
@@ -227,6 +234,7 @@ _SCHEMAS = (
     ("Compact", "x: T, rows: I -> y: T", ""),
     ("Scatter", "y: T, rows: I, base: T -> z: T", ""),
     ("ScatterAdd", "y: T, rows: I, base: T -> z: T", ""),
+    ("RoutedMatMul", "x: T, rows: I, w: T -> y: T", ""),
     ("Router", "x: T, w1: T, b1: T, w2: T, b2: T -> difference: F", ""),
     ("ForecastAdd", "x: T, rows: I, base: T, down: T, up: T, bias: T -> z: T", ""),
     (

@@ -1,8 +1,9 @@
 """The `irc::` operators: what the graph of a routed model says beyond torch's own operators.
 
-Routing operators (`select_rows`, `compact`, `scatter`, `scatter_add`, `router`, `forecast_add`, `routed_attention`,
-`reduced_attention`) choose and move tokens; each becomes a node of the ONNX domain `irc`. Raised operators (`rms_norm`,
-`rotary`, `attention`) say in one word what capture spread over many nodes; each becomes one standard ONNX operator.
+Routing operators (`select_rows`, `compact`, `scatter`, `scatter_add`, `routed_matmul`, `router`, `forecast_add`,
+`routed_attention`, `reduced_attention`) choose and move tokens; each becomes a node of the ONNX domain `irc`. Raised
+operators (`rms_norm`, `rotary`, `attention`) say in one word what capture spread over many nodes; each becomes one
+standard ONNX operator.
 docs/operators.md describes them.
 
 Rows are (sequence, token) pairs, int64 [1, n, 2]. Compacted tensors keep a leading 1, [1, n, d], so that whatever works
@@ -69,6 +70,17 @@ def scatter_add(y: Tensor, rows: Tensor, base: Tensor) -> Tensor:
 @scatter_add.register_fake
 def _(y: Tensor, rows: Tensor, base: Tensor) -> Tensor:
     return torch.empty_like(base)
+
+
+@torch.library.custom_op("irc::routed_matmul", mutates_args=())
+def routed_matmul(x: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
+    """Return x [1, n, d] @ weight [d, out]; `rows` [1, n, 2] say which of x's rows are none, here all are some."""
+    return x @ weight
+
+
+@routed_matmul.register_fake
+def _(x: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty([*x.shape[:2], weight.shape[1]])
 
 
 @torch.library.custom_op("irc::router", mutates_args=())

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import shutil
+import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +22,7 @@ from exporters.onnx import MODEL, CacheShape, Decision, export_onnx
 from irc.cache import cache_shape
 from irc.modules import Forecaster, Mux, Record, Router, RoutingControl, StoredKeys
 from irc.native import installed_library
+from irc.native_check import NodeRunner
 from passes.base import PassManager
 from passes.insert_forecasters import InsertForecasters
 from passes.insert_routers import InsertRouters
@@ -27,6 +31,7 @@ from passes.match import match_units
 
 LIBRARY = installed_library()
 OPS = ("portable", "native") if LIBRARY else ("portable",)
+SOURCES = Path(__file__).parents[2] / "exporters" / "native" / "src"
 GATES = {"mixed": 0.0, "all executed": 1e3, "all skipped": -1e3}
 
 
@@ -132,3 +137,23 @@ def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
         return Pair(reference.graph, control, folder / MODEL, decisions, cache)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Compile all sources of the CUDA library, warnings as errors, with every launch a loop over blocks and threads."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler: the CUDA kernels cannot be emulated")
+    built = tmp_path_factory.mktemp("emulated") / "libirc_native_emulated.so"
+    sources = [*sorted((SOURCES / "cuda").glob("*.cu")), SOURCES / "operators.cpp", SOURCES / "kernel.cpp"]
+    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden"]
+    names = ["-DIRC_EMULATED", '-DIRC_VERSION="0"', '-DIRC_ARCHITECTURES="sm_80, sm_90"']
+    subprocess.run([compiler, *flags, *names, "-x", "c++", *sources, "-o", built], check=True)
+    return built
+
+
+@pytest.fixture
+def run(library: Path) -> NodeRunner:
+    """Give the kernels of the emulated library, node by node."""
+    return NodeRunner(library, "CPUExecutionProvider")

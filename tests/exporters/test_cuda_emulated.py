@@ -6,9 +6,6 @@ What a GPU adds is not tested here: memory models, alignment traps, speed, and O
 from __future__ import annotations
 
 import itertools
-import os
-import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,28 +17,8 @@ import torch
 
 from irc.native_check import DTYPES, OPERATORS, NodeRunner, check_kernels
 
-SOURCES = Path(__file__).parents[2] / "exporters" / "native" / "src"
-COMPILER = shutil.which(os.environ.get("CXX", "c++"))
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler: the CUDA kernels cannot be emulated")
 CPU = "CPUExecutionProvider"
 F32, I64 = torch.float32, torch.int64
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Compile all sources of the CUDA library, warnings as errors, with every launch a loop over blocks and threads."""
-    built = tmp_path_factory.mktemp("emulated") / "libirc_native_emulated.so"
-    sources = [*sorted((SOURCES / "cuda").glob("*.cu")), SOURCES / "operators.cpp", SOURCES / "kernel.cpp"]
-    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden"]
-    names = ["-DIRC_EMULATED", '-DIRC_VERSION="0"', '-DIRC_ARCHITECTURES="sm_80, sm_90"']
-    assert COMPILER is not None
-    subprocess.run([COMPILER, *flags, *names, "-x", "c++", *sources, "-o", built], check=True)
-    return built
-
-
-@pytest.fixture
-def run(library: Path) -> NodeRunner:
-    return NodeRunner(library, CPU)
 
 
 def test_every_kernel_equals_the_reference_bit_by_bit(library: Path) -> None:

@@ -93,6 +93,7 @@ using GetOutput = Function<91, OrtStatus*, OrtKernelContext*, size_t, const int6
 using ReleaseStatus = Function<93, void, OrtStatus*>;
 using GetStream = Function<193, OrtStatus*, const OrtKernelContext*, void**>;  // KernelContext_GetGPUComputeStream, API 11
 using ReleaseTensorTypeAndShapeInfo = Function<99, void, OrtTensorTypeAndShapeInfo*>;
+using GetResource = Function<265, OrtStatus*, const OrtKernelContext*, int, int, void**>;  // KernelContext_GetResource, API 16
 using ParallelFor = Function<274, OrtStatus*, const OrtKernelContext*, void (*)(void*, size_t), size_t, size_t, void*>;
 
 }  // namespace irc

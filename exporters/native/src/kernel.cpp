@@ -58,6 +58,13 @@ void* Call::stream() const {
   return stream;
 }
 
+void* Call::resource(int number) const {
+  constexpr int kResourceVersion = 3;
+  void* found = nullptr;
+  check(GetResource::call(api_, context_, kResourceVersion, number, &found));
+  return found;
+}
+
 void Call::spread(int64_t count, void (*task)(void*, size_t), void* data) const {
   check(ParallelFor::call(api_, context_, task, size_t(count), 0, data));
 }

@@ -56,6 +56,9 @@ class Call {
   // The stream of the execution provider, null on the CPU.
   void* stream() const;
 
+  // What the CUDA provider lends by its number (CudaResource in ONNX Runtime's sources), such as a cuBLAS handle.
+  void* resource(int number) const;
+
   // Ends the call with a message about its inputs. Messages are put together only where they are needed.
   [[noreturn]] void fail(const std::string& what) const;
 
@@ -109,6 +112,10 @@ template <class T>
 void scatter(const Call& call);
 template <class T>
 void scatter_add(const Call& call);
+template <class T>
+void routed_matmul(const Call& call);  // CUDA alone
+template <class T>
+void forecast_add(const Call& call);  // CUDA alone
 template <class T>
 void ragged_places(const Call& call);  // CUDA alone
 template <class T>

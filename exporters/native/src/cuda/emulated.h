@@ -2,8 +2,11 @@
 // IRC_EMULATED_ERROR set in the environment every wait for the stream ends with that error.
 #pragma once
 
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
+
+#include "../numbers.h"
 
 #define CUDART_VERSION 0
 
@@ -31,3 +34,28 @@ inline int cudaFreeAsync(void* memory, void*) {
   std::free(memory);
   return cudaSuccess;
 }
+
+namespace irc {
+
+// cublasGemmEx of matrices that are not transposed, all of one type: c = a @ b, each stored by columns.
+template <class T>
+void multiply_columns(int m, int n, int k, const void* a, int lead_a, const void* b, int lead_b, void* c, int lead_c) {
+  for (int row = 0; row < m; ++row)
+    for (int column = 0; column < n; ++column) {
+      float sum = 0;
+      for (int i = 0; i < k; ++i)
+        sum += load(static_cast<const T*>(a)[row + int64_t(i) * lead_a]) * load(static_cast<const T*>(b)[i + int64_t(column) * lead_b]);
+      store(sum, static_cast<T*>(c) + row + int64_t(column) * lead_c);
+    }
+}
+
+inline int emulated_gemm(void*, int transpose_a, int transpose_b, int m, int n, int k, const void*, const void* a, int type,
+                         int lead_a, const void* b, int, int lead_b, const void*, void* c, int, int lead_c, int, int) {
+  constexpr int kInvalidValue = 7;
+  if (transpose_a || transpose_b || lead_a < m || lead_b < k || lead_c < m) return kInvalidValue;
+  const auto run = type == 0 ? multiply_columns<float> : type == 2 ? multiply_columns<Half> : multiply_columns<BFloat>;
+  run(m, n, k, a, lead_a, b, lead_b, c, lead_c);
+  return 0;
+}
+
+}  // namespace irc

@@ -38,6 +38,8 @@ OrtStatus* add_type(const OrtApi* api, OrtCustomOpDomain* domain) {
       make("Compact", "TI", "T", Type, plain<compact<T>>, false, false, kProvider),
       make("Scatter", "TIT", "T", Type, plain<scatter<T>>, true, false, kProvider),
       make("ScatterAdd", "TIT", "T", Type, plain<scatter_add<T>>, true, false, kProvider),
+      make("RoutedMatMul", "TIT", "T", Type, plain<routed_matmul<T>>, false, false, kProvider),
+      make("ForecastAdd", "TITTTT", "T", Type, plain<forecast_add<T>>, true, false, kProvider),
       make("RaggedPlaces", "IT", "II", Type, plain<ragged_places<T>>, false, false, kProvider),
   };
   for (const Operator& op : operators)

@@ -3,16 +3,10 @@
 // Rows are not looked at by the host, which would wait for the device: one that lies outside of its tensor is left out,
 // and gathered as zeros. Whoever makes them with SelectRows has none.
 
-#include "device.h"
+#include "move.h"
 
 namespace irc {
 namespace {
-
-// `Count` numbers that are read and written at once.
-template <class T, int Count>
-struct alignas(Count * sizeof(T)) Pack {
-  T value[Count];
-};
 
 enum class Way { kGather, kReplace, kAdd };
 
@@ -24,7 +18,7 @@ struct MoveRows {
   using Numbers = Pack<T, Count>;
   const int64_t* rows;
   int64_t batch, tokens, packs, parts;  // parts of a row
-  const Numbers* from;
+  const Numbers *from, *bias;  // no bias where null
   Numbers* to;
 
   template <int>
@@ -41,8 +35,11 @@ struct MoveRows {
         to[whole] = from[part];
       } else {
         Numbers sum = to[whole];
-        const Numbers added = from[part];
-        for (int i = 0; i < Count; ++i) store(load(sum.value[i]) + load(added.value[i]), &sum.value[i]);
+        const Numbers added = from[part], too = bias ? bias[pack] : Numbers{};
+        for (int i = 0; i < Count; ++i) {
+          const float number = bias ? load(added.value[i]) + load(too.value[i]) : load(added.value[i]);
+          store(load(sum.value[i]) + number, &sum.value[i]);
+        }
         to[whole] = sum;
       }
     }
@@ -50,27 +47,23 @@ struct MoveRows {
 };
 
 template <Way way, class T, int Count>
-void launch(const Stream& stream, const Input<int64_t>& rows, int64_t batch, int64_t tokens, int64_t width, const T* from, T* to) {
+void launch(const Stream& stream, const Input<int64_t>& rows, int64_t batch, int64_t tokens, int64_t width, const T* from,
+            const T* bias, T* to) {
   const int64_t packs = width / Count, parts = blocks_for(packs, kThreads);
   using Numbers = Pack<T, Count>;
   stream.launch(rows.shape[1] * parts,
                 MoveRows<T, Count, way>{rows.data, batch, tokens, packs, parts, reinterpret_cast<const Numbers*>(from),
-                                        reinterpret_cast<Numbers*>(to)});
+                                        reinterpret_cast<const Numbers*>(bias), reinterpret_cast<Numbers*>(to)});
 }
 
 template <Way way, class T>
-void move(const Call& call, const Input<int64_t>& rows, int64_t batch, int64_t tokens, int64_t width, const T* from, T* to) {
+void move(const Call& call, const Input<int64_t>& rows, int64_t batch, int64_t tokens, int64_t width, const T* from, T* to,
+          const T* bias = nullptr) {
   constexpr int kPack = int(16 / sizeof(T));
   const Stream stream(call);
-  const bool aligned = (reinterpret_cast<uintptr_t>(from) | reinterpret_cast<uintptr_t>(to)) % 16 == 0;
-  if (aligned && width % kPack == 0) launch<way, T, kPack>(stream, rows, batch, tokens, width, from, to);
-  else launch<way, T, 1>(stream, rows, batch, tokens, width, from, to);
-}
-
-Input<int64_t> pairs(const Call& call) {
-  const auto rows = call.input<int64_t>(1, 3);
-  if (rows.shape[0] != 1 || rows.shape[2] != 2) call.fail("rows are " + rows.shape.text() + ", expected [1, n, 2]");
-  return rows;
+  if (width % kPack == 0 && aligned(from) && aligned(to) && aligned(bias))
+    launch<way, T, kPack>(stream, rows, batch, tokens, width, from, bias, to);
+  else launch<way, T, 1>(stream, rows, batch, tokens, width, from, bias, to);
 }
 
 // What Scatter and ScatterAdd share: y's rows go to their places in a copy of base, which may be base itself.
@@ -88,12 +81,28 @@ void put_rows(const Call& call) {
 
 }  // namespace
 
+Input<int64_t> pairs(const Call& call) {
+  const auto rows = call.input<int64_t>(1, 3);
+  if (rows.shape[0] != 1 || rows.shape[2] != 2) call.fail("rows are " + rows.shape.text() + ", expected [1, n, 2]");
+  return rows;
+}
+
+template <class T>
+void gather_rows(const Call& call, const Input<int64_t>& rows, const Shape& shape, const T* x, T* y) {
+  move<Way::kGather>(call, rows, shape[0], shape[1], shape[2], x, y);
+}
+
+template <class T>
+void add_rows(const Call& call, const Input<int64_t>& rows, const Shape& shape, const T* y, const T* bias, T* z) {
+  move<Way::kAdd>(call, rows, shape[0], shape[1], shape[2], y, z, bias);
+}
+
 template <class T>
 void compact(const Call& call) {
   const auto x = call.input<T>(0, 3);
   const auto rows = pairs(call);
   T* y = call.output<T>(0, {1, rows.shape[1], x.shape[2]});
-  move<Way::kGather>(call, rows, x.shape[0], x.shape[1], x.shape[2], x.data, y);
+  gather_rows(call, rows, x.shape, x.data, y);
 }
 
 template <class T>
@@ -102,6 +111,12 @@ void scatter(const Call& call) { put_rows<Way::kReplace, T>(call); }
 template <class T>
 void scatter_add(const Call& call) { put_rows<Way::kAdd, T>(call); }
 
+template void gather_rows(const Call&, const Input<int64_t>&, const Shape&, const float*, float*);
+template void gather_rows(const Call&, const Input<int64_t>&, const Shape&, const Half*, Half*);
+template void gather_rows(const Call&, const Input<int64_t>&, const Shape&, const BFloat*, BFloat*);
+template void add_rows(const Call&, const Input<int64_t>&, const Shape&, const float*, const float*, float*);
+template void add_rows(const Call&, const Input<int64_t>&, const Shape&, const Half*, const Half*, Half*);
+template void add_rows(const Call&, const Input<int64_t>&, const Shape&, const BFloat*, const BFloat*, BFloat*);
 template void compact<float>(const Call&);
 template void compact<Half>(const Call&);
 template void compact<BFloat>(const Call&);

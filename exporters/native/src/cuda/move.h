@@ -1,0 +1,27 @@
+// Rows on the device: how they are read from a call, and how their tokens are gathered and added to.
+#pragma once
+
+#include "device.h"
+
+namespace irc {
+
+// `Count` numbers that are read and written at once.
+template <class T, int Count>
+struct alignas(Count * sizeof(T)) Pack {
+  T value[Count];
+};
+
+inline bool aligned(const void* memory) { return reinterpret_cast<uintptr_t>(memory) % 16 == 0; }
+
+// Input 1, rows [1, n, 2]: pairs (sequence, token), at which the host does not look.
+Input<int64_t> pairs(const Call& call);
+
+// y [n, width] = the rows of x, whose shape is [batch, tokens, width]; zeros for a row outside of it.
+template <class T>
+void gather_rows(const Call& call, const Input<int64_t>& rows, const Shape& shape, const T* x, T* y);
+
+// Adds y [n, width] + bias [width] to the rows of z, whose shape is [batch, tokens, width].
+template <class T>
+void add_rows(const Call& call, const Input<int64_t>& rows, const Shape& shape, const T* y, const T* bias, T* z);
+
+}  // namespace irc

@@ -1,0 +1,260 @@
+// RoutedMatMul and ForecastAdd: products of rows, of which some may be nothing.
+//
+// Few rows are bound by reading w. Each block sums a part of its columns and of its depth, for all rows at once, and ends
+// at once where no row is a token's; a second launch adds the parts, in their order. Many rows go to cuBLAS. How much is
+// launched depends on shapes alone, and nothing waits for the device.
+
+#include "blas.h"
+#include "move.h"
+
+namespace irc {
+namespace {
+
+constexpr int64_t kFewRows = 8;
+constexpr int kDepth = 512;  // rows of w in a part
+
+// Rows as the device sees them.
+struct Tokens {
+  const int64_t* pairs;
+  int64_t count, batch, tokens;
+
+  // Which of batch * tokens a row is, -1 for nothing. Without branches, so that loads for several rows are under way at once.
+  IRC_BOTH int64_t of(int64_t row) const {
+    const int64_t place = row < count ? row : 0, sequence = pairs[2 * place], token = pairs[2 * place + 1];
+    const bool inside = (row < count) & (sequence >= 0) & (sequence < batch) & (token >= 0) & (token < tokens);
+    return inside ? sequence * tokens + token : -1;
+  }
+  template <int Rows>
+  IRC_BOTH bool any() const {
+    bool found = false;
+    for (int row = 0; row < Rows; ++row) found |= of(row) >= 0;
+    return found;
+  }
+};
+
+// What is multiplied by w: x, of the rows [count, depth] or of all tokens [tokens, depth], or the sum of parts
+// [number, count, depth] of an earlier product.
+template <class T>
+struct Source {
+  const T* x;
+  bool of_all_tokens;
+  const float* parts;
+  int64_t number;
+
+  // Number k of `Rows` rows, zeros for what is nothing. `token` is that of each row.
+  template <int Rows>
+  IRC_BOTH Pack<float, Rows> column(const Tokens& tokens, const int64_t (&token)[Rows], int64_t k, int64_t depth) const {
+    Pack<float, Rows> found{};
+    for (int64_t part = 0; part < (parts ? number : 1); ++part)
+      for (int row = 0; row < Rows; ++row) {
+        const int64_t own = row < tokens.count ? row : 0, place = of_all_tokens ? (token[row] < 0 ? 0 : token[row]) : own;
+        const float value = parts ? parts[(part * tokens.count + own) * depth + k] : load(x[place * depth + k]);
+        found.value[row] += token[row] < 0 ? 0.0f : value;
+      }
+    return found;
+  }
+};
+
+// What becomes of a sum: it is y's number [count, columns], or with the bias is added to the row's token of y.
+template <class T>
+struct Target {
+  T* y;
+  const T* bias;
+
+  IRC_BOTH void put(int64_t row, int64_t token, int64_t column, int64_t columns, float sum) const {
+    if (!bias) {
+      store(token < 0 ? 0.0f : sum, y + row * columns + column);
+    } else if (token >= 0) {
+      T* to = y + token * columns + column;
+      store(load(*to) + (sum + load(bias[column])), to);
+    }
+  }
+};
+
+// `Rows` rows at most. A thread reads `Count` columns at once, and sums every kSlices-th row of the part of w.
+template <class T, int Rows, int Count>
+struct Product {
+  static constexpr int phases = 3;
+  static constexpr int kBytes = Count * int(sizeof(T));
+  static constexpr int kLanes = kBytes == 16 ? 8 : kBytes == 8 ? 16 : 32, kSlices = kThreads / kLanes, kColumns = kLanes * Count;
+  static constexpr int kAhead = kBytes == 16 ? 4 : 8;  // loads of w that a thread has under way
+  struct Shared {
+    Pack<float, Rows> x[kDepth];
+    Pack<float, Count> sums[kSlices][Rows][kLanes];
+  };
+  static_assert(sizeof(Shared) <= 48 * 1024, "the memory of a block");
+  Tokens tokens;
+  Source<T> source;
+  const Pack<T, Count>* w;
+  int64_t depth, columns, tiles;
+  float* parts;  // [parts, count, columns]; null where there is one, which goes to the target
+  Target<T> target;
+
+  template <int Phase>
+  IRC_BOTH void run(int64_t block, int thread, Shared& shared) const {
+    const int64_t tile = block % tiles, part = block / tiles, start = part * kDepth;
+    const int here = int(depth - start < kDepth ? depth - start : kDepth);
+    const bool any = tokens.any<Rows>();
+    if constexpr (Phase == 0) {
+      if (any) stage(start, here, thread, shared);
+    } else if constexpr (Phase == 1) {
+      if (any) sum_slice(tile, start, here, thread, shared);
+    } else if (any || !parts) {
+      add_slices(tile, part, any, thread, shared);
+    }
+  }
+
+ private:
+  IRC_BOTH void stage(int64_t start, int here, int thread, Shared& shared) const {
+    int64_t token[Rows];
+    for (int row = 0; row < Rows; ++row) token[row] = tokens.of(row);
+    for (int k = thread; k < here; k += kThreads) shared.x[k] = source.column(tokens, token, start + k, depth);
+  }
+
+  IRC_BOTH void sum_slice(int64_t tile, int64_t start, int here, int thread, Shared& shared) const {
+    const int lane = thread % kLanes, slice = thread / kLanes;
+    const int64_t packs = columns / Count, pack = tile * kLanes + lane;
+    const Pack<T, Count>* from = w + start * packs + pack;
+    Pack<float, Count> sums[Rows] = {};
+    const auto add = [&](const Pack<T, Count>& numbers, int k) {
+      const Pack<float, Rows> x = shared.x[k];
+      for (int column = 0; column < Count; ++column) {
+        const float number = load(numbers.value[column]);
+        for (int row = 0; row < Rows; ++row) sums[row].value[column] += x.value[row] * number;
+      }
+    };
+    int k = slice;
+    if (pack >= packs) k = here;
+    for (; k + (kAhead - 1) * kSlices < here; k += kAhead * kSlices) {
+      Pack<T, Count> numbers[kAhead];
+      for (int i = 0; i < kAhead; ++i) numbers[i] = from[(k + i * kSlices) * packs];
+      for (int i = 0; i < kAhead; ++i) add(numbers[i], k + i * kSlices);
+    }
+    for (; k < here; k += kSlices) add(from[k * packs], k);
+    for (int row = 0; row < Rows; ++row) shared.sums[slice][row][lane] = sums[row];
+  }
+
+  IRC_BOTH void add_slices(int64_t tile, int64_t part, bool any, int thread, const Shared& shared) const {
+    for (int place = thread; place < Rows * kColumns; place += kThreads) {
+      const int row = place / kColumns, own = place % kColumns;
+      const int64_t column = tile * kColumns + own;
+      if (row >= tokens.count || column >= columns) continue;
+      float sum = 0;
+      if (any)
+        for (int slice = 0; slice < kSlices; ++slice) sum += shared.sums[slice][row][own / Count].value[own % Count];
+      if (parts) parts[(part * tokens.count + row) * columns + column] = sum;
+      else target.put(row, tokens.of(row), column, columns, sum);
+    }
+  }
+};
+
+template <class T>
+struct AddParts {
+  static constexpr int phases = 1;
+  using Shared = Nothing;
+  Tokens tokens;
+  const float* parts;
+  int64_t number, columns;
+  Target<T> target;
+
+  template <int>
+  IRC_BOTH void run(int64_t block, int thread, Shared&) const {
+    const int64_t place = block * kThreads + thread, all = tokens.count * columns;
+    if (place >= all) return;
+    const int64_t row = place / columns, token = tokens.of(row);
+    float sum = 0;
+    if (token >= 0)
+      for (int64_t part = 0; part < number; ++part) sum += parts[part * all + place];
+    target.put(row, token, place % columns, columns, sum);
+  }
+};
+
+template <class T, int Rows, int Count>
+void launch(const Stream& stream, const Tokens& tokens, const Source<T>& source, const T* w, int64_t depth, int64_t columns,
+            float* parts, const Target<T>& target) {
+  using Kernel = Product<T, Rows, Count>;
+  const int64_t tiles = blocks_for(columns, Kernel::kColumns);
+  stream.launch(tiles * blocks_for(depth, kDepth),
+                Kernel{tokens, source, reinterpret_cast<const Pack<T, Count>*>(w), depth, columns, tiles, parts, target});
+}
+
+// One launch; without `parts` the depth must be one part, which goes to the target.
+template <class T>
+void multiply_few(const Stream& stream, const Tokens& tokens, const Source<T>& source, const T* w, int64_t depth,
+                  int64_t columns, float* parts, const Target<T>& target) {
+  constexpr int kWide = int(16 / sizeof(T));
+  const auto with = [&](auto run) { run(stream, tokens, source, w, depth, columns, parts, target); };
+  const bool fits = aligned(w), wide = fits && columns % kWide == 0, narrow = fits && columns % 4 == 0;
+  if (tokens.count <= 1 && wide) with(launch<T, 1, kWide>);
+  else if (tokens.count <= 1 && narrow) with(launch<T, 1, 4>);
+  else if (tokens.count <= 4 && wide) with(launch<T, 4, kWide>);
+  else if (tokens.count <= 4 && narrow) with(launch<T, 4, 4>);
+  else if (narrow) with(launch<T, kFewRows, 4>);
+  else with(launch<T, kFewRows, 1>);
+}
+
+template <class T>
+void multiply_few(const Stream& stream, const Tokens& tokens, const Source<T>& source, const T* w, int64_t depth,
+                  int64_t columns, const Target<T>& target) {
+  const int64_t number = blocks_for(depth, kDepth);
+  if (number == 1) return multiply_few<T>(stream, tokens, source, w, depth, columns, nullptr, target);
+  const Scratch<float> parts(stream, number * tokens.count * columns);
+  multiply_few<T>(stream, tokens, source, w, depth, columns, parts.data(), target);
+  stream.launch(blocks_for(tokens.count * columns, kThreads), AddParts<T>{tokens, parts.data(), number, columns, target});
+}
+
+}  // namespace
+
+template <class T>
+void routed_matmul(const Call& call) {
+  const auto x = call.input<T>(0, 3), w = call.input<T>(2, 2);
+  const auto rows = pairs(call);
+  const int64_t count = rows.shape[1], depth = w.shape[0], columns = w.shape[1];
+  if (x.shape[0] != 1 || x.shape[1] != count || x.shape[2] != depth)
+    call.fail("x is " + x.shape.text() + ", expected [1, " + std::to_string(count) + ", " + std::to_string(depth) + "]");
+  T* y = call.output<T>(0, {1, count, columns});
+  if (!count || !columns) return;
+  if (count > kFewRows) return multiply(call, x.data, w.data, y, count, depth, columns);
+  constexpr int64_t unknown = 0x7fffffff;  // the tensor that rows are of
+  multiply_few<T>(Stream(call), {rows.data, count, unknown, unknown}, {x.data, false, nullptr, 0}, w.data, depth, columns,
+                  {y, nullptr});
+}
+
+template <class T>
+void forecast_add(const Call& call) {
+  const auto x = call.input<T>(0, 3), base = call.input<T>(2, 3);
+  const auto rows = pairs(call);
+  const auto down = call.input<T>(3, 2), up = call.input<T>(4, 2), bias = call.input<T>(5, 1);
+  const int64_t count = rows.shape[1], depth = x.shape[2], rank = down.shape[1], columns = base.shape[2];
+  if (x.shape[0] != base.shape[0] || x.shape[1] != base.shape[1])
+    call.fail("x is " + x.shape.text() + ", and base " + base.shape.text() + " has other tokens");
+  if (down.shape[0] != depth || up.shape[0] != rank || up.shape[1] != columns || bias.shape[0] != columns)
+    call.fail("down is " + down.shape.text() + ", up " + up.shape.text() + ", bias " + bias.shape.text() + ", expected [" +
+              std::to_string(depth) + ", rank], [rank, " + std::to_string(columns) + "], [" + std::to_string(columns) + "]");
+  T* z = call.output<T>(0, {base.shape[0], base.shape[1], columns});
+  const Stream stream(call);
+  if (z != base.data) stream.copy(z, base.data, base.shape.count() * int64_t(sizeof(T)));
+  if (!count) return;
+  if (count <= kFewRows) {
+    const Tokens tokens{rows.data, count, x.shape[0], x.shape[1]};
+    const int64_t number = blocks_for(depth, kDepth);
+    const Scratch<float> hidden(stream, number * count * rank);
+    multiply_few<T>(stream, tokens, {x.data, true, nullptr, 0}, down.data, depth, rank, hidden.data(), {z, nullptr});
+    multiply_few<T>(stream, tokens, {nullptr, false, hidden.data(), number}, up.data, rank, columns, {z, bias.data});
+    return;
+  }
+  const Scratch<T> picked(stream, count * depth), hidden(stream, count * rank), forecast(stream, count * columns);
+  gather_rows(call, rows, x.shape, x.data, picked.data());
+  multiply<T>(call, picked.data(), down.data, hidden.data(), count, depth, rank);
+  multiply<T>(call, hidden.data(), up.data, forecast.data(), count, rank, columns);
+  add_rows<T>(call, rows, base.shape, forecast.data(), bias.data, z);
+}
+
+template void routed_matmul<float>(const Call&);
+template void routed_matmul<Half>(const Call&);
+template void routed_matmul<BFloat>(const Call&);
+template void forecast_add<float>(const Call&);
+template void forecast_add<Half>(const Call&);
+template void forecast_add<BFloat>(const Call&);
+
+}  // namespace irc
