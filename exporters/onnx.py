@@ -35,20 +35,23 @@ from passes.match import match_units
 from passes.raise_attention import RaiseAttention
 from passes.raise_norms import RaiseNorms
 from passes.route_experts import RouteExperts
+from passes.route_products import RouteProducts
 
 log = logging.getLogger(__name__)
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
 PAST, PRESENT = "past_key_values", "present"
 PAST_FROM = "attention_mask"  # what says how many tokens came before: caches may have room for more
+PROVIDERS = ("cpu", "cuda")
 LEAST_ORT = "1.24"  # the first whose Attention of opset 23 takes a past of no token
 
 
-def lowering() -> list[Pass]:
-    """Return the passes that prepare a captured model for export, in order."""
+def lowering(provider: str = "cpu") -> list[Pass]:
+    """Return the passes that prepare a captured model for export to run on one of `PROVIDERS`, in order."""
     raised: list[Pass] = [RaiseNorms(), RaiseAttention(), HardenRouters()]
     routed = [FoldDifferences(), FuseRouters(), LowerToCompaction(), FuseForecasts()]
-    return [*raised, *routed, RouteExperts(), CleanUp()]
+    cuda: list[Pass] = [RouteProducts()] if provider == "cuda" else []
+    return [*raised, *routed, RouteExperts(), *cuda, CleanUp()]
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,7 @@ def export_onnx(
     folder: Path,
     metadata: dict[str, str],
     dump_dir: Path | None = None,
+    provider: str = "cpu",
 ) -> list[Decision]:
     """Lower a captured model in place and write `model.onnx` and `model.onnx.data` into a folder.
 
@@ -118,6 +122,7 @@ def export_onnx(
         folder: Exists.
         metadata: Goes into the model beside op version and least ONNX Runtime.
         dump_dir: Where every pass leaves its before, after and diff.
+        provider: Which of `PROVIDERS` the model is meant for; every provider runs it.
 
     Returns:
         One decision for each routed unit, in the order in which a token meets them.
@@ -126,7 +131,7 @@ def export_onnx(
         PassError: A unit cannot be lowered.
     """
     names = [unit.name for unit in match_units(graph).units]
-    PassManager(lowering(), dump_dir).run(graph)
+    PassManager(lowering(provider), dump_dir).run(graph)
     model = _translate(_Deployed(graph), cache, dtype)
     decisions = _name_decisions(model, names)
     _name_interface(model, cache)

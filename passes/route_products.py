@@ -1,0 +1,156 @@
+"""Tells products which of their rows are tokens, so that on CUDA no count of rows goes to the host."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import fx, nn
+
+from passes import dialect  # noqa: F401 - registers the operators
+from passes.base import Pass, PassResult, finish, graph_of
+from passes.wires import transposed_weight
+
+aten, irc = torch.ops.aten, torch.ops.irc
+
+MOST = (
+    32  # tokens of a step: more than are decoded at once, and so few that weights take longer to read than to multiply
+)
+_SCATTERS = (irc.scatter.default, irc.scatter_add.default)
+# Whose CUDA kernels leave out rows (-1, -1). Without irc.routed_attention.default attention units stay as they are.
+_TAKE_PADDED_ROWS = frozenset({irc.compact.default, *_SCATTERS, irc.forecast_add.default, irc.routed_matmul.default})
+
+
+class RouteProducts(Pass):
+    """Replaces linears on chosen rows by `irc::routed_matmul`, and has `irc::select_rows` pad those rows.
+
+    Run after everything that makes rows. A choice whose rows go to an operator that does not take padded ones, such as
+    `irc::reduced_attention`, is left alone; so is one on whose rows another choice is made, that of experts, which
+    would choose for rows that are nothing.
+
+    Args:
+        most: Rows are padded where there are at most so many tokens.
+    """
+
+    def __init__(self, most: int = MOST) -> None:
+        self.most = most
+
+    def call(self, model: fx.GraphModule) -> PassResult:
+        """Rewrite every choice that can be padded, and the products on its rows."""
+        modified = False
+        for module in list(model.modules()):
+            choices = [
+                node for node in getattr(graph_of(module), "nodes", ()) if node.target == irc.select_rows.default
+            ]
+            for choice in (node for node in choices if len(node.args) == 1):
+                parts = [_part(module, rows, frozenset()) for rows in choice.users]
+                if None in parts:
+                    continue
+                choice.args = (choice.args[0], self.most)
+                for part in cast("list[_Part]", parts):
+                    _rewrite(part)
+                finish(module)
+                modified = True
+        return PassResult(model, modified)
+
+
+@dataclass
+class _Part:
+    """What a graph computes on chosen rows, every one by itself: that is how LowerToCompaction made it.
+
+    Attributes:
+        module: Whose graph it is.
+        rows: The node that holds the rows, None where the graph is not given them.
+        on: Nodes that hold a value of each row; with an index, one of many results.
+        linears: Calls of linears among them.
+        inner: Calls of submodules that have such a part too.
+    """
+
+    module: nn.Module
+    rows: fx.Node | None
+    on: set[fx.Node | tuple[fx.Node, int]]
+    linears: list[fx.Node] = field(default_factory=list)
+    inner: list[tuple[fx.Node, _Part]] = field(default_factory=list)
+
+    @property
+    def graph(self) -> fx.Graph:
+        return cast(fx.Graph, self.module.graph)
+
+    def has_linears(self) -> bool:
+        return bool(self.linears) or any(part.has_linears() for _, part in self.inner)
+
+
+def _part(module: nn.Module, rows: fx.Node | None, given: frozenset[fx.Node]) -> _Part | None:
+    """Follow rows, and values on them, through a graph; None where something else reads the rows."""
+    part = _Part(module, rows, set(given))
+    for node in part.graph.nodes:
+        takes, on = rows in node.all_input_nodes, any(source in part.on for source in node.all_input_nodes)
+        if node.op == "call_module" and (takes or on):
+            if not _enter(part, node):
+                return None
+        elif takes and node.target not in _TAKE_PADDED_ROWS:
+            return None
+        elif takes and node.target == irc.routed_attention.default:
+            part.on.add((node, 0))
+        elif node.target is operator.getitem:
+            if on or (node.args[0], node.args[1]) in part.on:
+                part.on.add(node)
+        elif on and node.target == irc.select_rows.default:
+            return None
+        elif (on or (takes and node.target == irc.compact.default)) and not (takes and node.target in _SCATTERS):
+            part.on.add(node)
+    return part
+
+
+def _enter(part: _Part, call: fx.Node) -> bool:
+    """Follow rows into a submodule that is called once; returns whether all that it does with them is known."""
+    inner = part.module.get_submodule(str(call.target))
+    graph = graph_of(inner)
+    if graph is None:  # a linear, an activation, a forecaster
+        part.on.add(call)
+        part.linears += [call] if isinstance(inner, nn.Linear) else []
+        return True
+    if sum(node.op == "call_module" and node.target == call.target for node in part.graph.nodes) > 1:
+        return False
+    inputs = dict(zip((n for n in graph.nodes if n.op == "placeholder"), call.args, strict=True))
+    given = frozenset(node for node, argument in inputs.items() if argument in part.on)
+    found = _part(inner, next((node for node, argument in inputs.items() if argument is part.rows), None), given)
+    if found is None:
+        return False
+    part.inner.append((call, found))
+    results = next(node for node in graph.nodes if node.op == "output").args[0]
+    if isinstance(results, (list, tuple)):
+        part.on |= {(call, index) for index, result in enumerate(results) if result in found.on}
+        if len(results) == 1 and results[0] in found.on:  # whose caller may take it without an index
+            part.on.add(call)
+    elif results in found.on:
+        part.on.add(call)
+    return True
+
+
+def _rewrite(part: _Part) -> None:
+    for call, inner in part.inner:
+        if inner.rows is None and inner.has_linears():
+            last = [node for node in inner.graph.nodes if node.op == "placeholder"][-1]
+            with inner.graph.inserting_after(last):
+                inner.rows = inner.graph.placeholder("rows")
+            call.args = (*call.args, part.rows)
+        _rewrite(inner)
+    for linear in part.linears:
+        _multiply(part, linear)
+    finish(part.module)
+
+
+def _multiply(part: _Part, call: fx.Node) -> None:
+    graph, target, name = part.graph, str(call.target), call.name
+    with graph.inserting_before(call):
+        args = call.args[0], part.rows, transposed_weight(graph, target)
+        product = graph.call_function(irc.routed_matmul.default, args)
+        if part.module.get_submodule(target).bias is not None:
+            product = graph.call_function(aten.add.Tensor, (product, graph.get_attr(f"{target}.bias")))
+    product.meta["val"] = call.meta.get("val")
+    call.replace_all_uses_with(product)
+    graph.erase_node(call)
+    product._rename(name)

@@ -1,0 +1,114 @@
+"""RouteProducts: the same numbers, every linear on padded rows a routed product, what cannot be padded left alone."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import fx, nn
+
+from exporters.onnx import lowering
+from irc.experts import Experts
+from irc.modules import StoredKeys
+from passes import route_products
+from passes.base import PassManager, finish, graph_of
+from passes.mask_skipped_keys import MaskSkippedKeys
+from passes.printer import print_graph, print_model
+from passes.route_experts import RouteExperts
+from passes.route_products import RouteProducts
+
+irc = torch.ops.irc
+
+
+@pytest.fixture
+def attention_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = route_products._TAKE_PADDED_ROWS | {irc.routed_attention.default}
+    monkeypatch.setattr(route_products, "_TAKE_PADDED_ROWS", known)
+
+
+def _nodes(model: nn.Module, target: object) -> list[fx.Node]:
+    graphs = [graph for module in model.modules() if (graph := graph_of(module)) is not None]
+    return [node for graph in graphs for node in graph.nodes if node.target == target]
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-mha-biased-rope3", "qwen3", "mistral-sliding"])
+@torch.no_grad()
+def test_numbers_stay_and_all_linears_of_units_are_routed(
+    tiny: Callable, insertions: tuple, family: str, attention_too: None
+) -> None:
+    model = tiny(family)
+    PassManager([*insertions, *lowering()]).run(model.graph)
+    ids = model.ids(3, 9)
+    before = model.run(ids)
+    assert PassManager([RouteProducts(40)]).run(model.graph).modified
+    layers = model.config.num_hidden_layers
+    assert [node.args[1:] for node in _nodes(model.graph, irc.select_rows.default)] == [(40,)] * 2 * layers
+    assert len(_nodes(model.graph, irc.routed_matmul.default)) == 5 * layers  # gate, up, down; q, o
+    for one, other in zip(before, model.run(ids), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+def test_a_unit_whose_rows_go_where_padding_is_unknown_is_left_alone(tiny: Callable, insertions: tuple) -> None:
+    model = tiny("llama")
+    PassManager([*insertions, *lowering(), RouteProducts()]).run(model.graph)
+    padded = [len(node.args) == 2 for node in _nodes(model.graph, irc.select_rows.default)]
+    assert padded == [False, True] * 2
+    assert len(_nodes(model.graph, irc.routed_matmul.default)) == 3 * 2
+
+
+def test_reduced_attention_is_left_alone(
+    tiny: Callable, insertions: tuple, control: object, attention_too: None
+) -> None:
+    model = tiny("llama")
+    names = frozenset({"model.layers.1.self_attn"})
+    masks = MaskSkippedKeys(names, lambda unit: StoredKeys(unit.name, control))
+    PassManager([*insertions, masks, *lowering("cuda")]).run(model.graph)
+    assert [len(node.args) == 2 for node in _nodes(model.graph, irc.select_rows.default)] == [True, True, False, True]
+
+
+@torch.no_grad()
+def test_rows_of_experts_are_padded(captured_module: Callable) -> None:
+    mixture, x = Experts(16, 24, 5, 2, True, "silu"), torch.randn(2, 7, 16)
+    model = captured_module(mixture, x)
+    expected = mixture(x)
+    PassManager([RouteExperts(), RouteProducts()]).run(model)
+    assert len(_nodes(model, irc.routed_matmul.default)) == 5 * 3
+    found = model(x)
+    torch.testing.assert_close(found[0] if isinstance(found, (list, tuple)) else found, expected, rtol=0, atol=1e-6)
+
+
+def test_a_choice_of_experts_among_rows_is_not_made_for_rows_that_are_nothing(captured_module: Callable) -> None:
+    model = captured_module(Experts(16, 24, 5, 2, True, "silu"), torch.randn(2, 7, 16))
+    PassManager([RouteExperts()]).run(model)
+    x = next(node for node in model.graph.nodes if node.op == "placeholder")
+    with model.graph.inserting_after(x):
+        mask = model.graph.call_function(torch.ops.aten.any.dim, (x, -1))
+    with model.graph.inserting_after(mask):
+        outer = model.graph.call_function(irc.select_rows.default, (mask,))
+    with model.graph.inserting_after(outer):
+        rows = model.graph.call_function(operator.getitem, (outer, 0))
+    with model.graph.inserting_after(rows):
+        compacted = model.graph.call_function(irc.compact.default, (x, rows))
+    x.replace_all_uses_with(compacted, lambda user: user not in (mask, compacted))
+    finish(model)
+    PassManager([RouteProducts()]).run(model)
+    choices = _nodes(model, irc.select_rows.default)
+    assert [len(node.args) for node in choices] == [1] + [2] * 5
+    assert {node.args[1] for node in _nodes(model, irc.routed_matmul.default)}.isdisjoint({rows})
+
+
+def test_golden_layer(tiny: Callable, insertions: tuple, golden: Callable[[str], str], attention_too: None) -> None:
+    graph = tiny().graph
+    PassManager([*insertions, *lowering("cuda")]).run(graph)
+    texts = [print_graph(graph.get_submodule(f"model.layers.1{part}").graph) for part in ("", ".mlp", ".self_attn")]
+    assert "\n\n".join(texts) + "\n" == golden("layer_with_routed_products")
+
+
+def test_second_run_changes_nothing(tiny: Callable, insertions: tuple) -> None:
+    graph = tiny().graph
+    PassManager([*insertions, *lowering("cuda")]).run(graph)
+    text = print_model(graph)
+    assert not PassManager([RouteProducts()]).run(graph).modified
+    assert print_model(graph) == text
