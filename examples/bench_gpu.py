@@ -104,7 +104,7 @@ def correctness(work: Path, native: bool) -> dict[str, Any]:
     runs = [("cpu", "fp32", "portable"), ("cuda", "fp32", "portable"), ("cuda", "fp16", "portable")]
     runs += [("cuda", "fp32", "native"), ("cuda", "fp16", "native")] if native else []
     for provider, dtype, ops in runs:
-        pair = bundle_pair(str(work / "demo"), work / f"{provider}-{dtype}-{ops}", dtype, None)
+        pair = bundle_pair(str(work / "demo"), work / f"{provider}-{dtype}-{ops}", dtype, None, provider)
         runtime = Runtime(pair.routed, provider, forced=True, ops=ops)
         cache, parts = runtime.empty_cache(3), []
         for first, last in ((0, 80), (80, 81), (81, 96)):  # a prompt, a step, a few tokens more

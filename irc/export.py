@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from exporters.genai import genai_config
-from exporters.onnx import LEAST_ORT, MODEL, PAST_FROM, CacheShape, export_onnx
+from exporters.onnx import LEAST_ORT, MODEL, PAST_FROM, PROVIDERS, CacheShape, export_onnx
 from exporters.onnx_ops import OPSET, VERSION
 from exporters.triton import write_repository
 from irc import __version__
@@ -45,6 +45,7 @@ def export(
     key_policy: KeyPolicy | None = None,
     sparsity: float | None = None,
     ops_library: str | None = None,
+    provider: str = "cpu",
 ) -> dict[str, Any]:
     """Export a bundle, or a plain model densely, as a folder that ONNX Runtime runs.
 
@@ -59,6 +60,8 @@ def export(
         key_policy: Whose keys and values are stored; the bundle's own policy when None.
         sparsity: Another share to skip than the bundle's own, within its dial.
         ops_library: Layout `triton`: path, on the server, of the native operator library to register.
+        provider: `cpu`, or `cuda` for a model whose native CUDA kernels need no count of rows when it decodes; either
+            runs the other's.
 
     Returns:
         What `irc export --json` prints.
@@ -74,6 +77,8 @@ def export(
         raise InputError(f"layout is '{layout}'; choose from {', '.join(LAYOUTS)}")
     if ops_library is not None and layout != "triton":
         raise InputError("--ops-library is written into a Triton repository; give --layout triton with it")
+    if provider not in PROVIDERS:
+        raise InputError(f"provider is '{provider}'; choose from {', '.join(PROVIDERS)}")
     started = time.monotonic()
     with staged(output) as staging:  # a place that cannot be written is found before any work is done
         model = open_model(name, base=base, dtype=dtype, device="cpu", key_policy=key_policy, sparsity=sparsity)
@@ -81,7 +86,7 @@ def export(
             refuse_whole_sequences(policy_named(model.spec.policy), "be exported")
         merge_lora(model)
         try:
-            manifest = _write(model, name, staging, dump_dir)
+            manifest = _write(model, name, staging, dump_dir, provider)
         except PassError as error:
             raise InputError(f"{name}: {error}") from error
         if layout == "triton":
@@ -93,6 +98,7 @@ def export(
         "source": name,
         "layout": layout,
         "dtype": manifest["dtype"],
+        "provider": provider,
         "opset": OPSET,
         "op_version": VERSION,
         "routed_units": len(manifest["units"]),
@@ -112,13 +118,13 @@ def _check_output(output: Path, force: bool) -> None:
         raise InputError(f"{output}: exists already; --force replaces it")
 
 
-def _write(model: RoutedForCausalLM, name: str, folder: Path, dump_dir: Path | None) -> dict[str, Any]:
+def _write(model: RoutedForCausalLM, name: str, folder: Path, dump_dir: Path | None, provider: str) -> dict[str, Any]:
     base: BaseModel = model.facts["base"]
     cache = CacheShape(*cache_shape(model.config), reduced=_reduced_layers(model))
     facts = model.facts.get("config", {})
     measured = {unit["name"]: unit for unit in facts.get("units", [])}
     dtype = model.dtype
-    decisions = export_onnx(model.graph, cache, dtype, folder, {"irc.version": __version__}, dump_dir)
+    decisions = export_onnx(model.graph, cache, dtype, folder, {"irc.version": __version__}, dump_dir, provider)
     _copy_texts(base, folder)
     config = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
     generation_file = base.folder / "generation_config.json"
@@ -133,6 +139,7 @@ def _write(model: RoutedForCausalLM, name: str, folder: Path, dump_dir: Path | N
         "opset": OPSET,
         "least_onnxruntime": LEAST_ORT,
         "dtype": _NAMES[str(dtype)],
+        "provider": provider,
         "source": _source(name),
         "sparsity": model.facts.get("dial"),
         "base": facts.get("base", {"name": base.name}),

@@ -37,7 +37,7 @@ class Pair:
     routed: Path
 
 
-def random_pair(shape: Shape, work: Path, dtype: str, context: int, seed: int) -> Pair:
+def random_pair(shape: Shape, work: Path, dtype: str, context: int, seed: int, provider: str = "cpu") -> Pair:
     """Write a random Llama and its untrained bundle, and export both in the same way.
 
     Args:
@@ -46,6 +46,7 @@ def random_pair(shape: Shape, work: Path, dtype: str, context: int, seed: int) -
         dtype: fp32, fp16 or bf16.
         context: Most tokens of a text.
         seed: Of the weights.
+        provider: Which they are exported for: cpu or cuda.
     """
     base = random_llama(shape, work / "base", dtype, context, seed)
     found = BaseModel(str(base), base)
@@ -53,10 +54,10 @@ def random_pair(shape: Shape, work: Path, dtype: str, context: int, seed: int) -
     model.facts["base"] = found
     save_bundle(model, work / "bundle")
     model.graph.to("meta")  # shapes are all that is counted from here on
-    return Pair(model, base, *_exported({"dense": str(base), "routed": str(work / "bundle")}, work, dtype))
+    return Pair(model, base, *_exported({"dense": str(base), "routed": str(work / "bundle")}, work, dtype, provider))
 
 
-def bundle_pair(bundle: str, work: Path, dtype: str, sparsity: float | None) -> Pair:
+def bundle_pair(bundle: str, work: Path, dtype: str, sparsity: float | None, provider: str = "cpu") -> Pair:
     """Export a bundle, and its base model densely.
 
     Args:
@@ -64,6 +65,7 @@ def bundle_pair(bundle: str, work: Path, dtype: str, sparsity: float | None) -> 
         work: Folder to write to.
         dtype: fp32, fp16 or bf16.
         sparsity: Point of its dial, None for its own.
+        provider: Which they are exported for: cpu or cuda.
 
     Raises:
         InputError: The bundle cannot be run token by token.
@@ -74,8 +76,8 @@ def bundle_pair(bundle: str, work: Path, dtype: str, sparsity: float | None) -> 
     base: BaseModel = model.facts["base"]
     dense, routed = work / "dense", work / f"routed-{sparsity}"
     if not dense.exists():
-        export(base.name, dense, dtype=dtype)
-    export(bundle, routed, dtype=dtype, sparsity=sparsity)
+        export(base.name, dense, dtype=dtype, provider=provider)
+    export(bundle, routed, dtype=dtype, sparsity=sparsity, provider=provider)
     return Pair(model, base.folder, dense, routed)
 
 
@@ -127,7 +129,7 @@ def genai_export(base: Path, work: Path, provider: str, dtype: str) -> Path:
     return output
 
 
-def _exported(sources: dict[str, str], work: Path, dtype: str) -> list[Path]:
+def _exported(sources: dict[str, str], work: Path, dtype: str, provider: str = "cpu") -> list[Path]:
     for name, source in sources.items():
-        export(source, work / name, dtype=dtype)
+        export(source, work / name, dtype=dtype, provider=provider)
     return [work / name for name in sources]

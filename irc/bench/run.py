@@ -79,7 +79,9 @@ def bench(
     with tempfile.TemporaryDirectory() as folder:
         work, context = Path(folder), max(*load.prefill, load.past + load.decode) + 1
         with progress("bench", max(1, len(shares))) as bar:
-            for done, (share, pair) in enumerate(_pairs(subject, shares, work, dtype, context, seed), start=1):
+            for done, (share, pair) in enumerate(
+                _pairs(subject, shares, work, dtype, context, seed, provider), start=1
+            ):
                 stage = Stage(pair, share, subject.shape, subject.text, work, provider, dtype, seed)
                 opened = {pair.routed: opened.get(pair.routed, {})}  # those of a pair that is done are closed
                 rows += stage.rows(load, stage.contenders(ops, peers, context, missing, opened[pair.routed]))
@@ -100,18 +102,18 @@ def bench(
 
 
 def _pairs(
-    subject: Subject, shares: Sequence[Share], work: Path, dtype: str, context: int, seed: int
+    subject: Subject, shares: Sequence[Share], work: Path, dtype: str, context: int, seed: int, provider: str
 ) -> Iterator[tuple[Share | None, Pair]]:
     """Return what is timed, point by point; a random model is the same for all."""
     if not subject.bundle:
-        pair = random_pair(subject.shape, work, dtype, context, seed)
+        pair = random_pair(subject.shape, work, dtype, context, seed, provider)
         for share in shares:
             yield share, pair
         return
     if not shares:
-        yield None, bundle_pair(subject.bundle, work, dtype, None)
+        yield None, bundle_pair(subject.bundle, work, dtype, None, provider)
     for share in shares:
-        yield share, bundle_pair(subject.bundle, work, dtype, share.mean)
+        yield share, bundle_pair(subject.bundle, work, dtype, share.mean, provider)
 
 
 def _check(

@@ -31,6 +31,14 @@ from irc.cli.options import (
 @click.option(
     "--ops-library", metavar="PATH", help="triton: where the server finds the native operator library to register."
 )
+@click.option(
+    "--provider",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="What the model is meant for. For cuda its products are written as RoutedMatMul, with which native CUDA "
+    "kernels decode without a wait for the GPU; every provider runs either.",
+)
 @click.option("--base", metavar="MODEL", help="Where the bundle's base model is, if it has moved.")
 @click.option(
     "--dump-dir",
@@ -48,6 +56,7 @@ def command(
     dtype: str,
     layout: str,
     ops_library: str | None,
+    provider: str,
     base: str | None,
     dump_dir: Path | None,
     kv_policy: str | None,
@@ -66,7 +75,7 @@ def command(
     from irc.export import export
     from irc.key_policy import KeyPolicy
 
-    console.note(f"exporting {model}: dtype {dtype}, layout {layout}")
+    console.note(f"exporting {model}: dtype {dtype}, layout {layout}, provider {provider}")
     policy = KeyPolicy.chosen(kv_policy, kv_threshold)
     result = export(
         model,
@@ -79,6 +88,7 @@ def command(
         dump_dir=dump_dir,
         key_policy=policy,
         sparsity=sparsity,
+        provider=provider,
     )
     if as_json:
         console.emit_json(result)
@@ -90,6 +100,7 @@ def command(
         [
             ["folder", result["model"]],
             ["data type", result["dtype"]],
+            ["meant for", result["provider"]],
             ["opset", f"{result['opset']}, irc {result['op_version']}" if units else str(result["opset"])],
             ["routed units", str(units) if units else "none (dense)"],
             *([["reduced units", str(result["reduced_units"])]] if result["kv_policy"] == "reduced" else []),

@@ -81,7 +81,10 @@ class Pair:
         return {n: torch.from_numpy(np.array(v)) for n, v in zip(names, session.run(None, feeds), strict=True)}
 
     def session(self, gates: str, ops: str = "portable") -> ort.InferenceSession:
-        """Return a session whose routers lean as `gates` says, with every decision among its outputs."""
+        """Return a session whose routers lean as `gates` says, with every decision among its outputs.
+
+        `ops` is portable, native or the path of an operator library.
+        """
         if (gates, ops) not in self.sessions:
             model = onnx.load(str(self.path))
             for tensor in model.graph.initializer:
@@ -94,9 +97,9 @@ class Pair:
                 value = onnx.helper.make_tensor_value_info(decision.execute, onnx.TensorProto.BOOL, ["b", "s"])
                 model.graph.output.append(value)
             options = ort.SessionOptions()
-            if ops == "native":
-                assert LIBRARY is not None
-                options.register_custom_ops_library(str(LIBRARY.path))
+            if ops != "portable":
+                assert ops != "native" or LIBRARY is not None
+                options.register_custom_ops_library(str(LIBRARY.path) if LIBRARY and ops == "native" else ops)
             self.sessions[gates, ops] = ort.InferenceSession(
                 model.SerializeToString(), options, providers=["CPUExecutionProvider"]
             )
@@ -107,10 +110,11 @@ class Pair:
 def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
     """Give `make_pair(tiny)`: insert untrained routers and forecasters, and export.
 
-    `routed=False` exports densely; attention units of the layers `reduced` store executed tokens only.
+    `routed=False` exports densely; attention units of the layers `reduced` store executed tokens only; `provider` is
+    which the export is meant for.
     """
 
-    def make(tiny: Any, routed: bool = True, reduced: tuple[int, ...] = ()) -> Pair:
+    def make(tiny: Any, routed: bool = True, reduced: tuple[int, ...] = (), provider: str = "cpu") -> Pair:
         control, dtype = RoutingControl(), tiny.captured.dtype
         torch.manual_seed(0)
         if routed:
@@ -133,7 +137,7 @@ def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
                 module.control = control
         folder = tmp_path_factory.mktemp("onnx")
         cache = CacheShape(*cache_shape(tiny.config), reduced=reduced)
-        decisions = export_onnx(tiny.graph, cache, tiny.captured.dtype, folder, {"made.by": "tests"})
+        decisions = export_onnx(tiny.graph, cache, tiny.captured.dtype, folder, {"made.by": "tests"}, provider=provider)
         return Pair(reference.graph, control, folder / MODEL, decisions, cache)
 
     return make

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 
 from irc import export as export_module
@@ -32,6 +33,20 @@ def test_what_export_writes_and_says(bundle: Path, tmp_path: Path, irc_main: Cal
     assert again.code == 2
     assert "exists already; --force replaces it" in again.sentence()
     assert irc_main("export", bundle, "-o", tmp_path / "onnx", "--force").code == 0
+
+
+def test_a_folder_for_cuda_says_so_and_runs_on_the_cpu(
+    bundle: Path, tmp_path: Path, irc_main: Callable[..., Any]
+) -> None:
+    made = {}
+    for provider in ("cpu", "cuda"):
+        folder = tmp_path / provider
+        assert irc_main("export", bundle, "-o", folder, "--provider", provider).code == 0
+        assert json.loads((folder / MANIFEST).read_text())["provider"] == provider
+        operators = {node.op_type for node in onnx.load(folder / "model.onnx", load_external_data=False).graph.node}
+        assert ("RoutedMatMul" in operators) == (provider == "cuda")
+        made[provider] = irc_main("generate", folder, PROMPT, "-n", "6", "--json").json
+    assert made["cpu"]["text"] == made["cuda"]["text"]
 
 
 def test_triton_layout_describes_the_model_it_holds(bundle: Path, tmp_path: Path, irc_main: Callable[..., Any]) -> None:
