@@ -5,6 +5,7 @@
 
 #ifndef IRC_EMULATED
 #include <dlfcn.h>
+#include <link.h>
 #endif
 
 namespace irc {
@@ -27,17 +28,29 @@ Gemm find_gemm() { return emulated_gemm; }
 // Tests ask whether this is the place of the function in ONNX Runtime's table: the CPU provider says that it has no stream.
 void* handle_of(const Call& call) { return std::getenv("IRC_EMULATED_HANDLE") ? call.resource(kHandle) : nullptr; }
 #else
-// The handle is one of ONNX Runtime's cuBLAS, so that comes first: what its CUDA provider is linked to, then what is loaded.
+// The path of ONNX Runtime's CUDA provider, which is loaded by it and has no other name; empty where there is none.
+std::string provider_path() {
+  std::string found;
+  const auto look = [](dl_phdr_info* library, size_t, void* to) {
+    if (std::strstr(library->dlpi_name, "onnxruntime_providers_cuda")) *static_cast<std::string*>(to) = library->dlpi_name;
+    return 0;
+  };
+  dl_iterate_phdr(look, &found);
+  return found;
+}
+
+// The handle is one of ONNX Runtime's cuBLAS, so that comes first: what its provider is linked to, then what else is loaded.
 Gemm find_gemm() {
   struct Place {
-    const char* library;
+    std::string library;
     int flags;
   };
-  const Place places[] = {{"libonnxruntime_providers_cuda.so", RTLD_NOLOAD}, {"libcublas.so.13", RTLD_NOLOAD},
-                          {"libcublas.so.12", RTLD_NOLOAD}, {"libcublas.so.13", 0}, {"libcublas.so.12", 0}};
-  for (const Place& place : places)
-    if (void* library = dlopen(place.library, RTLD_NOW | place.flags))
-      if (void* found = dlsym(library, "cublasGemmEx")) return reinterpret_cast<Gemm>(found);
+  const Place places[] = {{provider_path(), RTLD_NOLOAD}, {"libcublas.so.13", RTLD_NOLOAD}, {"libcublas.so.12", RTLD_NOLOAD},
+                          {"libcublas.so.13", 0}, {"libcublas.so.12", 0}};
+  for (const Place& place : places) {
+    void* library = place.library.empty() ? nullptr : dlopen(place.library.c_str(), RTLD_NOW | place.flags);
+    if (void* found = library ? dlsym(library, "cublasGemmEx") : nullptr) return reinterpret_cast<Gemm>(found);
+  }
   return nullptr;
 }
 
