@@ -5,12 +5,6 @@
 
 namespace irc {
 
-// `Count` numbers that are read and written at once.
-template <class T, int Count>
-struct alignas(Count * sizeof(T)) Pack {
-  T value[Count];
-};
-
 inline bool aligned(const void* memory) { return reinterpret_cast<uintptr_t>(memory) % 16 == 0; }
 
 // Input 1, rows [1, n, 2]: pairs (sequence, token), at which the host does not look.
