@@ -185,7 +185,7 @@ def check_case(
         right = not isinstance(outputs, str) and _equal(outputs, expected)
         found[name] = "" if right else f"{list(shape)}: {outputs if isinstance(outputs, str) else 'other numbers'}"
     for name, product in draw_products(x, skipped, generator, pads).items():
-        outputs = _run(run, name, product.inputs, [dtype], {})
+        outputs = _run(run, name, product.inputs, [product.kind], {})
         right = not isinstance(outputs, str) and product.is_near(outputs[0])
         sizes = [list(tensor.shape) for tensor in product.inputs]
         found[name] = "" if right else f"{sizes}: {outputs if isinstance(outputs, str) else 'other numbers'}"

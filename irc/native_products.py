@@ -9,7 +9,7 @@ from torch import Tensor
 
 from passes import dialect  # noqa: F401 - registers the operators
 
-PRODUCTS = ("RoutedMatMul", "ForecastAdd")
+PRODUCTS = ("RoutedMatMul", "Router", "ForecastAdd")
 # Of the sum of the terms' magnitudes. Kernels round once to four times.
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
@@ -20,7 +20,7 @@ class Product:
 
     Attributes:
         inputs: In the operator's order.
-        exact: Its output in float64.
+        exact: Its output in float64, but for a float32 one.
         magnitude: The same of all inputs' magnitudes: what rounding errors are measured by.
     """
 
@@ -28,11 +28,16 @@ class Product:
     exact: Tensor
     magnitude: Tensor
 
+    @property
+    def kind(self) -> torch.dtype:
+        """The output's type."""
+        return self.inputs[0].dtype if self.exact.dtype == torch.float64 else self.exact.dtype
+
     def is_near(self, found: Tensor) -> bool:
         """Return whether an output is right up to rounding; NaN where it should be, and nowhere else."""
-        if found.shape != self.exact.shape or found.dtype != self.inputs[0].dtype:
+        if found.shape != self.exact.shape or found.dtype != self.kind:
             return False
-        wrong = (found.double() - self.exact).abs() > TOLERANCES[found.dtype] * self.magnitude
+        wrong = (found.double() - self.exact).abs() > TOLERANCES[self.inputs[0].dtype] * self.magnitude
         return bool((found.isnan() == self.exact.isnan()).all() and not wrong.any())
 
 
@@ -63,8 +68,12 @@ def draw_products(x: Tensor, rows: Tensor, generator: torch.Generator, padded: b
     z_exact, z_magnitude = (
         irc.forecast_add(a, real, *others) for a, *others in _exact_and_magnitude(x, base, down, up, bias)
     )
+    tokens = x[:1, :most]
+    w1, b1, w2, b2 = down, *(torch.randn(n, generator=generator).to(x.dtype) for n in ((rank,), (rank, 1), (1,)))
+    score, score_magnitude = (irc.router(*each) for each in _exact_and_magnitude(tokens, w1, b1, w2, b2))
     return {
         "RoutedMatMul": Product([y, given, w], y_exact, y_magnitude),
+        "Router": Product([tokens, w1, b1, w2, b2], score, score_magnitude),
         "ForecastAdd": Product([x, given, base, down, up, bias], z_exact, z_magnitude),
     }
 

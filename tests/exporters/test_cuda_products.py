@@ -1,4 +1,4 @@
-"""RoutedMatMul and ForecastAdd on CUDA, thread by thread on the host, as in test_cuda_emulated.py."""
+"""RoutedMatMul, Router and ForecastAdd on CUDA, thread by thread on the host, as in test_cuda_emulated.py."""
 
 from __future__ import annotations
 
@@ -64,6 +64,21 @@ def test_a_forecast_is_added_to_its_tokens(
     torch.testing.assert_close(z, expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (2, 4), (3, 20)])
+@pytest.mark.parametrize(("width", "hidden"), [(40, 8), (1300, 300)])
+def test_routers_score_every_token(
+    run: NodeRunner, monkeypatch: pytest.MonkeyPatch, batch: int, tokens: int, width: int, hidden: int
+) -> None:
+    """A token that is no number has no score, and executes; the others are not touched by it."""
+    monkeypatch.setenv("IRC_EMULATED_ERROR", "700")
+    x, w1, b1 = torch.randn(batch, tokens, width), torch.randn(width, hidden) / width**0.5, torch.randn(hidden)
+    w2, b2 = torch.randn(hidden, 1) / hidden**0.5, torch.randn(1)
+    x[-1, -1, 3] = torch.nan
+    (found,) = run("Router", [x, w1, b1, w2, b2], [F32])
+    torch.testing.assert_close(found, irc.router(x, w1, b1, w2, b2), rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert found.isnan().sum() == 1
+
+
 row, token, weight = torch.tensor([[NONE]]), torch.ones(1, 1, 4), torch.ones(4, 4)
 WRONG: dict[str, tuple[str, list[torch.Tensor], str]] = {
     "another depth": ("RoutedMatMul", [token, row, torch.ones(5, 3)], r"expected \[1, 1, 5\]"),
@@ -76,6 +91,11 @@ WRONG: dict[str, tuple[str, list[torch.Tensor], str]] = {
         "ForecastAdd",
         [token, row, token, torch.ones(4, 2), torch.ones(3, 4), torch.ones(4)],
         r"down is \[4, 2\], up \[3, 4\]",
+    ),
+    "a router of two columns": (
+        "Router",
+        [token, weight, torch.ones(4), torch.ones(4, 2), torch.ones(2)],
+        r"w2 \[4, 2\], b2 \[2\], expected \[4, hidden\], \[hidden\], \[hidden, 1\], \[1\]",
     ),
     "a base of other tokens": (
         "ForecastAdd",

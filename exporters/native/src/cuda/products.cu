@@ -4,72 +4,10 @@
 // at once where no row is a token's; a second launch adds the parts, in their order. Many rows go to cuBLAS. How much is
 // launched depends on shapes alone, and nothing waits for the device.
 
-#include "blas.h"
-#include "move.h"
+#include "products.h"
 
 namespace irc {
 namespace {
-
-constexpr int64_t kFewRows = 8;
-constexpr int kDepth = 512;  // rows of w in a part
-
-// Rows as the device sees them.
-struct Tokens {
-  const int64_t* pairs;
-  int64_t count, batch, tokens;
-
-  // Which of batch * tokens a row is, -1 for nothing. Without branches, so that loads for several rows are under way at once.
-  IRC_BOTH int64_t of(int64_t row) const {
-    const int64_t place = row < count ? row : 0, sequence = pairs[2 * place], token = pairs[2 * place + 1];
-    const bool inside = (row < count) & (sequence >= 0) & (sequence < batch) & (token >= 0) & (token < tokens);
-    return inside ? sequence * tokens + token : -1;
-  }
-  template <int Rows>
-  IRC_BOTH bool any() const {
-    bool found = false;
-    for (int row = 0; row < Rows; ++row) found |= of(row) >= 0;
-    return found;
-  }
-};
-
-// What is multiplied by w: x, of the rows [count, depth] or of all tokens [tokens, depth], or the sum of parts
-// [number, count, depth] of an earlier product.
-template <class T>
-struct Source {
-  const T* x;
-  bool of_all_tokens;
-  const float* parts;
-  int64_t number;
-
-  // Number k of `Rows` rows, zeros for what is nothing. `token` is that of each row.
-  template <int Rows>
-  IRC_BOTH Pack<float, Rows> column(const Tokens& tokens, const int64_t (&token)[Rows], int64_t k, int64_t depth) const {
-    Pack<float, Rows> found{};
-    for (int64_t part = 0; part < (parts ? number : 1); ++part)
-      for (int row = 0; row < Rows; ++row) {
-        const int64_t own = row < tokens.count ? row : 0, place = of_all_tokens ? (token[row] < 0 ? 0 : token[row]) : own;
-        const float value = parts ? parts[(part * tokens.count + own) * depth + k] : load(x[place * depth + k]);
-        found.value[row] += token[row] < 0 ? 0.0f : value;
-      }
-    return found;
-  }
-};
-
-// What becomes of a sum: it is y's number [count, columns], or with the bias is added to the row's token of y.
-template <class T>
-struct Target {
-  T* y;
-  const T* bias;
-
-  IRC_BOTH void put(int64_t row, int64_t token, int64_t column, int64_t columns, float sum) const {
-    if (!bias) {
-      store(token < 0 ? 0.0f : sum, y + row * columns + column);
-    } else if (token >= 0) {
-      T* to = y + token * columns + column;
-      store(load(*to) + (sum + load(bias[column])), to);
-    }
-  }
-};
 
 // `Rows` rows at most. A thread reads `Count` columns at once, and sums every kSlices-th row of the part of w.
 template <class T, int Rows, int Count>
@@ -174,11 +112,12 @@ void launch(const Stream& stream, const Tokens& tokens, const Source<T>& source,
             float* parts, const Target<T>& target) {
   using Kernel = Product<T, Rows, Count>;
   const int64_t tiles = blocks_for(columns, Kernel::kColumns);
-  stream.launch(tiles * blocks_for(depth, kDepth),
+  stream.launch(tiles * parts_of(depth),
                 Kernel{tokens, source, reinterpret_cast<const Pack<T, Count>*>(w), depth, columns, tiles, parts, target});
 }
 
-// One launch; without `parts` the depth must be one part, which goes to the target.
+}  // namespace
+
 template <class T>
 void multiply_few(const Stream& stream, const Tokens& tokens, const Source<T>& source, const T* w, int64_t depth,
                   int64_t columns, float* parts, const Target<T>& target) {
@@ -196,14 +135,12 @@ void multiply_few(const Stream& stream, const Tokens& tokens, const Source<T>& s
 template <class T>
 void multiply_few(const Stream& stream, const Tokens& tokens, const Source<T>& source, const T* w, int64_t depth,
                   int64_t columns, const Target<T>& target) {
-  const int64_t number = blocks_for(depth, kDepth);
+  const int64_t number = parts_of(depth);
   if (number == 1) return multiply_few<T>(stream, tokens, source, w, depth, columns, nullptr, target);
   const Scratch<float> parts(stream, number * tokens.count * columns);
   multiply_few<T>(stream, tokens, source, w, depth, columns, parts.data(), target);
   stream.launch(blocks_for(tokens.count * columns, kThreads), AddParts<T>{tokens, parts.data(), number, columns, target});
 }
-
-}  // namespace
 
 template <class T>
 void routed_matmul(const Call& call) {
@@ -237,7 +174,7 @@ void forecast_add(const Call& call) {
   if (!count) return;
   if (count <= kFewRows) {
     const Tokens tokens{rows.data, count, x.shape[0], x.shape[1]};
-    const int64_t number = blocks_for(depth, kDepth);
+    const int64_t number = parts_of(depth);
     const Scratch<float> hidden(stream, number * count * rank);
     multiply_few<T>(stream, tokens, {x.data, true, nullptr, 0}, down.data, depth, rank, hidden.data(), {z, nullptr});
     multiply_few<T>(stream, tokens, {nullptr, false, hidden.data(), number}, up.data, rank, columns, {z, bias.data});
@@ -250,6 +187,9 @@ void forecast_add(const Call& call) {
   add_rows<T>(call, rows, base.shape, forecast.data(), bias.data, z);
 }
 
+template void multiply_few(const Stream&, const Tokens&, const Source<float>&, const float*, int64_t, int64_t, float*, const Target<float>&);
+template void multiply_few(const Stream&, const Tokens&, const Source<Half>&, const Half*, int64_t, int64_t, float*, const Target<Half>&);
+template void multiply_few(const Stream&, const Tokens&, const Source<BFloat>&, const BFloat*, int64_t, int64_t, float*, const Target<BFloat>&);
 template void routed_matmul<float>(const Call&);
 template void routed_matmul<Half>(const Call&);
 template void routed_matmul<BFloat>(const Call&);
