@@ -28,6 +28,7 @@ from passes.base import Pass, PassManager
 from passes.clean_up import CleanUp
 from passes.fold_differences import FoldDifferences
 from passes.fuse_forecasts import FuseForecasts
+from passes.fuse_gates import FuseGates
 from passes.fuse_routers import FuseRouters
 from passes.harden_routers import HardenRouters
 from passes.lower_to_compaction import LowerToCompaction
@@ -50,7 +51,7 @@ def lowering(provider: str = "cpu") -> list[Pass]:
     """Return the passes that prepare a captured model for export to run on one of `PROVIDERS`, in order."""
     raised: list[Pass] = [RaiseNorms(), RaiseAttention(), HardenRouters()]
     routed = [FoldDifferences(), FuseRouters(), LowerToCompaction(), FuseForecasts()]
-    cuda: list[Pass] = [RouteProducts()] if provider == "cuda" else []
+    cuda: list[Pass] = [RouteProducts(), FuseGates()] if provider == "cuda" else []
     return [*raised, *routed, RouteExperts(), *cuda, CleanUp()]
 
 

@@ -65,6 +65,13 @@ def RoutedMatMul(x, rows, w):
 
 
 @script(irc, default_opset=op)
+def RoutedGate(x, rows, gate, up):
+    """Return silu(x @ gate) * (x @ up) of x [1, n, d]; gate and up are [d, out], `rows` as in RoutedMatMul."""
+    gated = op.MatMul(x, gate)
+    return op.Mul(op.Mul(gated, op.Sigmoid(gated)), op.MatMul(x, up))
+
+
+@script(irc, default_opset=op)
 def Router(x, w1, b1, w2, b2):
     """Return how much rather each token of x [batch, tokens, d] executes, float32 [batch, tokens].
 
@@ -195,6 +202,7 @@ FUNCTIONS = (
     Scatter,
     ScatterAdd,
     RoutedMatMul,
+    RoutedGate,
     Router,
     ForecastAdd,
     RoutedAttention,
@@ -235,6 +243,7 @@ _SCHEMAS = (
     ("Scatter", "y: T, rows: I, base: T -> z: T", ""),
     ("ScatterAdd", "y: T, rows: I, base: T -> z: T", ""),
     ("RoutedMatMul", "x: T, rows: I, w: T -> y: T", ""),
+    ("RoutedGate", "x: T, rows: I, gate: T, up: T -> y: T", ""),
     ("Router", "x: T, w1: T, b1: T, w2: T, b2: T -> difference: F", ""),
     ("ForecastAdd", "x: T, rows: I, base: T, down: T, up: T, bias: T -> z: T", ""),
     (

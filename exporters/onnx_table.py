@@ -23,6 +23,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         torch.ops.irc.scatter.default: _scatter,
         torch.ops.irc.scatter_add.default: _scatter_add,
         torch.ops.irc.routed_matmul.default: _routed_matmul,
+        torch.ops.irc.routed_gate.default: _routed_gate,
         torch.ops.irc.router.default: _router,
         torch.ops.irc.forecast_add.default: _forecast_add,
         torch.ops.irc.rms_norm.default: _rms_norm,
@@ -51,6 +52,10 @@ def _scatter_add(y, rows, base):
 
 def _routed_matmul(x, rows, weight):
     return irc.RoutedMatMul(x, rows, weight)
+
+
+def _routed_gate(x, rows, gate, up):
+    return irc.RoutedGate(x, rows, gate, up)
 
 
 def _router(x, w1, b1, w2, b2):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from passes import dialect  # noqa: F401 - registers the operators
 
-PRODUCTS = ("RoutedMatMul", "Router", "ForecastAdd")
+PRODUCTS = ("RoutedMatMul", "RoutedGate", "Router", "ForecastAdd")
 # Of the sum of the terms' magnitudes. Kernels round once to four times.
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
@@ -68,11 +68,15 @@ def draw_products(x: Tensor, rows: Tensor, generator: torch.Generator, padded: b
     z_exact, z_magnitude = (
         irc.forecast_add(a, real, *others) for a, *others in _exact_and_magnitude(x, base, down, up, bias)
     )
+    other = w.roll(1, dims=1).contiguous()
+    gate_exact, _ = (irc.routed_gate(a, given, b, c) for a, b, c in _exact_and_magnitude(y, w, other))
+    gate_magnitude = 2 * y_magnitude * y_magnitude.roll(1, dims=2)  # silu is hardly steeper than 1
     tokens = x[:1, :most]
     w1, b1, w2, b2 = down, *(torch.randn(n, generator=generator).to(x.dtype) for n in ((rank,), (rank, 1), (1,)))
     score, score_magnitude = (irc.router(*each) for each in _exact_and_magnitude(tokens, w1, b1, w2, b2))
     return {
         "RoutedMatMul": Product([y, given, w], y_exact, y_magnitude),
+        "RoutedGate": Product([y, given, w, other], gate_exact, gate_magnitude),
         "Router": Product([tokens, w1, b1, w2, b2], score, score_magnitude),
         "ForecastAdd": Product([x, given, base, down, up, bias], z_exact, z_magnitude),
     }

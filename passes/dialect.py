@@ -1,9 +1,9 @@
 """The `irc::` operators: what the graph of a routed model says beyond torch's own operators.
 
-Routing operators (`select_rows`, `compact`, `scatter`, `scatter_add`, `routed_matmul`, `router`, `forecast_add`,
-`routed_attention`, `reduced_attention`) choose and move tokens; each becomes a node of the ONNX domain `irc`. Raised
-operators (`rms_norm`, `rotary`, `attention`) say in one word what capture spread over many nodes; each becomes one
-standard ONNX operator.
+Routing operators (`select_rows`, `compact`, `scatter`, `scatter_add`, `routed_matmul`, `routed_gate`, `router`,
+`forecast_add`, `routed_attention`, `reduced_attention`) choose and move tokens; each becomes a node of the ONNX domain
+`irc`. Raised operators (`rms_norm`, `rotary`, `attention`) say in one word what capture spread over many nodes; each
+becomes one standard ONNX operator.
 docs/operators.md describes them.
 
 Rows are (sequence, token) pairs, int64 [1, n, 2]. Compacted tensors keep a leading 1, [1, n, d], so that whatever works
@@ -81,6 +81,17 @@ def routed_matmul(x: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
 @routed_matmul.register_fake
 def _(x: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty([*x.shape[:2], weight.shape[1]])
+
+
+@torch.library.custom_op("irc::routed_gate", mutates_args=())
+def routed_gate(x: Tensor, rows: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """Return silu(x @ gate) * (x @ up) of x [1, n, d]; gate and up are [d, out], `rows` as in `routed_matmul`."""
+    return F.silu(x @ gate) * (x @ up)
+
+
+@routed_gate.register_fake
+def _(x: Tensor, rows: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    return x.new_empty([*x.shape[:2], gate.shape[1]])
 
 
 @torch.library.custom_op("irc::router", mutates_args=())

@@ -36,8 +36,8 @@ from irc.cli.options import (
     type=click.Choice(["cpu", "cuda"]),
     default="cpu",
     show_default=True,
-    help="What the model is meant for. For cuda its products are written as RoutedMatMul, with which native CUDA "
-    "kernels decode without a wait for the GPU; every provider runs either.",
+    help="What the model is meant for. For cuda its products are written as RoutedMatMul and RoutedGate, with which "
+    "native CUDA kernels decode without a wait for the GPU; every provider runs either.",
 )
 @click.option("--base", metavar="MODEL", help="Where the bundle's base model is, if it has moved.")
 @click.option(

@@ -1,4 +1,4 @@
-"""RoutedMatMul, Router and ForecastAdd on CUDA, thread by thread on the host, as in test_cuda_emulated.py."""
+"""The CUDA kernels of products, thread by thread on the host, as in test_cuda_emulated.py."""
 
 from __future__ import annotations
 
@@ -64,6 +64,20 @@ def test_a_forecast_is_added_to_its_tokens(
     torch.testing.assert_close(z, expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("real", [0, 1, 7, 12])
+@pytest.mark.parametrize(("depth", "columns"), [(24, 16), (1200, 72), (600, 5)])
+def test_a_gate_is_two_products(
+    run: NodeRunner, monkeypatch: pytest.MonkeyPatch, real: int, depth: int, columns: int
+) -> None:
+    monkeypatch.setenv("IRC_EMULATED_ERROR", "700")
+    x, gate, up = torch.randn(1, real + 1, depth), torch.randn(depth, columns), torch.randn(depth, columns)
+    x[:, real:] = 0
+    rows = torch.tensor([[*([0, row] for row in range(real)), NONE]])
+    gate /= depth**0.5
+    (y,) = run("RoutedGate", [x, rows, gate, up], [F32])
+    torch.testing.assert_close(y, irc.routed_gate(x, rows, gate, up), rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (2, 4), (3, 20)])
 @pytest.mark.parametrize(("width", "hidden"), [(40, 8), (1300, 300)])
 def test_routers_score_every_token(
@@ -92,6 +106,7 @@ WRONG: dict[str, tuple[str, list[torch.Tensor], str]] = {
         [token, row, token, torch.ones(4, 2), torch.ones(3, 4), torch.ones(4)],
         r"down is \[4, 2\], up \[3, 4\]",
     ),
+    "two widths": ("RoutedGate", [token, row, weight, torch.ones(4, 3)], r"gate is \[4, 4\], up \[4, 3\]"),
     "a router of two columns": (
         "Router",
         [token, weight, torch.ones(4), torch.ones(4, 2), torch.ones(2)],

@@ -38,6 +38,8 @@ def test_schemas_and_fake_kernels(share: float) -> None:
     opcheck(irc.scatter.default, (irc.compact(x, rows), rows, base), test_utils=CHECKS)
     opcheck(irc.scatter_add.default, (irc.compact(x, rows), rows, base), test_utils=CHECKS)
     opcheck(irc.routed_matmul.default, (irc.compact(x, rows), rows, torch.randn(6, 4)), test_utils=CHECKS)
+    gate = torch.randn(6, 4), torch.randn(6, 4)
+    opcheck(irc.routed_gate.default, (irc.compact(x, rows), rows, *gate), test_utils=CHECKS)
     small = torch.randn(6, 4), torch.randn(4), torch.randn(4, 1), torch.randn(1)
     opcheck(irc.router.default, (x, *small), test_utils=CHECKS)
     forecaster = torch.randn(6, 3), torch.randn(3, 6), torch.randn(6)

@@ -1,4 +1,4 @@
-"""RouteProducts: the same numbers, every linear on padded rows a routed product, what cannot be padded left alone."""
+"""RouteProducts and FuseGates: the same numbers, linears on padded rows routed, what cannot be padded left alone."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from irc.experts import Experts
 from irc.modules import StoredKeys
 from passes import route_products
 from passes.base import PassManager, finish, graph_of
+from passes.fuse_gates import FuseGates
 from passes.mask_skipped_keys import MaskSkippedKeys
 from passes.printer import print_graph, print_model
 from passes.route_experts import RouteExperts
@@ -106,9 +107,34 @@ def test_golden_layer(tiny: Callable, insertions: tuple, golden: Callable[[str],
     assert "\n\n".join(texts) + "\n" == golden("layer_with_routed_products")
 
 
+@pytest.mark.parametrize("family", ["llama", "llama-mha-biased-rope3"])
+@torch.no_grad()
+def test_gates_are_fused_where_they_have_no_bias(tiny: Callable, insertions: tuple, family: str) -> None:
+    model = tiny(family)
+    PassManager([*insertions, *lowering(), RouteProducts()]).run(model.graph)
+    ids = model.ids(3, 9)
+    before = model.run(ids)
+    assert PassManager([FuseGates()]).run(model.graph).modified == (family == "llama")
+    counts = [len(_nodes(model.graph, target.default)) for target in (irc.routed_gate, irc.routed_matmul)]
+    assert counts == ([2, 2] if family == "llama" else [0, 3])
+    for one, other in zip(before, model.run(ids), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_product_with_another_reader_is_not_fused(tiny: Callable, insertions: tuple) -> None:
+    model = tiny()
+    PassManager([*insertions, *lowering(), RouteProducts()]).run(model.graph)
+    for product in _nodes(model.graph, irc.routed_matmul.default):
+        (reader,) = product.users
+        with product.graph.inserting_after(reader):
+            product.graph.call_function(torch.ops.aten.neg.default, (product,))
+    assert not PassManager([FuseGates()]).run(model.graph).modified
+
+
 def test_second_run_changes_nothing(tiny: Callable, insertions: tuple) -> None:
     graph = tiny().graph
     PassManager([*insertions, *lowering("cuda")]).run(graph)
     text = print_model(graph)
-    assert not PassManager([RouteProducts()]).run(graph).modified
+    assert not PassManager([RouteProducts(), FuseGates()]).run(graph).modified
     assert print_model(graph) == text

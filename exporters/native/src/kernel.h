@@ -115,6 +115,8 @@ void scatter_add(const Call& call);
 template <class T>
 void routed_matmul(const Call& call);  // CUDA alone
 template <class T>
+void routed_gate(const Call& call);  // CUDA alone
+template <class T>
 void router(const Call& call);  // CUDA alone
 template <class T>
 void forecast_add(const Call& call);  // CUDA alone

@@ -39,6 +39,7 @@ OrtStatus* add_type(const OrtApi* api, OrtCustomOpDomain* domain) {
       make("Scatter", "TIT", "T", Type, plain<scatter<T>>, true, false, kProvider),
       make("ScatterAdd", "TIT", "T", Type, plain<scatter_add<T>>, true, false, kProvider),
       make("RoutedMatMul", "TIT", "T", Type, plain<routed_matmul<T>>, false, false, kProvider),
+      make("RoutedGate", "TITT", "T", Type, plain<routed_gate<T>>, false, false, kProvider),
       make("Router", "TTTTT", "F", Type, plain<router<T>>, false, false, kProvider),
       make("ForecastAdd", "TITTTT", "T", Type, plain<forecast_add<T>>, true, false, kProvider),
       make("RaggedPlaces", "IT", "II", Type, plain<ragged_places<T>>, false, false, kProvider),

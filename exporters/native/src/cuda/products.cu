@@ -23,20 +23,21 @@ struct Product {
   static_assert(sizeof(Shared) <= 48 * 1024, "the memory of a block");
   Tokens tokens;
   Source<T> source;
-  const Pack<T, Count>* w;
+  const Pack<T, Count>*w, *other;  // another matrix of the same shape, null for none, whose parts follow
   int64_t depth, columns, tiles;
   float* parts;  // [parts, count, columns]; null where there is one, which goes to the target
   Target<T> target;
 
   template <int Phase>
   IRC_BOTH void run(int64_t block, int thread, Shared& shared) const {
-    const int64_t tile = block % tiles, part = block / tiles, start = part * kDepth;
+    const int64_t number = parts_of(depth), tile = block % tiles, part = block / tiles;
+    const int64_t start = (part < number ? part : part - number) * kDepth;
     const int here = int(depth - start < kDepth ? depth - start : kDepth);
     const bool any = tokens.any<Rows>();
     if constexpr (Phase == 0) {
       if (any) stage(start, here, thread, shared);
     } else if constexpr (Phase == 1) {
-      if (any) sum_slice(tile, start, here, thread, shared);
+      if (any) sum_slice(part < number ? w : other, tile, start, here, thread, shared);
     } else if (any || !parts) {
       add_slices(tile, part, any, thread, shared);
     }
@@ -49,10 +50,11 @@ struct Product {
     for (int k = thread; k < here; k += kThreads) shared.x[k] = source.column(tokens, token, start + k, depth);
   }
 
-  IRC_BOTH void sum_slice(int64_t tile, int64_t start, int here, int thread, Shared& shared) const {
+  IRC_BOTH void sum_slice(const Pack<T, Count>* matrix, int64_t tile, int64_t start, int here, int thread,
+                          Shared& shared) const {
     const int lane = thread % kLanes, slice = thread / kLanes;
     const int64_t packs = columns / Count, pack = tile * kLanes + lane;
-    const Pack<T, Count>* from = w + start * packs + pack;
+    const Pack<T, Count>* from = matrix + start * packs + pack;
     Pack<float, Count> sums[Rows] = {};
     const auto add = [&](const Pack<T, Count>& numbers, int k) {
       const Pack<float, Rows> x = shared.x[k];
@@ -109,21 +111,22 @@ struct AddParts {
 
 template <class T, int Rows, int Count>
 void launch(const Stream& stream, const Tokens& tokens, const Source<T>& source, const T* w, int64_t depth, int64_t columns,
-            float* parts, const Target<T>& target) {
+            float* parts, const Target<T>& target, const T* other) {
   using Kernel = Product<T, Rows, Count>;
   const int64_t tiles = blocks_for(columns, Kernel::kColumns);
-  stream.launch(tiles * parts_of(depth),
-                Kernel{tokens, source, reinterpret_cast<const Pack<T, Count>*>(w), depth, columns, tiles, parts, target});
+  const auto packs = [](const T* numbers) { return reinterpret_cast<const Pack<T, Count>*>(numbers); };
+  stream.launch(tiles * parts_of(depth) * (other ? 2 : 1),
+                Kernel{tokens, source, packs(w), packs(other), depth, columns, tiles, parts, target});
 }
 
 }  // namespace
 
 template <class T>
 void multiply_few(const Stream& stream, const Tokens& tokens, const Source<T>& source, const T* w, int64_t depth,
-                  int64_t columns, float* parts, const Target<T>& target) {
+                  int64_t columns, float* parts, const Target<T>& target, const T* other) {
   constexpr int kWide = int(16 / sizeof(T));
-  const auto with = [&](auto run) { run(stream, tokens, source, w, depth, columns, parts, target); };
-  const bool fits = aligned(w), wide = fits && columns % kWide == 0, narrow = fits && columns % 4 == 0;
+  const auto with = [&](auto run) { run(stream, tokens, source, w, depth, columns, parts, target, other); };
+  const bool fits = aligned(w) && aligned(other), wide = fits && columns % kWide == 0, narrow = fits && columns % 4 == 0;
   if (tokens.count <= 1 && wide) with(launch<T, 1, kWide>);
   else if (tokens.count <= 1 && narrow) with(launch<T, 1, 4>);
   else if (tokens.count <= 4 && wide) with(launch<T, 4, kWide>);
@@ -136,9 +139,9 @@ template <class T>
 void multiply_few(const Stream& stream, const Tokens& tokens, const Source<T>& source, const T* w, int64_t depth,
                   int64_t columns, const Target<T>& target) {
   const int64_t number = parts_of(depth);
-  if (number == 1) return multiply_few<T>(stream, tokens, source, w, depth, columns, nullptr, target);
+  if (number == 1) return multiply_few<T>(stream, tokens, source, w, depth, columns, nullptr, target, nullptr);
   const Scratch<float> parts(stream, number * tokens.count * columns);
-  multiply_few<T>(stream, tokens, source, w, depth, columns, parts.data(), target);
+  multiply_few<T>(stream, tokens, source, w, depth, columns, parts.data(), target, nullptr);
   stream.launch(blocks_for(tokens.count * columns, kThreads), AddParts<T>{tokens, parts.data(), number, columns, target});
 }
 
@@ -152,8 +155,7 @@ void routed_matmul(const Call& call) {
   T* y = call.output<T>(0, {1, count, columns});
   if (!count || !columns) return;
   if (count > kFewRows) return multiply(call, x.data, w.data, y, count, depth, columns);
-  constexpr int64_t unknown = 0x7fffffff;  // the tensor that rows are of
-  multiply_few<T>(Stream(call), {rows.data, count, unknown, unknown}, {x.data, false, nullptr, 0}, w.data, depth, columns,
+  multiply_few<T>(Stream(call), {rows.data, count, kUnknown, kUnknown}, {x.data, false, nullptr, 0}, w.data, depth, columns,
                   {y, nullptr});
 }
 
@@ -176,7 +178,7 @@ void forecast_add(const Call& call) {
     const Tokens tokens{rows.data, count, x.shape[0], x.shape[1]};
     const int64_t number = parts_of(depth);
     const Scratch<float> hidden(stream, number * count * rank);
-    multiply_few<T>(stream, tokens, {x.data, true, nullptr, 0}, down.data, depth, rank, hidden.data(), {z, nullptr});
+    multiply_few<T>(stream, tokens, {x.data, true, nullptr, 0}, down.data, depth, rank, hidden.data(), {});
     multiply_few<T>(stream, tokens, {nullptr, false, hidden.data(), number}, up.data, rank, columns, {z, bias.data});
     return;
   }
@@ -187,9 +189,9 @@ void forecast_add(const Call& call) {
   add_rows<T>(call, rows, base.shape, forecast.data(), bias.data, z);
 }
 
-template void multiply_few(const Stream&, const Tokens&, const Source<float>&, const float*, int64_t, int64_t, float*, const Target<float>&);
-template void multiply_few(const Stream&, const Tokens&, const Source<Half>&, const Half*, int64_t, int64_t, float*, const Target<Half>&);
-template void multiply_few(const Stream&, const Tokens&, const Source<BFloat>&, const BFloat*, int64_t, int64_t, float*, const Target<BFloat>&);
+template void multiply_few(const Stream&, const Tokens&, const Source<float>&, const float*, int64_t, int64_t, float*, const Target<float>&, const float*);
+template void multiply_few(const Stream&, const Tokens&, const Source<Half>&, const Half*, int64_t, int64_t, float*, const Target<Half>&, const Half*);
+template void multiply_few(const Stream&, const Tokens&, const Source<BFloat>&, const BFloat*, int64_t, int64_t, float*, const Target<BFloat>&, const BFloat*);
 template void routed_matmul<float>(const Call&);
 template void routed_matmul<Half>(const Call&);
 template void routed_matmul<BFloat>(const Call&);

@@ -7,9 +7,10 @@
 namespace irc {
 
 constexpr int64_t kFewRows = 8;
-constexpr int kDepth = 512;  // rows of w in a part
+constexpr int kDepth = 512;                // rows of w in a part
+constexpr int64_t kUnknown = 0x7fffffff;  // size of a tensor that rows are of and that is not at hand
 
-inline int64_t parts_of(int64_t depth) { return blocks_for(depth, kDepth); }
+IRC_BOTH inline int64_t parts_of(int64_t depth) { return (depth + kDepth - 1) / kDepth; }
 
 // Rows as the device sees them; without `pairs` all `count` tokens.
 struct Tokens {
@@ -71,9 +72,9 @@ struct Target {
 };
 
 // One launch for at most kFewRows rows. The parts of a product are float32 [parts_of(depth), count, columns]; without
-// `parts` there must be one, and it goes to the target.
+// `parts` there must be one, and it goes to the target. The parts with an `other` matrix of w's shape follow those with w.
 template <class T>
 void multiply_few(const Stream& stream, const Tokens& tokens, const Source<T>& source, const T* w, int64_t depth,
-                  int64_t columns, float* parts, const Target<T>& target);
+                  int64_t columns, float* parts, const Target<T>& target, const T* other = nullptr);
 
 }  // namespace irc
