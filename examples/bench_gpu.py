@@ -3,11 +3,11 @@
     python examples/bench_gpu.py [--shape llama-3.1-8b] [--layers 32] [-o FOLDER]
 
 Needs onnxruntime-gpu and a CUDA build of torch; click is not needed. Without a GPU it says what it would run and ends.
-What it does: each operator on CUDA against the eager reference on random shapes, bit by bit, with portable bodies and,
-where installed, native kernels; the card's ceilings (bf16 matrix products, copies); the demo model's routes and logits
-on CUDA against the CPU; then dense against routed in fp16 under random masks: prefill of 2,048 and 8,192 tokens, and
-decoding at batch 1, 8 and 32 after 2,048 tokens. Native kernels that were wrong are not timed. FOLDER gets results.json
-and results.md.
+What it does: each operator on CUDA against the eager reference on random shapes, bit by bit (products up to
+rounding), with portable bodies and, where installed, native kernels; the card's ceilings (bf16 matrix products,
+copies); the demo model's routes and logits on CUDA against the CPU; then dense against routed in fp16 under random
+masks: prefill of 2,048 and 8,192 tokens, and decoding at batch 1, 8 and 32 after 2,048 tokens. Native kernels that
+were wrong are not timed. FOLDER gets results.json and results.md.
 """
 
 from __future__ import annotations
