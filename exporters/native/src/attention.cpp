@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "kernel.h"
+#include "attention_inputs.h"
 #include "math.h"
 
 namespace irc {
@@ -16,7 +16,6 @@ namespace {
 constexpr int64_t kPart = 96;    // queries of a task
 constexpr int64_t kBlock = 256;  // keys at a time
 constexpr int64_t kFewQueries = 4;  // of a sequence; up to here keys are read in place of being packed
-constexpr float kUnseen = -2.5e4f;  // a mask below this hides a key: models are written with -3e4 (fp16) or -1e30
 
 template <class T>
 struct Problem {
@@ -100,35 +99,14 @@ void append(const T* past, int64_t past_tokens, const T* fresh, int64_t tokens, 
 
 template <class T>
 void routed_attention(const Call& call, const Attributes& attributes) {
+  const auto k = call.input<T>(2, 3);
   Problem<T> p;
-  p.q = call.input<T>(0, 3);
-  const auto k = call.input<T>(2, 3), v = call.input<T>(3, 3), past_k = call.input<T>(4, 4), past_v = call.input<T>(5, 4);
-  p.mask = call.input<T>(6, 3);
-  p.heads = attributes.heads, p.kv_heads = attributes.kv_heads, p.scale = attributes.scale;
-  // The mask says how many tokens there are. A cache of just the past grows; one with room for the new tokens too is
-  // written in place where past and present are the same memory.
-  const int64_t batch = k.shape[0], room = past_k.shape[2];
-  p.tokens = k.shape[1], p.size = past_k.shape[3], p.total = p.mask.shape[2];
-  const int64_t past = p.total - p.tokens;
-  p.places = room == past ? p.total : room;
-  const int64_t kv_heads = p.kv_heads, size = p.size, tokens = p.tokens, total = p.total, places = p.places, stride = kv_heads * size;
-  p.rows = rows_of(call, 1, batch, tokens);
-  const auto same = [](const Shape& shape, std::initializer_list<int64_t> expected) {
-    return std::equal(expected.begin(), expected.end(), shape.size);
-  };
-  if (!same(p.q.shape, {1, p.rows.count, p.heads * size}))
-    call.fail("q is " + p.q.shape.text() + " for " + std::to_string(p.rows.count) + " rows and " + std::to_string(p.heads) + " heads of " + std::to_string(size));
-  if (!same(k.shape, {batch, tokens, stride}) || !same(v.shape, {batch, tokens, stride}))
-    call.fail("k is " + k.shape.text() + ", v " + v.shape.text() + ", the past " + past_k.shape.text());
-  if (past < 0 || places < total)
-    call.fail("past keys are " + past_k.shape.text() + ", the mask " + p.mask.shape.text() + " says " + std::to_string(past) + " past tokens and " + std::to_string(tokens) + " new ones");
-  if (!same(past_k.shape, {batch, kv_heads, room, size}) || !same(past_v.shape, {batch, kv_heads, room, size}))
-    call.fail("past keys are " + past_k.shape.text() + ", values " + past_v.shape.text());
-  if (!same(p.mask.shape, {batch, tokens, total}))
-    call.fail("mask is " + p.mask.shape.text() + " for k " + k.shape.text());
-  p.y = call.output<T>(0, {1, p.rows.count, p.heads * size});
-  p.keys = call.output<T>(1, {batch, kv_heads, places, size});
-  p.values = call.output<T>(2, {batch, kv_heads, places, size});
+  p.rows = rows_of(call, 1, k.shape[0], k.shape[1]);
+  const AttentionInputs<T> in(call, attributes, p.rows.count);
+  p.q = in.q, p.mask = in.mask, p.y = in.y, p.keys = in.keys, p.values = in.values, p.scale = attributes.scale;
+  p.heads = in.heads, p.kv_heads = in.kv_heads, p.size = in.size, p.tokens = in.tokens, p.total = in.total, p.places = in.places;
+  const int64_t batch = in.batch, kv_heads = in.kv_heads, size = in.size, tokens = in.tokens, total = in.total, past = in.past;
+  const int64_t places = in.places, room = in.room, stride = kv_heads * size;
 
   // Parts of the queries, none across two sequences.
   std::vector<int64_t> starts;
@@ -151,8 +129,8 @@ void routed_attention(const Call& call, const Attributes& attributes) {
   });
   const auto append_head = [&](int64_t index) {
     const int64_t sequence = index / kv_heads, head = index % kv_heads, fresh = sequence * tokens * stride + head * size;
-    append(past_k.data + index * room * size, past, k.data + fresh, tokens, stride, size, p.keys + index * places * size);
-    append(past_v.data + index * room * size, past, v.data + fresh, tokens, stride, size, p.values + index * places * size);
+    append(in.past_k.data + index * room * size, past, in.k.data + fresh, tokens, stride, size, p.keys + index * places * size);
+    append(in.past_v.data + index * room * size, past, in.v.data + fresh, tokens, stride, size, p.values + index * places * size);
   };
   const int64_t floats = memory_of(longest, size);
   if (longest <= kFewQueries) {

@@ -104,6 +104,9 @@ float* scratch(int64_t floats);
 // About how many threads share the work.
 int64_t thread_count();
 
+// A mask below this hides a key: models are written with -3e4 (fp16) or -1e30.
+constexpr float kUnseen = -2.5e4f;
+
 // Kernels: each reads its inputs from a call and writes its outputs.
 void select_rows(const Call& call, const Attributes& attributes);
 template <class T>

@@ -1,13 +1,16 @@
 // What a kernel sees of CUDA: a stream that launches, copies, and turns errors into statuses.
 //
-// A kernel is a struct of its arguments with `phases` parts; a barrier of the block stands between two of them. The
-// same struct runs on the device and, with IRC_EMULATED, thread by thread on the host, where tests hold it against the
-// reference (tests/exporters/test_cuda_emulated.py).
+// A kernel is a struct of its arguments with `phases` parts; a barrier of the block stands between two of them. It may
+// loop: its phases loop_begin ... loop_end - 1 are repeated while `again(state)`, which all threads of a block answer
+// alike; `State` is what a thread keeps from phase to phase, in registers. The same struct runs on the device and, with
+// IRC_EMULATED, thread by thread on the host, where tests hold it against the reference
+// (tests/exporters/test_cuda_emulated.py).
 #pragma once
 
 #include <cstdint>
 #include <initializer_list>
 #include <string>
+#include <type_traits>
 
 #include "../kernel.h"
 #include "../numbers.h"
@@ -21,44 +24,90 @@ namespace irc {
 
 constexpr int kThreads = 256;  // of a block
 
+template <class Kernel, class = void>
+constexpr bool kLoops = false;
+template <class Kernel>
+constexpr bool kLoops<Kernel, std::void_t<typename Kernel::State>> = true;
+
 #ifdef IRC_EMULATED
+#define IRC_DEVICE
+#define IRC_UNROLL
 constexpr const char* kProvider = "CPUExecutionProvider";
 
-template <int Phase, class Kernel>
-void run_phases(const Kernel& kernel, int64_t block, typename Kernel::Shared& shared) {
-  for (int thread = 0; thread < kThreads; ++thread) kernel.template run<Phase>(block, thread, shared);
-  if constexpr (Phase + 1 < Kernel::phases) run_phases<Phase + 1>(kernel, block, shared);
-}
-
-template <class Kernel>
-void enter(const Kernel& kernel, int64_t blocks, cudaStream_t) {
-  for (int64_t block = 0; block < blocks; ++block) {
-    typename Kernel::Shared shared;
-    std::memset(static_cast<void*>(&shared), 0xff, sizeof shared);  // whatever reads it unwritten goes wrong
-    run_phases<0>(kernel, block, shared);
+// Phases Phase ... End - 1. Odd blocks run their threads backwards: no thread may need what another does in its phase.
+template <int Phase, int End, class Kernel, class... State>
+void run_phases(const Kernel& kernel, int64_t block, typename Kernel::Shared& shared, State*... states) {
+  if constexpr (Phase < End) {
+    for (int i = 0; i < kThreads; ++i) {
+      const int thread = block % 2 ? kThreads - 1 - i : i;
+      kernel.template run<Phase>(block, thread, shared, states[thread]...);
+    }
+    run_phases<Phase + 1, End>(kernel, block, shared, states...);
   }
 }
+
+// Whatever reads memory unwritten goes wrong.
+template <class T>
+void spoil(T* memory, int count) { std::memset(static_cast<void*>(memory), 0xff, size_t(count) * sizeof(T)); }
+
+template <class Kernel>
+cudaError_t enter(const Kernel& kernel, int64_t blocks, cudaStream_t) {
+  typename Kernel::Shared shared;
+  if constexpr (kLoops<Kernel>) {
+    std::vector<typename Kernel::State> states(kThreads);
+    for (int64_t block = 0; block < blocks; ++block) {
+      spoil(&shared, 1);
+      spoil(states.data(), kThreads);
+      run_phases<0, Kernel::loop_begin>(kernel, block, shared, states.data());
+      while (kernel.again(states[0])) run_phases<Kernel::loop_begin, Kernel::loop_end>(kernel, block, shared, states.data());
+      run_phases<Kernel::loop_end, Kernel::phases>(kernel, block, shared, states.data());
+    }
+  } else {
+    for (int64_t block = 0; block < blocks; ++block) {
+      spoil(&shared, 1);
+      run_phases<0, Kernel::phases>(kernel, block, shared);
+    }
+  }
+  return cudaSuccess;
+}
 #else
+#define IRC_DEVICE __device__ __forceinline__
+#define IRC_UNROLL _Pragma("unroll")
 constexpr const char* kProvider = "CUDAExecutionProvider";
 
-template <int Phase, class Kernel>
-__device__ void run_phases(const Kernel& kernel, typename Kernel::Shared& shared) {
-  kernel.template run<Phase>(int64_t(blockIdx.x), int(threadIdx.x), shared);
-  if constexpr (Phase + 1 < Kernel::phases) {
-    __syncthreads();
-    run_phases<Phase + 1>(kernel, shared);
+template <int Phase, int End, class Kernel, class... State>
+IRC_DEVICE void run_phases(const Kernel& kernel, typename Kernel::Shared& shared, State&... state) {
+  if constexpr (Phase < End) {
+    kernel.template run<Phase>(int64_t(blockIdx.x), int(threadIdx.x), shared, state...);
+    if constexpr (Phase + 1 < Kernel::phases) __syncthreads();
+    run_phases<Phase + 1, End>(kernel, shared, state...);
   }
 }
 
 template <class Kernel>
 __global__ void __launch_bounds__(kThreads) entry(const Kernel kernel) {
-  __shared__ typename Kernel::Shared shared;
-  run_phases<0>(kernel, shared);
+  extern __shared__ __align__(128) unsigned char memory[];
+  auto& shared = *reinterpret_cast<typename Kernel::Shared*>(memory);
+  if constexpr (kLoops<Kernel>) {
+    typename Kernel::State state;
+    run_phases<0, Kernel::loop_begin>(kernel, shared, state);
+    while (kernel.again(state)) run_phases<Kernel::loop_begin, Kernel::loop_end>(kernel, shared, state);
+    run_phases<Kernel::loop_end, Kernel::phases>(kernel, shared, state);
+  } else {
+    run_phases<0, Kernel::phases>(kernel, shared);
+  }
 }
 
 template <class Kernel>
-void enter(const Kernel& kernel, int64_t blocks, cudaStream_t stream) {
-  entry<<<unsigned(blocks), kThreads, 0, stream>>>(kernel);
+cudaError_t enter(const Kernel& kernel, int64_t blocks, cudaStream_t stream) {
+  using Shared = typename Kernel::Shared;
+  constexpr size_t bytes = std::is_empty<Shared>::value ? 0 : sizeof(Shared);
+  if constexpr (bytes > 48 * 1024) {  // more than that is asked for
+    const auto what = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    if (const cudaError_t error = cudaFuncSetAttribute(entry<Kernel>, what, int(bytes))) return error;
+  }
+  entry<<<unsigned(blocks), kThreads, bytes, stream>>>(kernel);
+  return cudaGetLastError();
 }
 #endif
 
@@ -82,8 +131,7 @@ class Stream {
   void launch(int64_t blocks, const Kernel& kernel) const {
     if (blocks == 0) return;  // an empty grid is an error in CUDA
     if (blocks > 0x7fffffff) call_.fail("there is more to do than one launch can");
-    enter(kernel, blocks, stream_);
-    check(cudaGetLastError(), "starting a kernel");
+    check(enter(kernel, blocks, stream_), "starting a kernel");
   }
 
   void copy(void* to, const void* from, int64_t bytes) const {

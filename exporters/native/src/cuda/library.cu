@@ -43,6 +43,7 @@ OrtStatus* add_type(const OrtApi* api, OrtCustomOpDomain* domain) {
       make("Router", "TTTTT", "F", Type, plain<router<T>>, false, false, kProvider),
       make("ForecastAdd", "TITTTT", "T", Type, plain<forecast_add<T>>, true, false, kProvider),
       make("RaggedPlaces", "IT", "II", Type, plain<ragged_places<T>>, false, false, kProvider),
+      make("RoutedAttention", "TITTTTT", "TTT", Type, routed_attention<T>, false, true, kProvider),
   };
   for (const Operator& op : operators)
     if (OrtStatus* status = CustomOpDomainAdd::call(api, domain, &op)) return status;
