@@ -53,6 +53,9 @@ IRC_BOTH static inline void store(float value, BFloat* to) {
 }
 
 IRC_BOTH static inline void store(float value, Half* to) {
+#ifdef __CUDA_ARCH__
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to->bits) : "f"(value));
+#else
   const uint32_t bits = as_bits(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
   if (magnitude > 0x7f800000) {
     to->bits = uint16_t(sign | 0x7e00);
@@ -63,6 +66,7 @@ IRC_BOTH static inline void store(float value, Half* to) {
   } else {
     to->bits = uint16_t(sign | ((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13));
   }
+#endif
 }
 
 }  // namespace irc

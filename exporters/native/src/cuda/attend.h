@@ -53,9 +53,12 @@ struct Problem {
 template <class T, int kSize, int kSlots, int kKeys>
 struct Attend {
   static constexpr int phases = 10, loop_begin = 2, loop_end = 7;
+  static constexpr bool kLarge = kSize > 128 || sizeof(T) > 2;
+  static constexpr int resident = (kSlots > kSide ? 1 : 2) + !kLarge;  // as many blocks as registers allow without spilling
   static constexpr int kPack = int(16 / sizeof(T)), kPacks = kSize / kPack;
   static constexpr int kStride = kSize + kPack, kOutStride = kSize + 4;  // other banks for other rows
   static constexpr int kScoreStride = kKeys + 4, kWeightStride = kScoreStride * int(sizeof(float) / sizeof(T));
+  static constexpr int kShrinkStride = kSide;
   static constexpr int kHelpers = kWarps / (kSlots / kSide);  // warps that share the columns of 16 slots
   static constexpr int kScores = (kKeys / kSide + kHelpers - 1) / kHelpers, kOuts = (kSize / kSide + kHelpers - 1) / kHelpers;
   static constexpr int kLanes = kThreads / kSlots, kOwn = kKeys / kLanes;  // threads of a slot, and their keys
@@ -68,7 +71,11 @@ struct Attend {
       Inputs in;
       float out[kSlots * kOutStride];
     };
-    alignas(32) float scores[kSlots * kScoreStride];  // then, as T, the weights
+    union {
+      alignas(32) float scores[kSlots * kScoreStride];
+      T weights[kSlots * kWeightStride];
+    };
+    float shrink[kSlots * kShrinkStride];  // a slot's in all columns of its row
     float of_thread[kThreads], of_slot[kSlots];
     Row rows[kSlots];
   };
@@ -79,31 +86,38 @@ struct Attend {
     int row;                      // of the thread's slot, within the tile; -1 where there is none
     T added[kOwn];
     float scores[kOwn], largest, total;
-    Sums<T> sums[kOuts], places;  // places: each element's slot
+    Sums<T> sums[kOuts];
   };
 
   Problem<T> p;
 
   IRC_DEVICE bool again(const State& state) const { return state.from < state.to; }
 
-  // Rows of `size` numbers, those from `used` on zeros, up to a multiple of 16 numbers.
-  IRC_DEVICE void read(const T* from, int row, int used, int pack, T* to) const {
-    T* place = to + row * kStride + pack * kPack;
-    const int first = pack * kPack, size = int(p.size);
-    if (p.aligned && row < used && first < size) return copy_later(place, from + first);
-    for (int i = 0; i < kPack; ++i) place[i] = row < used && first + i < size ? from[first + i] : T{};
-  }
-
   IRC_DEVICE int width() const { return int(p.size + kSide - 1) / kSide * kSide; }
+
+  // Reads rows of `size` numbers, zeros behind them up to `width`, and rows of zeros where `row_at` gives none.
+  template <int kRows, class RowAt>
+  IRC_DEVICE void read(int thread, T* to, const RowAt& row_at) const {
+    if (p.aligned) {
+      IRC_UNROLL
+      for (int i = 0; i < kRows * kPacks; i += kThreads) {
+        const int row = (i + thread) / kPacks, first = (i + thread) % kPacks * kPack;
+        if (row >= kRows || first >= width()) continue;
+        const T* from = row_at(row);
+        copy_later(to + row * kStride + first, from ? from + first : p.q, from && first < p.size);
+      }
+    } else {
+      for (int i = thread; i < kRows * kSize; i += kThreads) {
+        const int row = i / kSize, at = i % kSize;
+        const T* from = row_at(row);
+        if (at < width()) to[row * kStride + at] = from && at < p.size ? from[at] : T{};
+      }
+    }
+  }
 
   IRC_DEVICE void read_keys(const T* cache, const State& state, int from, int thread, T* to) const {
     const T* keys = cache + ((int64_t(state.sequence) * p.kv_heads + state.kv_head) * p.places + from) * p.size;
-    const int used = state.to - from;
-    IRC_UNROLL
-    for (int i = 0; i < kKeys * kPacks; i += kThreads) {
-      const int row = (i + thread) / kPacks, pack = (i + thread) % kPacks;
-      if (row < kKeys && pack * kPack < width()) read(keys + row * p.size, row, used, pack, to);
-    }
+    read<kKeys>(thread, to, [&](int key) { return from + key < state.to ? keys + key * p.size : nullptr; });
   }
 
   template <int Phase>
@@ -119,7 +133,6 @@ struct Attend {
       index = p.tile_count - 1 - index / p.kv_heads;  // under a causal mask the last ones have most to do
       state.tile = p.tiles ? p.tiles[index] : Tile{int(index), 1};
       if (thread < state.tile.count) shared.rows[thread] = p.rows[state.tile.row + thread];
-      shared.scores[thread / kSide * kScoreStride + thread % kSide] = float(thread / kSide);
     } else if constexpr (Phase == 1) {
       const int split = int(block % p.splits) * p.split_keys;
       state.sequence = -1, state.from = int(p.total), state.to = 0;
@@ -137,17 +150,15 @@ struct Attend {
       state.row = real && shared.rows[row].sequence >= 0 && shared.rows[row].sequence == state.sequence ? row : -1;
       state.largest = kLeast, state.total = 0;
       if (in_warp(thread)) {
-        state.places.read(shared.scores, kScoreStride);
         IRC_UNROLL
         for (int i = 0; i < kOuts; ++i) clear(state.sums[i]);
       }
       if (!again(state)) return;  // and nothing is read
-      for (int i = thread; i < kSlots * kPacks; i += kThreads) {
-        const int own = i / kPacks, pack = i % kPacks, head = own % p.tile_heads;
-        const int used = own / p.tile_heads < state.tile.count && head < heads ? own + 1 : 0;
-        const int64_t from = (state.tile.row + own / p.tile_heads) * p.heads + state.head + head;
-        if (pack * kPack < width()) read(p.q + from * p.size, own, used, pack, shared.in.queries);
-      }
+      read<kSlots>(thread, shared.in.queries, [&](int own) -> const T* {
+        const int of_tile = own / p.tile_heads, head = own % p.tile_heads;
+        if (of_tile >= state.tile.count || head >= heads) return nullptr;
+        return p.q + ((state.tile.row + of_tile) * p.heads + state.head + head) * p.size;
+      });
       read_keys(p.keys, state, state.from, thread, shared.in.keys);
       close_copies();
     } else if constexpr (Phase == 2) {
@@ -193,7 +204,7 @@ struct Attend {
       for (int i = 0; i < kLanes; ++i)
         if (shared.of_thread[slot * kLanes + i] > most) most = shared.of_thread[slot * kLanes + i];
       const float shrink = exp2f(state.largest - most);  // earlier ones were taken relative to a smaller maximum
-      T* weights = reinterpret_cast<T*>(shared.scores) + slot * kWeightStride;
+      T* weights = shared.weights + slot * kWeightStride;
       state.total *= shrink;
       IRC_UNROLL
       for (int i = 0; i < kOwn; ++i) {
@@ -202,18 +213,18 @@ struct Attend {
         store(weight, &weights[lane + i * kLanes]);
       }
       state.largest = most;
-      if (lane == 0) shared.of_slot[slot] = shrink;
+      for (int i = lane; i < kSide; i += kLanes) shared.shrink[slot * kShrinkStride + i] = shrink;
       wait_for_copies<1>();
     } else if constexpr (Phase == 6) {
       state.from += kKeys;
       if (!in_warp(thread) || !busy(state, strip)) return;
+      Sums<T> shrink;
+      shrink.read(shared.shrink + strip * kSide * kShrinkStride, kShrinkStride);
       IRC_UNROLL
-      for (int e = 0; e < Sums<T>::count; ++e) {
-        const float shrink = shared.of_slot[strip * kSide + int(state.places[e])];
+      for (int i = 0; i < kOuts; ++i)
         IRC_UNROLL
-        for (int i = 0; i < kOuts; ++i) state.sums[i][e] *= shrink;
-      }
-      const T* weights = reinterpret_cast<const T*>(shared.scores) + strip * kSide * kWeightStride;
+        for (int e = 0; e < Sums<T>::count; ++e) state.sums[i][e] *= shrink[e];
+      const T* weights = shared.weights + strip * kSide * kWeightStride;
       const T* values = shared.in.values + helper * kSide;
       IRC_UNROLL
       for (int k = 0; k < kKeys; k += kSide)

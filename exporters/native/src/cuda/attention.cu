@@ -6,15 +6,16 @@
 
 #include "../attention_inputs.h"
 #include "attend.h"
+#include "move.h"
 
 namespace irc {
 namespace {
 
 constexpr int64_t kFewRows = 32;       // up to here, and with few tokens a sequence, each row is a tile of its own
 constexpr int64_t kFewTokens = 4;
-constexpr int64_t kWantedBlocks = 512;  // enough for the largest GPUs
-constexpr int64_t kLeastSplit = 256;   // keys
-constexpr int kAppended = 4;           // packs of a thread
+constexpr int64_t kWantedBlocks = 1024;  // several for each multiprocessor of the largest GPUs, most of them may have no row
+constexpr int64_t kLeastSplit = 128;    // keys
+constexpr int kAppended = 4;            // packs of a thread
 
 // A cache's memory before and after, and what joins it. Where `present` is `past`, only that is written.
 template <class T>
@@ -111,16 +112,7 @@ struct CutTiles {
   int tile_rows;
   Tile* tiles;
 
-  // The first row of a sequence or a later one; rows without a place come last.
-  IRC_DEVICE int64_t first_of(int64_t sequence) const {
-    int64_t low = 0, high = count;
-    while (low < high) {
-      const int64_t middle = (low + high) / 2;
-      if (pairs[2 * middle] >= 0 && pairs[2 * middle] < sequence) low = middle + 1;
-      else high = middle;
-    }
-    return low;
-  }
+  IRC_DEVICE int64_t first_row(int64_t sequence) const { return first_of(pairs, count, sequence); }
 
   template <int Phase>
   IRC_DEVICE void run(int64_t, int thread, Shared& shared) const {
@@ -129,7 +121,7 @@ struct CutTiles {
     if constexpr (Phase == 0) {
       int64_t found = 0;
       for (int64_t sequence = begin; sequence < end; ++sequence)
-        found += (first_of(sequence + 1) - first_of(sequence) + tile_rows - 1) / tile_rows;
+        found += (first_row(sequence + 1) - first_row(sequence) + tile_rows - 1) / tile_rows;
       shared.before[thread] = found;
       for (int64_t i = thread; i < most; i += kThreads) tiles[i] = {0, 0};
     } else if constexpr (Phase == 1) {
@@ -144,8 +136,8 @@ struct CutTiles {
       if (begin >= end) return;
       int64_t tile = shared.before[thread];
       for (int64_t sequence = begin; sequence < end; ++sequence) {
-        const int64_t last = first_of(sequence + 1);
-        for (int64_t row = first_of(sequence); row < last; row += tile_rows, ++tile)
+        const int64_t last = first_row(sequence + 1);
+        for (int64_t row = first_row(sequence); row < last; row += tile_rows, ++tile)
           if (tile < most) tiles[tile] = {int(row), int(last - row < tile_rows ? last - row : tile_rows)};
       }
     }
@@ -220,10 +212,9 @@ Item* take(char** memory, int64_t count) {
 
 template <class T>
 void routed_attention(const Call& call, const Attributes& attributes) {
-  const auto pairs = call.input<int64_t>(1, 3);
-  if (pairs.shape[0] != 1 || pairs.shape[2] != 2) call.fail("rows are " + pairs.shape.text() + ", expected [1, n, 2]");
-  const AttentionInputs<T> in(call, attributes, pairs.shape[1]);
-  const int64_t count = pairs.shape[1], group = in.heads / in.kv_heads;
+  const auto rows = pairs(call);
+  const AttentionInputs<T> in(call, attributes, rows.shape[1]);
+  const int64_t count = rows.shape[1], group = in.heads / in.kv_heads;
   if (in.size > 256) call.fail("heads have " + std::to_string(in.size) + " numbers; the CUDA kernel takes up to 256");
   if (std::max(in.total, count) > 0x3fffffff) call.fail("there are more keys or rows than fit 30 bits");
 
@@ -231,10 +222,8 @@ void routed_attention(const Call& call, const Attributes& attributes) {
   p.q = in.q.data, p.mask = in.mask.data, p.keys = in.keys, p.values = in.values, p.y = in.y, p.scale = attributes.scale;
   p.heads = in.heads, p.kv_heads = in.kv_heads, p.size = in.size, p.tokens = in.tokens, p.total = in.total;
   p.places = in.places, p.row_count = count;
-  const auto addresses = {in.q.data, in.k.data, in.v.data, in.past_k.data, in.past_v.data, const_cast<const T*>(in.keys), const_cast<const T*>(in.values)};
-  p.aligned = in.size * int64_t(sizeof(T)) % 16 == 0 && std::all_of(addresses.begin(), addresses.end(), [](const T* data) {
-                return reinterpret_cast<uintptr_t>(data) % 16 == 0;
-              });
+  p.aligned = in.size * int64_t(sizeof(T)) % 16 == 0 && aligned(in.q.data) && aligned(in.k.data) && aligned(in.v.data) &&
+              aligned(in.past_k.data) && aligned(in.past_v.data) && aligned(in.keys) && aligned(in.values);
 
   const bool few = count <= kFewRows || in.tokens <= kFewTokens;
   const int slots = few ? kFewSlots : slots_of_many<T>(in.size);
@@ -254,14 +243,14 @@ void routed_attention(const Call& call, const Attributes& attributes) {
   const Scratch<char> memory(stream, 64 + count * int64_t(sizeof(Row)) + tiles * int64_t(sizeof(Tile)) +
                                          parts * int64_t(sizeof(Part) + in.size * sizeof(float)));
   char* free = memory.data();
-  Row* rows = take<Row>(&free, count);
+  Row* found = take<Row>(&free, count);
   Tile* table = take<Tile>(&free, tiles);
-  p.rows = rows, p.parts = take<Part>(&free, parts), p.sums = take<float>(&free, parts * in.size);
-  prepare(stream, p, in, pairs.data, rows);
+  p.rows = found, p.parts = take<Part>(&free, parts), p.sums = take<float>(&free, parts * in.size);
+  prepare(stream, p, in, rows.data, found);
   if (!count) return;
   if (!few) {
     p.tiles = table;
-    stream.launch(1, CutTiles{pairs.data, count, in.batch, tiles, tile_rows, table});
+    stream.launch(1, CutTiles{rows.data, count, in.batch, tiles, tile_rows, table});
   }
   if (in.size <= 64) attend<T, 64>(stream, p, few);
   else if (in.size <= 128) attend<T, 128>(stream, p, few);

@@ -28,6 +28,10 @@ template <class Kernel, class = void>
 constexpr bool kLoops = false;
 template <class Kernel>
 constexpr bool kLoops<Kernel, std::void_t<typename Kernel::State>> = true;
+template <class Kernel, class = void>
+constexpr int kResident = 1;
+template <class Kernel>
+constexpr int kResident<Kernel, std::void_t<typename Kernel::State>> = Kernel::resident;
 
 #ifdef IRC_EMULATED
 #define IRC_DEVICE
@@ -85,7 +89,7 @@ IRC_DEVICE void run_phases(const Kernel& kernel, typename Kernel::Shared& shared
 }
 
 template <class Kernel>
-__global__ void __launch_bounds__(kThreads) entry(const Kernel kernel) {
+__global__ void __launch_bounds__(kThreads, kResident<Kernel>) entry(const Kernel kernel) {
   extern __shared__ __align__(128) unsigned char memory[];
   auto& shared = *reinterpret_cast<typename Kernel::Shared*>(memory);
   if constexpr (kLoops<Kernel>) {
@@ -110,12 +114,6 @@ cudaError_t enter(const Kernel& kernel, int64_t blocks, cudaStream_t stream) {
   return cudaGetLastError();
 }
 #endif
-
-// `Count` numbers that are read and written at once.
-template <class T, int Count>
-struct alignas(Count * sizeof(T)) Pack {
-  T value[Count];
-};
 
 struct Nothing {};  // the shared memory of kernels without any
 

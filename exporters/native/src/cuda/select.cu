@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "device.h"
+#include "move.h"
 
 namespace irc {
 namespace {
@@ -116,17 +116,6 @@ struct WriteRows {
     }
   }
 };
-
-// The first of `count` rows, in order, whose sequence is `sequence` or a later one; rows (-1, -1) come last.
-IRC_BOTH inline int64_t first_of(const int64_t* rows, int64_t count, int64_t sequence) {
-  int64_t low = 0, high = count;
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (rows[2 * middle] >= 0 && rows[2 * middle] < sequence) low = middle + 1;
-    else high = middle;
-  }
-  return low;
-}
 
 struct CountOfSequence {
   static constexpr int phases = 1;

@@ -52,9 +52,12 @@ void add_products(Sums<T> (&sums)[Count], int used, const T* a, int a_stride, co
   }
 }
 
-// Copies 16 aligned bytes. A thread's copies since it last closed a group are a group; it waits until all but the last
+// Copies 16 aligned bytes, or zeros where there are none. A thread's copies since it last closed a group are a group; it waits until all but the last
 // `Open` groups are there, and others see them after the next barrier.
-inline void copy_later(void* to, const void* from) { std::memcpy(to, from, 16); }
+inline void copy_later(void* to, const void* from, bool any) {
+  if (any) std::memcpy(to, from, 16);
+  else std::memset(to, 0, 16);
+}
 inline void close_copies() {}
 template <int Open>
 void wait_for_copies() {}
@@ -88,7 +91,6 @@ IRC_DEVICE void add_products(PlainSums<T> (&sums)[Count], int used, const T* a, 
   IRC_UNROLL
   for (int i = 0; i < Count; ++i) {
     if (i >= used) continue;
-    IRC_UNROLL
     for (int k = 0; k < kSide; ++k)
       IRC_UNROLL
       for (int e = 0; e < Plain::count; ++e) {
@@ -150,7 +152,7 @@ template <class T>
 using Sums = PlainSums<T>;
 #endif
 
-IRC_DEVICE void copy_later(void* to, const void* from) { __pipeline_memcpy_async(to, from, 16); }
+IRC_DEVICE void copy_later(void* to, const void* from, bool any) { __pipeline_memcpy_async(to, from, 16, any ? 0 : 16); }
 IRC_DEVICE void close_copies() { __pipeline_commit(); }
 template <int Open>
 IRC_DEVICE void wait_for_copies() { __pipeline_wait_prior(Open); }
