@@ -15,6 +15,7 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 from exporters.onnx_ops import DOMAIN, VERSION, function_protos
+from irc.native_attention import draw_attention
 from irc.native_products import PRODUCTS, draw_products
 from irc.onnx_cache import onnxruntime
 from irc.reading import first_line
@@ -22,7 +23,7 @@ from passes import dialect  # noqa: F401 - registers the operators
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PADDED = "SelectRows, padded"
-OPERATORS = ("SelectRows", PADDED, "Compact", "Scatter", "ScatterAdd", "RaggedPlaces", *PRODUCTS)
+OPERATORS = ("SelectRows", PADDED, "Compact", "Scatter", "ScatterAdd", "RaggedPlaces", *PRODUCTS, "RoutedAttention")
 _KINDS = {
     torch.float32: TensorProto.FLOAT,
     torch.float16: TensorProto.FLOAT16,
@@ -40,8 +41,8 @@ class Found:
         operator: Its name in domain `irc`.
         dtype: fp32, fp16 or bf16.
         cases: How many random inputs it was given.
-        wrong: In how many of them it failed, or any output differed in a single bit (NaN equals NaN), of products by
-            more than rounding.
+        wrong: In how many of them it failed, or any output differed in a single bit (NaN equals NaN), of products
+            and attention by more than rounding.
         reason: Of the last failure, empty where there was none.
     """
 
@@ -159,7 +160,7 @@ def check_case(
 ) -> dict[str, str]:
     """Return for each operator how it differs from the eager one, empty where every bit of all outputs is the same.
 
-    Products may differ by rounding. Rows that are nothing are given to kernels only.
+    Products and attention may differ by rounding. Rows that are nothing are given to kernels only.
     """
     irc = torch.ops.irc
     shape = case["batch"], case["tokens"], case["width"]
@@ -189,6 +190,12 @@ def check_case(
         right = not isinstance(outputs, str) and product.is_near(outputs[0])
         sizes = [list(tensor.shape) for tensor in product.inputs]
         found[name] = "" if right else f"{sizes}: {outputs if isinstance(outputs, str) else 'other numbers'}"
+    batch, tokens = (min(max(1, case[name]), most) for name, most in (("batch", 9), ("tokens", 300)))
+    attention = draw_attention(batch, tokens, case["share"], dtype, generator, pads)
+    outputs = _run(run, "RoutedAttention", attention.inputs, [dtype] * 3, attention.attributes)
+    right = not isinstance(outputs, str) and attention.is_near(outputs)
+    sizes = [list(tensor.shape) for tensor in attention.inputs]
+    found["RoutedAttention"] = "" if right else f"{sizes}: {outputs if isinstance(outputs, str) else 'other numbers'}"
     return found
 
 

@@ -175,15 +175,16 @@ def test_padded_rows_have_no_place(run: NodeRunner) -> None:
     assert index.tolist() == [[0, 0], [0, 0], [1, 2]]
 
 
-def test_the_body_of_attention_calls_the_kernel_of_ragged_places(
+def test_the_body_of_reduced_attention_calls_the_kernel_of_ragged_places(
     run: NodeRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The one kernel there that waits is told to fail: RoutedAttention's own body has no such message."""
-    rows = torch.tensor([[[0, 0], [1, 1]]])
-    new, past = torch.ones(2, 2, 8), torch.ones(2, 1, 3, 8)
-    inputs = [torch.ones(1, 2, 8), rows, new, new, past, past, torch.zeros(2, 2, 5)]
-    attributes = {"heads": 1, "kv_heads": 1, "scale": 1.0}
-    assert run("RoutedAttention", inputs, [F32] * 3, **attributes)[0].tolist() == [[[1.0] * 8] * 2]
+    """The one kernel there that waits is told to fail: the body itself has no such message."""
+    rows, slots = torch.tensor([[[0, 0], [1, 1]]]), torch.arange(3).expand(2, -1)
+    new, past = torch.ones(1, 2, 8), torch.ones(2, 1, 3, 8)
+    inputs = [torch.ones(1, 2, 8), rows, new, new, past, past, slots, torch.zeros(2, 2, 5)]
+    attributes = {"heads": 1, "kv_heads": 1, "scale": 1.0, "masked": -1e30}
+    outputs = [F32, F32, F32, I64]
+    assert run("ReducedAttention", inputs, outputs, **attributes)[0].tolist() == [[[1.0] * 8] * 2]
     monkeypatch.setenv("IRC_EMULATED_ERROR", "700")
     with pytest.raises(Exception, match="RaggedPlaces: an emulated error"):
-        run("RoutedAttention", inputs, [F32] * 3, **attributes)
+        run("ReducedAttention", inputs, outputs, **attributes)

@@ -38,10 +38,16 @@ IRC_BOTH static inline float load(float value) { return value; }
 IRC_BOTH static inline float load(BFloat value) { return as_float(uint32_t(value.bits) << 16); }
 
 IRC_BOTH static inline float load(Half value) {
+#ifdef __CUDA_ARCH__
+  float number;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(number) : "h"(value.bits));
+  return number;
+#else
   // The exponent's bias is mended by a multiplication, which makes subnormal numbers right as well.
   const float scaled = as_float(uint32_t(value.bits & 0x7fff) << 13) * as_float(0x77800000);
   const uint32_t magnitude = as_bits(scaled) | (scaled >= 65536.0f ? 0x7f800000u : 0u);
   return as_float(magnitude | uint32_t(value.bits & 0x8000) << 16);
+#endif
 }
 
 IRC_BOTH static inline void store(float value, float* to) { *to = value; }

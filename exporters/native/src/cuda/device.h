@@ -115,6 +115,12 @@ cudaError_t enter(const Kernel& kernel, int64_t blocks, cudaStream_t stream) {
 }
 #endif
 
+// `Count` numbers that are read and written at once.
+template <class T, int Count>
+struct alignas(Count * sizeof(T)) Pack {
+  T value[Count];
+};
+
 struct Nothing {};  // the shared memory of kernels without any
 
 // Blocks that hold `count` things, `each` in a block.
