@@ -54,11 +54,10 @@ template <class T, int kSize, int kSlots, int kKeys>
 struct Attend {
   static constexpr int phases = 10, loop_begin = 2, loop_end = 7;
   static constexpr bool kLarge = kSize > 128 || sizeof(T) > 2;
-  static constexpr int resident = (kSlots > kSide ? 1 : 2) + !kLarge;  // as many blocks as registers allow without spilling
+  static constexpr int resident = (kSlots > kSide ? 1 : 2) + !kLarge;  // blocks of which registers suffice for all
   static constexpr int kPack = int(16 / sizeof(T)), kPacks = kSize / kPack;
   static constexpr int kStride = kSize + kPack, kOutStride = kSize + 4;  // other banks for other rows
   static constexpr int kScoreStride = kKeys + 4, kWeightStride = kScoreStride * int(sizeof(float) / sizeof(T));
-  static constexpr int kShrinkStride = kSide;
   static constexpr int kHelpers = kWarps / (kSlots / kSide);  // warps that share the columns of 16 slots
   static constexpr int kScores = (kKeys / kSide + kHelpers - 1) / kHelpers, kOuts = (kSize / kSide + kHelpers - 1) / kHelpers;
   static constexpr int kLanes = kThreads / kSlots, kOwn = kKeys / kLanes;  // threads of a slot, and their keys
@@ -75,10 +74,11 @@ struct Attend {
       alignas(32) float scores[kSlots * kScoreStride];
       T weights[kSlots * kWeightStride];
     };
-    float shrink[kSlots * kShrinkStride];  // a slot's in all columns of its row
+    float shrink[kSlots * kSide];  // a slot's in all columns of its row
     float of_thread[kThreads], of_slot[kSlots];
     Row rows[kSlots];
   };
+  static_assert(sizeof(Shared) <= 99 * 1024, "no GPU from sm_80 on has less for a block");
   struct State {
     Tile tile;
     int head, kv_head, sequence;  // its first query head
@@ -185,7 +185,8 @@ struct Attend {
         add_products<true>(scores, used, queries + k, kStride, keys + k, kStride, kHelpers * kSide * kStride);
       IRC_UNROLL
       for (int i = 0; i < kScores; ++i)
-        if (i < used) scores[i].write(shared.scores + strip * kSide * kScoreStride + (helper + i * kHelpers) * kSide, kScoreStride);
+        if (i < used)
+          scores[i].write(shared.scores + strip * kSide * kScoreStride + (helper + i * kHelpers) * kSide, kScoreStride);
     } else if constexpr (Phase == 4) {
       if (state.from + kKeys < state.to) read_keys(p.keys, state, state.from + kKeys, thread, shared.in.keys);
       close_copies();
@@ -213,13 +214,13 @@ struct Attend {
         store(weight, &weights[lane + i * kLanes]);
       }
       state.largest = most;
-      for (int i = lane; i < kSide; i += kLanes) shared.shrink[slot * kShrinkStride + i] = shrink;
+      for (int i = lane; i < kSide; i += kLanes) shared.shrink[slot * kSide + i] = shrink;
       wait_for_copies<1>();
     } else if constexpr (Phase == 6) {
       state.from += kKeys;
       if (!in_warp(thread) || !busy(state, strip)) return;
       Sums<T> shrink;
-      shrink.read(shared.shrink + strip * kSide * kShrinkStride, kShrinkStride);
+      shrink.read(shared.shrink + strip * kSide * kSide, kSide);
       IRC_UNROLL
       for (int i = 0; i < kOuts; ++i)
         IRC_UNROLL

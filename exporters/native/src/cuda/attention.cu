@@ -58,7 +58,8 @@ struct Prepare {
     const int64_t packs = size / Count, begin = in_place ? past * packs : 0;
     auto* to = reinterpret_cast<Numbers*>(cache.present + index * places * size);
     const auto* old = reinterpret_cast<const Numbers*>(cache.past + index * room * size);
-    const auto* fresh = reinterpret_cast<const Numbers*>(cache.fresh) + (index / kv_heads * tokens * kv_heads + index % kv_heads) * packs;
+    const int64_t first = index / kv_heads * tokens * kv_heads + index % kv_heads;
+    const auto* fresh = reinterpret_cast<const Numbers*>(cache.fresh) + first * packs;
     IRC_UNROLL
     for (int i = 0; i < kAppended; ++i) {
       const int64_t at = begin + (chunk * kAppended + i) * kThreads + thread, added = at - past * packs;
@@ -169,7 +170,7 @@ struct MergeSplits {
   }
 };
 
-// How many keys a block holds at a time, and for how many queries: shared memory stays below what any GPU has.
+// How many keys a block holds at a time, and for how many queries: as shared memory allows.
 constexpr int kMostKeys = 64, kFewSlots = 16;
 template <class T, int kSize>
 constexpr int kKeys = std::min(kMostKeys, int(16384 / (kSize * sizeof(T))));

@@ -36,8 +36,11 @@ struct Sums {
   }
 };
 
+// sums[i] += A times B_i for i below `used`. A, of rows a_stride apart, is at a; B_i at b + i * b_step, of rows b_stride
+// apart, or where it is transposed of columns.
 template <bool kTransposed, int Count, class T>
-void add_products(Sums<T> (&sums)[Count], int used, const T* a, int a_stride, const T* b, int b_stride, int b_step) {
+void add_products(Sums<T> (&sums)[Count], int used, const T* a, int a_stride, const T* b, int b_stride,
+                  int b_step) {
   float left[kSide][kSide], right[kSide][kSide];
   for (int row = 0; row < kSide; ++row)
     for (int k = 0; k < kSide; ++k) left[row][k] = load(a[row * a_stride + k]);
@@ -86,7 +89,8 @@ struct PlainSums {
 };
 
 template <bool kTransposed, int Count, class T>
-IRC_DEVICE void add_products(PlainSums<T> (&sums)[Count], int used, const T* a, int a_stride, const T* b, int b_stride, int b_step) {
+IRC_DEVICE void add_products(PlainSums<T> (&sums)[Count], int used, const T* a, int a_stride, const T* b, int b_stride,
+                             int b_step) {
   using Plain = PlainSums<T>;
   IRC_UNROLL
   for (int i = 0; i < Count; ++i) {
@@ -129,7 +133,8 @@ struct TensorSums {
 };
 
 template <bool kTransposed, int Count, class T>
-IRC_DEVICE void add_products(TensorSums<T> (&sums)[Count], int used, const T* a, int a_stride, const T* b, int b_stride, int b_step) {
+IRC_DEVICE void add_products(TensorSums<T> (&sums)[Count], int used, const T* a, int a_stride, const T* b, int b_stride,
+                             int b_step) {
   namespace wmma = nvcuda::wmma;
   using Number = typename TensorType<T>::Type;
   using Order = std::conditional_t<kTransposed, wmma::col_major, wmma::row_major>;
