@@ -55,8 +55,8 @@ void add_products(Sums<T> (&sums)[Count], int used, const T* a, int a_stride, co
   }
 }
 
-// Copies 16 aligned bytes, or zeros where there are none. A thread's copies since it last closed a group are a group; it waits until all but the last
-// `Open` groups are there, and others see them after the next barrier.
+// Copies 16 aligned bytes, or zeros where there are none. A thread's copies since it last closed a group are a group; it
+// waits until all but the last `Open` groups are there, and others see them after the next barrier.
 inline void copy_later(void* to, const void* from, bool any) {
   if (any) std::memcpy(to, from, 16);
   else std::memset(to, 0, 16);
