@@ -17,7 +17,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
+
+SHARD_BYTES = 1_000_000_000
 SHAPES = {
     "llama-3.2-1b": {
         "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
@@ -30,14 +35,46 @@ SHAPES = {
 }  # fmt: skip
 
 
-def write_random_model(folder: Path, shape: str) -> None:
-    """Write a random-weight bf16 checkpoint in safetensors shards."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+def shape_config(shape: str) -> LlamaConfig:
+    """Return the configuration of a named shape, or that of a config.json of the user's."""
+    from transformers import LlamaConfig
 
-    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=131_072, dtype=torch.bfloat16)
-    torch.set_default_dtype(torch.bfloat16)
-    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="1GB")
+    if shape in SHAPES:
+        return LlamaConfig(**SHAPES[shape], max_position_embeddings=131_072, dtype="bfloat16")
+    if not Path(shape).is_file():
+        sys.exit(f"{shape}: is neither a file nor one of {', '.join(SHAPES)}")
+    return LlamaConfig.from_json_file(shape)
+
+
+def write_random_model(folder: Path, shape: str) -> None:
+    """Write a random-weight bf16 checkpoint in safetensors shards, never more than one of them in memory."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaForCausalLM
+
+    config = shape_config(shape)
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        wanted = LlamaForCausalLM(config).state_dict()
+    if config.tie_word_embeddings:
+        del wanted["lm_head.weight"]
+    generator = torch.Generator().manual_seed(0)
+    index: dict[str, str] = {}
+    shard: dict[str, torch.Tensor] = {}
+
+    def write() -> None:
+        name = f"model-{len(set(index.values())) + 1:05d}.safetensors"
+        save_file(shard, folder / name, {"format": "pt"})
+        index.update(dict.fromkeys(shard, name))
+        shard.clear()
+
+    for name, meta in wanted.items():
+        if shard and sum(2 * tensor.numel() for tensor in shard.values()) + 2 * meta.numel() > SHARD_BYTES:
+            write()
+        ones = torch.ones(meta.shape, dtype=torch.bfloat16)
+        shard[name] = ones if meta.dim() == 1 else ones.normal_(0, config.initializer_range, generator=generator)
+    write()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
 def measure(shape: str, folder: Path | None) -> dict[str, float]:

@@ -114,7 +114,7 @@ def _recoverability(model: RoutedForCausalLM, text: torch.Tensor) -> dict[str, f
     for batch in text.split(_BATCH):
         tape: dict[str, Record] = {}
         with model.control.using(mode="execute", tape=tape, measure_error=True):
-            model(input_ids=batch.to(model.device), use_cache=False)
+            model.states(batch.to(model.device))
         for name, record in tape.items():
             assert record.cosine is not None
             total[name] += record.cosine.sum().item()

@@ -170,5 +170,5 @@ def _differences(model: RoutedForCausalLM, text: torch.Tensor) -> dict[str, torc
 def _tape(model: RoutedForCausalLM, batch: torch.Tensor) -> dict[str, Record]:
     tape: dict[str, Record] = {}
     with model.control.using(mode="route", tape=tape):
-        model(input_ids=batch.to(model.device), use_cache=False)
+        model.states(batch.to(model.device))
     return tape

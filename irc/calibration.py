@@ -7,7 +7,7 @@ direction of each token's output (what the cosine measures) rather than the few 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -111,17 +111,21 @@ def set_closed_form(forecaster: Forecaster, statistics: UnitStatistics, rank: in
 
 
 @contextmanager
-def gathering(model: RoutedForCausalLM, keep: torch.Tensor | None = None) -> Iterator[dict[str, UnitStatistics]]:
-    """Gather statistics of every unit from all forward calls inside the `with` block.
+def gathering(
+    model: RoutedForCausalLM, keep: torch.Tensor | None = None, units: Sequence[Unit] | None = None
+) -> Iterator[dict[str, UnitStatistics]]:
+    """Gather statistics of units from all forward calls inside the `with` block.
 
     Args:
         model: Rewritten model.
         keep: bool [batch, tokens] of real tokens; all are real when None.
+        units: Of which; all when None.
     """
-    statistics = {unit.name: UnitStatistics(unit.width, model.device) for unit in model.units}
+    units = model.units if units is None else units
+    statistics = {unit.name: UnitStatistics(unit.width, model.device) for unit in units}
     inputs: dict[str, torch.Tensor] = {}
     handles = []
-    for unit in model.units:
+    for unit in units:
         handles.append(model.part(unit, "forecaster").register_forward_pre_hook(_remember(unit, inputs)))
         handles.append(model.part(unit, "mux").register_forward_pre_hook(_accumulate(unit, inputs, statistics, keep)))
     try:

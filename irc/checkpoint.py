@@ -15,6 +15,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from irc.errors import InputError
+from irc.paging import MappedPages
 from irc.reading import check_links, check_plain, first_line, read_json, read_text
 from irc.tokenizer import load_tokenizer
 
@@ -120,13 +121,16 @@ class BaseModel:
     def check_finite(self) -> None:
         """Refuse weights with NaN or infinity, naming the first; no shard stays in memory."""
         for shard in self.shards:
-            for key, tensor in _mapped(shard).items():
+            tensors = _mapped(shard)
+            pages = MappedPages(tensors.values())
+            for key, tensor in tensors.items():
                 # In pieces: what isfinite allocates for a large embedding would be the peak of a conversion.
                 pieces = tensor.flatten().split(_PIECE) if tensor.is_floating_point() else ()
                 if not all(bool(torch.isfinite(piece).all()) for piece in pieces):
                     raise InputError(
                         f"{self.name}: weight {key} holds NaN or infinite values; the checkpoint is damaged"
                     )
+                pages.release([tensor])
 
     def sha256(self) -> str:
         """Return the SHA-256 over all shards in order."""

@@ -7,9 +7,9 @@ import time
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from irc.flops import flops_ratio
+from irc.head import token_losses
 from irc.modules import Mode, Record
 from irc.routed import RoutedForCausalLM
 from irc.train import Progress
@@ -120,8 +120,9 @@ class _Totals:
     def _run(self, mode: Mode, batch: torch.Tensor, mask: torch.Tensor) -> dict[str, Record]:
         tape: dict[str, Record] = {}
         with self.model.control.using(mode=mode, tape=tape, measure_error=mode == "execute"):
-            logits = self.model(input_ids=batch, attention_mask=mask, use_cache=False).logits
-        losses = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
+            states = self.model.states(batch, mask)
+        flat, targets = states[:, :-1].flatten(0, 1), batch[:, 1:].flatten()
+        losses = token_losses(self.model.logits, flat, targets, self.model.config.vocab_size)
         counted = (mask[:, 1:].bool() & mask[:, :-1].bool()).flatten()
         self.loss[mode] += losses[counted].double().sum().item()
         self.predicted[mode] += int(counted.sum())

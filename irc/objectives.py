@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from accelerate.utils import reduce
 
 from irc.budget import Budget, plain_budget
+from irc.head import summed_loss
 from irc.lora import adapters_off
 from irc.modules import Record
 from irc.policies import policy_named
@@ -43,7 +44,7 @@ class ForecastObjective(Objective):
         """
         tape: dict[str, Record] = {}
         with self.model.control.using(mode="execute", tape=tape, measure_error=True):
-            self.model(input_ids=windows, use_cache=False)
+            self.model.states(windows)
         l1 = torch.stack([_some(record.l1).mean() for record in tape.values()])
         cosine = torch.stack([_some(record.cosine).mean() for record in tape.values()])
         return (l1 + 1 - cosine).sum(), {"cosine": cosine.mean().item()}
@@ -125,12 +126,9 @@ class RoutingObjective(Objective):
         tape: dict[str, Record] = {}
         control = self.model.control
         with control.using(tape=tape, measure_error=self._cosine_weight > 0, **self._routing(windows, step)):
-            logits = self.model(input_ids=windows, use_cache=False).logits
-        flat = logits[:, :-1].float().flatten(0, 1)
-        loss = F.cross_entropy(flat, windows[:, 1:].flatten())
-        figures = {"lm": loss.item()}
-        if self.recipe.distill > 0:
-            loss = (1 - self.recipe.distill) * loss + self.recipe.distill * self._divergence(flat, windows)
+            states = self.model.states(windows)
+        loss, plain = self._language(states, windows)
+        figures = {"lm": plain}
         execution = {unit: _straight_through(record) for unit, record in tape.items()}
         if self.sampled and self._learns and not self._ranked:
             loss = loss + self.recipe.sparsity_weight * self.budget.loss(execution, self.target(step))
@@ -141,12 +139,30 @@ class RoutingObjective(Objective):
         skipped = 1 - torch.stack(list(execution.values())).mean().item()
         return loss, {**figures, "sparsity": skipped}
 
-    def _divergence(self, flat: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
-        """Return the mean divergence of routed logits [tokens, vocabulary] from those of the dense model."""
-        # The teacher is the base itself: without adapters, without their dropout.
+    def _language(self, states: torch.Tensor, windows: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """Return the language-model loss, distilled as the recipe says, and the plain cross-entropy."""
+        share, targets = self.recipe.distill, windows[:, 1:].flatten()
+        teacher = self._teacher(windows)[:, :-1].flatten(0, 1) if share > 0 else None
+        plain: list[torch.Tensor] = []
+
+        def part_loss(part: torch.Tensor, rows: slice) -> torch.Tensor:
+            logits = self.model.logits(part).float()
+            loss = F.cross_entropy(logits, targets[rows], reduction="sum") / targets.numel()
+            plain.append(loss.detach())
+            if teacher is None:
+                return loss
+            with torch.no_grad():
+                dense = self.model.logits(teacher[rows]).float().log_softmax(-1)
+            divergence = F.kl_div(logits.log_softmax(-1), dense, reduction="sum", log_target=True) / targets.numel()
+            return (1 - share) * loss + share * divergence
+
+        loss = summed_loss(states[:, :-1].flatten(0, 1), self.model.config.vocab_size, part_loss)
+        return loss, torch.stack(plain).sum().item()
+
+    def _teacher(self, windows: torch.Tensor) -> torch.Tensor:
+        """Return what the head of the base itself reads: without adapters, without their dropout."""
         with torch.no_grad(), adapters_off(self.model), self.model.control.using(mode="execute", tape=None):
-            dense = self.model(input_ids=windows, use_cache=False).logits[:, :-1].float().flatten(0, 1)
-        return F.kl_div(flat.log_softmax(-1), dense.log_softmax(-1), reduction="batchmean", log_target=True)
+            return self.model.states(windows)
 
     def _routing(self, windows: torch.Tensor, step: int) -> dict[str, Any]:
         if not self.sampled and not self._drawn:

@@ -121,7 +121,7 @@ def convert(
             started = time.monotonic()
             phase(conversion)
             conversion.seconds[name] = time.monotonic() - started
-            log.debug("phase %s: %.1f s", name, conversion.seconds[name])
+            log.debug("phase %s ended after %.1f s", name, conversion.seconds[name])
         finish(conversion)
     return conversion.metrics
 
@@ -217,6 +217,7 @@ def run_stages(conversion: Conversion) -> None:
             load_stage(conversion.model, work, stage, recipe)
         conversion.stage_figures[stage] = figures
         conversion.seconds[stage] = figures["seconds"]
+        log.debug("phase %s ended after %.1f s", stage, figures["seconds"])
     keep = conversion.keep = conversion.stage_figures[recipe.stages[-1]].pop("calibration_keep")
     if recipe.dial:
         conversion.dial = dial_points(conversion.model, context.calibration_windows(), recipe.dial, conversion.progress)

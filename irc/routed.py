@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -18,6 +18,7 @@ from irc.cache import CACHE_NAME, flat_past, updated
 from irc.capture import SUPPORTED, Captured, assign_weights, capture
 from irc.checkpoint import BaseModel
 from irc.errors import InputError
+from irc.head import split_head
 from irc.modules import BottleneckRouter, Forecaster, Mux, RoutingControl
 from irc.policies import Policy, make_forecaster, make_router, policy_named, refuse_whole_sequences
 from passes.base import PassManager
@@ -71,6 +72,8 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         self.control = control
         self.spec = spec
         self.facts: dict[str, Any] = {}
+        # In a tuple: no submodules, so that no parameter has two names.
+        self._apart: tuple[fx.GraphModule, fx.GraphModule | None] | None = None
         self.generation_config = GenerationConfig.from_model_config(captured.config)
 
     @property
@@ -117,16 +120,8 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         Returns:
             Logits [batch, tokens, vocabulary], the loss when labels are given, the cache.
         """
-        batch, tokens = input_ids.shape
-        if self.control.capacity is not None:
-            self.control.real = None if attention_mask is None else attention_mask[:, -tokens:].bool()
         cache = past_key_values if cache is None else cache
-        past = flat_past(self.config, cache, batch, self.dtype, input_ids.device)
-        if attention_mask is None:
-            attention_mask = input_ids.new_ones(batch, past[0].shape[2] + tokens)
-        if position_ids is None:
-            position_ids = positions(attention_mask)[:, -tokens:]
-        logits, *present = self.graph(input_ids, attention_mask, position_ids, *past)
+        logits, *present = self.graph(*self.graph_inputs(input_ids, attention_mask, position_ids, cache))
         if use_cache is None:
             use_cache = not self.training
         kept: dict[str, Any] = {CACHE_NAME: updated(cache, present) if use_cache else None}
@@ -135,6 +130,39 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
             flat = logits[:, :-1].float().flatten(0, 1)
             loss = F.cross_entropy(flat, labels[:, 1:].flatten(), ignore_index=-100)
         return CausalLMOutputWithPast(loss=loss, logits=logits, **kept)
+
+    def graph_inputs(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> list[torch.Tensor]:
+        """Return what the graph takes, from the arguments of `forward`; tells the control what is padding."""
+        batch, tokens = input_ids.shape
+        if self.control.capacity is not None:
+            self.control.real = None if attention_mask is None else attention_mask[:, -tokens:].bool()
+        past = flat_past(self.config, cache, batch, self.dtype, input_ids.device)
+        if attention_mask is None:
+            attention_mask = input_ids.new_ones(batch, past[0].shape[2] + tokens)
+        if position_ids is None:
+            position_ids = positions(attention_mask)[:, -tokens:]
+        return [input_ids, attention_mask, position_ids, *past]
+
+    def states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Return what the head reads, [batch, tokens, d], without computing logits; arguments as of `forward`."""
+        states: torch.Tensor = self._parts()[0](*self.graph_inputs(input_ids, attention_mask))
+        return states
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Return the logits [..., vocabulary] of what the head reads [..., d]."""
+        head = self._parts()[1]
+        return states if head is None else cast(torch.Tensor, head(states))
+
+    def _parts(self) -> tuple[fx.GraphModule, fx.GraphModule | None]:
+        if self._apart is None:
+            self._apart = split_head(self.graph)
+        return self._apart
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Continue text, by transformers' own generation.

@@ -86,7 +86,7 @@ def read_routes(model: RoutedForCausalLM, spec: str, limit: int) -> Routes:
         raise InputError(f"--text {spec}: it has no token")
     tape: dict[str, Record] = {}
     with model.control.using(mode="route", tape=tape, measure_error=True):
-        model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
+        model.states(torch.tensor([ids], device=model.device))
     records = [tape[unit.name] for unit in model.units]
     difference = torch.stack([_known(record.difference)[0] for record in records]).cpu()
     return Routes(

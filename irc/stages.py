@@ -20,9 +20,11 @@ from irc.calibration import gathering, set_closed_form
 from irc.config import Recipe
 from irc.data import pick, windows
 from irc.errors import InputError
+from irc.layerwise import layer_by_layer, outermost
 from irc.lora import inject_lora, lora_parameters
 from irc.modules import Forecaster, Router
 from irc.objectives import ForecastObjective, RoutingObjective
+from irc.paging import released
 from irc.policies import policy_named
 from irc.recompute import recomputing
 from irc.routed import RoutedForCausalLM
@@ -109,7 +111,9 @@ def run_lff(context: StageContext) -> dict[str, Any]:
         context.model.requires_grad_(False)
         objective = ForecastObjective(context.model, recipe.lr)
         _learn(context.model, "forecaster")
-        with context.progress("lff", recipe.steps) as progress:
+        blocks = outermost({unit.block for unit in context.model.units})
+        # Nothing is propagated back through a layer: its weights are not needed again in this step.
+        with released(context.model.graph, blocks), context.progress("lff", recipe.steps) as progress:
             result = context.train(objective, settings, progress)
         figures |= {
             "refine_seconds": result.seconds,
@@ -120,26 +124,32 @@ def run_lff(context: StageContext) -> dict[str, Any]:
 
 
 def fit_closed_form(context: StageContext, text: torch.Tensor) -> float:
-    """Stream text through the dense model once and solve every forecaster; returns seconds."""
+    """Stream text through the dense model once, layer by layer, and solve every forecaster; returns seconds."""
     model, recipe = context.model, context.recipe
     started = time.monotonic()
     chosen = pick(text, recipe.lff.tokens)
+    layers = len({unit.layer for unit in model.units})
+    done = 0
     with (
-        context.progress("lff statistics", len(chosen)) as progress,
-        gathering(model) as statistics,
+        context.progress("lff statistics", len(chosen) * layers) as progress,
         model.control.using(mode="execute"),
         torch.no_grad(),
         _autocast(context),
     ):
-        done = 0
-        for batch in chosen.split(_EVAL_BATCH):
-            model(input_ids=batch.to(model.device), use_cache=False)
-            done += len(batch)
-            progress.update(done, tokens_per_s=done * text.shape[1] / (time.monotonic() - started))
-    for unit in model.units:
-        forecaster = model.part(unit, "forecaster")
-        assert isinstance(forecaster, Forecaster)
-        set_closed_form(forecaster, statistics[unit.name], forecaster.down.out_features, recipe.lff.ridge)
+
+        def advance(windows: int) -> None:
+            nonlocal done
+            done += windows
+            rate = done / layers * text.shape[1] / (time.monotonic() - started)
+            progress.update(done, tokens_per_s=rate)
+
+        for units, compute in layer_by_layer(model, chosen.split(_EVAL_BATCH)):
+            with gathering(model, units=units) as statistics:
+                compute(advance)
+            for unit in units:
+                forecaster = model.part(unit, "forecaster")
+                assert isinstance(forecaster, Forecaster)
+                set_closed_form(forecaster, statistics[unit.name], forecaster.down.out_features, recipe.lff.ridge)
     return time.monotonic() - started
 
 

@@ -74,7 +74,7 @@ def unit_importance(model: RoutedForCausalLM, text: torch.Tensor) -> dict[str, f
     try:
         with model.control.using(mode="execute"):
             for batch in text.split(_BATCH):
-                model(input_ids=batch.to(model.device), use_cache=False)
+                model.states(batch.to(model.device))
     finally:
         for handle in handles:
             handle.remove()

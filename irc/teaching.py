@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from accelerate.utils import reduce
 from torch import nn
 
+from irc.head import summed_loss
 from irc.modules import Router, difference_of
 from irc.routed import RoutedForCausalLM
 from irc.train import Objective
@@ -51,9 +52,13 @@ class TeachObjective(Objective):
             step: Not used.
         """
         with _probing(self.model) as seen, self.model.control.using(mode="execute", tape=None):
-            logits = self.model(input_ids=windows, use_cache=False).logits
-        flat = logits[:, :-1].float().flatten(0, 1)
-        loss = F.cross_entropy(flat, windows[:, 1:].flatten(), reduction="sum")
+            states = self.model.states(windows)
+        targets = windows[:, 1:].flatten()
+
+        def part_loss(part: torch.Tensor, rows: slice) -> torch.Tensor:
+            return F.cross_entropy(self.model.logits(part).float(), targets[rows], reduction="sum")
+
+        loss = summed_loss(states[:, :-1].flatten(0, 1), self.model.config.vocab_size, part_loss)
         gradients = torch.autograd.grad(loss, [probe for probe, _, _ in seen])
         errors = [(g * error).sum(-1)[:, :-1] for g, (_, error, _) in zip(gradients, seen, strict=True)]
         cost = (torch.stack(errors).double().square() + 1e-12).log()
