@@ -124,12 +124,12 @@ def main() -> None:
         add_tokenizer(base)
         write_text(text)
         size = sum(path.stat().st_size for path in base.glob("*.safetensors")) / 1e9
-        common = ["--data", str(text), "--seq-len", str(given.seq_len), "--device", "cpu"]
+        common = ["--data", str(text), "--seq-len", str(given.seq_len), "--device", "cpu", "--dtype", "bf16"]
         flags = settings(given.tokens, given.batch, given.steps)
         rows = [
             *run("convert", str(base), "-o", str(bundle), *common, *flags),
             *run("eval", str(bundle), "--tokens", str(given.tokens), *common),
-            *run("export", str(bundle), "-o", str(onnx)),
+            *run("export", str(bundle), "-o", str(onnx), "--dtype", "bf16"),
         ]
     finally:
         shutil.rmtree(given.folder, ignore_errors=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -113,6 +113,7 @@ def export_onnx(
     metadata: dict[str, str],
     dump_dir: Path | None = None,
     provider: str = "cpu",
+    between: Callable[[], None] | None = None,
 ) -> list[Decision]:
     """Lower a captured model in place and write `model.onnx` and `model.onnx.data` into a folder.
 
@@ -124,6 +125,7 @@ def export_onnx(
         metadata: Goes into the model beside op version and least ONNX Runtime.
         dump_dir: Where every pass leaves its before, after and diff.
         provider: Which of `PROVIDERS` the model is meant for; every provider runs it.
+        between: Called before each weight is written, so that what was read for those before it can leave memory.
 
     Returns:
         One decision for each routed unit, in the order in which a token meets them.
@@ -149,7 +151,7 @@ def export_onnx(
         metadata | {"irc.opset": str(OPSET), "irc.op_version": str(VERSION), "irc.least_onnxruntime": LEAST_ORT}
     )
     model.producer_name = "irc"
-    ir.save(model, folder / MODEL, external_data=DATA)
+    ir.save(model, folder / MODEL, external_data=DATA, callback=(lambda *_: between()) if between else None)
     return decisions
 
 

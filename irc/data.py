@@ -7,9 +7,9 @@ order or by a random generator, so that every command sees the same held-out tex
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import sysconfig
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Literal, Protocol
 import torch
 
 from irc.errors import InputError
-from irc.reading import first_line
+from irc.text_rows import hub_texts, json_texts, parquet_texts
 
 Split = Literal["train", "calibration", "validation", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "calibration", "validation", "heldout")
@@ -27,10 +27,8 @@ _NEEDED = frozenset({"train", "calibration", "heldout"})
 TEXT_SUFFIXES = frozenset(
     ".txt .md .rst .py .js .ts .c .h .cpp .java .go .rs .tex .html .xml .csv .yaml .yml .toml".split()
 )
-TEXT_COLUMNS = ("text", "content", "document")
 
 _BLOCK_CHARACTERS, _LEAST_BLOCK_CHARACTERS = 4096, 256
-_NEEDS_DATASETS = "needs the package datasets; install it with: pip install 'informed-routing-compiler[data]'"
 _STDLIB_SKIPPED = frozenset("site-packages dist-packages encodings pydoc_data __pycache__".split())
 _STDLIB_TESTS = frozenset("test tests idle_test".split())
 
@@ -107,8 +105,8 @@ def load_text(spec: str) -> TextSource:
     """Read the text that `--data` names.
 
     Args:
-        spec: `stdlib`, `stdlib-tests`, `hf:NAME[:CONFIG]`, a text file, a .jsonl or .parquet file with a text
-            column, or a folder of such files.
+        spec: `stdlib`, `stdlib-tests`, `hf:NAME[:CONFIG]` (streamed, see `irc.text_rows`), a text file, a .jsonl or
+            .parquet file with a text column, or a folder of such files.
 
     Raises:
         InputError: Nothing is there, it is not text, or it is empty.
@@ -118,7 +116,7 @@ def load_text(spec: str) -> TextSource:
     elif spec == "stdlib-tests":
         documents = list(_stdlib_documents(tests=True))
     elif spec.startswith("hf:"):
-        documents = _blocks(spec, "\n\n".join(_hub_texts(spec[3:])))
+        documents = _blocks(spec, "\n\n".join(hub_texts(spec[3:])))
     else:
         path = Path(spec)
         if path.is_dir():
@@ -174,55 +172,10 @@ def _in_every_split(documents: list[Document]) -> list[Document]:
 def _file_documents(path: Path, name: str) -> list[Document]:
     """Split one file into blocks of lines, so that a single file too has held-out text."""
     if path.suffix.lower() == ".jsonl":
-        return [Document(f"{name}#{i}", text) for i, text in enumerate(_column(_json_rows(path), path))]
+        return [Document(f"{name}#{i}", text) for i, text in enumerate(json_texts(path, _read_text(path)))]
     if path.suffix.lower() == ".parquet":
-        try:
-            from pyarrow import parquet
-        except ImportError as error:
-            raise InputError(f"{path}: {_NEEDS_DATASETS}") from error
-        try:
-            rows = parquet.read_table(path).to_pylist()
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: not a parquet file ({first_line(error)})") from error
-        return [Document(f"{name}#{i}", text) for i, text in enumerate(_column(rows, path))]
+        return [Document(f"{name}#{i}", text) for i, text in enumerate(parquet_texts(path))]
     return _blocks(name, _read_text(path))
-
-
-def _json_rows(path: Path) -> list[dict[str, object]]:
-    rows: list[dict[str, object]] = []
-    # Only line feeds end a row: JSON strings may hold the other line ends that splitlines() knows.
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{path}, line {number}: not JSON ({error}); give one object a line") from error
-        if not isinstance(row, dict):
-            raise InputError(f"{path}, line {number}: a {type(row).__name__}, not an object; give one object a line")
-        rows.append(row)
-    return rows
-
-
-def _column(rows: Sequence[dict[str, object]], path: Path) -> list[str]:
-    for column in TEXT_COLUMNS:
-        if rows and column in rows[0]:
-            texts = [row.get(column) for row in rows]
-            return ["" if text is None else str(text) for text in texts]
-    raise InputError(f"{path}: no text column; expected one of {', '.join(TEXT_COLUMNS)}")
-
-
-def _hub_texts(name: str) -> list[str]:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise InputError(f"--data hf:{name}: {_NEEDS_DATASETS}") from error
-    dataset, _, config = name.partition(":")
-    try:
-        rows = load_dataset(dataset, config or None, split="train").to_list()
-    except Exception as error:
-        raise InputError(f"--data hf:{name}: the dataset could not be loaded: {error}") from error
-    return _column(rows, Path(name))
 
 
 def _read_text(path: Path) -> str:
@@ -260,10 +213,10 @@ def token_stream(documents: Sequence[Document], tokenizer: Tokenizer) -> torch.T
         int64 [tokens].
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids: list[int] = []
+    ids = array("q")  # of 8 bytes a token; a list takes 36
     for document in documents:
-        ids += tokenizer(document.text, add_special_tokens=False)["input_ids"] + end
-    return torch.tensor(ids, dtype=torch.int64)
+        ids.extend(tokenizer(document.text, add_special_tokens=False)["input_ids"] + end)
+    return torch.frombuffer(ids, dtype=torch.int64) if ids else torch.zeros(0, dtype=torch.int64)
 
 
 def windows(stream: torch.Tensor, length: int, what: str = "text") -> torch.Tensor:

@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from irc.evaluation_run import open_model
 from irc.key_policy import KeyPolicy, key_policy_of
 from irc.lora import merge_lora
 from irc.onnx_folder import FORMAT_VERSION, MANIFEST
+from irc.paging import MappedPages
 from irc.policies import policy_named, refuse_whole_sequences
 from irc.routed import RoutedForCausalLM
 from irc.staging import cannot_write, staged
@@ -124,7 +126,11 @@ def _write(model: RoutedForCausalLM, name: str, folder: Path, dump_dir: Path | N
     facts = model.facts.get("config", {})
     measured = {unit["name"]: unit for unit in facts.get("units", [])}
     dtype = model.dtype
-    decisions = export_onnx(model.graph, cache, dtype, folder, {"irc.version": __version__}, dump_dir, provider)
+    weights = list(model.graph.parameters())
+    pages = MappedPages(weights)
+    version = {"irc.version": __version__}
+    release = partial(pages.release, weights)
+    decisions = export_onnx(model.graph, cache, dtype, folder, version, dump_dir, provider, release)
     _copy_texts(base, folder)
     config = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
     generation_file = base.folder / "generation_config.json"

@@ -22,10 +22,11 @@ from irc.key_policy import KeyPolicy, kv_facts, set_key_policy
 from irc.policies import policy_named
 from irc.reading import read_json
 from irc.routed import RoutedForCausalLM, RoutingSpec, build_routed
+from irc.sharding import own_device, shard_base, sharding_wanted
 from irc.stage_cache import StageCache
-from irc.stages import StageContext, check_text, run_lff, run_lora, run_router
+from irc.stages import StageContext, check_batches, check_text, run_lff, run_lora, run_router
 from irc.staging import staged
-from irc.train import ProgressFactory
+from irc.train import ProgressFactory, accelerator_for
 from irc.workspace import (
     check_same_recipe,
     drop,
@@ -144,6 +145,7 @@ def resolve(recipe: Recipe) -> Recipe:
         recipe.device = "cuda" if torch.cuda.is_available() else "cpu"
     if recipe.device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"device is '{recipe.device}', but torch sees no CUDA device; use --device cpu")
+    own_device(recipe.device)
     if recipe.precision == "auto":
         fast = recipe.device != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16", False)
         recipe.precision = "bf16" if fast else "fp32"
@@ -181,6 +183,9 @@ def capture_and_rewrite(conversion: Conversion) -> None:
     spec = RoutingSpec(recipe.rank, recipe.forecaster, recipe.policy, recipe.sparsity, recipe.seed, recipe.router.reads)
     conversion.model = build_routed(conversion.base, spec, recipe.dtype, recipe.device, recipe.seed)
     conversion.model.facts["base"] = conversion.base
+    if sharding_wanted():
+        _ = accelerator_for(recipe.device, recipe.precision)  # starts the process group
+        shard_base(conversion.model)
 
 
 def run_stages(conversion: Conversion) -> None:
@@ -195,6 +200,7 @@ def run_stages(conversion: Conversion) -> None:
         conversion.progress,
     )
     check_text(context)
+    check_batches(context)
     context.accelerator.wait_for_everyone()  # the work folder is the main process's alone until here
     cache = None
     if conversion.stages is not None:

@@ -260,3 +260,14 @@ def check_text(context: StageContext) -> None:
                 f"the {name} split of {context.recipe.data} has {stream.numel()} tokens, less than one window of "
                 f"{context.recipe.seq_len}; give more text or a shorter --seq-len"
             )
+
+
+def check_batches(context: StageContext) -> None:
+    """Refuse batches that the processes of this run cannot share, before any work is done."""
+    processes = context.accelerator.num_processes
+    for stage in context.recipe.stages:
+        size = getattr(context.recipe, stage).batch_size
+        if size % processes:
+            raise InputError(
+                f"{stage}.batch_size is {size}, over {processes} processes; give a multiple of {processes}"
+            )

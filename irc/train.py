@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from irc.errors import InputError, IrcError
+from irc.sharding import average_gradients, sharding_wanted
 
 
 class Progress(Protocol):
@@ -128,8 +129,12 @@ def train(
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: settings.schedule(step / settings.steps), last_epoch=first - 1
     )
-    loader = _loader(windows, settings)
-    model, optimizer, loader, scheduler = accelerator.prepare(objective, optimizer, loader, scheduler)
+    loader = accelerator.prepare_data_loader(_loader(windows, settings))
+    sharded = sharding_wanted()  # then the base is in shards already, and what learns is whole in every process
+    model: Any = objective
+    if not sharded:
+        model, optimizer, scheduler = accelerator.prepare(objective, optimizer, scheduler)
+    learning = list(names.values())
     batches = accelerator.skip_first_batches(loader, first) if first else loader
     model.train()
     tokens_a_step = settings.batch_size * windows.shape[1]
@@ -138,12 +143,15 @@ def train(
     figures: dict[str, float] = dict(before.figures)
     for step, (batch,) in enumerate(batches, start=first):
         torch.manual_seed(settings.seed * 1_000_003 + step)
-        loss, shown = model(batch, step)
+        with accelerator.autocast() if sharded else nullcontext():
+            loss, shown = model(batch, step)
         if not bool(torch.isfinite(loss)):
             raise IrcError(f"the loss is {loss.item()} at step {step}; lower the learning rate of this stage")
         accelerator.backward(loss)
+        if sharded:
+            average_gradients(learning)
         if settings.clip:
-            accelerator.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], settings.clip)
+            nn.utils.clip_grad_norm_(learning, settings.clip)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()

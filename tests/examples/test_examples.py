@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -21,7 +22,29 @@ SHORT = {
     "train_on_two_processes.py": (
         r"largest difference of \d+ weight tensors between one process and two: [\d.]+e-0[5-9]",
     ),
+    "convert_at_scale.py": (
+        r"tiny.json: 0.0\d GB of weights, 2 steps of 2 x 32 tokens",
+        *(
+            rf"{phase} +[\d.]+ +[\d.]+ +0\.\d+ +0\.\d+ +0\.\d+"
+            for phase in (
+                "convert: capture",
+                "convert: lff",
+                "convert: router",
+                "convert: evaluate",
+                "convert",
+                "eval",
+                "export",
+            )
+        ),
+    ),
 }
+ARGUMENTS = {
+    "convert_at_scale.py": "--shape tiny.json --folder build/tiny-scale --steps 2 --batch 2 --seq-len 32 --tokens 256",
+}
+TINY_SHAPE = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 8192, "max_position_embeddings": 128, "tie_word_embeddings": True,
+}  # fmt: skip
 SECONDS = 180  # the promise, on a CPU
 
 
@@ -34,8 +57,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", SHORT)
 def test_an_example_runs(name: str, folder: Path) -> None:
     paths = os.pathsep.join(filter(None, (str(EXAMPLES.parent), os.environ.get("PYTHONPATH"))))
+    (folder / "tiny.json").write_text(json.dumps(TINY_SHAPE))
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name)],
+        [sys.executable, str(EXAMPLES / name), *ARGUMENTS.get(name, "").split()],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "hf")},
         capture_output=True,
@@ -46,6 +70,8 @@ def test_an_example_runs(name: str, folder: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     for expected in SHORT[name]:
         assert re.search(expected, done.stdout), done.stdout[-3000:]
+    if name == "convert_at_scale.py":
+        assert not (folder / "build/tiny-scale").exists()
     if name == "inspect_in_a_browser.py":
         assert "<html" in (folder / "build/your-own/routes.html").read_text(encoding="utf-8")
 

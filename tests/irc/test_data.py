@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from irc import text_rows
 from irc.data import SPLITS, Document, TextSource, _blocks, load_text, split_of, token_stream, windows
 from irc.errors import InputError
 
@@ -232,6 +233,35 @@ def test_parquet_takes_the_text_column(tmp_path: Path) -> None:
 def test_broken_parquet_is_refused(tmp_path: Path) -> None:
     path = _write(tmp_path / "a.parquet", "no parquet")
     assert _refusal(path).startswith(f"{path}: not a parquet file (")
+
+
+@pytest.mark.skipif(not HAS_PARQUET, reason="needs pyarrow, which comes with the extra data")
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_datasets_are_streamed_up_to_a_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, suffix: str
+) -> None:
+    """Of a folder, as of the hub: rows after the limit are never asked for."""
+    import datasets
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [{"id": number, "text": f"text {number:05}"} for number in range(5000)]
+    if suffix == "jsonl":
+        _write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=100)
+    seen: list[object] = []
+    load = datasets.load_dataset
+
+    def watched(*args: object, **kwargs: object) -> object:
+        return (seen.append(row) or row for row in load(*args, **kwargs))
+
+    monkeypatch.setattr(datasets, "load_dataset", watched)
+    monkeypatch.setattr(text_rows, "MOST_CHARACTERS", 1000)
+    text = "".join(document.text for document in load_text(f"hf:{tmp_path}").documents)
+    assert text == "\n\n".join(row["text"] for row in rows[:100])
+    assert len(seen) == 101
+    assert "read up to 1000 characters; the rest is left out" in caplog.text
 
 
 @pytest.mark.parametrize("spec", ["a.parquet", "hf:some/name"])

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,14 +18,17 @@ import torch
 from safetensors.torch import load_file
 
 from irc.bundle import ADAPTER
+from irc.errors import InputError
+from irc.sharding import sharding_wanted
 
 pytestmark = pytest.mark.slow
 Arguments = Callable[..., list[str]]
 # `accelerate launch --cpu` starts several processes by mpirun alone; --multi_gpu means torchrun, the device is ours.
-_ACCELERATE = "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
+_ACCELERATE = "accelerate.commands.launch --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
 LAUNCHERS = {
     "torchrun": "torch.distributed.run --standalone --nproc-per-node 2".split(),
-    "accelerate": f"{_ACCELERATE} --dynamo_backend no --main_process_port 0".split(),
+    "accelerate": f"{_ACCELERATE} --main_process_port 0 --multi_gpu".split(),
+    "fsdp2": f"{_ACCELERATE} --main_process_port 0 --use_fsdp --fsdp_version 2".split(),
 }
 STAGES = ["--stages", "lff,router,lora"]
 SETTINGS = {"lora__dropout": 0.0}  # each process draws its own dropout
@@ -63,7 +69,7 @@ def test_two_processes_equal_one(
         done = irc_main(*convert_arguments(single["output"], **SETTINGS), *STAGES)
         assert done.code == 0, done.err
         single["metrics"] = done.json
-    arguments = [*convert_arguments(tmp_path / "b", **SETTINGS), *STAGES]
+    arguments = [*convert_arguments(tmp_path / "b", **SETTINGS), *STAGES, "--debug"]
     done = run([*LAUNCHERS[launcher], "-m", "irc", *arguments], tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("converting ") == 2  # there were two
@@ -73,11 +79,61 @@ def test_two_processes_equal_one(
     for name in one:
         # fp32: the gradients of two halves are averaged instead of summed in one batch
         torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-5, msg=name)
+    shards = re.findall(r"the layers' (\d+) frozen weights lie in shards, (\d+) of them", done.stderr)
+    assert len(shards) == (2 if launcher == "fsdp2" else 0)
+    assert all(0 < int(here) <= int(whole) / 2 * 1.01 for whole, here in shards)
     assert metrics["perplexity"]["routed"] == pytest.approx(single["metrics"]["perplexity"]["routed"], rel=1e-2)
     assert metrics["perplexity"]["dense"] == pytest.approx(single["metrics"]["perplexity"]["dense"], rel=1e-6)
     left = {path.name for path in tmp_path.iterdir()} - {"hf"}
     assert left == {"b"}
     assert [name for name in one if "router" in name and float((one[name]).abs().max()) == 0] == []
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "fsdp2"])
+def test_two_killed_processes_continue_to_the_same_bits(
+    convert_arguments: Arguments, tmp_path: Path, launcher: str
+) -> None:
+    longer = {**SETTINGS, "router__steps": 60}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    done = run([*LAUNCHERS[launcher], "-m", "irc", *convert_arguments(whole, **longer)], tmp_path)
+    assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], "-m", "irc", *convert_arguments(killed, **longer)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf")}
+    with open(os.devnull, "w") as nowhere:
+        child = subprocess.Popen(command, env=environment, stdout=nowhere, stderr=nowhere, start_new_session=True)
+    checkpoint = tmp_path / "killed.partial" / "router.checkpoint.safetensors"
+    try:
+        while child.poll() is None and not checkpoint.exists():
+            time.sleep(0.005)
+        assert child.poll() is None
+    finally:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+    assert not killed.exists()
+    done = run([*LAUNCHERS[launcher], "-m", "irc", *convert_arguments(killed, **longer), "--resume"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    one, two = load_file(whole / ADAPTER), load_file(killed / ADAPTER)
+    assert one.keys() == two.keys()
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(convert_arguments: Arguments, tmp_path: Path) -> None:
+    arguments = convert_arguments(tmp_path / "b", lff__batch_size=3)
+    done = run([*LAUNCHERS["torchrun"], "-m", "irc", *arguments], tmp_path)
+    assert done.returncode != 0
+    assert "lff.batch_size is 3, over 2 processes; give a multiple of 2" in done.stderr
+    assert not (tmp_path / "b").exists()
+
+
+def test_fsdp_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert not sharding_wanted()  # one process has nothing to share
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    with pytest.raises(InputError, match="add --fsdp_version 2"):
+        sharding_wanted()
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    assert sharding_wanted()
 
 
 def test_a_failure_of_two_processes_ends_both(convert_arguments: Arguments, tmp_path: Path) -> None:

@@ -1,0 +1,76 @@
+"""FSDP2: the frozen base in shards, one a process, each layer gathered while it computes; our modules in each process.
+
+What learns is small (1 % of an 8B model) and stays whole and alike in all processes, by the mean of their gradients:
+checkpoints and bundles are those of one process, and hold our keys alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from irc.errors import InputError
+from irc.layerwise import outermost
+from irc.routed import RoutedForCausalLM
+
+log = logging.getLogger(__name__)
+
+_ON, _VERSION = "ACCELERATE_USE_FSDP", "FSDP_VERSION"
+
+
+def sharding_wanted() -> bool:
+    """Whether `accelerate launch --use_fsdp --fsdp_version 2` started this process, beside others.
+
+    Raises:
+        InputError: The version is another.
+    """
+    if os.environ.get(_ON, "").lower() not in ("true", "1") or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return False
+    version = os.environ.get(_VERSION, "1")
+    if version != "2":
+        raise InputError(f"accelerate was told --use_fsdp with version {version}; add --fsdp_version 2")
+    return True
+
+
+def own_device(device: str) -> None:
+    """Make `cuda` mean this process's own GPU where several processes share a machine."""
+    place = os.environ.get("LOCAL_RANK")
+    if device == "cuda" and place is not None:
+        torch.cuda.set_device(int(place))
+
+
+def shard_base(model: RoutedForCausalLM) -> None:
+    """Leave of every decoder layer's frozen weights a shard in this process; the process group is running.
+
+    Embedding, head and the last norm stay whole, and so do routers and forecasters.
+
+    Args:
+        model: Rewritten model, on the CPU (mapped) or on its device.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    mesh = init_device_mesh(model.device.type, (torch.distributed.get_world_size(),))
+    ours = set(model.adapter_parameters("router", "forecaster").values())
+    for name in outermost({unit.block for unit in model.units}):
+        block = model.graph.get_submodule(name)
+        inside = {parameter for parameter in block.parameters() if parameter in ours}
+        fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=inside)
+    whole = sum(p.numel() for p in model.graph.parameters() if isinstance(p, DTensor))
+    here = sum(p.to_local().numel() for p in model.graph.parameters() if isinstance(p, DTensor))
+    log.debug("the layers' %d frozen weights lie in shards, %d of them in this process", whole, here)
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace gradients by their mean over all processes, as data-parallel training does."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    torch.distributed.all_reduce(flat)
+    flat /= torch.distributed.get_world_size()
+    for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
