@@ -7,7 +7,7 @@ direction of each token's output (what the cosine measures) rather than the few 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,9 @@ from torch import nn
 from irc.modules import Forecaster
 from irc.routed import RoutedForCausalLM
 from passes.match import Unit
+
+_EXACT = 1024  # widths up to here are decomposed in full
+_BESIDE, _ITERATIONS = 32, 12
 
 
 @dataclass
@@ -85,11 +88,42 @@ def reduced_rank_regression(statistics: UnitStatistics, rank: int, ridge: float)
     damping = ridge * cov_xx.diagonal().mean().clamp(min=1e-12)
     damped = cov_xx + damping * torch.eye(statistics.width, dtype=cov_xx.dtype, device=cov_xx.device)
     solution = torch.linalg.solve(damped, cov_xy)
-    fitted = solution.T @ cov_xx @ solution
-    _, vectors = torch.linalg.eigh((fitted + fitted.T) / 2)
-    up = vectors[:, -rank:]
+    if statistics.width > _EXACT and rank + _BESIDE < statistics.width:
+
+        def fitted_of(vectors: torch.Tensor) -> torch.Tensor:
+            # cov_xx @ solution is cov_xy - damping * solution: no product of two large matrices.
+            return solution.T @ (cov_xy @ vectors - damping * (solution @ vectors))
+
+        up = leading_vectors(fitted_of, statistics.width, rank, solution)
+    else:
+        fitted = solution.T @ cov_xx @ solution
+        up = torch.linalg.eigh((fitted + fitted.T) / 2)[1][:, -rank:]
     down = (solution @ up).T
     return down, up, mean_y - up @ (down @ mean_x)
+
+
+def leading_vectors(
+    product: Callable[[torch.Tensor], torch.Tensor], width: int, rank: int, like: torch.Tensor
+) -> torch.Tensor:
+    """Return the eigenvectors of a symmetric matrix's largest eigenvalues by subspace iteration [width, rank].
+
+    A full decomposition takes half a minute on one core at a width of 4,096, this a fraction of it. What it finds may
+    be turned within nearly equal eigenvalues, which costs the fit nothing to speak of.
+
+    Args:
+        product: The matrix times a block of vectors [width, k].
+        width: Of the matrix, positive semi-definite.
+        rank: How many.
+        like: Has the data type and device.
+    """
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(width, rank + _BESIDE, generator=generator, dtype=like.dtype).to(like.device)
+    for _ in range(_ITERATIONS):
+        vectors = torch.linalg.qr(product(vectors))[0]
+    inner = vectors.T @ product(vectors)
+    turned = torch.linalg.eigh((inner + inner.T) / 2)[1]
+    found: torch.Tensor = vectors @ turned[:, -rank:]
+    return found
 
 
 def set_closed_form(forecaster: Forecaster, statistics: UnitStatistics, rank: int, ridge: float) -> None:

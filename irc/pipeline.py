@@ -22,11 +22,11 @@ from irc.key_policy import KeyPolicy, kv_facts, set_key_policy
 from irc.policies import policy_named
 from irc.reading import read_json
 from irc.routed import RoutedForCausalLM, RoutingSpec, build_routed
-from irc.sharding import own_device, shard_base, sharding_wanted
+from irc.sharding import own_device
 from irc.stage_cache import StageCache
-from irc.stages import StageContext, check_batches, check_text, run_lff, run_lora, run_router
+from irc.stages import StageContext, prepare, run_lff, run_lora, run_router
 from irc.staging import staged
-from irc.train import ProgressFactory, accelerator_for
+from irc.train import ProgressFactory
 from irc.workspace import (
     check_same_recipe,
     drop,
@@ -183,9 +183,6 @@ def capture_and_rewrite(conversion: Conversion) -> None:
     spec = RoutingSpec(recipe.rank, recipe.forecaster, recipe.policy, recipe.sparsity, recipe.seed, recipe.router.reads)
     conversion.model = build_routed(conversion.base, spec, recipe.dtype, recipe.device, recipe.seed)
     conversion.model.facts["base"] = conversion.base
-    if sharding_wanted():
-        _ = accelerator_for(recipe.device, recipe.precision)  # starts the process group
-        shard_base(conversion.model)
 
 
 def run_stages(conversion: Conversion) -> None:
@@ -199,9 +196,7 @@ def run_stages(conversion: Conversion) -> None:
         work,
         conversion.progress,
     )
-    check_text(context)
-    check_batches(context)
-    context.accelerator.wait_for_everyone()  # the work folder is the main process's alone until here
+    prepare(context)
     cache = None
     if conversion.stages is not None:
         cache = StageCache(conversion.stages, conversion.base.identity(), conversion.text.fingerprint())

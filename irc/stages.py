@@ -28,6 +28,7 @@ from irc.paging import released
 from irc.policies import policy_named
 from irc.recompute import recomputing
 from irc.routed import RoutedForCausalLM
+from irc.sharding import shard_base, sharding_wanted
 from irc.static_depth import drop_units
 from irc.teaching import TeachObjective
 from irc.train import LoopResult, LoopSettings, Objective, Progress, ProgressFactory, accelerator_for, train
@@ -271,3 +272,12 @@ def check_batches(context: StageContext) -> None:
             raise InputError(
                 f"{stage}.batch_size is {size}, over {processes} processes; give a multiple of {processes}"
             )
+
+
+def prepare(context: StageContext) -> None:
+    """Refuse what no stage can run with; wait for the main process's work folder; share the base where asked to."""
+    check_text(context)
+    check_batches(context)
+    context.accelerator.wait_for_everyone()
+    if sharding_wanted():
+        shard_base(context.model)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from irc import calibration
 from irc.calibration import UnitStatistics, gathering, reduced_rank_regression, set_closed_form
 from irc.modules import Forecaster
 from irc.routed import RoutedForCausalLM
@@ -62,6 +63,28 @@ def test_the_closed_form_is_the_dense_solution(rank: int, ridge: float) -> None:
     # The products of the statistics are float32 (relative 1e-7 times a condition number of some hundreds).
     np.testing.assert_allclose((up @ down).T.numpy(), slope, atol=2e-4 * abs(slope).max())
     np.testing.assert_allclose(bias.numpy(), intercept, atol=2e-4 * abs(intercept).max())
+
+
+def test_wide_units_lose_nothing_by_subspace_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
+    width, rank = 160, 20
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(4000, width, generator=generator) * torch.linspace(1, 0.2, width)
+    y = torch.tanh(x @ torch.randn(width, width, generator=generator) / 9)
+    statistics = UnitStatistics(width)
+    statistics.add(x, y)
+    exact = reduced_rank_regression(statistics, rank, 1e-4)
+    monkeypatch.setattr(calibration, "_EXACT", 100)
+    found = reduced_rank_regression(statistics, rank, 1e-4)
+
+    def unexplained(parts: tuple[torch.Tensor, ...]) -> float:
+        down, up, bias = (part.float() for part in parts)
+        return float(((x @ down.T @ up.T + bias - y).square().sum(-1) / y.square().sum(-1)).mean())
+
+    best, other = unexplained(exact), unexplained(found)
+    assert other < 1.0005 * best < 0.9
+    assert not torch.equal(found[1], exact[1])  # it was another way
+    monkeypatch.setattr(calibration, "_ITERATIONS", 0)
+    assert unexplained(reduced_rank_regression(statistics, rank, 1e-4)) > 1.01 * best  # the iteration is what does it
 
 
 def test_weighted_error_is_least_at_the_solution() -> None:
