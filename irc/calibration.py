@@ -92,7 +92,8 @@ def reduced_rank_regression(statistics: UnitStatistics, rank: int, ridge: float)
 
         def fitted_of(vectors: torch.Tensor) -> torch.Tensor:
             # cov_xx @ solution is cov_xy - damping * solution: no product of two large matrices.
-            return solution.T @ (cov_xy @ vectors - damping * (solution @ vectors))
+            product: torch.Tensor = solution.T @ (cov_xy @ vectors - damping * (solution @ vectors))
+            return product
 
         up = leading_vectors(fitted_of, statistics.width, rank, solution)
     else:
