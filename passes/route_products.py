@@ -19,8 +19,16 @@ MOST = (
     32  # tokens of a step: more than are decoded at once, and so few that weights take longer to read than to multiply
 )
 _SCATTERS = (irc.scatter.default, irc.scatter_add.default)
-# Whose CUDA kernels leave out rows (-1, -1). Without irc.routed_attention.default attention units stay as they are.
-_TAKE_PADDED_ROWS = frozenset({irc.compact.default, *_SCATTERS, irc.forecast_add.default, irc.routed_matmul.default})
+# Whose CUDA kernels leave out rows (-1, -1).
+_TAKE_PADDED_ROWS = frozenset(
+    {
+        irc.compact.default,
+        *_SCATTERS,
+        irc.forecast_add.default,
+        irc.routed_matmul.default,
+        irc.routed_attention.default,
+    }
+)
 
 
 class RouteProducts(Pass):

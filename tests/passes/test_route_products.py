@@ -23,12 +23,6 @@ from passes.route_products import RouteProducts
 irc = torch.ops.irc
 
 
-@pytest.fixture
-def attention_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = route_products._TAKE_PADDED_ROWS | {irc.routed_attention.default}
-    monkeypatch.setattr(route_products, "_TAKE_PADDED_ROWS", known)
-
-
 def _nodes(model: nn.Module, target: object) -> list[fx.Node]:
     graphs = [graph for module in model.modules() if (graph := graph_of(module)) is not None]
     return [node for graph in graphs for node in graph.nodes if node.target == target]
@@ -36,9 +30,7 @@ def _nodes(model: nn.Module, target: object) -> list[fx.Node]:
 
 @pytest.mark.parametrize("family", ["llama", "llama-mha-biased-rope3", "qwen3", "mistral-sliding"])
 @torch.no_grad()
-def test_numbers_stay_and_all_linears_of_units_are_routed(
-    tiny: Callable, insertions: tuple, family: str, attention_too: None
-) -> None:
+def test_numbers_stay_and_all_linears_of_units_are_routed(tiny: Callable, insertions: tuple, family: str) -> None:
     model = tiny(family)
     PassManager([*insertions, *lowering()]).run(model.graph)
     ids = model.ids(3, 9)
@@ -51,7 +43,11 @@ def test_numbers_stay_and_all_linears_of_units_are_routed(
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
 
-def test_a_unit_whose_rows_go_where_padding_is_unknown_is_left_alone(tiny: Callable, insertions: tuple) -> None:
+def test_a_unit_whose_rows_go_where_padding_is_unknown_is_left_alone(
+    tiny: Callable, insertions: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = route_products._TAKE_PADDED_ROWS - {irc.routed_attention.default}
+    monkeypatch.setattr(route_products, "_TAKE_PADDED_ROWS", known)
     model = tiny("llama")
     PassManager([*insertions, *lowering(), RouteProducts()]).run(model.graph)
     padded = [len(node.args) == 2 for node in _nodes(model.graph, irc.select_rows.default)]
@@ -59,9 +55,7 @@ def test_a_unit_whose_rows_go_where_padding_is_unknown_is_left_alone(tiny: Calla
     assert len(_nodes(model.graph, irc.routed_matmul.default)) == 3 * 2
 
 
-def test_reduced_attention_is_left_alone(
-    tiny: Callable, insertions: tuple, control: object, attention_too: None
-) -> None:
+def test_reduced_attention_is_left_alone(tiny: Callable, insertions: tuple, control: object) -> None:
     model = tiny("llama")
     names = frozenset({"model.layers.1.self_attn"})
     masks = MaskSkippedKeys(names, lambda unit: StoredKeys(unit.name, control))
@@ -100,7 +94,7 @@ def test_a_choice_of_experts_among_rows_is_not_made_for_rows_that_are_nothing(ca
     assert {node.args[1] for node in _nodes(model, irc.routed_matmul.default)}.isdisjoint({rows})
 
 
-def test_golden_layer(tiny: Callable, insertions: tuple, golden: Callable[[str], str], attention_too: None) -> None:
+def test_golden_layer(tiny: Callable, insertions: tuple, golden: Callable[[str], str]) -> None:
     graph = tiny().graph
     PassManager([*insertions, *lowering("cuda")]).run(graph)
     texts = [print_graph(graph.get_submodule(f"model.layers.1{part}").graph) for part in ("", ".mlp", ".self_attn")]
@@ -116,7 +110,7 @@ def test_gates_are_fused_where_they_have_no_bias(tiny: Callable, insertions: tup
     before = model.run(ids)
     assert PassManager([FuseGates()]).run(model.graph).modified == (family == "llama")
     counts = [len(_nodes(model.graph, target.default)) for target in (irc.routed_gate, irc.routed_matmul)]
-    assert counts == ([2, 2] if family == "llama" else [0, 3])
+    assert counts == ([2, 6] if family == "llama" else [0, 5])
     for one, other in zip(before, model.run(ids), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
