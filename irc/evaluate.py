@@ -10,6 +10,7 @@ import torch
 
 from irc.flops import flops_ratio
 from irc.head import token_losses
+from irc.lora import adapters_off
 from irc.modules import Mode, Record
 from irc.routed import RoutedForCausalLM
 from irc.train import Progress
@@ -23,7 +24,7 @@ class Evaluation:
 
     Attributes:
         tokens: Tokens that were predicted.
-        dense: Perplexity with every unit executed.
+        dense: Perplexity with every unit executed, and without LoRA adapters where there are any: the base's own.
         routed: Perplexity under deterministic routing; None for a plain model.
         keep: Share of executed tokens of every unit.
         recoverability: Mean cosine between forecaster(x) and unit(x), every unit executed.
@@ -107,27 +108,35 @@ class _Totals:
         self.cosine = {unit.name: 0.0 for unit in model.units}
 
     def add_dense(self, batch: torch.Tensor, mask: torch.Tensor) -> None:
-        """Run a batch with every unit executed."""
-        for name, record in self._run("execute", batch, mask).items():
+        """Run a batch with every unit executed; where there are adapters, once more without them."""
+        tape, losses = self._run("execute", batch, mask)
+        for name, record in tape.items():
             assert record.cosine is not None
             self.cosine[name] += record.cosine[mask.bool()].double().sum().item()
+        if "lora" in self.model.facts:
+            with adapters_off(self.model):
+                _, losses = self._run("execute", batch, mask)
+        self._count("execute", losses, mask)
 
     def add_routed(self, batch: torch.Tensor, mask: torch.Tensor) -> None:
         """Run a batch of a rewritten model under deterministic routing."""
-        for name, record in self._run("route", batch, mask).items():
+        tape, losses = self._run("route", batch, mask)
+        for name, record in tape.items():
             self.executed[name] += record.execute[mask.bool()].double().sum().item()
+        self._count("route", losses, mask)
 
-    def _run(self, mode: Mode, batch: torch.Tensor, mask: torch.Tensor) -> dict[str, Record]:
+    def _run(self, mode: Mode, batch: torch.Tensor, mask: torch.Tensor) -> tuple[dict[str, Record], torch.Tensor]:
         tape: dict[str, Record] = {}
         with self.model.control.using(mode=mode, tape=tape, measure_error=mode == "execute"):
             states = self.model.states(batch, mask)
         flat, targets = states[:, :-1].flatten(0, 1), batch[:, 1:].flatten()
-        losses = token_losses(self.model.logits, flat, targets, self.model.config.vocab_size)
+        return tape, token_losses(self.model.logits, flat, targets, self.model.config.vocab_size)
+
+    def _count(self, mode: Mode, losses: torch.Tensor, mask: torch.Tensor) -> None:
         counted = (mask[:, 1:].bool() & mask[:, :-1].bool()).flatten()
         self.loss[mode] += losses[counted].double().sum().item()
         self.predicted[mode] += int(counted.sum())
         self.tokens[mode] += int(mask.bool().sum())
-        return tape
 
     def figures(self) -> dict[str, float]:
         """What the progress bar shows."""

@@ -35,6 +35,8 @@ def comparison_tables(results: dict[str, Any]) -> None:
         [columns[i] for i in shown],
         [[row[i] for i in shown] for row in rows],
     )
+    if any(group["lora"] for group in results["summary"]["groups"]):
+        console.note("x dense, with LoRA: over the dense model that had the same LoRA budget, seed by seed")
     gaps = [
         [
             gap["against"],

@@ -53,8 +53,8 @@ def groups(rows: Sequence[Row]) -> list[Row]:
             **dict(zip(("policy", "sparsity", "lora", "variant"), key, strict=True)),
             "seeds": len(members),
             "perplexity": _spread([m["figures"]["perplexity"]["routed"] for m in members]),
-            "dense": mean(m["figures"]["perplexity"]["dense"] for m in members),
-            "ratio": _spread([m["figures"]["perplexity"]["ratio"] for m in members]),
+            "dense": mean(dense_beside(m, rows) for m in members),
+            "ratio": _spread([m["figures"]["perplexity"]["routed"] / dense_beside(m, rows) for m in members]),
             "realized": _spread([m["figures"]["sparsity"]["realized"] for m in members]),
             "attention": mean(m["figures"]["sparsity"]["attention"] for m in members),
             "ffn": mean(m["figures"]["sparsity"]["ffn"] for m in members),
@@ -65,20 +65,27 @@ def groups(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
+def dense_beside(row: Row, rows: Sequence[Row]) -> float:
+    """Return the perplexity that a cell's is held against: the base's; with LoRA the dense model's of the same seed.
+
+    That one was trained under the same LoRA budget on the same text; it is held against itself.
+    """
+    if row["lora"] and (dense := _plain(rows, DENSE, 0.0, True).get(row["seed"])):
+        return float(dense["figures"]["perplexity"]["routed"])
+    return float(row["figures"]["perplexity"]["dense"])
+
+
 def gap_closed(rows: Sequence[Row], sparsity: float, lora: bool, against: str = "skipgpt") -> Row | None:
     """Return the share of another policy's log-perplexity gap to the dense model that informed closes, seed by seed.
 
-    With LoRA the dense model is that of the same LoRA budget. Policy `static`, which draws nothing at random, stands
-    for itself at every seed.
+    Policy `static`, which draws nothing at random, stands for itself at every seed.
     """
     informed, other = (_plain(rows, policy, sparsity, lora) for policy in ("informed", against))
     if against == "static" and other:
         other = dict.fromkeys(informed, next(iter(other.values()))) | other
-    dense = _plain(rows, DENSE, 0.0, True) if lora else {}
     shares = []
     for seed in informed.keys() & other.keys():
-        reference = dense[seed]["figures"]["perplexity"]["routed"] if seed in dense else None
-        ours, theirs = (_excess(cells[seed], reference) for cells in (informed, other))
+        ours, theirs = (_excess(cells[seed], rows) for cells in (informed, other))
         if theirs > 0:
             shares.append(1 - ours / theirs)
     if not shares:
@@ -128,10 +135,9 @@ def _plain(rows: Sequence[Row], policy: str, sparsity: float, lora: bool) -> dic
     return {row["seed"]: row for row in rows if (row["policy"], row["sparsity"], row["lora"], row["variant"]) == wanted}
 
 
-def _excess(row: Row, dense: float | None) -> float:
+def _excess(row: Row, rows: Sequence[Row]) -> float:
     """Return how far a cell's log-perplexity lies over that of the dense model."""
-    perplexity = row["figures"]["perplexity"]
-    return math.log(perplexity["routed"]) - math.log(dense or perplexity["dense"])
+    return math.log(row["figures"]["perplexity"]["routed"]) - math.log(dense_beside(row, rows))
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:

@@ -193,3 +193,13 @@ def test_flops_of_a_plain_model_and_with_lora(
     before = flops_ratio(model, keep, 16)
     assert before > 1.0  # routers are charged
     assert flops_ratio(lora_on(model), keep, 16) == before  # adapters merge into their linears
+
+
+def test_dense_perplexity_is_that_of_the_base_without_adapters(
+    model: RoutedForCausalLM, lora_on: Any, ids: torch.Tensor, measure: Callable[..., Evaluation]
+) -> None:
+    before = measure(model, ids)
+    after = measure(lora_on(model), ids)
+    assert after.dense == pytest.approx(before.dense, rel=1e-6)
+    assert after.routed != pytest.approx(before.routed, rel=1e-3)
+    assert after.recoverability != before.recoverability  # of the units as they are, adapters and all

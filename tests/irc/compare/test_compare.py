@@ -247,6 +247,16 @@ def test_with_lora_the_gap_is_to_the_dense_model_of_the_same_budget() -> None:
     assert found["closed"]["mean"] == pytest.approx(0.5)
 
 
+def test_with_lora_a_ratio_is_over_the_dense_model_of_the_same_budget_and_seed() -> None:
+    rows = [row("dense", 8.0, lora=True), row("dense", 5.0, lora=True, seed=1)]
+    rows += [row("informed", 8.8, lora=True), row("informed", 6.0, lora=True, seed=1), row("informed", 11.0)]
+    found = {(group["policy"], group["lora"]): group for group in groups(rows)}
+    assert found["informed", True]["ratio"]["mean"] == pytest.approx((1.1 + 1.2) / 2)
+    assert found["informed", True]["dense"] == pytest.approx(6.5)
+    assert found["informed", False]["ratio"]["mean"] == pytest.approx(1.1)
+    assert found["dense", True]["ratio"]["mean"] == pytest.approx(1.0)
+
+
 def test_catching_up_takes_the_shortest_training_that_is_no_worse() -> None:
     rows = [
         row("skipgpt", 12.0, seconds=100),
