@@ -2,6 +2,7 @@
 
     python examples/convert_at_scale.py                           # Llama-3.2-1B's shape: 6 GB of disk below build/
     python examples/convert_at_scale.py --shape my/config.json    # a Llama of a shape of your own
+    python examples/convert_at_scale.py --shape llama-3.1-8b --until lff    # 36 GB of disk
 
 Each of the three is the command of that name in a process of its own, on a text of the Python standard library. Memory
 is what Linux says of that process, read ten times a second: resident in all, private (what the process itself holds),
@@ -23,6 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 from capture_at_scale import SHAPES, write_random_model
+from export_at_scale import write_random_bundle
 
 TEXT_CHARACTERS = 600_000
 FIELDS = {"VmRSS": "resident", "RssAnon": "private", "RssFile": "mapped"}
@@ -70,8 +72,13 @@ def observe(process: int) -> Peaks:
     return held | {"cpu": sum(map(int, spent)) / os.sysconf("SC_CLK_TCK")}
 
 
-def run(*arguments: str) -> list[tuple[str, float, Peaks]]:
-    """Run `irc` in a process; returns its phases, each with its seconds and peaks, the whole process last."""
+def run(*arguments: str, until: str = "") -> list[tuple[str, float, Peaks]]:
+    """Run `irc` in a process; returns its phases, each with its seconds and peaks, the whole process last.
+
+    Args:
+        *arguments: Of the command line.
+        until: The phase after which it is ended.
+    """
     started = time.monotonic()
     command = [sys.executable, "-m", "irc", *arguments, "--debug", "--json"]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -90,6 +97,8 @@ def run(*arguments: str) -> list[tuple[str, float, Peaks]]:
                 before = sum(peaks["cpu"] for _, _, peaks in phases)
                 phases.append((f"{arguments[0]}: {ended[1]}", float(ended[2]), now | {"cpu": whole["cpu"] - before}))
                 now = {}
+                if ended[1] == until:
+                    child.terminate()
 
     listener = threading.Thread(target=listen)
     listener.start()
@@ -99,7 +108,7 @@ def run(*arguments: str) -> list[tuple[str, float, Peaks]]:
                 peaks[key] = max(peaks.get(key, 0.0), value)
         time.sleep(0.1)
     listener.join()
-    if child.returncode:
+    if child.returncode and not (until and phases and phases[-1][0].endswith(f" {until}")):
         sys.exit("".join(said[-20:]))
     return [*phases, (arguments[0], time.monotonic() - started, whole)]
 
@@ -112,6 +121,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="Windows a step.")
     parser.add_argument("--seq-len", type=int, default=128, help="Tokens a window.")
     parser.add_argument("--tokens", type=int, default=2048, help="Of statistics, threshold and evaluation, each.")
+    parser.add_argument(
+        "--until", choices=["lff", "end"], default="end", help="lff: end converting there; export untrained routers."
+    )
     given = parser.parse_args()
     from irc import console
 
@@ -126,11 +138,13 @@ def main() -> None:
         size = sum(path.stat().st_size for path in base.glob("*.safetensors")) / 1e9
         common = ["--data", str(text), "--seq-len", str(given.seq_len), "--device", "cpu", "--dtype", "bf16"]
         flags = settings(given.tokens, given.batch, given.steps)
-        rows = [
-            *run("convert", str(base), "-o", str(bundle), *common, *flags),
-            *run("eval", str(bundle), "--tokens", str(given.tokens), *common),
-            *run("export", str(bundle), "-o", str(onnx), "--dtype", "bf16"),
-        ]
+        convert = ["convert", str(base), "-o", str(bundle), *common, *flags]
+        if given.until == "end":
+            rows = [*run(*convert), *run("eval", str(bundle), "--tokens", str(given.tokens), *common)]
+        else:
+            rows = run(*convert, until=given.until)
+            write_random_bundle(base, bundle)
+        rows += run("export", str(bundle), "-o", str(onnx), "--dtype", "bf16")
     finally:
         shutil.rmtree(given.folder, ignore_errors=True)
     table = [
