@@ -43,7 +43,8 @@ sanitize: $(STAMP)  ## run the kernels' tests on a build with the address and un
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --upgrade --no-deps --target build/sanitize \
 	  --config-settings cmake.define.IRC_SANITIZE=ON ./exporters/native
 	PYTHONPATH=build/sanitize LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest tests/exporters/test_native_ops.py
+	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest tests/exporters/test_native_ops.py \
+	  tests/exporters/test_native_products.py
 
 lint: $(STAMP)  ## ruff, mypy --strict, the import contracts
 	$(BIN)/ruff check .

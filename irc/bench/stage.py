@@ -23,6 +23,8 @@ from irc.runtime import Runtime
 
 log = logging.getLogger(__name__)
 
+KINDS_OF_OPS = ("auto", "native", "portable")
+OTHER_RUNTIMES = ("hf-eager", "hf-compiled", "genai")  # of the dense model: nothing is skipped
 PEERS = ("static", "hf-eager", "hf-compiled", "genai")
 TextTokens = NDArray[np.int64]
 
@@ -115,7 +117,8 @@ class Stage:
             opened["dense"] = OurModel(Runtime(self.pair.dense, self.provider), False)
             for choice in ops:
                 routed = self.routed(choice)
-                opened[routed.runtime.ops] = routed
+                # What was used, not what was asked for; a library by its path, beside the installed one.
+                opened[choice if choice not in KINDS_OF_OPS else routed.runtime.ops] = routed
         opened.pop("static", None)  # it has as many layers as this stage's share leaves
         makers: dict[str, Callable[[], Contender]] = {
             "static": lambda: self._static(context),
@@ -215,7 +218,7 @@ class Stage:
                 "speedup": dense / timing.median,
             }
             most = self._static_ideal(tokens) if name == "static" else ideal
-            if name in ("native", "portable", "static"):
+            if name != "dense" and name not in OTHER_RUNTIMES:
                 entry |= {"ideal": most, "efficiency": entry["speedup"] / most}
             figures[name] = entry
         nominal = None if self.share is None else self.share.mean

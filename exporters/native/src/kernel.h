@@ -120,9 +120,9 @@ void routed_matmul(const Call& call);  // CUDA alone
 template <class T>
 void routed_gate(const Call& call);  // CUDA alone
 template <class T>
-void router(const Call& call);  // CUDA alone
+void router(const Call& call);
 template <class T>
-void forecast_add(const Call& call);  // CUDA alone
+void forecast_add(const Call& call);
 template <class T>
 void ragged_places(const Call& call);  // CUDA alone
 template <class T>

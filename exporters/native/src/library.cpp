@@ -14,6 +14,8 @@ OrtStatus* add_type(const OrtApi* api, OrtCustomOpDomain* domain) {
       make("Compact", "TI", "T", Type, plain<compact<T>>, false, false),
       make("Scatter", "TIT", "T", Type, plain<scatter<T>>, true, false),
       make("ScatterAdd", "TIT", "T", Type, plain<scatter_add<T>>, true, false),
+      make("Router", "TTTTT", "F", Type, plain<router<T>>, false, false),
+      make("ForecastAdd", "TITTTT", "T", Type, plain<forecast_add<T>>, true, false),
       make("RoutedAttention", "TITTTTT", "TTT", Type, routed_attention<T>, false, true),
   };
   for (const Operator& op : operators)
