@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from irc.bench.shapes import Shape
 from irc.bundle import load, save_bundle
-from irc.checkpoint import BaseModel
+from irc.checkpoint import BaseModel, find_base
 from irc.errors import InputError
 from irc.export import export
 from irc.modules import default_rank
@@ -82,7 +83,7 @@ def bundle_pair(bundle: str, work: Path, dtype: str, sparsity: float | None, pro
 
 
 def random_llama(shape: Shape, folder: Path, dtype: str, context: int, seed: int) -> Path:
-    """Save a Llama with random weights as transformers does."""
+    """Save a Llama with random weights as transformers does; other builders want a tokenizer, so it gets the demo's."""
     import torch
     from transformers import LlamaForCausalLM
 
@@ -94,6 +95,8 @@ def random_llama(shape: Shape, folder: Path, dtype: str, context: int, seed: int
         LlamaForCausalLM(shape.config(context)).save_pretrained(folder)
     finally:
         torch.set_default_dtype(before)
+    for file in find_base("demo").folder.glob("tokenizer*.json"):
+        shutil.copy(file, folder)
     return folder
 
 
