@@ -26,6 +26,8 @@ Figures = dict[str, float]
 class ForecastObjective(Objective):
     """Stage `lff`: L1 + (1 - cosine) between every forecaster and its unit, the base running densely."""
 
+    through_layers = False
+
     def __init__(self, model: RoutedForCausalLM, lr: float) -> None:
         super().__init__()
         self.model = model

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-_SUFFIX = ".safetensors"
 _WORTH = 1 << 28
 """Bytes of a model's mapped weights from which on releasing them is worth a word to the system."""
 
@@ -82,13 +81,14 @@ def _whole_pages(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 def _regions() -> list[tuple[int, int]]:
-    """Return start and end of every mapping of a safetensors file."""
+    """Return start and end of every mapping of a file, under whatever name: caches of hubs link to files of hashes."""
     if not sys.platform.startswith("linux"):
         return []
     found = []
     for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
-        if line.endswith(_SUFFIX):
-            start, end = (int(part, 16) for part in line.split(" ", 1)[0].split("-"))
+        place, _, _, _, inode, *_ = line.split(maxsplit=5)
+        if inode != "0":
+            start, end = (int(part, 16) for part in place.split("-"))
             found.append((start, end))
     return found
 

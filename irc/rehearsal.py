@@ -62,7 +62,7 @@ def rehearse(recipe: Recipe, output: Path, progress: ProgressFactory) -> dict[st
         p.numel() * p.element_size() for p in conversion.model.adapter_parameters("router", "forecaster").values()
     )
     stages = 1 + len(recipe.stages)
-    needed = {"memory": _peak(recipe.device), "disk": weights * (stages + _ADAM) / 2**20}
+    needed = {"memory": _peak(recipe.device) + _states(conversion) / 2**20, "disk": weights * (stages + _ADAM) / 2**20}
     found = {"memory": free, "disk": shutil.disk_usage(_existing(output)).free / 2**20}
     return {
         "recipe": recipe.to_dict(),
@@ -77,6 +77,13 @@ def rehearse(recipe: Recipe, output: Path, progress: ProgressFactory) -> dict[st
             for kind in needed
         },
     }
+
+
+def _states(conversion: Conversion) -> float:
+    """Return the bytes that the stage lff keeps of the text which the rehearsal leaves out: two states, a mask."""
+    recipe, model = conversion.recipe, conversion.model
+    left_out = max(0, recipe.lff.tokens - _WINDOWS * recipe.seq_len) if "lff" in recipe.stages else 0
+    return float(left_out * (2 * model.config.hidden_size * model.dtype.itemsize + recipe.seq_len))
 
 
 def _stages(conversion: Conversion) -> Iterator[tuple[str, float]]:

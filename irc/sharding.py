@@ -68,7 +68,11 @@ def shard_base(model: RoutedForCausalLM) -> None:
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace gradients by their mean over all processes, as data-parallel training does."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    gradients = []
+    for parameter in parameters:
+        if parameter.grad is None:  # here; another process may have one
+            parameter.grad = torch.zeros_like(parameter)
+        gradients.append(parameter.grad)
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     torch.distributed.all_reduce(flat)
     flat /= torch.distributed.get_world_size()

@@ -77,7 +77,7 @@ class StageContext:
 
     def train(self, objective: Objective, settings: LoopSettings, progress: Progress) -> LoopResult:
         """Run a stage's loop on the train split."""
-        with recomputing(self.model, self.recipe.activation_checkpointing):
+        with recomputing(self.model, self.recipe.activation_checkpointing and objective.through_layers):
             return train(objective, self.train_windows(), settings, progress, self.accelerator)
 
     def train_windows(self) -> torch.Tensor:

@@ -40,8 +40,11 @@ ProgressFactory = Callable[[str, int], AbstractContextManager[Progress]]
 class Objective(nn.Module):
     """A model with a loss; data-parallel training wraps it as a whole.
 
-    `forward(windows, step)` returns the scalar loss and a dict of figures to show.
+    `forward(windows, step)` returns the scalar loss and a dict of figures to show. `through_layers` says whether
+    gradients pass through whole layers, which then can be computed again in place of being kept.
     """
+
+    through_layers = True
 
     def trainable(self) -> list[dict[str, Any]]:
         """Return the optimizer's parameter groups, each with `params` (name to parameter) and `lr`."""
@@ -135,6 +138,9 @@ def train(
     if not sharded:
         model, optimizer, scheduler = accelerator.prepare(objective, optimizer, scheduler)
     learning = list(names.values())
+    if sharded:
+        for parameter in learning:  # as data-parallel training does: closed forms may differ in their last bits
+            torch.distributed.broadcast(parameter.detach(), 0)
     batches = accelerator.skip_first_batches(loader, first) if first else loader
     model.train()
     tokens_a_step = settings.batch_size * windows.shape[1]

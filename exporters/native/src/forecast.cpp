@@ -1,7 +1,8 @@
 // Router and ForecastAdd: two small products each, which a step of decoding gets in one node in place of five or six.
 //
-// Sums are of float32 throughout. With few rows a weight is read once and in order; with many, ONNX Runtime's own
-// products would be some per cent faster, which is little beside the unit that they stand for.
+// Sums are of float32 throughout. With few rows a weight is read once, by the thread that has its column; with many, rows
+// are shared out, and ONNX Runtime's own products would be some per cent faster, which is little beside the unit that
+// they stand for.
 
 #include <algorithm>
 #include <cstring>
@@ -13,28 +14,17 @@
 namespace irc {
 namespace {
 
-constexpr int64_t kPart = 192;     // rows of a task
-constexpr int64_t kFewRows = 4;    // up to here weights are read in place of being packed
+constexpr int64_t kFewRows = 4;           // up to here columns are shared out in place of rows
+constexpr int64_t kFewNumbers = 1 << 16;  // of weights: less is not worth another thread
+constexpr int64_t kLeastPart = 32, kMostPart = 192;  // rows of a task
+constexpr int64_t kStrip = 256;           // columns of a forecast at a time
 constexpr int64_t kPanel = kPanelDepth * kMostColumns;
 
 std::string one_of(int64_t a, int64_t b) { return "[" + std::to_string(a) + ", " + std::to_string(b) + "]"; }
 
-// Floats that a task needs: a panel, its rows where they are no floats, and what it makes of each.
+// Floats that a row takes where it is not of floats already.
 template <class T>
-int64_t memory_of(int64_t part, int64_t depth, int64_t made) {
-  return kPanel + part * (made + (std::is_same<T, float>::value ? 0 : depth));
-}
-
-// y [count, columns] = rows @ w [depth, columns].
-template <class T>
-void product(const float* const* rows, int64_t count, int64_t depth, const T* w, int64_t columns, float* y, float* panel) {
-  if (count > kFewRows) {
-    math<T>().multiply(rows, count, depth, w, columns, false, columns, y, columns, false, panel);
-    return;
-  }
-  std::fill_n(y, count * columns, 0.0f);
-  for (int64_t i = 0; i < count; ++i) math<T>().add_row(rows[i], depth, w, columns, columns, y + i * columns);
-}
+int64_t copy_of(int64_t depth) { return std::is_same<T, float>::value ? 0 : depth; }
 
 // The row as float32: itself, or a copy in `memory`.
 inline const float* as_floats(const float* row, int64_t, float*) { return row; }
@@ -44,19 +34,35 @@ const float* as_floats(const T* row, int64_t depth, float* memory) {
   return memory;
 }
 
-// Calls work(first, count, rows, free) for parts of the rows, in parallel; `free` is the rest of the part's memory.
+// y [count, columns] = rows @ w [depth, columns], of few rows.
+template <class T>
+void few_products(const Call& call, const float* const* rows, int64_t count, int64_t depth, const T* w, int64_t columns, float* y) {
+  constexpr int64_t kRound = 16;
+  const int64_t tasks = std::max<int64_t>(1, std::min(thread_count(), depth * columns / kFewNumbers));
+  const int64_t width = std::max((columns / tasks + kRound - 1) / kRound * kRound, kRound);
+  call.parallel((columns + width - 1) / width, [&](int64_t task) {
+    const int64_t first = task * width, here = std::min(width, columns - first);
+    for (int64_t i = 0; i < count; ++i) {
+      float* to = y + i * columns + first;
+      std::fill_n(to, here, 0.0f);
+      math<T>().add_row(rows[i], depth, w + first, columns, here, to);
+    }
+  });
+}
+
+// Calls work(first, count, rows, panel, made) for parts of the rows, in parallel; `made` has `each` floats for a row.
 template <class T, class RowOf, class Work>
-void for_parts(const Call& call, int64_t count, int64_t depth, int64_t made, const RowOf& row_of, const Work& work) {
-  const int64_t part = std::min(kPart, (count + thread_count() - 1) / thread_count());
-  if (!part) return;
-  const int64_t parts = (count + part - 1) / part, floats = memory_of<T>(part, depth, made);
+void for_parts(const Call& call, int64_t count, int64_t depth, int64_t each, const RowOf& row_of, const Work& work) {
+  const int64_t share = (count + thread_count() - 1) / thread_count();
+  const int64_t part = std::min(count, std::max(kLeastPart, std::min(kMostPart, share)));
+  const int64_t parts = (count + part - 1) / part, copied = copy_of<T>(depth), floats = kPanel + part * (copied + each);
   float* memory = scratch(parts * floats);
   call.parallel(parts, [&](int64_t index) {
     const int64_t first = index * part, here = std::min(part, count - first);
-    float* own = memory + index * floats;
-    const float* rows[kPart] = {};
-    for (int64_t i = 0; i < here; ++i) rows[i] = as_floats(row_of(first + i), depth, own + kPanel + i * depth);
-    work(first, here, rows, own, own + floats - part * made);
+    float *panel = memory + index * floats, *copies = panel + kPanel;
+    const float* rows[kMostPart] = {};
+    for (int64_t i = 0; i < here; ++i) rows[i] = as_floats(row_of(first + i), depth, copies + i * copied);
+    work(first, here, rows, panel, copies + part * copied);
   });
 }
 
@@ -66,15 +72,13 @@ template <class T>
 void router(const Call& call) {
   const auto x = call.input<T>(0, 3), w1 = call.input<T>(1, 2), w2 = call.input<T>(3, 2);
   const auto b1 = call.input<T>(2, 1), b2 = call.input<T>(4, 1);
-  const int64_t depth = x.shape[2], hidden = w1.shape[1];
+  const int64_t depth = x.shape[2], hidden = w1.shape[1], all = x.shape[0] * x.shape[1];
   if (w1.shape[0] != depth || b1.shape[0] != hidden || w2.shape[0] != hidden || w2.shape[1] != 1 || b2.shape[0] != 1)
     call.fail("w1 is " + w1.shape.text() + ", b1 " + b1.shape.text() + ", w2 " + w2.shape.text() + ", b2 " + b2.shape.text() +
               " for x " + x.shape.text());
   float* y = call.output<float>(0, {x.shape[0], x.shape[1]});
   const auto row_of = [&](int64_t row) { return x.data + row * depth; };
-  for_parts<T>(call, x.shape[0] * x.shape[1], depth, hidden, row_of,
-               [&](int64_t first, int64_t count, const float* const* rows, float* panel, float* made) {
-    product(rows, count, depth, w1.data, hidden, made, panel);
+  const auto score = [&](int64_t first, int64_t count, const float* made) {
     for (int64_t i = 0; i < count; ++i) {
       float sum = load(b2.data[0]);
       for (int64_t j = 0; j < hidden; ++j) {
@@ -83,6 +87,19 @@ void router(const Call& call) {
       }
       y[first + i] = sum;
     }
+  };
+  if (all <= kFewRows) {
+    float *made = scratch(all * (hidden + copy_of<T>(depth))), *copies = made + all * hidden;
+    const float* rows[kFewRows] = {};
+    for (int64_t i = 0; i < all; ++i) rows[i] = as_floats(row_of(i), depth, copies + i * copy_of<T>(depth));
+    few_products(call, rows, all, depth, w1.data, hidden, made);
+    score(0, all, made);
+    return;
+  }
+  for_parts<T>(call, all, depth, hidden, row_of,
+               [&](int64_t first, int64_t count, const float* const* rows, float* panel, float* made) {
+    math<T>().multiply(rows, count, depth, w1.data, hidden, false, hidden, made, hidden, false, panel);
+    score(first, count, made);
   });
 }
 
@@ -100,17 +117,33 @@ void forecast_add(const Call& call) {
   T* z = call.output<T>(0, {batch, tokens, columns});
   if (z != base.data) std::memcpy(z, base.data, size_t(base.shape.count()) * sizeof(T));
   const auto token_of = [&](int64_t row) { return rows.sequence(row) * tokens + rows.token(row); };
-  for_parts<T>(call, rows.count, depth, rank + columns, [&](int64_t row) { return x.data + token_of(row) * depth; },
-               [&](int64_t first, int64_t count, const float* const* given, float* panel, float* made) {
-    float* forecast = made + count * rank;
-    const float* narrow[kPart] = {};
-    for (int64_t i = 0; i < count; ++i) narrow[i] = made + i * rank;
-    product(given, count, depth, down.data, rank, made, panel);
-    product(narrow, count, rank, up.data, columns, forecast, panel);
-    for (int64_t i = 0; i < count; ++i) {
-      T* to = z + token_of(first + i) * columns;
-      for (int64_t j = 0; j < columns; ++j)
-        store(load(to[j]) + (forecast[i * columns + j] + load(bias.data[j])), to + j);
+  const auto row_of = [&](int64_t row) { return x.data + token_of(row) * depth; };
+  // Adds columns first ... first + width - 1 of a row's forecast.
+  const auto add = [&](int64_t row, int64_t first, int64_t width, const float* forecast) {
+    T* to = z + token_of(row) * columns + first;
+    for (int64_t j = 0; j < width; ++j) store(load(to[j]) + (forecast[j] + load(bias.data[first + j])), to + j);
+  };
+  if (rows.count <= kFewRows) {
+    const int64_t count = rows.count, copied = copy_of<T>(depth);
+    float *narrow = scratch(count * (rank + columns + copied)), *forecast = narrow + count * rank, *copies = forecast + count * columns;
+    const float *given[kFewRows] = {}, *middle[kFewRows] = {};
+    for (int64_t i = 0; i < count; ++i) given[i] = as_floats(row_of(i), depth, copies + i * copied), middle[i] = narrow + i * rank;
+    if (!count) return;
+    few_products(call, given, count, depth, down.data, rank, narrow);
+    few_products(call, middle, count, rank, up.data, columns, forecast);
+    for (int64_t i = 0; i < count; ++i) add(i, 0, columns, forecast + i * columns);
+    return;
+  }
+  for_parts<T>(call, rows.count, depth, rank + kStrip, row_of,
+               [&](int64_t first, int64_t count, const float* const* given, float* panel, float* narrow) {
+    float* forecast = narrow + count * rank;
+    const float* middle[kMostPart] = {};
+    for (int64_t i = 0; i < count; ++i) middle[i] = narrow + i * rank;
+    math<T>().multiply(given, count, depth, down.data, rank, false, rank, narrow, rank, false, panel);
+    for (int64_t strip = 0; strip < columns; strip += kStrip) {
+      const int64_t width = std::min(kStrip, columns - strip);
+      math<T>().multiply(middle, count, rank, up.data + strip, columns, false, width, forecast, kStrip, false, panel);
+      for (int64_t i = 0; i < count; ++i) add(first + i, strip, width, forecast + i * kStrip);
     }
   });
 }

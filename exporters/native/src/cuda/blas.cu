@@ -6,6 +6,8 @@
 #ifndef IRC_EMULATED
 #include <dlfcn.h>
 #include <link.h>
+
+#include <vector>
 #endif
 
 namespace irc {
@@ -39,14 +41,17 @@ std::string provider_path() {
   return found;
 }
 
-// The handle is one of ONNX Runtime's cuBLAS, so that comes first: what its provider is linked to, then what else is loaded.
+// The handle is one of ONNX Runtime's cuBLAS, and another one's function must not get it: what its provider is linked to,
+// or, where that cannot be told, what is loaded, or there.
 Gemm find_gemm() {
   struct Place {
     std::string library;
     int flags;
   };
-  const Place places[] = {{provider_path(), RTLD_NOLOAD}, {"libcublas.so.13", RTLD_NOLOAD}, {"libcublas.so.12", RTLD_NOLOAD},
-                          {"libcublas.so.13", 0}, {"libcublas.so.12", 0}};
+  const std::string own = provider_path();
+  std::vector<Place> places = {{own, RTLD_NOLOAD}};
+  if (own.empty())
+    places = {{"libcublas.so.13", RTLD_NOLOAD}, {"libcublas.so.12", RTLD_NOLOAD}, {"libcublas.so.13", 0}, {"libcublas.so.12", 0}};
   for (const Place& place : places) {
     void* library = place.library.empty() ? nullptr : dlopen(place.library.c_str(), RTLD_NOW | place.flags);
     if (void* found = library ? dlsym(library, "cublasGemmEx") : nullptr) return reinterpret_cast<Gemm>(found);
