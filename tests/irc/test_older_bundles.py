@@ -1,6 +1,6 @@
 """A bundle of every format version that there ever was loads, and gives the figures that it gave.
 
-But for one: the dense perplexity of a bundle with LoRA was that of its adapters with all units executed (288.10), and is
+But for one: the dense perplexity of a bundle with LoRA was that of its adapters, all units executed (288.10), and is
 that of the base.
 """
 
