@@ -53,8 +53,9 @@ void few_products(const Call& call, const float* const* rows, int64_t count, int
 // Calls work(first, count, rows, panel, made) for parts of the rows, in parallel; `made` has `each` floats for a row.
 template <class T, class RowOf, class Work>
 void for_parts(const Call& call, int64_t count, int64_t depth, int64_t each, const RowOf& row_of, const Work& work) {
-  const int64_t share = (count + thread_count() - 1) / thread_count();
-  const int64_t part = std::min(count, std::max(kLeastPart, std::min(kMostPart, share)));
+  // As many parts for each thread, of nearly one size.
+  const int64_t share = (count + thread_count() - 1) / thread_count(), turns = (share + kMostPart - 1) / kMostPart;
+  const int64_t part = std::min(count, std::max(kLeastPart, (share + turns - 1) / turns));
   const int64_t parts = (count + part - 1) / part, copied = copy_of<T>(depth), floats = kPanel + part * (copied + each);
   float* memory = scratch(parts * floats);
   call.parallel(parts, [&](int64_t index) {
