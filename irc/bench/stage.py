@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 KINDS_OF_OPS = ("auto", "native", "portable")
 OTHER_RUNTIMES = ("hf-eager", "hf-compiled", "genai")  # of the dense model: nothing is skipped
-PEERS = ("static", "hf-eager", "hf-compiled", "genai")
+PEERS = ("static", *OTHER_RUNTIMES)
 TextTokens = NDArray[np.int64]
 
 

@@ -8,7 +8,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "kernel.h"
+#include "forecast_inputs.h"
 #include "math.h"
 
 namespace irc {
@@ -19,8 +19,6 @@ constexpr int64_t kFewNumbers = 1 << 16;  // of weights: less is not worth anoth
 constexpr int64_t kLeastPart = 32, kMostPart = 192;  // rows of a task
 constexpr int64_t kStrip = 256;           // columns of a forecast at a time
 constexpr int64_t kPanel = kPanelDepth * kMostColumns;
-
-std::string one_of(int64_t a, int64_t b) { return "[" + std::to_string(a) + ", " + std::to_string(b) + "]"; }
 
 // Floats that a row takes where it is not of floats already.
 template <class T>
@@ -71,58 +69,46 @@ void for_parts(const Call& call, int64_t count, int64_t depth, int64_t each, con
 
 template <class T>
 void router(const Call& call) {
-  const auto x = call.input<T>(0, 3), w1 = call.input<T>(1, 2), w2 = call.input<T>(3, 2);
-  const auto b1 = call.input<T>(2, 1), b2 = call.input<T>(4, 1);
-  const int64_t depth = x.shape[2], hidden = w1.shape[1], all = x.shape[0] * x.shape[1];
-  if (w1.shape[0] != depth || b1.shape[0] != hidden || w2.shape[0] != hidden || w2.shape[1] != 1 || b2.shape[0] != 1)
-    call.fail("w1 is " + w1.shape.text() + ", b1 " + b1.shape.text() + ", w2 " + w2.shape.text() + ", b2 " + b2.shape.text() +
-              " for x " + x.shape.text());
-  float* y = call.output<float>(0, {x.shape[0], x.shape[1]});
-  const auto row_of = [&](int64_t row) { return x.data + row * depth; };
+  const RouterInputs<T> in(call);
+  const int64_t depth = in.depth, hidden = in.hidden, all = in.count;
+  const auto row_of = [&](int64_t row) { return in.x.data + row * depth; };
   const auto score = [&](int64_t first, int64_t count, const float* made) {
     for (int64_t i = 0; i < count; ++i) {
-      float sum = load(b2.data[0]);
+      float sum = load(in.b2.data[0]);
       for (int64_t j = 0; j < hidden; ++j) {
-        const float value = made[i * hidden + j] + load(b1.data[j]);
-        sum += (value < 0 ? 0.0f : value) * load(w2.data[j]);  // NaN stays what it is
+        const float value = made[i * hidden + j] + load(in.b1.data[j]);
+        sum += (value < 0 ? 0.0f : value) * load(in.w2.data[j]);  // NaN stays what it is
       }
-      y[first + i] = sum;
+      in.y[first + i] = sum;
     }
   };
   if (all <= kFewRows) {
     float *made = scratch(all * (hidden + copy_of<T>(depth))), *copies = made + all * hidden;
     const float* rows[kFewRows] = {};
     for (int64_t i = 0; i < all; ++i) rows[i] = as_floats(row_of(i), depth, copies + i * copy_of<T>(depth));
-    few_products(call, rows, all, depth, w1.data, hidden, made);
+    few_products(call, rows, all, depth, in.w1.data, hidden, made);
     score(0, all, made);
     return;
   }
   for_parts<T>(call, all, depth, hidden, row_of,
                [&](int64_t first, int64_t count, const float* const* rows, float* panel, float* made) {
-    math<T>().multiply(rows, count, depth, w1.data, hidden, false, hidden, made, hidden, false, panel);
+    math<T>().multiply(rows, count, depth, in.w1.data, hidden, false, hidden, made, hidden, false, panel);
     score(first, count, made);
   });
 }
 
 template <class T>
 void forecast_add(const Call& call) {
-  const auto x = call.input<T>(0, 3), base = call.input<T>(2, 3);
-  const auto down = call.input<T>(3, 2), up = call.input<T>(4, 2), bias = call.input<T>(5, 1);
-  const int64_t batch = x.shape[0], tokens = x.shape[1], depth = x.shape[2], rank = down.shape[1], columns = base.shape[2];
-  if (base.shape[0] != batch || base.shape[1] != tokens)
-    call.fail("x is " + x.shape.text() + ", and base " + base.shape.text() + " has other tokens");
-  if (down.shape[0] != depth || up.shape[0] != rank || up.shape[1] != columns || bias.shape[0] != columns)
-    call.fail("down is " + down.shape.text() + ", up " + up.shape.text() + ", bias " + bias.shape.text() + ", expected " +
-              one_of(depth, rank) + ", " + one_of(rank, columns) + ", [" + std::to_string(columns) + "]");
-  const Rows rows = rows_of(call, 1, batch, tokens);
-  T* z = call.output<T>(0, {batch, tokens, columns});
-  if (z != base.data) std::memcpy(z, base.data, size_t(base.shape.count()) * sizeof(T));
+  const ForecastInputs<T> in(call);
+  const int64_t tokens = in.tokens, depth = in.depth, rank = in.rank, columns = in.columns;
+  const Rows rows = rows_of(call, 1, in.batch, tokens);
+  if (in.z != in.base.data) std::memcpy(in.z, in.base.data, size_t(in.base.shape.count()) * sizeof(T));
   const auto token_of = [&](int64_t row) { return rows.sequence(row) * tokens + rows.token(row); };
-  const auto row_of = [&](int64_t row) { return x.data + token_of(row) * depth; };
+  const auto row_of = [&](int64_t row) { return in.x.data + token_of(row) * depth; };
   // Adds columns first ... first + width - 1 of a row's forecast.
   const auto add = [&](int64_t row, int64_t first, int64_t width, const float* forecast) {
-    T* to = z + token_of(row) * columns + first;
-    for (int64_t j = 0; j < width; ++j) store(load(to[j]) + (forecast[j] + load(bias.data[first + j])), to + j);
+    T* to = in.z + token_of(row) * columns + first;
+    for (int64_t j = 0; j < width; ++j) store(load(to[j]) + (forecast[j] + load(in.bias.data[first + j])), to + j);
   };
   if (rows.count <= kFewRows) {
     const int64_t count = rows.count, copied = copy_of<T>(depth);
@@ -130,8 +116,8 @@ void forecast_add(const Call& call) {
     const float *given[kFewRows] = {}, *middle[kFewRows] = {};
     for (int64_t i = 0; i < count; ++i) given[i] = as_floats(row_of(i), depth, copies + i * copied), middle[i] = narrow + i * rank;
     if (!count) return;
-    few_products(call, given, count, depth, down.data, rank, narrow);
-    few_products(call, middle, count, rank, up.data, columns, forecast);
+    few_products(call, given, count, depth, in.down.data, rank, narrow);
+    few_products(call, middle, count, rank, in.up.data, columns, forecast);
     for (int64_t i = 0; i < count; ++i) add(i, 0, columns, forecast + i * columns);
     return;
   }
@@ -140,10 +126,10 @@ void forecast_add(const Call& call) {
     float* forecast = narrow + count * rank;
     const float* middle[kMostPart] = {};
     for (int64_t i = 0; i < count; ++i) middle[i] = narrow + i * rank;
-    math<T>().multiply(given, count, depth, down.data, rank, false, rank, narrow, rank, false, panel);
+    math<T>().multiply(given, count, depth, in.down.data, rank, false, rank, narrow, rank, false, panel);
     for (int64_t strip = 0; strip < columns; strip += kStrip) {
       const int64_t width = std::min(kStrip, columns - strip);
-      math<T>().multiply(middle, count, rank, up.data + strip, columns, false, width, forecast, kStrip, false, panel);
+      math<T>().multiply(middle, count, rank, in.up.data + strip, columns, false, width, forecast, kStrip, false, panel);
       for (int64_t i = 0; i < count; ++i) add(first + i, strip, width, forecast + i * kStrip);
     }
   });

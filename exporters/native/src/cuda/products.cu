@@ -4,6 +4,7 @@
 // at once where no row is a token's; a second launch adds the parts, in their order. Many rows go to cuBLAS. How much is
 // launched depends on shapes alone, and nothing waits for the device.
 
+#include "../forecast_inputs.h"
 #include "products.h"
 
 namespace irc {
@@ -161,32 +162,25 @@ void routed_matmul(const Call& call) {
 
 template <class T>
 void forecast_add(const Call& call) {
-  const auto x = call.input<T>(0, 3), base = call.input<T>(2, 3);
   const auto rows = pairs(call);
-  const auto down = call.input<T>(3, 2), up = call.input<T>(4, 2), bias = call.input<T>(5, 1);
-  const int64_t count = rows.shape[1], depth = x.shape[2], rank = down.shape[1], columns = base.shape[2];
-  if (x.shape[0] != base.shape[0] || x.shape[1] != base.shape[1])
-    call.fail("x is " + x.shape.text() + ", and base " + base.shape.text() + " has other tokens");
-  if (down.shape[0] != depth || up.shape[0] != rank || up.shape[1] != columns || bias.shape[0] != columns)
-    call.fail("down is " + down.shape.text() + ", up " + up.shape.text() + ", bias " + bias.shape.text() + ", expected [" +
-              std::to_string(depth) + ", rank], [rank, " + std::to_string(columns) + "], [" + std::to_string(columns) + "]");
-  T* z = call.output<T>(0, {base.shape[0], base.shape[1], columns});
+  const ForecastInputs<T> in(call);
+  const int64_t count = rows.shape[1], depth = in.depth, rank = in.rank, columns = in.columns;
   const Stream stream(call);
-  if (z != base.data) stream.copy(z, base.data, base.shape.count() * int64_t(sizeof(T)));
+  if (in.z != in.base.data) stream.copy(in.z, in.base.data, in.base.shape.count() * int64_t(sizeof(T)));
   if (!count) return;
   if (count <= kFewRows) {
-    const Tokens tokens{rows.data, count, x.shape[0], x.shape[1]};
+    const Tokens tokens{rows.data, count, in.x.shape[0], in.x.shape[1]};
     const int64_t number = parts_of(depth);
     const Scratch<float> hidden(stream, number * count * rank);
-    multiply_few<T>(stream, tokens, {x.data, true, nullptr, 0}, down.data, depth, rank, hidden.data(), {});
-    multiply_few<T>(stream, tokens, {nullptr, false, hidden.data(), number}, up.data, rank, columns, {z, bias.data});
+    multiply_few<T>(stream, tokens, {in.x.data, true, nullptr, 0}, in.down.data, depth, rank, hidden.data(), {});
+    multiply_few<T>(stream, tokens, {nullptr, false, hidden.data(), number}, in.up.data, rank, columns, {in.z, in.bias.data});
     return;
   }
   const Scratch<T> picked(stream, count * depth), hidden(stream, count * rank), forecast(stream, count * columns);
-  gather_rows(call, rows, x.shape, x.data, picked.data());
-  multiply<T>(call, picked.data(), down.data, hidden.data(), count, depth, rank);
-  multiply<T>(call, hidden.data(), up.data, forecast.data(), count, rank, columns);
-  add_rows<T>(call, rows, base.shape, forecast.data(), bias.data, z);
+  gather_rows(call, rows, in.x.shape, in.x.data, picked.data());
+  multiply<T>(call, picked.data(), in.down.data, hidden.data(), count, depth, rank);
+  multiply<T>(call, hidden.data(), in.up.data, forecast.data(), count, rank, columns);
+  add_rows<T>(call, rows, in.base.shape, forecast.data(), in.bias.data, in.z);
 }
 
 template void multiply_few(const Stream&, const Tokens&, const Source<float>&, const float*, int64_t, int64_t, float*, const Target<float>&, const float*);

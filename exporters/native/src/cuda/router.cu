@@ -1,5 +1,6 @@
 // Router: relu(x @ w1 + b1) @ w2 + b2 for every token. The second product has one column: a block for each token adds it up.
 
+#include "../forecast_inputs.h"
 #include "products.h"
 
 namespace irc {
@@ -52,25 +53,20 @@ struct Score {
 
 template <class T>
 void router(const Call& call) {
-  const auto x = call.input<T>(0, 3), w1 = call.input<T>(1, 2), w2 = call.input<T>(3, 2);
-  const auto b1 = call.input<T>(2, 1), b2 = call.input<T>(4, 1);
-  const int64_t depth = x.shape[2], hidden = w1.shape[1], count = x.shape[0] * x.shape[1];
-  if (w1.shape[0] != depth || b1.shape[0] != hidden || w2.shape[0] != hidden || w2.shape[1] != 1 || b2.shape[0] != 1)
-    call.fail("w1 is " + w1.shape.text() + ", b1 " + b1.shape.text() + ", w2 " + w2.shape.text() + ", b2 " + b2.shape.text() +
-              ", expected [" + std::to_string(depth) + ", hidden], [hidden], [hidden, 1], [1]");
-  float* y = call.output<float>(0, {x.shape[0], x.shape[1]});
+  const RouterInputs<T> in(call);
+  const int64_t depth = in.depth, hidden = in.hidden, count = in.count;
   if (!count) return;
   const Stream stream(call);
   const int64_t number = parts_of(depth);
   if (count <= kFewRows) {
     const Scratch<float> parts(stream, number * count * hidden);
-    multiply_few<T>(stream, {nullptr, count, 0, 0}, {x.data, false, nullptr, 0}, w1.data, depth, hidden, parts.data(), {});
-    stream.launch(count, Score<T>{nullptr, parts.data(), number, count, hidden, b1.data, w2.data, b2.data, y});
+    multiply_few<T>(stream, {nullptr, count, 0, 0}, {in.x.data, false, nullptr, 0}, in.w1.data, depth, hidden, parts.data(), {});
+    stream.launch(count, Score<T>{nullptr, parts.data(), number, count, hidden, in.b1.data, in.w2.data, in.b2.data, in.y});
     return;
   }
   const Scratch<T> product(stream, count * hidden);
-  multiply<T>(call, x.data, w1.data, product.data(), count, depth, hidden);
-  stream.launch(count, Score<T>{product.data(), nullptr, 0, count, hidden, b1.data, w2.data, b2.data, y});
+  multiply<T>(call, in.x.data, in.w1.data, product.data(), count, depth, hidden);
+  stream.launch(count, Score<T>{product.data(), nullptr, 0, count, hidden, in.b1.data, in.w2.data, in.b2.data, in.y});
 }
 
 template void router<float>(const Call&);
