@@ -14,19 +14,12 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
+from irc.dtypes import LONG_NAMES, torch_dtype
 from irc.errors import InputError
 from irc.paging import MappedPages
 from irc.reading import check_links, check_plain, first_line, read_json, read_text
 from irc.tokenizer import load_tokenizer
 
-DTYPES = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 _SIZES = (
     "num_hidden_layers",
     "hidden_size",
@@ -157,9 +150,11 @@ class BaseModel:
     def dtype(self, wanted: str) -> torch.dtype:
         """Resolve a `--dtype`: `auto` is fp32, but bf16 for checkpoints over 2 GB."""
         if wanted != "auto":
-            if wanted not in DTYPES:
-                raise InputError(f"dtype is '{wanted}'; choose from auto, {', '.join(DTYPES)}")
-            return DTYPES[wanted]
+            try:
+                return torch_dtype(wanted)
+            except KeyError:
+                known = ", ".join(("auto", *LONG_NAMES, *LONG_NAMES.values()))
+                raise InputError(f"dtype is '{wanted}'; choose from {known}") from None
         size = sum(shard.stat().st_size for shard in self.shards)
         return torch.bfloat16 if size > _LARGE_MODEL_BYTES else torch.float32
 

@@ -18,6 +18,7 @@ from irc import __version__
 from irc.bundle import file_sha256
 from irc.cache import cache_shape
 from irc.checkpoint import BaseModel
+from irc.dtypes import short_name
 from irc.errors import InputError
 from irc.evaluation_run import open_model
 from irc.key_policy import KeyPolicy, key_policy_of
@@ -31,7 +32,6 @@ from passes.base import PassError
 
 LAYOUTS = ("onnx", "triton")
 TRITON_NAME = "irc"
-_NAMES = {"torch.float32": "fp32", "torch.float16": "fp16", "torch.bfloat16": "bf16"}
 _KEPT = ("config.json", "generation_config.json", "chat_template.jinja", "merges.txt", "vocab.json")
 
 
@@ -144,7 +144,7 @@ def _write(model: RoutedForCausalLM, name: str, folder: Path, dump_dir: Path | N
         "op_version": VERSION,
         "opset": OPSET,
         "least_onnxruntime": LEAST_ORT,
-        "dtype": _NAMES[str(dtype)],
+        "dtype": short_name(dtype),
         "provider": provider,
         "source": _source(name),
         "sparsity": model.facts.get("dial"),

@@ -9,11 +9,11 @@ from typing import Any
 from exporters.onnx import DATA, MODEL, PAST_FROM, CacheShape, Decision
 from exporters.onnx_ops import VERSION
 from irc.bundle import CONFIG, file_sha256
+from irc.dtypes import LONG_NAMES
 from irc.errors import InputError
 from irc.reading import check_links, read_json
 
 FORMAT_VERSION = 1
-DTYPES = ("fp32", "fp16", "bf16")
 MANIFEST = "irc.json"
 
 
@@ -107,7 +107,7 @@ def _check_types(manifest: dict[str, Any], hashes: dict[str, Any]) -> None:
     numbers = [cache.layers, cache.heads, cache.size, *cache.reduced]
     if any(type(number) is not int or number < 0 for number in numbers):
         raise TypeError("the cache's shape is not of whole numbers")
-    if manifest["dtype"] not in DTYPES:
+    if manifest["dtype"] not in LONG_NAMES:
         raise ValueError(f"dtype is {manifest['dtype']!r}")
     context = manifest.get("context_length")
     if context is not None and (type(context) is not int or context < 1):

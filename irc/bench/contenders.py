@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from irc.bench.models import DTYPES
+from irc.dtypes import torch_dtype
 from irc.onnx_cache import ELEMENTS, onnxruntime
 from irc.runtime import PROVIDERS, Runtime
 
@@ -71,9 +71,8 @@ class Transformers:
         import torch
         from transformers import AutoModelForCausalLM
 
-        kinds = {short: getattr(torch, long) for long, short in DTYPES.items()}
         model: Any = AutoModelForCausalLM.from_pretrained(
-            base, dtype=kinds[dtype], local_files_only=True, trust_remote_code=False, use_safetensors=True
+            base, dtype=torch_dtype(dtype), local_files_only=True, trust_remote_code=False, use_safetensors=True
         )
         model = model.to(device).eval()
         self._torch, self._device = torch, device

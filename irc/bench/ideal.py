@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from irc.dtypes import BYTES
 from irc.flops import flops_ratio, head_flops, unit_flops
 from irc.routed import RoutedForCausalLM
-
-BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
 def dense_flops(model: RoutedForCausalLM, batch: int, tokens: int) -> float:

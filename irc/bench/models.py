@@ -12,13 +12,12 @@ from pathlib import Path
 from irc.bench.shapes import Shape
 from irc.bundle import load, save_bundle
 from irc.checkpoint import BaseModel, find_base
+from irc.dtypes import torch_dtype
 from irc.errors import InputError
 from irc.export import export
 from irc.modules import default_rank
 from irc.policies import policy_named, refuse_whole_sequences
 from irc.routed import RoutedForCausalLM, RoutingSpec, build_routed
-
-DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
 @dataclass
@@ -87,10 +86,9 @@ def random_llama(shape: Shape, folder: Path, dtype: str, context: int, seed: int
     import torch
     from transformers import LlamaForCausalLM
 
-    kinds = {short: getattr(torch, long) for long, short in DTYPES.items()}
     torch.manual_seed(seed)
     before = torch.get_default_dtype()
-    torch.set_default_dtype(kinds[dtype])
+    torch.set_default_dtype(torch_dtype(dtype))
     try:
         LlamaForCausalLM(shape.config(context)).save_pretrained(folder)
     finally:

@@ -15,9 +15,9 @@ from typing import Any, Protocol, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
-Decorated = TypeVar("Decorated", bound=Callable[..., Any] | click.Command)
+from irc.dtypes import LONG_NAMES
 
-_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+Decorated = TypeVar("Decorated", bound=Callable[..., Any] | click.Command)
 
 
 class Decorator(Protocol):
@@ -126,13 +126,13 @@ def ops_option() -> Decorator:
 
 def dtype_option(default: str = "auto") -> Decorator:
     """Add --dtype. Argument `dtype: str`: auto or the name of a torch dtype; fp32, fp16, bf16 are understood."""
-    kind = click.Choice(["auto", *_DTYPES.values(), *_DTYPES])
+    kind = click.Choice(["auto", *LONG_NAMES.values(), *LONG_NAMES])
     return click.option(
         "--dtype",
         type=kind,
         default=default,
         show_default=True,
-        callback=lambda ctx, parameter, value: _DTYPES.get(value, value),
+        callback=lambda ctx, parameter, value: LONG_NAMES.get(value, value),
         metavar="NAME",
         help="auto (the checkpoint's own), float32 (fp32), float16 (fp16) or bfloat16 (bf16).",
     )
