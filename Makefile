@@ -64,8 +64,8 @@ docs: $(STAMP)  ## build the documentation site in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --config-file .mkdocs.yml
 	@echo "documentation: build/site/index.html"
 
-fuzz: $(STAMP)  ## feed every loader at least ten million bytes of mutated files; FUZZ_BYTES=... for more
-	IRC_FUZZ_BYTES=$(or $(FUZZ_BYTES),10000000) $(BIN)/python -m pytest tests/irc/fuzz --timeout 7200
+fuzz: $(STAMP)  ## feed every loader ten million bytes of mutated files and more; FUZZ_BYTES=..., FUZZ_SECONDS=... of atheris
+	IRC_FUZZ_SECONDS=$(or $(FUZZ_SECONDS),60) IRC_FUZZ_BYTES=$(or $(FUZZ_BYTES),10000000) $(BIN)/python -m pytest tests/irc/fuzz --timeout 7200
 
 clean:  ## remove build/ and the caches; .venv stays
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

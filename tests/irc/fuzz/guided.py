@@ -1,0 +1,136 @@
+"""One loader under atheris: mutations that reach new code are kept and mutated further.
+
+    python guided.py TARGET FOLDER SECONDS [SEED]
+
+FOLDER is emptied; it gets what the loader reads, the corpus and, of an input that fails, a copy. The process ends with
+0 after SECONDS, and with another code and a traceback where the loader raises anything but InputError, takes 20 seconds
+for an input, or 4 GB of memory. `total.json` counts inputs and bytes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+DATA = Path(__file__).parents[2] / "data" / "bundle-v1"
+BUNDLE, MODEL = DATA / "bundle", DATA / "model"
+Target = tuple[Path, Callable[[], object]]
+
+
+def recipe(folder: Path) -> Target:
+    from irc.config import load_recipe
+    from irc.pipeline import resolve
+
+    path = Path(shutil.copy(BUNDLE / "recipe.yaml", folder))
+    return path, lambda: resolve(load_recipe(path))
+
+
+def bundle_config(folder: Path) -> Target:
+    from irc.bundle_config import CONFIG, read_config
+
+    shutil.copytree(BUNDLE, folder, dirs_exist_ok=True)
+    return folder / CONFIG, lambda: read_config(folder)
+
+
+def adapter(folder: Path) -> Target:
+    """Forecasters and routers of a bundle, under their right hash."""
+    from irc.bundle import ADAPTER, _read_adapter, file_sha256
+
+    shutil.copytree(BUNDLE, folder, dirs_exist_ok=True)
+    path = folder / ADAPTER
+    return path, lambda: _read_adapter(folder, file_sha256(path))
+
+
+def checkpoint(folder: Path) -> Target:
+    """A shard of weights, as far as it is read before the weights are used."""
+    from irc.checkpoint import find_base
+
+    def load() -> None:
+        base = find_base(str(folder))
+        base.check_sizes(base.weights())
+
+    shutil.copytree(MODEL, folder, dirs_exist_ok=True)
+    return folder / "model.safetensors", load
+
+
+def model_config(folder: Path) -> Target:
+    _, load = checkpoint(folder)
+    return folder / "config.json", load
+
+
+def manifest(folder: Path) -> Target:
+    from irc.export import export
+    from irc.onnx_folder import MANIFEST, open_folder
+
+    onnx = folder / "onnx"
+    export(str(MODEL), onnx)
+    return onnx / MANIFEST, lambda: open_folder(onnx)
+
+
+def onnx_model(folder: Path) -> Target:
+    from irc.export import export
+    from irc.onnx_check import read_model
+
+    onnx = folder / "onnx"
+    export(str(MODEL), onnx)
+    return onnx / "model.onnx", lambda: read_model(onnx / "model.onnx", ["model.onnx.data"])
+
+
+TARGETS = {
+    each.__name__: each for each in (recipe, bundle_config, adapter, checkpoint, model_config, manifest, onnx_model)
+}
+"""Loaders: each is given an empty folder, and returns the file that is mutated and what reads it."""
+
+
+def main() -> None:
+    import atheris
+
+    from irc.errors import InputError
+
+    target, where, seconds, *seed = sys.argv[1:]
+    folder = Path(where)
+    shutil.rmtree(folder, ignore_errors=True)
+    for name in ("read", "corpus"):
+        (folder / name).mkdir(parents=True)
+    for library in ("torch", "transformers", "numpy", "onnx"):  # instrumented, they would be slow and no news
+        importlib.import_module(library)
+    with atheris.instrument_imports(include=["irc", "yaml"]):
+        path, load = TARGETS[target](folder / "read")
+    original = path.read_bytes()
+    (folder / "corpus" / "original").write_bytes(original)
+    (folder / "words").write_text(_words(original))
+    total = {"inputs": 0, "bytes": 0, "refused": 0}
+
+    def feed(data: bytes) -> None:
+        path.write_bytes(data)
+        total["inputs"] += 1
+        total["bytes"] += len(data)
+        try:
+            load()
+        except InputError as error:
+            if not str(error).strip():
+                raise AssertionError("a refusal without a sentence") from error
+            total["refused"] += 1
+        if total["inputs"] % 100 == 0:  # libFuzzer ends the process itself
+            (folder / "total.json").write_text(json.dumps(total))
+
+    options = [f"-max_total_time={seconds}", "-timeout=20", "-rss_limit_mb=4096", f"-max_len={2 * len(original)}"]
+    options += ["-reduce_inputs=0", "-len_control=0", f"-seed={seed[0] if seed else 1}", "-print_final_stats=1"]
+    options += [f"-dict={folder / 'words'}", f"-artifact_prefix={folder}/", str(folder / "corpus")]
+    atheris.Setup([sys.argv[0], *options], feed)
+    atheris.Fuzz()
+
+
+def _words(original: bytes) -> str:
+    """Return libFuzzer's dictionary: the words of the file, and values that no file has."""
+    words = {word for word in original[:20000].replace(b'"', b" ").split() if 2 < len(word) < 30 and word.isalnum()}
+    words |= {b"null", b"true", b"NaN", b"-1", b"1e999", b"9" * 30, b"../x", b"{}", b"[]", b"&a [*a]", b"!!int ''"}
+    return "".join('"' + "".join(f"\\x{byte:02x}" for byte in word) + '"\n' for word in sorted(words))
+
+
+if __name__ == "__main__":
+    main()
