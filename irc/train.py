@@ -23,6 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from irc.errors import InputError, IrcError
+from irc.master_weights import MasterAdamW
 from irc.sharding import average_gradients, sharding_wanted
 
 
@@ -124,23 +125,26 @@ def train(
     """
     groups = objective.trainable()
     names = {f"{g}.{name}": p for g, group in enumerate(groups) for name, p in group["params"].items()}
-    optimizer = torch.optim.AdamW(
+    adam = MasterAdamW(
         [{"params": list(g["params"].values()), "lr": g["lr"], "initial_lr": g["lr"]} for g in groups],
-        weight_decay=settings.weight_decay,
+        settings.weight_decay,
     )
-    first, before = _restore(settings.checkpoint, names, optimizer)
+    first, before = _restore(settings.checkpoint, names, adam)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: settings.schedule(step / settings.steps), last_epoch=first - 1
+        adam, lambda step: settings.schedule(step / settings.steps), last_epoch=first - 1
     )
     loader = accelerator.prepare_data_loader(_loader(windows, settings))
     sharded = sharding_wanted()  # then the base is in shards already, and what learns is whole in every process
     model: Any = objective
+    optimizer: Any = adam
     if not sharded:
         model, optimizer, scheduler = accelerator.prepare(objective, optimizer, scheduler)
     learning = list(names.values())
     if sharded:
         for parameter in learning:  # as data-parallel training does: closed forms may differ in their last bits
-            torch.distributed.broadcast(parameter.detach(), 0)
+            weight = adam.master(parameter).detach()
+            torch.distributed.broadcast(weight, 0)
+            adam.set_weight(parameter, weight)
     batches = accelerator.skip_first_batches(loader, first) if first else loader
     model.train()
     tokens_a_step = settings.batch_size * windows.shape[1]
@@ -170,7 +174,7 @@ def train(
             cpu = before.cpu_seconds + time.process_time() - worked
             spent = before.earlier if first else settings.spent
             state = LoopResult(before.seconds + now - started, 0, figures, before.history, cpu, spent)
-            _save(settings.checkpoint, names, optimizer, step + 1, state)
+            _save(settings.checkpoint, names, adam, step + 1, state)
             saved = now
     objective.eval()
     seconds = before.seconds + time.monotonic() - started
@@ -206,11 +210,12 @@ def step_noise(units: Sequence[str], seed: int, step: int, shape: tuple[int, int
     return {unit: draws[index, start : start + rows] for index, unit in enumerate(units)}
 
 
-def _save(path: Path, names: Mapping[str, nn.Parameter], optimizer: Any, step: int, state: LoopResult) -> None:
+def _save(path: Path, names: Mapping[str, nn.Parameter], adam: MasterAdamW, step: int, state: LoopResult) -> None:
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in names.items():
-        tensors[f"weight/{name}"] = parameter.detach().cpu().clone()
-        for key, value in optimizer.state[parameter].items():
+        weight = adam.master(parameter)
+        tensors[f"weight/{name}"] = weight.detach().cpu().clone()
+        for key, value in adam.state[weight].items():
             tensors[f"{key}/{name}"] = value.detach().cpu().clone()
     facts = {
         "step": step,
@@ -239,7 +244,7 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: di
         partial.unlink(missing_ok=True)
 
 
-def _restore(path: Path, names: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> tuple[int, LoopResult]:
+def _restore(path: Path, names: Mapping[str, nn.Parameter], adam: MasterAdamW) -> tuple[int, LoopResult]:
     if not path.is_file():
         return 0, LoopResult(0.0, 0, {})
     try:
@@ -254,10 +259,10 @@ def _restore(path: Path, names: Mapping[str, nn.Parameter], optimizer: torch.opt
     except Exception as error:
         raise InputError(f"{path}: damaged checkpoint ({error}); start over with --force") from error
     for name, parameter in names.items():
-        with torch.no_grad():
-            parameter.copy_(tensors[f"weight/{name}"])
+        adam.set_weight(parameter, tensors[f"weight/{name}"])
+        weight = adam.master(parameter)
         kept = {key.split("/", 1)[0]: tensor for key, tensor in tensors.items() if key.split("/", 1)[1] == name}
-        optimizer.state[parameter] = {
-            key: tensor if key == "step" else tensor.to(parameter) for key, tensor in kept.items() if key != "weight"
+        adam.state[weight] = {
+            key: tensor if key == "step" else tensor.to(weight) for key, tensor in kept.items() if key != "weight"
         }
     return facts["step"], before

@@ -24,9 +24,9 @@ RUNNERS = {"lff": run_lff, "router": run_router, "lora": run_lora}
 class Dropping(Objective):
     """A linear with dropout, so that every step needs the same random numbers to come out the same."""
 
-    def __init__(self, poison: int | None = None) -> None:
+    def __init__(self, poison: int | None = None, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.linear = nn.Linear(4, 4)
+        self.linear = nn.Linear(4, 4, dtype=dtype)
         with torch.no_grad():
             self.linear.weight.copy_(torch.linspace(-1, 1, 16).view(4, 4))
             self.linear.bias.zero_()
@@ -39,7 +39,7 @@ class Dropping(Objective):
 
     def forward(self, windows: torch.Tensor, step: int) -> tuple[torch.Tensor, dict[str, float]]:
         self.seen.append(windows[:, 0].tolist())
-        x = windows[:, :4].float() / 50
+        x = (windows[:, :4] / 50).to(self.linear.weight.dtype)
         loss = (self.drop(self.linear(x)) - x.flip(-1)).square().mean()
         return loss * (float("nan") if step == self.poison else 1.0), {"at": float(step)}
 
@@ -79,16 +79,17 @@ def run(
         return None, progress
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("after", range(1, STEPS + 1))
-def test_a_killed_loop_continues_to_the_same_bits(tmp_path: Path, after: int) -> None:
+def test_a_killed_loop_continues_to_the_same_bits(tmp_path: Path, after: int, dtype: torch.dtype) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    whole = Dropping()
+    whole = Dropping(dtype=dtype)
     expected, _ = run(whole, tmp_path / "a")
     assert expected is not None
-    first = Dropping()
+    first = Dropping(dtype=dtype)
     assert run(first, tmp_path / "b", after)[0] is None
-    second = Dropping()
+    second = Dropping(dtype=dtype)
     found, progress = run(second, tmp_path / "b")
     assert found is not None
     assert progress.steps == list(range(after, STEPS + 1))  # the killed step's checkpoint was not yet written

@@ -1,0 +1,67 @@
+"""AdamW on float32 copies of 16-bit parameters: steps smaller than their spacing add up and are not rounded away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class MasterAdamW(torch.optim.AdamW):
+    """AdamW that keeps float32 weights of its own for parameters of 16 bits; others it updates as AdamW does.
+
+    Clip and average gradients on the parameters themselves, before `step`, which reads them there.
+
+    Args:
+        groups: `params`, a list, and `lr` of each group.
+        weight_decay: Of all groups.
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]], weight_decay: float) -> None:
+        self._masters: dict[nn.Parameter, Tensor] = {}
+        super().__init__(
+            [{**group, "params": [self._own(parameter) for parameter in group["params"]]} for group in groups],
+            weight_decay=weight_decay,
+        )
+
+    def _own(self, parameter: nn.Parameter) -> Tensor:
+        if parameter.dtype not in (torch.float16, torch.bfloat16):
+            return parameter
+        self._masters[parameter] = parameter.detach().float()
+        return self._masters[parameter]
+
+    def master(self, parameter: nn.Parameter) -> Tensor:
+        """Return the tensor that is updated for a parameter: a float32 copy, or the parameter itself."""
+        return self._masters.get(parameter, parameter)
+
+    @torch.no_grad()
+    def set_weight(self, parameter: nn.Parameter, weight: Tensor) -> None:
+        """Set a parameter and its copy, from a weight of either precision."""
+        parameter.copy_(weight)
+        if parameter in self._masters:
+            self._masters[parameter].copy_(weight)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update the copies by the parameters' gradients, then round them into the parameters.
+
+        Raises:
+            RuntimeError: There is a closure.
+        """
+        if closure is not None:
+            raise RuntimeError("MasterAdamW.step takes no closure; compute gradients before it")
+        for parameter, master in self._masters.items():
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+        super().step()
+        for parameter, master in self._masters.items():
+            parameter.copy_(master)
+            master.grad = None
+        return None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget gradients, the parameters' too."""
+        super().zero_grad(set_to_none)
+        for parameter in self._masters:
+            parameter.grad = None
