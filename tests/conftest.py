@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers import (
     logging,
 )
 
+from irc import routed
 from irc.cache import cache_shape
 from irc.capture import Captured, _relink, _root, assign_weights, capture
 
@@ -138,6 +139,28 @@ def captured_module() -> Callable[..., fx.GraphModule]:
         return _root(unflattened)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def copied_capture() -> Callable[[PretrainedConfig, torch.dtype], Captured]:
+    """Give `copied_capture(config, dtype)`: as `irc.capture.capture`, but each architecture is captured once."""
+    known: dict[tuple[str, torch.dtype], Captured] = {}
+
+    def copied(config: PretrainedConfig, dtype: torch.dtype) -> Captured:
+        key = (config.to_json_string(use_diff=False), dtype)
+        if key not in known:
+            known[key] = capture(config, dtype)
+        return copy.deepcopy(known[key])
+
+    return copied
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_capture(copied_capture: Callable[..., Captured]) -> Iterator[None]:
+    """Let commands in this process copy a capture instead of making it for each verb again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(routed, "capture", copied_capture)
+        yield
 
 
 @pytest.fixture(autouse=True)

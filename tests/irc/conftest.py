@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import os
@@ -20,10 +19,9 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from irc import console, routed
-from irc.capture import Captured, capture
+from irc import console
 from irc.checkpoint import BaseModel, find_base
 from irc.config import Recipe
 from irc.data import load_text, token_stream
@@ -132,24 +130,8 @@ def base(model_folder: Path) -> BaseModel:
     return find_base(str(model_folder))
 
 
-@pytest.fixture(scope="session")
-def _captured(base: BaseModel) -> Captured:
-    return capture(base.config, torch.float32)
-
-
 @pytest.fixture
-def quick_capture(monkeypatch: pytest.MonkeyPatch, base: BaseModel, _captured: Captured) -> None:
-    """Let commands in this process copy the tiny model's capture instead of exporting it every time."""
-
-    def cached(config: PretrainedConfig, dtype: torch.dtype) -> Captured:
-        same = config.to_dict() == base.config.to_dict() and dtype == torch.float32
-        return copy.deepcopy(_captured) if same else capture(config, dtype)
-
-    monkeypatch.setattr(routed, "capture", cached)
-
-
-@pytest.fixture
-def make_routed(quick_capture: None, base: BaseModel) -> Callable[..., RoutedForCausalLM]:
+def make_routed(base: BaseModel) -> Callable[..., RoutedForCausalLM]:
     """Give `make_routed(rank, forecaster, policy, sparsity)`: the tiny model, nothing trained, fp32."""
 
     def make(
@@ -256,7 +238,7 @@ class Outcome:
 
 
 @pytest.fixture
-def irc_main(capsys: pytest.CaptureFixture[str], quick_capture: None) -> Iterator[Callable[..., Outcome]]:
+def irc_main(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Outcome]]:
     """Give `irc_main(*arguments)`: the command line inside this process."""
     from irc.cli import main
 

@@ -226,7 +226,7 @@ def test_a_swap_that_fails_half_way_puts_the_old_bundle_back(
     assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
 
 
-def test_a_plain_model_has_nothing_to_save(base: Any, quick_capture: None, tmp_path: Path) -> None:
+def test_a_plain_model_has_nothing_to_save(base: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="convert it first"):
         save_bundle(build_plain(base), tmp_path / "b")
     assert not (tmp_path / "b").exists()

@@ -183,9 +183,7 @@ def test_flops_by_hand(model: RoutedForCausalLM) -> None:
     assert flops_ratio(model, keep, context) == pytest.approx(routed / dense, rel=1e-12)
 
 
-def test_flops_of_a_plain_model_and_with_lora(
-    base: BaseModel, quick_capture: None, make_routed: Make, lora_on: Any
-) -> None:
+def test_flops_of_a_plain_model_and_with_lora(base: BaseModel, make_routed: Make, lora_on: Any) -> None:
     plain = build_plain(base, "fp32")
     keep = {unit.name: 1.0 for unit in plain.units}
     assert flops_ratio(plain, keep, 16) == 1.0

@@ -109,7 +109,6 @@ def whole() -> dict[str, Any]:
 
 @pytest.mark.parametrize("place", [*PLACES, ("held-out text", 64)], ids=lambda place: f"{place[0]}-{place[1]}")
 def test_resume_after_a_kill_is_bit_identical(
-    quick_capture: None,
     convert_arguments: Arguments,
     bars: Any,
     killed: type[BaseException],
@@ -164,7 +163,6 @@ def test_resume_of_a_finished_bundle_returns_it(
     ("setting", "value"), [("sparsity", 0.5), ("router__steps", 7), ("seed", 1), ("dtype", "bf16")]
 )
 def test_resume_with_other_settings_is_refused(
-    quick_capture: None,
     convert_arguments: Arguments,
     bars: Any,
     killed: type[BaseException],
@@ -185,7 +183,6 @@ def test_resume_with_other_settings_is_refused(
 
 @pytest.mark.parametrize("place", [("lff", 2), ("router", 5), ("held-out text", 64)], ids=lambda place: place[0])
 def test_force_keeps_the_old_bundle_until_the_new_is_complete(
-    quick_capture: None,
     convert_arguments: Arguments,
     bars: Any,
     killed: type[BaseException],

@@ -14,7 +14,7 @@ Arguments = Callable[..., list[str]]
 
 
 def test_a_dry_run_plans_every_stage_and_writes_nothing(
-    quick_capture: None, irc_main: Callable[..., Any], convert_arguments: Arguments, tmp_path: Path
+    irc_main: Callable[..., Any], convert_arguments: Arguments, tmp_path: Path
 ) -> None:
     before = set(tmp_path.iterdir())
     arguments = [*convert_arguments(tmp_path / "b"), "--stages", "lff,router,lora", "--dry-run"]
@@ -34,7 +34,7 @@ def test_a_dry_run_plans_every_stage_and_writes_nothing(
 
 
 def test_time_grows_with_the_steps_that_are_asked_for(
-    quick_capture: None, irc_main: Callable[..., Any], convert_arguments: Arguments, tmp_path: Path
+    irc_main: Callable[..., Any], convert_arguments: Arguments, tmp_path: Path
 ) -> None:
     def seconds(steps: int) -> float:
         more = ["--set", f"router.steps={steps}", "--dry-run"]
@@ -45,7 +45,6 @@ def test_time_grows_with_the_steps_that_are_asked_for(
 
 
 def test_what_does_not_fit_is_said(
-    quick_capture: None,
     irc_main: Callable[..., Any],
     convert_arguments: Arguments,
     tmp_path: Path,
@@ -59,7 +58,6 @@ def test_what_does_not_fit_is_said(
 
 
 def test_memory_that_runs_out_is_an_error_of_one_sentence(
-    quick_capture: None,
     irc_main: Callable[..., Any],
     convert_arguments: Arguments,
     tmp_path: Path,

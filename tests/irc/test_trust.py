@@ -188,7 +188,7 @@ def test_links_that_lead_out_of_a_bundle(bundle: Path, tmp_path: Path, name: str
 
 
 @pytest.fixture
-def dense(quick_capture: None, model_folder: Path, tmp_path: Path) -> Path:
+def dense(model_folder: Path, tmp_path: Path) -> Path:
     from irc.export import export
 
     export(str(model_folder), tmp_path / "onnx")

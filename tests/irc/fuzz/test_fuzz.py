@@ -151,8 +151,8 @@ def test_lora_weights(fuzz: Any, bundle: Path) -> None:
     fuzz(path, lambda: load_lora(model, bundle / "lora", LoraRecipe(rank=2)), header + 64)
 
 
-def test_checkpoint(fuzz: Any, copied: Path, request: pytest.FixtureRequest) -> None:
-    captured: Captured = request.getfixturevalue("_captured")
+def test_checkpoint(fuzz: Any, copied: Path, copied_capture: Callable[..., Captured]) -> None:
+    captured = copied_capture(find_base(str(copied)).config, torch.float32)
     few, path = Few(), copied / "model.safetensors"
 
     def load() -> None:
