@@ -14,7 +14,7 @@ NATIVE := $(VENV)/.native
 NATIVE_FILES := $(shell find exporters/native -name build -prune -o -type f -print)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean native sanitize package docs fuzz
+.PHONY: help demo test coverage lint clean native sanitize package docs fuzz
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z.]*\):[^#]*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
@@ -30,6 +30,9 @@ demo: $(STAMP)  ## convert the embedded model, measure it, show its units, expor
 
 test: lint native  ## lint, then run the tests, on two cores; WORKERS=8 for more
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+coverage: $(STAMP) native  ## run the tests and say which lines and branches they reach; fails under 90 %
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term
 
 native: $(STAMP)  ## build and install the native operator library, where there is a C++ compiler
 	@if command -v $${CXX:-c++} >/dev/null; then $(MAKE) --no-print-directory $(NATIVE); \
