@@ -14,14 +14,13 @@ from numpy.typing import NDArray
 from exporters.onnx import PAST, PRESENT
 from irc.errors import InputError
 from irc.native import choose_library
-from irc.onnx_cache import Cache, CacheLayout, PlacedCache, onnxruntime
+from irc.onnx_cache import PROVIDERS, Cache, CacheLayout, PlacedCache, onnxruntime
 from irc.onnx_check import read_model
 from irc.onnx_folder import OnnxFolder, open_folder
 from irc.reading import first_line
 
 log = logging.getLogger(__name__)
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _EXECUTE, _DIFFERENCES = "irc.execute", "irc.logit_differences"
 
 

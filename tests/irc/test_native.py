@@ -86,7 +86,7 @@ def test_the_installed_cuda_library_describes_itself_and_registers_without_a_gpu
     assert dict(library.providers) == {"cuda": ["fp32", "fp16", "bf16"]}
     assert {"sm_80", "sm_90"} <= set(library.instruction_set.split(", "))
     assert int(library.cuda.split(".")[0]) >= 12
-    assert not library.cache_with_room
+    assert library.cache_with_room
     onnxruntime.SessionOptions().register_custom_ops_library(str(library.path))
     with pytest.raises(InputError, match="no kernels for cpu, only for cuda"):
         choose_library(str(library.path), "cpu", "fp32")

@@ -107,7 +107,7 @@ __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOp
 // What the library is, as JSON: read by irc before it is registered. It looks for no GPU.
 __attribute__((visibility("default"))) const char* irc_native_describe() {
   static const std::string text =
-      "{\"version\": \"" IRC_VERSION "\", \"domain_version\": 1, \"providers\": {\"cuda\": [\"fp32\", \"fp16\", \"bf16\"]}, "
+      "{\"version\": \"" IRC_VERSION "\", \"domain_version\": 1, \"cache_with_room\": true, \"providers\": {\"cuda\": [\"fp32\", \"fp16\", \"bf16\"]}, "
       "\"instruction_set\": \"" IRC_ARCHITECTURES "\", \"cuda\": \"" + irc::toolkit() + "\"}";
   return text.c_str();
 }
