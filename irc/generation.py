@@ -177,7 +177,7 @@ class Generator:
         started = time.monotonic()
         while len(result.tokens) < room:
             mask = np.ones((1, cache.length + len(new)), dtype=np.int64)
-            step = self.runtime.step(np.array([new], dtype=np.int64), mask, cache)
+            step = self.runtime.step(np.array([new], dtype=np.int64), mask, cache, last=True)
             result.count(step)
             result.kv_saved = cache.saved()
             token = choose(step.logits[0, -1], sampling, random)

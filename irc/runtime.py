@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from exporters.onnx import PAST, PRESENT
 from irc.errors import InputError
 from irc.native import choose_library
+from irc.onnx_additions import DIFFERENCES, EXECUTE, FIRST, add_decisions, add_first_token
 from irc.onnx_cache import PROVIDERS, Cache, CacheLayout, PlacedCache, onnxruntime
 from irc.onnx_check import read_model
 from irc.onnx_folder import OnnxFolder, open_folder
@@ -21,15 +22,13 @@ from irc.reading import first_line
 
 log = logging.getLogger(__name__)
 
-_EXECUTE, _DIFFERENCES = "irc.execute", "irc.logit_differences"
-
 
 @dataclass(frozen=True)
 class Step:
     """What one call of the model gave.
 
     Attributes:
-        logits: float32 [batch, tokens, vocabulary].
+        logits: float32 [batch, tokens, vocabulary]; one token where only the last was asked for.
         execute: bool [units, batch, tokens], true where a unit ran; no units for a dense model.
         difference: float32 [units, batch, tokens], execute logit minus approximate logit.
     """
@@ -92,7 +91,7 @@ class Runtime:
                 log.warning("native operators are not used, portable ones are: %s", reason)
                 library = None
         self.ops = "native" if library else "portable"
-        model, routed_attention = _with_decisions(self.exported, forced)
+        model, routed_attention = _additions(self.exported, forced)
         try:
             self._session = ort.InferenceSession(model, options, providers=[PROVIDERS[self.provider]])
         except Exception as error:
@@ -120,7 +119,7 @@ class Runtime:
         self._layout = CacheLayout(
             past, present, cache.layers, cache.heads, cache.size, self.exported.dtype, self.provider, context
         )
-        self._outputs = ["logits", *([_DIFFERENCES] if self.exported.decisions else [])]
+        self._outputs = ["logits", *([DIFFERENCES] if self.exported.decisions else [])]
         can = library is not None and library.cache_with_room and self.exported.counts_past_by_mask
         self.in_place = can and routed_attention == cache.layers
 
@@ -145,6 +144,7 @@ class Runtime:
         execute: NDArray[np.bool_] | None = None,
         *,
         fetch: bool = True,
+        last: bool = False,
     ) -> Step:
         """Run the model on new tokens; the cache grows in place.
 
@@ -154,6 +154,7 @@ class Runtime:
             cache: Of the tokens before.
             execute: Decisions [units, batch, tokens] of a forced runtime.
             fetch: Whether results are brought to the host; otherwise they stay on the device and the step holds none.
+            last: Whether logits are of the last token alone, [batch, 1, vocabulary]: the head then reads no other.
 
         Raises:
             ValueError: The shapes do not fit the cache, or there is no sequence or no token.
@@ -168,9 +169,10 @@ class Runtime:
         binding = cache.bind(self._session, self._outputs, ids.shape[1], "cpu" if fetch else self.provider)
         binding.bind_cpu_input("input_ids", ids)
         binding.bind_cpu_input("attention_mask", mask)
+        binding.bind_cpu_input(FIRST, np.array([ids.shape[1] - 1 if last else 0]))
         if self._forced:
             assert execute is not None, "a forced runtime is told every decision"
-            binding.bind_cpu_input(_EXECUTE, np.ascontiguousarray(execute))
+            binding.bind_cpu_input(EXECUTE, np.ascontiguousarray(execute))
         self._session.run_with_iobinding(binding)
         logits, *rest = binding.get_outputs()
         found = rest.pop(0) if self.exported.decisions else None
@@ -211,31 +213,15 @@ def choose_provider(wanted: str) -> str:
     return "cpu"
 
 
-def _with_decisions(exported: OnnxFolder, forced: bool) -> tuple[bytes, int]:
-    """Return the model with the logit differences of all units as one more output, and how many RoutedAttention it has.
+def _additions(exported: OnnxFolder, forced: bool) -> tuple[bytes, int]:
+    """Return the model with what this runtime adds to it, and how many RoutedAttention it has.
 
     Its weights stay in their file.
-
-    Forced, one more input says what executes; the routers run all the same, for the output reads them.
     """
     model = read_model(exported.model, exported.weights)
-    graph, decisions = model.graph, exported.decisions
-    if decisions:
-        differences = [decision.difference for decision in decisions]
-        graph.node.append(onnx.helper.make_node("Concat", differences, [_DIFFERENCES], axis=0))
-        sizes = ["units * batch_size", "sequence_length"]
-        graph.output.append(onnx.helper.make_tensor_value_info(_DIFFERENCES, onnx.TensorProto.FLOAT, sizes))
-    if forced:
-        shape: list[str | int] = [len(decisions), "batch_size", "sequence_length"]
-        graph.input.append(onnx.helper.make_tensor_value_info(_EXECUTE, onnx.TensorProto.BOOL, shape))
-        makers = {output: node for node in graph.node for output in node.output}
-        for index, decision in enumerate(decisions):
-            number, own = f"{decision.execute}.index", f"{decision.execute}.own"
-            maker = makers[decision.execute]
-            maker.output[list(maker.output).index(decision.execute)] = own
-            graph.initializer.append(onnx.numpy_helper.from_array(np.array(index), number))
-            graph.node.insert(0, onnx.helper.make_node("Gather", [_EXECUTE, number], [decision.execute], axis=0))
-    return model.SerializeToString(), sum(node.op_type == "RoutedAttention" for node in graph.node)
+    add_decisions(model.graph, exported.decisions, forced)
+    add_first_token(model.graph)
+    return model.SerializeToString(), sum(node.op_type == "RoutedAttention" for node in model.graph.node)
 
 
 def _float32(value: Any) -> NDArray[np.float32]:

@@ -121,8 +121,8 @@ def test_triton_reads_the_configuration(
     assert "give --layout triton with it" in refused.sentence()
     session = Runtime(tmp_path / "triton")._session
     kinds = {"tensor(float)": types.TYPE_FP32, "tensor(int64)": types.TYPE_INT64}
-    # The runtime itself adds the last output, the logit differences.
-    for described, values in ((config.input, session.get_inputs()), (config.output, session.get_outputs()[:-1])):
+    # The runtime itself adds the last input, the first token with logits, and the last output, the logit differences.
+    for described, values in ((config.input, session.get_inputs()[:-1]), (config.output, session.get_outputs()[:-1])):
         wanted = [
             (value.name, kinds[value.type], [size if isinstance(size, int) else -1 for size in value.shape])
             for value in values
