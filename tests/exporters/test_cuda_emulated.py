@@ -126,6 +126,22 @@ def test_an_error_of_the_stream_is_a_status(
     assert run("SelectRows", [mask], [I64] * 2)[0].tolist() == [[[0, 0]]], "the next call is served"
 
 
+def test_memory_that_is_used_up_is_asked_for_again_once_the_pool_is_trimmed(
+    run: NodeRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mask = torch.tensor([[True, False]])
+    monkeypatch.setenv("IRC_EMULATED_FULL", "until trimmed")
+    assert run("SelectRows", [mask], [I64] * 2)[0].tolist() == [[[0, 0]]]
+    for full in ("always", "recording"):  # a CUDA graph that is recorded must not be waited for
+        monkeypatch.setenv("IRC_EMULATED_FULL", full)
+        with pytest.raises(Exception, match=r"SelectRows: the GPU's memory is used up .* when asking for memory"):
+            run("SelectRows", [mask], [I64] * 2)
+    monkeypatch.setenv("IRC_EMULATED_FULL", "until trimmed")
+    monkeypatch.setenv("IRC_EMULATED_ERROR", "700")
+    with pytest.raises(Exception, match="CUDA error 700 when asking for memory"):
+        run("SelectRows", [mask], [I64] * 2)
+
+
 def test_only_the_number_of_rows_waits_for_the_device(run: NodeRunner, monkeypatch: pytest.MonkeyPatch) -> None:
     """With every wait an error, all but SelectRows, and RaggedPlaces of several tokens in a batch, still run."""
     monkeypatch.setenv("IRC_EMULATED_ERROR", "700")

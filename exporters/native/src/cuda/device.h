@@ -161,8 +161,8 @@ class Stream {
   cudaStream_t stream_;
 };
 
-// Takes memory in the order of a stream from a pool of the library's own, which keeps what is given back: CUDA's default
-// pool returns it to the system whenever a stream is waited for.
+// Takes memory in the order of a stream from a pool of the library's own, which keeps some of what is given back: CUDA's
+// default pool returns all of it to the system whenever a stream is waited for.
 cudaError_t take_memory(void** memory, size_t bytes, cudaStream_t stream);
 
 // Memory of the device for one call, taken and given back in the order of the stream.

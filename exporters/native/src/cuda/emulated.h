@@ -1,5 +1,6 @@
 // The few CUDA calls that the kernels' host side makes, on host memory, for tests without a GPU. With
-// IRC_EMULATED_ERROR set in the environment every wait for the stream ends with that error.
+// IRC_EMULATED_ERROR set in the environment every wait for the stream ends with that error; with IRC_EMULATED_FULL there
+// is no memory until the pool is trimmed, with `always` not then either, and with `recording` a CUDA graph is recorded.
 #pragma once
 
 #include <cstdint>
@@ -29,6 +30,48 @@ inline int cudaMemsetAsync(void* to, int value, size_t bytes, void*) {
 inline int cudaStreamSynchronize(void*) {
   const char* error = std::getenv("IRC_EMULATED_ERROR");
   return error ? std::atoi(error) : cudaSuccess;
+}
+
+// Memory pools.
+struct cudaMemPoolProps {
+  int allocType;
+  struct {
+    int type, id;
+  } location;
+};
+using cudaMemPool_t = const char*;
+using cudaStreamCaptureStatus = int;
+constexpr int cudaMemAllocationTypePinned = 1, cudaMemLocationTypeDevice = 1, cudaMemPoolAttrReleaseThreshold = 4;
+constexpr int cudaStreamCaptureStatusNone = 0, cudaStreamCaptureStatusActive = 1;
+
+inline const char* emulated_full() {
+  const char* full = std::getenv("IRC_EMULATED_FULL");
+  return full ? full : "";
+}
+inline bool emulated_trimmed = false;
+
+inline int cudaGetDevice(int* device) { return *device = 0; }
+inline int cudaMemPoolCreate(cudaMemPool_t* pool, const cudaMemPoolProps*) {
+  *pool = "a pool";
+  return cudaSuccess;
+}
+inline int cudaMemPoolSetAttribute(cudaMemPool_t, int, void*) { return cudaSuccess; }
+inline int cudaMallocAsync(void** memory, size_t bytes, void*) {
+  const bool full = *emulated_full() && (!emulated_trimmed || !std::strcmp(emulated_full(), "always"));
+  emulated_trimmed = false;
+  *memory = full ? nullptr : std::malloc(bytes);
+  return *memory ? cudaSuccess : cudaErrorMemoryAllocation;
+}
+inline int cudaMallocFromPoolAsync(void** memory, size_t bytes, cudaMemPool_t, void* stream) {
+  return cudaMallocAsync(memory, bytes, stream);
+}
+inline int cudaMemPoolTrimTo(cudaMemPool_t, size_t) {
+  emulated_trimmed = true;
+  return cudaSuccess;
+}
+inline int cudaStreamIsCapturing(void*, cudaStreamCaptureStatus* status) {
+  *status = std::strcmp(emulated_full(), "recording") ? cudaStreamCaptureStatusNone : cudaStreamCaptureStatusActive;
+  return cudaSuccess;
 }
 inline int cudaFreeAsync(void* memory, void*) {
   std::free(memory);

@@ -60,19 +60,19 @@ OrtStatus* add_operators(const OrtApi* api, OrtCustomOpDomain* domain) {
 
 }  // namespace
 
-#ifdef IRC_EMULATED
-cudaError_t take_memory(void** memory, size_t bytes, cudaStream_t) {
-  *memory = std::malloc(bytes);
-  return *memory ? cudaSuccess : cudaErrorMemoryAllocation;
-}
-#else
-cudaError_t take_memory(void** memory, size_t bytes, cudaStream_t stream) {
+namespace {
+
+// What a pool keeps of the memory given back to it: about what one call asks for, of a long prompt of a large model.
+// Anything above goes back to the system when the stream is waited for, where ONNX Runtime's own memory can grow.
+constexpr uint64_t kKept = uint64_t(256) << 20;
+
+// A device's pool, made at its first use; null where there are more devices than are counted.
+cudaError_t pool_of(int device, cudaMemPool_t* found) {
   constexpr int kMostDevices = 64;
   static std::mutex mutex;
   static cudaMemPool_t pools[kMostDevices] = {};
-  int device = 0;
-  if (const cudaError_t error = cudaGetDevice(&device)) return error;
-  if (device >= kMostDevices) return cudaMallocAsync(memory, bytes, stream);
+  *found = nullptr;
+  if (device >= kMostDevices) return cudaSuccess;
   const std::lock_guard<std::mutex> lock(mutex);
   if (!pools[device]) {
     cudaMemPoolProps properties{};
@@ -81,16 +81,36 @@ cudaError_t take_memory(void** memory, size_t bytes, cudaStream_t stream) {
     properties.location.id = device;
     cudaMemPool_t made = nullptr;
     if (const cudaError_t error = cudaMemPoolCreate(&made, &properties)) return error;
-    uint64_t kept = ~uint64_t(0);
+    uint64_t kept = kKept;
     if (const cudaError_t error = cudaMemPoolSetAttribute(made, cudaMemPoolAttrReleaseThreshold, &kept)) return error;
     pools[device] = made;
   }
-  return cudaMallocFromPoolAsync(memory, bytes, pools[device], stream);
+  *found = pools[device];
+  return cudaSuccess;
 }
-#endif
+
+}  // namespace
+
+cudaError_t take_memory(void** memory, size_t bytes, cudaStream_t stream) {
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device)) return error;
+  cudaMemPool_t pool = nullptr;
+  if (const cudaError_t error = pool_of(device, &pool)) return error;
+  if (!pool) return cudaMallocAsync(memory, bytes, stream);
+  const cudaError_t error = cudaMallocFromPoolAsync(memory, bytes, pool, stream);
+  if (error != cudaErrorMemoryAllocation) return error;
+  // What is kept in pieces may be enough as a whole. While a CUDA graph is recorded nothing may be waited for.
+  cudaStreamCaptureStatus recording = cudaStreamCaptureStatusNone;
+  if (cudaStreamIsCapturing(stream, &recording) || recording != cudaStreamCaptureStatusNone) return error;
+  cudaGetLastError();
+  if (const cudaError_t late = cudaStreamSynchronize(stream)) return late;
+  if (const cudaError_t late = cudaMemPoolTrimTo(pool, 0)) return late;
+  return cudaMallocFromPoolAsync(memory, bytes, pool, stream);
+}
 
 void Stream::check(cudaError_t error, const char* doing) const {
   if (error == cudaSuccess) return;
+  cudaGetLastError();  // or the next launch would find this error
   throw Failure{kRuntimeException, std::string(call_.name()) + ": " + explain(error) + " (CUDA error " +
                                        std::to_string(int(error)) + " when " + doing + ")"};
 }
