@@ -49,6 +49,8 @@ class Runtime:
         ops: Kernels of the operators of domain `irc`: `auto`, `native`, `portable` or a library's path, as
             `irc.native.choose_library` has them.
         profile: Where ONNX Runtime writes what each kernel took (see `end_profile`); None for no profile.
+        tf32: Whether ONNX Runtime may round what products of fp32 read to ten bits on CUDA, as it does by default;
+            native operators never do.
 
     Raises:
         InputError: The folder is damaged, or the provider or the library does not load or lacks the model's data type.
@@ -62,6 +64,7 @@ class Runtime:
         forced: bool = False,
         ops: str = "auto",
         profile: Path | None = None,
+        tf32: bool = True,
     ) -> None:
         self.exported: OnnxFolder = open_folder(folder)
         self.provider = choose_provider(provider)
@@ -92,8 +95,10 @@ class Runtime:
                 library = None
         self.ops = "native" if library else "portable"
         model, routed_attention = _additions(self.exported, forced)
+        exact = self.provider == "cuda" and not tf32
+        how: Any = (PROVIDERS["cuda"], {"use_tf32": "0"}) if exact else PROVIDERS[self.provider]
         try:
-            self._session = ort.InferenceSession(model, options, providers=[PROVIDERS[self.provider]])
+            self._session = ort.InferenceSession(model, options, providers=[how])
         except Exception as error:
             raise InputError(f"{folder}: ONNX Runtime cannot load it ({first_line(error, 300)})") from error
         self._forced = forced
