@@ -132,6 +132,27 @@ def test_a_cache_with_room_is_written_in_place(run: NodeRunner, case: dict[str, 
         assert cache[:, :, whole.shape[2] :].isnan().all()
 
 
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_a_cache_with_room_is_copied_where_present_is_other_memory(run: NodeRunner, tokens: int) -> None:
+    inputs, added, attributes = _draw(PLAIN | {"batch": 2, "tokens": tokens, "past": 9})
+    expected = _attend(run, inputs, added, **attributes)
+    roomy = [torch.nn.functional.pad(x, (0, 0, 0, tokens + 3), value=torch.nan) for x in inputs[4:6]]
+    y, *caches = _attend(run, [*inputs[:4], *roomy], added, **attributes)
+    assert torch.equal(y, expected[0])
+    for cache, whole, given_one in zip(caches, expected[1:], roomy, strict=True):
+        assert cache.shape == given_one.shape
+        assert torch.equal(cache[:, :, : 9 + tokens], whole)
+
+
+@pytest.mark.parametrize("tokens", [1, 32, 33, 64, 65])
+@pytest.mark.parametrize("keys", [65, 127, 128, 129, 256, 257])
+def test_a_block_of_keys_or_a_tile_of_queries_may_end_anywhere(run: NodeRunner, tokens: int, keys: int) -> None:
+    """Keys come in blocks of 64 and splits of 128 or more; the last may be full, or hold one alone."""
+    inputs, added, attributes = _draw(PLAIN | {"batch": 2, "tokens": tokens, "past": keys - tokens, "seed": keys})
+    expected = irc.routed_attention(*inputs, attributes["heads"], attributes["scale"])
+    _close(_attend(run, inputs, added, **attributes)[0], expected[0])
+
+
 # Few rows, their keys in one part and in several; many rows.
 @pytest.mark.parametrize(("tokens", "past"), [(1, 3), (5, 600), (200, 3)])
 @pytest.mark.parametrize("least", [-1e30, -torch.inf])

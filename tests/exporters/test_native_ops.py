@@ -203,6 +203,42 @@ def test_a_cache_with_room_is_written_in_place(case: dict[str, Any], room: int) 
 
 
 @needs_library
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_a_cache_with_room_is_copied_where_present_is_other_memory(tokens: int) -> None:
+    case = {"batch": 2, "tokens": tokens, "past": 9, "kv_heads": 2, "group": 1, "size": 8, "share": 1.0}
+    inputs, added, attributes = _attention_inputs(case | {"dtype": torch.float32, "seed": 1})
+    expected = _run("RoutedAttention", [*inputs[:6], added], [torch.float32] * 3, **attributes)
+    roomy = [torch.nn.functional.pad(x, (0, 0, 0, tokens + 3), value=torch.nan) for x in inputs[4:6]]
+    found = _run("RoutedAttention", [*inputs[:4], *roomy, added], [torch.float32] * 3, **attributes)
+    assert torch.equal(found[0], expected[0])
+    for cache, whole, given_one in zip(found[1:], expected[1:], roomy, strict=True):
+        assert cache.shape == given_one.shape
+        assert torch.equal(cache[:, :, : 9 + tokens], whole)
+
+
+@needs_library
+@pytest.mark.parametrize("places", [8, 12])
+def test_a_cache_of_fewer_places_than_tokens_is_refused(places: int) -> None:
+    """Fewer than the past, or some room and not enough: what lies behind would be read or written."""
+    case = {"batch": 1, "tokens": 4, "past": 9, "kv_heads": 2, "group": 1, "size": 8, "share": 1.0}
+    inputs, added, attributes = _attention_inputs(case | {"dtype": torch.float32, "seed": 1})
+    short = [torch.zeros(1, 2, places, 8) for _ in "kv"]
+    with pytest.raises(Exception, match=r"the mask \[1, 4, 13\] says 9 past tokens and 4 new ones"):
+        _run("RoutedAttention", [*inputs[:4], *short, added], [torch.float32] * 3, **attributes)
+
+
+@needs_library
+@pytest.mark.parametrize("tokens", [1, 4, 5, 96, 97])
+@pytest.mark.parametrize("keys", [255, 256, 257, 512, 513])
+def test_a_block_of_keys_or_a_part_of_the_queries_may_end_anywhere(tokens: int, keys: int) -> None:
+    """Keys come in blocks of 256, queries in parts of 96; the last may be full, or hold one alone."""
+    case = {"batch": 2, "tokens": tokens, "past": keys - tokens, "kv_heads": 1, "group": 3, "size": 8, "share": 1.0}
+    inputs, added, attributes = _attention_inputs(case | {"dtype": torch.float32, "seed": keys})
+    expected = irc.routed_attention(*inputs, attributes["heads"], attributes["scale"])
+    _close(_run("RoutedAttention", [*inputs[:6], added], [torch.float32] * 3, **attributes)[0], expected[0])
+
+
+@needs_library
 @pytest.mark.parametrize("tokens", [1, 5, 200])
 def test_attention_passes_nan_on_and_survives_a_row_that_sees_nothing(tokens: int) -> None:
     case = {
