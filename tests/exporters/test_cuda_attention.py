@@ -144,6 +144,14 @@ def test_a_cache_with_room_is_copied_where_present_is_other_memory(run: NodeRunn
         assert torch.equal(cache[:, :, : 9 + tokens], whole)
 
 
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_a_key_head_may_have_more_query_heads_than_a_block_has_slots(run: NodeRunner, tokens: int) -> None:
+    """They come in shares of 16 with few rows, of 64 with many; the last is smaller."""
+    inputs, added, attributes = _draw(PLAIN | {"tokens": tokens, "group": 135})
+    expected = irc.routed_attention(*inputs, attributes["heads"], attributes["scale"])
+    _close(_attend(run, inputs, added, **attributes)[0], expected[0])
+
+
 @pytest.mark.parametrize("tokens", [1, 32, 33, 64, 65])
 @pytest.mark.parametrize("keys", [65, 127, 128, 129, 256, 257])
 def test_a_block_of_keys_or_a_tile_of_queries_may_end_anywhere(run: NodeRunner, tokens: int, keys: int) -> None:
