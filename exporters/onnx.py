@@ -27,6 +27,7 @@ from exporters.onnx_weights import store_transposed
 from passes.base import Pass, PassManager
 from passes.clean_up import CleanUp
 from passes.fold_differences import FoldDifferences
+from passes.fuse_decisions import FuseDecisions
 from passes.fuse_forecasts import FuseForecasts
 from passes.fuse_gates import FuseGates
 from passes.fuse_routers import FuseRouters
@@ -50,7 +51,7 @@ LEAST_ORT = "1.24"  # the first whose Attention of opset 23 takes a past of no t
 def lowering(provider: str = "cpu") -> list[Pass]:
     """Return the passes that prepare a captured model for export to run on one of `PROVIDERS`, in order."""
     raised: list[Pass] = [RaiseNorms(), RaiseAttention(), HardenRouters()]
-    routed = [FoldDifferences(), FuseRouters(), LowerToCompaction(), FuseForecasts()]
+    routed = [FoldDifferences(), FuseRouters(), LowerToCompaction(), FuseDecisions(), FuseForecasts()]
     cuda: list[Pass] = [RouteProducts(), FuseGates()] if provider == "cuda" else []
     return [*raised, *routed, RouteExperts(), *cuda, CleanUp()]
 
@@ -78,12 +79,11 @@ class Decision:
 
     Attributes:
         unit: Name of the unit.
-        execute: Name of the value that holds its decisions, bool [batch, tokens].
-        difference: Name of the value that holds its logit differences, float32 [batch, tokens].
+        difference: Name of the value that holds its logit differences, float32 [batch, tokens]: below 0 the unit is
+            approximated, everything else, NaN too, executes.
     """
 
     unit: str
-    execute: str
     difference: str
 
 
@@ -207,20 +207,12 @@ def _name_interface(model: ir.Model, cache: CacheShape) -> None:
 
 
 def _name_decisions(model: ir.Model, units: list[str]) -> list[Decision]:
-    """Name the decisions of all routed units: each is what a SelectRows reads: not (difference < 0)."""
+    """Name the logit differences of all routed units: what each DecideRows reads."""
     found: list[Decision] = []
     for node in model.graph:
-        if node.domain == DOMAIN and node.op_type == "SelectRows":
-            execute = node.inputs[0]
-            negation = execute.producer() if execute else None
-            if negation is None or negation.op_type != "Not":  # the rows of an expert
-                continue
-            unit = units[len(found)]
-            decision = Decision(unit, f"{unit}.execute", f"{unit}.logit_difference")
-            less = negation.inputs[0].producer() if negation and negation.inputs[0] else None
-            difference = less.inputs[0] if less else None
-            assert execute is not None
+        if node.domain == DOMAIN and node.op_type == "DecideRows":
+            difference, decision = node.inputs[0], Decision(units[len(found)], f"{units[len(found)]}.logit_difference")
             assert difference is not None
-            execute.name, difference.name = decision.execute, decision.difference
+            difference.name = decision.difference
             found.append(decision)
     return found

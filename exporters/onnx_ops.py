@@ -1,4 +1,4 @@
-"""The ONNX domain `irc`, one table: each operator of the dialect, its node, and its portable body.
+"""The portable bodies of the operators of the ONNX domain `irc`; exporters/onnx_schemas.py has their schemas.
 
 A node of domain `irc` runs everywhere, because the model carries a function of the same name built of standard
 operators (opset 23); where the native library is registered, its kernels take the function's place.
@@ -29,6 +29,17 @@ def SelectRows(mask, padded: int = 0):
     true = op.Unsqueeze(op.Transpose(op.NonZero(mask), perm=[1, 0]), zero)
     false = op.Unsqueeze(op.Transpose(op.NonZero(op.Not(mask)), perm=[1, 0]), zero)
     return true, false
+
+
+@script(irc, default_opset=op)
+def DecideRows(difference, padded: int = 0):
+    """Return the tokens that execute and those that are approximated, int64 [1, n, 2], as SelectRows does.
+
+    A difference of logits, float32 [batch, tokens], below 0 approximates; one that is no number executes.
+    """
+    execute = op.Not(op.Less(difference, op.Constant(value_float=0.0)))
+    executed, skipped = irc.SelectRows(execute, padded=padded)
+    return executed, skipped
 
 
 @script(irc, default_opset=op)
@@ -198,6 +209,7 @@ def ReducedAttention(
 
 FUNCTIONS = (
     SelectRows,
+    DecideRows,
     Compact,
     Scatter,
     ScatterAdd,
@@ -235,61 +247,3 @@ def _nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
         yield node
         for attribute in node.attribute:
             yield from _nodes(attribute.g.node)
-
-
-_SCHEMAS = (
-    ("SelectRows", "mask: B -> executed: I, skipped: I", "padded: INT = 0"),
-    ("Compact", "x: T, rows: I -> y: T", ""),
-    ("Scatter", "y: T, rows: I, base: T -> z: T", ""),
-    ("ScatterAdd", "y: T, rows: I, base: T -> z: T", ""),
-    ("RoutedMatMul", "x: T, rows: I, w: T -> y: T", ""),
-    ("RoutedGate", "x: T, rows: I, gate: T, up: T -> y: T", ""),
-    ("Router", "x: T, w1: T, b1: T, w2: T, b2: T -> difference: F", ""),
-    ("ForecastAdd", "x: T, rows: I, base: T, down: T, up: T, bias: T -> z: T", ""),
-    (
-        "RoutedAttention",
-        "q: T, rows: I, k: T, v: T, past_k: T, past_v: T, mask: T -> y: T, present_k: T, present_v: T",
-        "heads: INT, kv_heads: INT, scale: FLOAT",
-    ),
-    (
-        "ReducedAttention",
-        "q: T, rows: I, k: T, v: T, past_k: T, past_v: T, past_slots: I, mask: T"
-        " -> y: T, present_k: T, present_v: T, present_slots: I",
-        "heads: INT, kv_heads: INT, scale: FLOAT, masked: FLOAT",
-    ),
-    ("RaggedPlaces", "rows: I, like: T -> places: I, index: I", ""),
-)
-_TYPES = {
-    "B": ["tensor(bool)"],
-    "F": ["tensor(float)"],
-    "I": ["tensor(int64)"],
-    "T": ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"],
-}
-
-
-def register_schemas() -> None:
-    """Make the operators known to onnx in this process, so that graphs with them can be built and checked."""
-    if onnx.defs.has(FUNCTIONS[0].name, DOMAIN):
-        return
-    for name, signature, attributes in _SCHEMAS:
-        inputs, outputs = ([entry.split(": ") for entry in side.split(", ")] for side in signature.split(" -> "))
-        kinds = sorted({kind for _, kind in inputs + outputs})
-        schema = onnx.defs.OpSchema(
-            name,
-            DOMAIN,
-            VERSION,
-            doc=next(function.function_ir.doc_string or "" for function in FUNCTIONS if function.name == name),
-            inputs=[onnx.defs.OpSchema.FormalParameter(label, kind) for label, kind in inputs],
-            outputs=[onnx.defs.OpSchema.FormalParameter(label, kind) for label, kind in outputs],
-            type_constraints=[(kind, _TYPES[kind], "") for kind in kinds],
-            attributes=[_attribute(*entry.split(": ")) for entry in attributes.split(", ") if entry],
-        )
-        onnx.defs.register_schema(schema)
-
-
-def _attribute(label: str, kind: str) -> onnx.defs.OpSchema.Attribute:
-    """Make an attribute of a schema, required unless its kind has a default, as in `INT = 0`."""
-    kind, _, default = kind.partition(" = ")
-    if default:
-        return onnx.defs.OpSchema.Attribute(label, onnx.helper.make_attribute(label, int(default)))
-    return onnx.defs.OpSchema.Attribute(label, getattr(onnx.defs.OpSchema.AttrType, kind), required=True)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from onnxscript import opset23 as op
 
-from exporters.onnx_ops import irc, register_schemas
+from exporters.onnx_ops import irc
+from exporters.onnx_schemas import register_schemas
 from passes import dialect  # noqa: F401 - registers the operators
 
 _MASKED = {"FLOAT": -1e30, "FLOAT16": -3e4, "BFLOAT16": -1e30}
@@ -19,6 +20,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     register_schemas()
     return {
         torch.ops.irc.select_rows.default: _select_rows,
+        torch.ops.irc.decide_rows.default: _decide_rows,
         torch.ops.irc.compact.default: _compact,
         torch.ops.irc.scatter.default: _scatter,
         torch.ops.irc.scatter_add.default: _scatter_add,
@@ -36,6 +38,10 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
 def _select_rows(mask, padded=0):
     return irc.SelectRows(mask, padded=padded) if padded else irc.SelectRows(mask)
+
+
+def _decide_rows(difference, padded=0):
+    return irc.DecideRows(difference, padded=padded) if padded else irc.DecideRows(difference)
 
 
 def _compact(x, rows):

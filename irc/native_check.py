@@ -22,8 +22,9 @@ from irc.reading import first_line
 from passes import dialect  # noqa: F401 - registers the operators
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-PADDED = "SelectRows, padded"
-OPERATORS = ("SelectRows", PADDED, "Compact", "Scatter", "ScatterAdd", "RaggedPlaces", *PRODUCTS, "RoutedAttention")
+PADDED = {f"{name}, padded": name for name in ("SelectRows", "DecideRows")}
+_MOVES = ("Compact", "Scatter", "ScatterAdd", "RaggedPlaces")
+OPERATORS = (*PADDED.values(), *PADDED, *_MOVES, *PRODUCTS, "RoutedAttention")
 _KINDS = {
     torch.float32: TensorProto.FLOAT,
     torch.float16: TensorProto.FLOAT16,
@@ -128,7 +129,7 @@ def check_kernels(library: Path | None, provider: str, cases: int = 24, seed: in
     found = []
     for name, dtype in DTYPES.items():
         generator = torch.Generator().manual_seed(seed)
-        reasons: dict[str, list[str]] = {op: [] for op in OPERATORS if library is not None or op != PADDED}
+        reasons: dict[str, list[str]] = {op: [] for op in OPERATORS if library is not None or op not in PADDED}
         ran = 0
         for case in range(cases):
             drawn = random_case(generator, case)
@@ -167,10 +168,14 @@ def check_case(
     mask = torch.rand(shape[:2], generator=generator) < case["share"]
     x, base = (torch.randn(shape, generator=generator) for _ in range(2))
     x, base = (torch.where(torch.rand(shape, generator=generator) < 0.01, torch.nan, t).to(dtype) for t in (x, base))
+    # Of what executes one difference in four is no number, another 0.
+    drawn = torch.randint(0, 4, shape[:2], generator=generator)
+    difference = torch.where(mask, torch.tensor([torch.nan, 0.0, 1.0, torch.inf])[drawn], -(drawn + 1.0))
     executed, skipped = irc.select_rows(mask)
     y, like = irc.compact(x, executed), torch.zeros(shape[0], shape[1], 2, dtype=dtype)
     wanted: dict[str, tuple[list[Tensor], list[Tensor]]] = {
         "SelectRows": ([mask], [executed, skipped]),
+        "DecideRows": ([difference], [executed, skipped]),
         "Compact": ([x, executed], [y]),
         "Scatter": ([y, executed, base], [irc.scatter(y, executed, base)]),
         "ScatterAdd": ([y, executed, base], [irc.scatter_add(y, executed, base)]),
@@ -178,10 +183,11 @@ def check_case(
     }
     pads = run.library is not None
     if pads:
-        wanted[PADDED] = [mask], [_padded(executed, mask.numel()), _padded(skipped, mask.numel())]
+        padded = [_padded(rows, mask.numel()) for rows in (executed, skipped)]
+        wanted |= {name: (wanted[plain][0], padded) for name, plain in PADDED.items()}
     found = {}
     for name, (inputs, expected) in wanted.items():
-        operator, attributes = ("SelectRows", {"padded": mask.numel()}) if name == PADDED else (name, {})
+        operator, attributes = PADDED.get(name, name), {"padded": mask.numel()} if name in PADDED else {}
         outputs = _run(run, operator, inputs, [tensor.dtype for tensor in expected], attributes)
         right = not isinstance(outputs, str) and _equal(outputs, expected)
         found[name] = "" if right else f"{list(shape)}: {outputs if isinstance(outputs, str) else 'other numbers'}"

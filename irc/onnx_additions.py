@@ -10,7 +10,7 @@ import onnx
 
 from exporters.onnx import Decision
 
-EXECUTE, DIFFERENCES, FIRST = "irc.execute", "irc.logit_differences", "irc.first_token"
+FORCED, DIFFERENCES, FIRST = "irc.forced_differences", "irc.logit_differences", "irc.first_token"
 _PRODUCTS = ("MatMul", "Gemm")
 _EACH_TOKEN = {*_PRODUCTS, "Add", "Cast", "Div", "Mul", "Reshape", "Tanh"}
 _SIZES = {"Concat", "Shape"}  # the size that a product is brought back to
@@ -22,24 +22,27 @@ def add_decisions(graph: Any, decisions: Sequence[Decision], forced: bool) -> No
     Args:
         graph: Of an exported model.
         decisions: Of its units.
-        forced: Whether one more input, `EXECUTE`, says what executes; the routers run all the same, for the output
-            reads them.
+        forced: Whether one more input, `FORCED`, says what executes, as differences of 1 and -1; the routers run all the
+            same, for the output reads them.
     """
-    if decisions:
-        differences = [decision.difference for decision in decisions]
-        graph.node.append(onnx.helper.make_node("Concat", differences, [DIFFERENCES], axis=0))
-        sizes = ["units * batch_size", "sequence_length"]
-        graph.output.append(onnx.helper.make_tensor_value_info(DIFFERENCES, onnx.TensorProto.FLOAT, sizes))
+    if not decisions:
+        return
+    differences = made = [decision.difference for decision in decisions]
     if forced:
-        shape: list[str | int] = [len(decisions), "batch_size", "sequence_length"]
-        graph.input.append(onnx.helper.make_tensor_value_info(EXECUTE, onnx.TensorProto.BOOL, shape))
-        makers = {output: node for node in graph.node for output in node.output}
-        for index, decision in enumerate(decisions):
-            number, own = f"{decision.execute}.index", f"{decision.execute}.own"
-            maker = makers[decision.execute]
-            maker.output[list(maker.output).index(decision.execute)] = own
-            graph.initializer.append(onnx.numpy_helper.from_array(np.array(index), number))
-            graph.node.insert(0, onnx.helper.make_node("Gather", [EXECUTE, number], [decision.execute], axis=0))
+        made = [f"{name}.own" for name in differences]
+        own = dict(zip(differences, made, strict=True))
+        for node in graph.node:
+            node.output[:] = [own.get(name, name) for name in node.output]
+        split = onnx.helper.make_node("Split", [FORCED], differences, axis=0, num_outputs=len(differences))
+        graph.node.insert(0, split)
+        graph.input.append(_float_info(FORCED))
+    graph.node.append(onnx.helper.make_node("Concat", made, [DIFFERENCES], axis=0))
+    graph.output.append(_float_info(DIFFERENCES))
+
+
+def _float_info(name: str) -> onnx.ValueInfoProto:
+    sizes = ["units * batch_size", "sequence_length"]
+    return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, sizes)
 
 
 def add_first_token(graph: Any) -> None:

@@ -13,7 +13,7 @@ from irc.dtypes import LONG_NAMES
 from irc.errors import InputError
 from irc.reading import check_links, read_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 named a unit's mask too, which its Less and Not made
 MANIFEST = "irc.json"
 
 
@@ -44,7 +44,7 @@ class OnnxFolder:
     @property
     def decisions(self) -> list[Decision]:
         """Where each routed unit says what it decided; empty for a dense model."""
-        return [Decision(u["unit"], u["execute"], u["difference"]) for u in self.manifest["units"]]
+        return [Decision(u["unit"], u["difference"]) for u in self.manifest["units"]]
 
     @property
     def counts_past_by_mask(self) -> bool:
@@ -113,7 +113,7 @@ def _check_types(manifest: dict[str, Any], hashes: dict[str, Any]) -> None:
     if context is not None and (type(context) is not int or context < 1):
         raise TypeError("context_length is no whole number")
     for unit in manifest["units"]:
-        if any(not isinstance(unit[key], str) for key in ("unit", "execute", "difference")):
+        if any(not isinstance(unit[key], str) for key in ("unit", "difference")):
             raise TypeError("a unit has no decision")
     if any(Path(name).name != name or not isinstance(value, str) for name, value in hashes.items()):
         raise ValueError("a hash is that of no file of the folder")

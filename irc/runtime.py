@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from exporters.onnx import PAST, PRESENT
 from irc.errors import InputError
 from irc.native import choose_library
-from irc.onnx_additions import DIFFERENCES, EXECUTE, FIRST, add_decisions, add_first_token
+from irc.onnx_additions import DIFFERENCES, FIRST, FORCED, add_decisions, add_first_token
 from irc.onnx_cache import PROVIDERS, Cache, CacheLayout, PlacedCache, onnxruntime
 from irc.onnx_check import read_model
 from irc.onnx_folder import OnnxFolder, open_folder
@@ -177,7 +177,8 @@ class Runtime:
         binding.bind_cpu_input(FIRST, np.array([ids.shape[1] - 1 if last else 0]))
         if self._forced:
             assert execute is not None, "a forced runtime is told every decision"
-            binding.bind_cpu_input(EXECUTE, np.ascontiguousarray(execute))
+            forced = np.where(execute, np.float32(1), np.float32(-1)).reshape(-1, ids.shape[1])
+            binding.bind_cpu_input(FORCED, forced)
         self._session.run_with_iobinding(binding)
         logits, *rest = binding.get_outputs()
         found = rest.pop(0) if self.exported.decisions else None

@@ -1,7 +1,7 @@
 """The `irc::` operators: what the graph of a routed model says beyond torch's own operators.
 
-Routing operators (`select_rows`, `compact`, `scatter`, `scatter_add`, `routed_matmul`, `routed_gate`, `router`,
-`forecast_add`, `routed_attention`, `reduced_attention`) choose and move tokens; each becomes a node of the ONNX domain
+Routing operators (`select_rows`, `decide_rows`, `compact`, `scatter`, `scatter_add`, `routed_matmul`, `routed_gate`,
+`router`, `forecast_add`, `routed_attention`, `reduced_attention`) choose and move tokens; each becomes a node of the ONNX domain
 `irc`. Raised operators (`rms_norm`, `rotary`, `attention`) say in one word what capture spread over many nodes; each
 becomes one standard ONNX operator.
 docs/operators.md describes them.
@@ -35,6 +35,26 @@ def select_rows(mask: Tensor, padded: int = 0) -> tuple[Tensor, Tensor]:
 def _(mask: Tensor, padded: int = 0) -> tuple[Tensor, Tensor]:
     context = torch.library.get_ctx()
     true, false = (mask.new_empty([1, context.new_dynamic_size(), 2], dtype=torch.int64) for _ in range(2))
+    return true, false
+
+
+@torch.library.custom_op("irc::decide_rows", mutates_args=())
+def decide_rows(difference: Tensor, padded: int = 0) -> tuple[Tensor, Tensor]:
+    """Return the tokens that execute, and those that are approximated, as `select_rows` does.
+
+    Args:
+        difference: float32 [batch, tokens], execute logit minus approximate logit; negative approximates, and what is
+            no number executes.
+        padded: As of `select_rows`.
+    """
+    executed, skipped = select_rows(~(difference < 0), padded)
+    return executed, skipped
+
+
+@decide_rows.register_fake
+def _(difference: Tensor, padded: int = 0) -> tuple[Tensor, Tensor]:
+    context = torch.library.get_ctx()
+    true, false = (difference.new_empty([1, context.new_dynamic_size(), 2], dtype=torch.int64) for _ in range(2))
     return true, false
 
 

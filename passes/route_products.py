@@ -18,6 +18,7 @@ aten, irc = torch.ops.aten, torch.ops.irc
 MOST = (
     32  # tokens of a step: more than are decoded at once, and so few that weights take longer to read than to multiply
 )
+_CHOICES = (irc.decide_rows.default, irc.select_rows.default)
 _SCATTERS = (irc.scatter.default, irc.scatter_add.default)
 # Whose CUDA kernels leave out rows (-1, -1).
 _TAKE_PADDED_ROWS = frozenset(
@@ -32,7 +33,7 @@ _TAKE_PADDED_ROWS = frozenset(
 
 
 class RouteProducts(Pass):
-    """Replaces linears on chosen rows by `irc::routed_matmul`, and has `irc::select_rows` pad those rows.
+    """Replaces linears on chosen rows by `irc::routed_matmul`, and has the choice of those rows pad them.
 
     Run after everything that makes rows. A choice whose rows go to an operator that does not take padded ones, such as
     `irc::reduced_attention`, is left alone; so is one on whose rows another choice is made, that of experts, which
@@ -49,9 +50,7 @@ class RouteProducts(Pass):
         """Rewrite every choice that can be padded, and the products on its rows."""
         modified = False
         for module in list(model.modules()):
-            choices = [
-                node for node in getattr(graph_of(module), "nodes", ()) if node.target == irc.select_rows.default
-            ]
+            choices = [node for node in getattr(graph_of(module), "nodes", ()) if node.target in _CHOICES]
             for choice in (node for node in choices if len(node.args) == 1):
                 parts = [_part(module, rows, frozenset()) for rows in choice.users]
                 if None in parts:
@@ -105,7 +104,7 @@ def _part(module: nn.Module, rows: fx.Node | None, given: frozenset[fx.Node]) ->
         elif node.target is operator.getitem:
             if on or (node.args[0], node.args[1]) in part.on:
                 part.on.add(node)
-        elif on and node.target == irc.select_rows.default:
+        elif on and node.target in _CHOICES:
             return None
         elif (on or (takes and node.target == irc.compact.default)) and not (takes and node.target in _SCATTERS):
             part.on.add(node)

@@ -81,7 +81,7 @@ class Pair:
         return {n: torch.from_numpy(np.array(v)) for n, v in zip(names, session.run(None, feeds), strict=True)}
 
     def session(self, gates: str, ops: str = "portable") -> ort.InferenceSession:
-        """Return a session whose routers lean as `gates` says, with every decision among its outputs.
+        """Return a session whose routers lean as `gates` says, with every logit difference among its outputs.
 
         `ops` is portable, native or the path of an operator library.
         """
@@ -94,7 +94,7 @@ class Pair:
                     values[0] += GATES[gates]
                     tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
             for decision in self.decisions:
-                value = onnx.helper.make_tensor_value_info(decision.execute, onnx.TensorProto.BOOL, ["b", "s"])
+                value = onnx.helper.make_tensor_value_info(decision.difference, onnx.TensorProto.FLOAT, ["b", "s"])
                 model.graph.output.append(value)
             options = ort.SessionOptions()
             if ops != "portable":

@@ -44,7 +44,7 @@ def test_a_model_with_kernels_in_some_places_and_bodies_in_others(
 ) -> None:
     pair = make_pair(tiny("llama"), provider=provider)
     used = Counter(node.op_type for node in onnx.load(pair.path).graph.node if node.domain == "irc")
-    assert used["SelectRows"] == used["ForecastAdd"] == used["ScatterAdd"] == 4
+    assert used["DecideRows"] == used["ForecastAdd"] == used["ScatterAdd"] == 4
     assert used["RoutedAttention"] == 2
     assert (used["RoutedMatMul"], used["RoutedGate"]) == ((6, 2) if provider == "cuda" else (0, 0))
     shapes = (1, 9, 0), (1, 1, 4), (3, 7, 5), (3, 1, 6), (12, 1, 3), (1, 60, 0)
@@ -58,7 +58,8 @@ def test_a_model_with_kernels_in_some_places_and_bodies_in_others(
         for ops in (*pair.all_ops, str(library)):
             found = pair.onnx(gates, ids, mask, cache, ops=ops)
             for decision in pair.decisions:
-                assert torch.equal(found[decision.execute], tape[decision.unit].execute), (gates, batch, ops)
+                execute = ~(found[decision.difference] < 0)
+                assert torch.equal(execute, tape[decision.unit].execute), (gates, batch, ops)
             names = ["logits", *(f"present.{n // 2}.{('key', 'value')[n % 2]}" for n in range(2 * pair.cache.layers))]
             for name, value in zip(names, wanted, strict=True):
                 torch.testing.assert_close(found[name], value, rtol=0, atol=1e-4, msg=f"{gates} {batch} {ops} {name}")
@@ -143,7 +144,7 @@ def test_memory_that_is_used_up_is_asked_for_again_once_the_pool_is_trimmed(
 
 
 def test_only_the_number_of_rows_waits_for_the_device(run: NodeRunner, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With every wait an error, all but SelectRows, and RaggedPlaces of several tokens in a batch, still run."""
+    """With every wait an error, all but SelectRows, DecideRows, and RaggedPlaces of several tokens in a batch, still run."""
     monkeypatch.setenv("IRC_EMULATED_ERROR", "700")
     rows, x = torch.tensor([[[0, 0], [2, 0]]]), torch.ones(3, 1, 4)
     (y,) = run("Compact", [x, rows], [F32])
@@ -170,6 +171,9 @@ def test_padded_rows_wait_for_nothing_and_end_in_rows_that_are_nothing(
     generator = torch.Generator().manual_seed(tokens)
     mask = torch.rand((batch, tokens), generator=generator) < share
     both = run("SelectRows", [mask], [I64] * 2, padded=batch * tokens)
+    differences = torch.where(mask, torch.nan, -1.0)
+    decided = run("DecideRows", [differences], [I64] * 2, padded=batch * tokens)
+    assert all(torch.equal(one, other) for one, other in zip(decided, both, strict=True))
     for rows, wanted in zip(both, torch.ops.irc.select_rows(mask), strict=True):
         assert rows.shape == (1, batch * tokens, 2)
         real = wanted.shape[1]
@@ -181,6 +185,8 @@ def test_padded_rows_wait_for_nothing_and_end_in_rows_that_are_nothing(
     torch.testing.assert_close(z, torch.where(mask[..., None], base + x + 1, base), rtol=0, atol=1e-6)
     with pytest.raises(Exception, match="waiting for the stream"):
         run("SelectRows", [mask], [I64] * 2, padded=batch * tokens - 1)
+    with pytest.raises(Exception, match="DecideRows: an emulated error .* when waiting for the stream"):
+        run("DecideRows", [differences], [I64] * 2, padded=batch * tokens - 1)
 
 
 def test_padded_rows_have_no_place(run: NodeRunner) -> None:

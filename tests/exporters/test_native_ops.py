@@ -108,8 +108,12 @@ def test_rows_are_moved_exactly(case: dict[str, Any]) -> None:
     mask = torch.rand(shape[:2], generator=generator) < case["share"]
     x, base = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
     executed, skipped = _run("SelectRows", [mask], [torch.int64] * 2)
-    for found, expected in zip((executed, skipped), irc.select_rows(mask), strict=True):
+    drawn = torch.randint(0, 4, shape[:2], generator=generator)
+    difference = torch.where(mask, torch.tensor([torch.nan, 0.0, -0.0, 1.0])[drawn], -(drawn + 1.0))
+    decided = _run("DecideRows", [difference], [torch.int64] * 2)
+    for found, same, expected in zip((executed, skipped), decided, irc.select_rows(mask), strict=True):
         assert torch.equal(found, expected)
+        assert torch.equal(same, expected)
     (y,) = _run("Compact", [x, executed], [dtype])
     assert torch.equal(y, irc.compact(x, executed))
     (z,) = _run("Scatter", [y, executed, base], [dtype])
@@ -278,6 +282,7 @@ WRONG: dict[str, tuple[str, list[torch.Tensor], str]] = {
     "another width": ("Scatter", [torch.zeros(1, 1, 5), _rows((0, 0)), x3], "expected"),
     "another rank": ("Compact", [torch.zeros(3, 4), _rows((0, 0))], "input 0 has 2 dimensions, expected 3"),
     "a mask of the wrong rank": ("SelectRows", [torch.ones(3, dtype=torch.bool)], "1 dimensions, expected 2"),
+    "logits of the wrong rank": ("DecideRows", [torch.ones(1, 2, 3)], "3 dimensions, expected 2"),
 }
 
 
@@ -285,7 +290,7 @@ WRONG: dict[str, tuple[str, list[torch.Tensor], str]] = {
 @pytest.mark.parametrize("name", WRONG)
 def test_what_does_not_fit_is_an_error_that_says_so(name: str) -> None:
     op, inputs, message = WRONG[name]
-    outputs = [torch.int64] * 2 if op == "SelectRows" else [torch.float32]
+    outputs = [torch.int64] * 2 if op in ("SelectRows", "DecideRows") else [torch.float32]
     with pytest.raises(Exception, match=message):
         _run(op, inputs, outputs)
 

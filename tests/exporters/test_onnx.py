@@ -87,7 +87,7 @@ def _check(pair: Any, case: dict[str, Any], found: Any, expected: Any, tape: Any
         assert (found[name] - tensor).transpose(1, 2)[mask.bool()].abs().max() <= TOLERANCE
     for decision in pair.decisions:
         execute = tape[decision.unit].execute
-        assert torch.equal(found[decision.execute][real], execute[real]), decision.unit
+        assert torch.equal(~(found[decision.difference] < 0)[real], execute[real]), decision.unit
         if case["gates"] != "mixed":
             assert bool(execute.all()) == (case["gates"] == "all executed")
 
@@ -139,8 +139,9 @@ def test_operators_and_weights_of_the_file(routed: Any) -> None:
     model = onnx.load(str(routed.path), load_external_data=False)
     found = Counter(node.op_type for node in model.graph.node)
     assert found["RoutedAttention"] == 2
-    assert found["SelectRows"] == 4, "one of each unit gives executed and skipped tokens"
+    assert found["DecideRows"] == 4, "one of each unit gives executed and skipped tokens"
     assert found["ScatterAdd"] == 4
+    assert found["SelectRows"] == found["Less"] == found["Not"] == 0
     assert found["Router"] == found["ForecastAdd"] == 4
     assert found["RMSNormalization"] == 5
     assert found["RotaryEmbedding"] == 4
@@ -148,6 +149,7 @@ def test_operators_and_weights_of_the_file(routed: Any) -> None:
     assert found["Transpose"] == 0, "weights lie as MatMul reads them"
     assert sorted(function.name for function in model.functions) == [
         "Compact",
+        "DecideRows",
         "ForecastAdd",
         "RaggedPlaces",
         "RoutedAttention",

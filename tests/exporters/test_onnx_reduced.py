@@ -76,9 +76,10 @@ def compare(pair: Any, case: dict[str, Any]) -> bool:
         found = pair.onnx(case["gates"], ids, mask, [*past[:2], keys, values], [slots], ops=ops)
         assert (found["logits"] - expected[0])[real].abs().max() <= TOLERANCE
         for decision in pair.decisions:
-            assert torch.equal(found[decision.execute][real], tape[decision.unit].execute[real]), decision.unit
+            execute = ~(found[decision.difference] < 0)
+            assert torch.equal(execute[real], tape[decision.unit].execute[real]), decision.unit
         # Of padding too, whose routes mean nothing and may differ from PyTorch's.
-        execute = found["model.layers.1.self_attn.execute"]
+        execute = ~(found["model.layers.1.self_attn.logit_difference"] < 0)
         present = found["present.1.slots"]
         assert present.shape[1] == slots.shape[1] + int(execute.sum(1).max())
         for part, wanted in (("key", expected[3]), ("value", expected[4])):
@@ -111,7 +112,7 @@ def test_the_file_is_valid_and_names_its_slots(tiny: Callable, make_pair: Callab
     assert [name for name in inputs + outputs if "slots" in name] == ["past_key_values.1.slots", "present.1.slots"]
     kinds = {node.op_type for node in model.graph.node if node.domain == "irc"}
     assert kinds == {
-        "SelectRows",
+        "DecideRows",
         "Compact",
         "Router",
         "ForecastAdd",

@@ -34,6 +34,9 @@ def test_schemas_and_fake_kernels(share: float) -> None:
     angles = torch.randn(2, 5, 2)
     opcheck(irc.select_rows.default, (mask,), test_utils=CHECKS)
     opcheck(irc.select_rows.default, (mask, 32), test_utils=CHECKS)
+    difference = torch.where(mask, 1.0, -1.0)
+    opcheck(irc.decide_rows.default, (difference,), test_utils=CHECKS)
+    opcheck(irc.decide_rows.default, (difference, 32), test_utils=CHECKS)
     opcheck(irc.compact.default, (x, rows), test_utils=CHECKS)
     opcheck(irc.scatter.default, (irc.compact(x, rows), rows, base), test_utils=CHECKS)
     opcheck(irc.scatter_add.default, (irc.compact(x, rows), rows, base), test_utils=CHECKS)
@@ -57,6 +60,13 @@ def test_rows_are_selected_in_order() -> None:
     true, false = irc.select_rows(mask)
     assert true.tolist() == [[[0, 0], [0, 2], [1, 1], [1, 2]]]
     assert false.tolist() == [[[0, 1], [1, 0]]]
+
+
+def test_only_a_negative_difference_approximates() -> None:
+    numbers = [[-1.0, 0.0, -0.0, torch.nan], [-torch.inf, 1.0, torch.inf, -torch.nan]]
+    executed, skipped = irc.decide_rows(torch.tensor(numbers))
+    assert executed.tolist() == [[[0, 1], [0, 2], [0, 3], [1, 1], [1, 2], [1, 3]]]
+    assert skipped.tolist() == [[[0, 0], [1, 0]]]
 
 
 def test_scatter_puts_back_what_compact_took_and_keeps_the_rest() -> None:

@@ -37,7 +37,7 @@ def test_numbers_stay_and_all_linears_of_units_are_routed(tiny: Callable, insert
     before = model.run(ids)
     assert PassManager([RouteProducts(40)]).run(model.graph).modified
     layers = model.config.num_hidden_layers
-    assert [node.args[1:] for node in _nodes(model.graph, irc.select_rows.default)] == [(40,)] * 2 * layers
+    assert [node.args[1:] for node in _nodes(model.graph, irc.decide_rows.default)] == [(40,)] * 2 * layers
     assert len(_nodes(model.graph, irc.routed_matmul.default)) == 5 * layers  # gate, up, down; q, o
     for one, other in zip(before, model.run(ids), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
@@ -50,7 +50,7 @@ def test_a_unit_whose_rows_go_where_padding_is_unknown_is_left_alone(
     monkeypatch.setattr(route_products, "_TAKE_PADDED_ROWS", known)
     model = tiny("llama")
     PassManager([*insertions, *lowering(), RouteProducts()]).run(model.graph)
-    padded = [len(node.args) == 2 for node in _nodes(model.graph, irc.select_rows.default)]
+    padded = [len(node.args) == 2 for node in _nodes(model.graph, irc.decide_rows.default)]
     assert padded == [False, True] * 2
     assert len(_nodes(model.graph, irc.routed_matmul.default)) == 3 * 2
 
@@ -60,7 +60,7 @@ def test_reduced_attention_is_left_alone(tiny: Callable, insertions: tuple, cont
     names = frozenset({"model.layers.1.self_attn"})
     masks = MaskSkippedKeys(names, lambda unit: StoredKeys(unit.name, control))
     PassManager([*insertions, masks, *lowering("cuda")]).run(model.graph)
-    assert [len(node.args) == 2 for node in _nodes(model.graph, irc.select_rows.default)] == [True, True, False, True]
+    assert [len(node.args) == 2 for node in _nodes(model.graph, irc.decide_rows.default)] == [True, True, False, True]
 
 
 @torch.no_grad()

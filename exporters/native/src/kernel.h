@@ -82,7 +82,7 @@ class Call {
   const char* name_;
 };
 
-// The attributes of RoutedAttention; that of SelectRows, which only CUDA heeds.
+// The attributes of RoutedAttention; that of SelectRows and DecideRows, which only CUDA heeds.
 struct Attributes {
   int64_t heads = 0, kv_heads = 0;
   float scale = 0;
@@ -109,6 +109,7 @@ constexpr float kUnseen = -2.5e4f;
 
 // Kernels: each reads its inputs from a call and writes its outputs.
 void select_rows(const Call& call, const Attributes& attributes);
+void decide_rows(const Call& call, const Attributes& attributes);
 template <class T>
 void compact(const Call& call);
 template <class T>

@@ -24,8 +24,12 @@ OrtStatus* add_type(const OrtApi* api, OrtCustomOpDomain* domain) {
 }
 
 OrtStatus* add_operators(const OrtApi* api, OrtCustomOpDomain* domain) {
-  static const Operator select = make("SelectRows", "B", "II", kBool, select_rows, false, false);
-  if (OrtStatus* status = CustomOpDomainAdd::call(api, domain, &select)) return status;
+  static const Operator choices[] = {
+      make("SelectRows", "B", "II", kBool, select_rows, false, false),
+      make("DecideRows", "F", "II", kFloat, decide_rows, false, false),
+  };
+  for (const Operator& op : choices)
+    if (OrtStatus* status = CustomOpDomainAdd::call(api, domain, &op)) return status;
   if (OrtStatus* status = add_type<float, kFloat>(api, domain)) return status;
   if (OrtStatus* status = add_type<Half, kHalf>(api, domain)) return status;
   return add_type<BFloat, kBFloat>(api, domain);

@@ -33,6 +33,10 @@ IRC_BOTH static inline uint32_t as_bits(float value) {
   return bits;
 }
 
+// What a token's entry says of it: a mask's byte, true unless it is zero, or a difference of logits, where NaN executes.
+IRC_BOTH static inline bool executes(uint8_t mask) { return mask != 0; }
+IRC_BOTH static inline bool executes(float difference) { return !(difference < 0); }
+
 IRC_BOTH static inline float load(float value) { return value; }
 
 IRC_BOTH static inline float load(BFloat value) { return as_float(uint32_t(value.bits) << 16); }

@@ -21,7 +21,7 @@ OrtStatus* create(const OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo*
   if (!made) return CreateStatus::call(api, kRuntimeException, "irc: out of memory");
   *kernel = made;
   Attributes& a = made->attributes;
-  // Only SelectRows has it, and there it may be missing.
+  // Only SelectRows and DecideRows have it, and there it may be missing.
   if (OrtStatus* missing = GetAttributeInt64::call(api, info, "padded", &a.padded)) ReleaseStatus::call(api, missing);
   if (!of(op)->attends) return nullptr;
   OrtStatus* status = GetAttributeInt64::call(api, info, "heads", &a.heads);

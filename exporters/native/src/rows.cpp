@@ -1,4 +1,4 @@
-// SelectRows, Compact, Scatter, ScatterAdd: tokens are picked, replaced and added to.
+// SelectRows, DecideRows, Compact, Scatter, ScatterAdd: tokens are picked, replaced and added to.
 
 #include <algorithm>
 #include <cstring>
@@ -8,19 +8,25 @@
 
 namespace irc {
 
-void select_rows(const Call& call, const Attributes&) {
-  // Read as bytes: whatever is not zero is true, even where another program wrote a 2.
-  const auto mask = call.input<uint8_t>(0, 2);
-  const int64_t batch = mask.shape[0], tokens = mask.shape[1], count = mask.shape.count();
-  const int64_t executed = count - std::count(mask.data, mask.data + count, uint8_t(0));
+// Every entry of input 0 [batch, tokens] says whether its token executes.
+template <class T>
+static void choose_rows(const Call& call) {
+  const auto given = call.input<T>(0, 2);
+  const int64_t batch = given.shape[0], tokens = given.shape[1], count = given.shape.count();
+  const int64_t executed = std::count_if(given.data, given.data + count, [](T entry) { return executes(entry); });
   int64_t* next[2] = {call.output<int64_t>(1, {1, count - executed, 2}), call.output<int64_t>(0, {1, executed, 2})};
   for (int64_t sequence = 0; sequence < batch; ++sequence)
     for (int64_t token = 0; token < tokens; ++token) {
-      int64_t*& to = next[mask.data[sequence * tokens + token] != 0];
+      int64_t*& to = next[executes(given.data[sequence * tokens + token])];
       *to++ = sequence;
       *to++ = token;
     }
 }
+
+// Read as bytes: whatever is not zero is true, even where another program wrote a 2.
+void select_rows(const Call& call, const Attributes&) { choose_rows<uint8_t>(call); }
+
+void decide_rows(const Call& call, const Attributes&) { choose_rows<float>(call); }
 
 // Calls work(first, last) for parts of `rows` rows of `width` numbers, in parallel where there is enough to do.
 template <class Work>

@@ -92,7 +92,7 @@ def test_bench_prints_what_it_measured(irc_main: Callable[..., Any], tmp_path: P
         names = [operator["name"] for operator in entry["operators"]]
         assert "MatMul" in names
         assert "If" not in names
-        assert ("SelectRows" in names) == (entry["model"] == "routed" and has_native())
+        assert ("DecideRows" in names) == (entry["model"] == "routed" and has_native())
         matmul = next(operator for operator in entry["operators"] if operator["name"] == "MatMul")
         assert matmul["calls"] >= 7  # Q, K, V, O, gate, up, down; each once a run
     assert "<svg" in plot.read_text()

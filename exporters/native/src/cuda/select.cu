@@ -1,6 +1,6 @@
-// SelectRows and RaggedPlaces: which rows there are, and where. The host must know how many, for they are a shape: one
-// wait for the device a call. Of at most `padded` tokens SelectRows gives as many rows as tokens instead, of which the
-// last ones are (-1, -1), and does not wait.
+// SelectRows, DecideRows and RaggedPlaces: which rows there are, and where. The host must know how many, for they are a
+// shape: one wait for the device a call. Of at most `padded` tokens the first two give as many rows as tokens instead, of
+// which the last ones are (-1, -1), and do not wait.
 
 #include <algorithm>
 
@@ -17,16 +17,17 @@ struct Sums {
   int own[kThreads], groups[kGroups];
 };
 
-// A block's part of the mask. Every byte but zero is true.
+// A block's part of what says which tokens execute.
+template <class T>
 struct Part {
-  const uint8_t* mask;
+  const T* given;
   int64_t count;
 
   IRC_BOTH int64_t first(int64_t block, int thread) const { return block * kPart + int64_t(thread) * kOwn; }
   IRC_BOTH int64_t last(int64_t first) const { return first + kOwn < count ? first + kOwn : count; }
   IRC_BOTH int executed(int64_t first) const {
     int found = 0;
-    for (int64_t i = first; i < last(first); ++i) found += mask[i] != 0;
+    for (int64_t i = first; i < last(first); ++i) found += executes(given[i]);
     return found;
   }
 };
@@ -38,10 +39,11 @@ IRC_BOTH inline void add_group(Sums& sums, int group) {
 }
 
 // counts[block] = executed tokens of the block's part.
+template <class T>
 struct CountExecuted {
   static constexpr int phases = 3;
   using Shared = Sums;
-  Part part;
+  Part<T> part;
   int* counts;
 
   template <int Phase>
@@ -59,13 +61,14 @@ struct CountExecuted {
 };
 
 // Writes the rows of both kinds in their order.
+template <class T>
 struct WriteRows {
   static constexpr int phases = 4;
   struct Shared {
     Sums sums;
     int64_t before[kThreads], groups[kGroups];  // executed tokens of earlier blocks; of all before a group
   };
-  Part part;
+  Part<T> part;
   const int* counts;
   int64_t tokens;
   int64_t *executed, *skipped;
@@ -102,7 +105,7 @@ struct WriteRows {
       int64_t sequence = first / tokens, token = first % tokens;
       for (int64_t i = first; i < last; ++i) {
         // Each token is a row of one kind; the other kind has one row less, which is missing at its end.
-        const bool execute = part.mask[i] != 0;
+        const bool execute = executes(part.given[i]);
         const int64_t place = execute ? done : i - done;
         int64_t* to = (execute ? executed : skipped) + 2 * place;
         to[0] = sequence, to[1] = token;
@@ -149,27 +152,26 @@ struct PlaceRows {
   }
 };
 
-}  // namespace
-
-void select_rows(const Call& call, const Attributes& attributes) {
-  const auto mask = call.input<uint8_t>(0, 2);
+template <class T>
+void choose_rows(const Call& call, const Attributes& attributes) {
+  const auto given = call.input<T>(0, 2);
   const Stream stream(call);
-  const int64_t count = mask.shape.count(), blocks = blocks_for(count, kPart);
+  const int64_t count = given.shape.count(), blocks = blocks_for(count, kPart);
   if (!count) {
     call.output<int64_t>(0, {1, 0, 2});
     call.output<int64_t>(1, {1, 0, 2});
     return;
   }
-  const Part part{mask.data, count};
+  const Part<T> part{given.data, count};
   const bool pads = count <= attributes.padded;
   const auto write = [&](int64_t executed_rows, int64_t skipped_rows, const int* counts) {
     int64_t* executed = call.output<int64_t>(0, {1, executed_rows, 2});
     int64_t* skipped = call.output<int64_t>(1, {1, skipped_rows, 2});
-    stream.launch(blocks, WriteRows{part, counts, mask.shape[1], executed, skipped, pads ? count : 0});
+    stream.launch(blocks, WriteRows<T>{part, counts, given.shape[1], executed, skipped, pads ? count : 0});
   };
   if (pads && blocks == 1) return write(count, count, nullptr);  // nothing comes before the one block
   const Scratch<int> counts(stream, blocks);
-  stream.launch(blocks, CountExecuted{part, counts.data()});
+  stream.launch(blocks, CountExecuted<T>{part, counts.data()});
   if (pads) return write(count, count, counts.data());
   std::vector<int> found(size_t(blocks), 0);
   stream.fetch(found.data(), counts.data(), blocks * int64_t(sizeof(int)));
@@ -177,6 +179,12 @@ void select_rows(const Call& call, const Attributes& attributes) {
   for (int each : found) number += each;
   write(number, count - number, counts.data());
 }
+
+}  // namespace
+
+void select_rows(const Call& call, const Attributes& attributes) { choose_rows<uint8_t>(call, attributes); }
+
+void decide_rows(const Call& call, const Attributes& attributes) { choose_rows<float>(call, attributes); }
 
 // Of a batch of one, and with one new token each (a step of decoding), the longest is known without a look.
 template <class T>
