@@ -1,9 +1,9 @@
 """The `irc::` operators: what the graph of a routed model says beyond torch's own operators.
 
 Routing operators (`select_rows`, `decide_rows`, `compact`, `scatter`, `scatter_add`, `routed_matmul`, `routed_gate`,
-`router`, `forecast_add`, `routed_attention`, `reduced_attention`) choose and move tokens; each becomes a node of the ONNX domain
-`irc`. Raised operators (`rms_norm`, `rotary`, `attention`) say in one word what capture spread over many nodes; each
-becomes one standard ONNX operator.
+`router`, `forecast_add`, `routed_attention`, `reduced_attention`) choose and move tokens; each becomes a node of the
+ONNX domain `irc`. Raised operators (`rms_norm`, `rotary`, `attention`) say in one word what capture spread over many
+nodes; each becomes one standard ONNX operator.
 docs/operators.md describes them.
 
 Rows are (sequence, token) pairs, int64 [1, n, 2]. Compacted tensors keep a leading 1, [1, n, d], so that whatever works

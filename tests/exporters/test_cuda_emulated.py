@@ -144,7 +144,7 @@ def test_memory_that_is_used_up_is_asked_for_again_once_the_pool_is_trimmed(
 
 
 def test_only_the_number_of_rows_waits_for_the_device(run: NodeRunner, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With every wait an error, all but SelectRows, DecideRows, and RaggedPlaces of several tokens in a batch, still run."""
+    """With every wait an error, all but choices of rows, and RaggedPlaces of several tokens in a batch, still run."""
     monkeypatch.setenv("IRC_EMULATED_ERROR", "700")
     rows, x = torch.tensor([[[0, 0], [2, 0]]]), torch.ones(3, 1, 4)
     (y,) = run("Compact", [x, rows], [F32])
@@ -185,7 +185,7 @@ def test_padded_rows_wait_for_nothing_and_end_in_rows_that_are_nothing(
     torch.testing.assert_close(z, torch.where(mask[..., None], base + x + 1, base), rtol=0, atol=1e-6)
     with pytest.raises(Exception, match="waiting for the stream"):
         run("SelectRows", [mask], [I64] * 2, padded=batch * tokens - 1)
-    with pytest.raises(Exception, match="DecideRows: an emulated error .* when waiting for the stream"):
+    with pytest.raises(Exception, match=r"DecideRows: .* when waiting for the stream"):
         run("DecideRows", [differences], [I64] * 2, padded=batch * tokens - 1)
 
 

@@ -1,4 +1,4 @@
-"""A folder of format version 1, whose units have Less, Not and SelectRows, loads, runs and is told what to do as ever."""
+"""A folder of format version 1, whose units have Less, Not and SelectRows, loads, runs and is forced as ever."""
 
 from __future__ import annotations
 
