@@ -22,8 +22,8 @@ def add_decisions(graph: Any, decisions: Sequence[Decision], forced: bool) -> No
     Args:
         graph: Of an exported model.
         decisions: Of its units.
-        forced: Whether one more input, `FORCED`, says what executes, as differences of 1 and -1; the routers run all the
-            same, for the output reads them.
+        forced: Whether one more input, `FORCED`, says what executes, as differences of 1 and -1; the routers run all
+            the same, for the output reads them.
     """
     if not decisions:
         return

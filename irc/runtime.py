@@ -101,7 +101,7 @@ class Runtime:
             self._session = ort.InferenceSession(model, options, providers=[how])
         except Exception as error:
             raise InputError(f"{folder}: ONNX Runtime cannot load it ({first_line(error, 300)})") from error
-        self._forced = forced
+        self._forced = forced and bool(self.exported.decisions)
         cache = self.exported.cache
         found = {value.name: value.shape for value in self._session.get_inputs() if value.name.startswith(PAST)}
         described = 2 * cache.layers + len(cache.reduced)
