@@ -60,10 +60,11 @@ class NodeRunner:
     Args:
         library: An operator library, None for the portable bodies.
         provider: ONNX Runtime's name of a provider.
+        threads: Of one node; 0 leaves it to ONNX Runtime.
     """
 
-    def __init__(self, library: Path | None, provider: str) -> None:
-        self.library, self._provider = library, provider
+    def __init__(self, library: Path | None, provider: str, threads: int = 0) -> None:
+        self.library, self._provider, self._threads = library, provider, threads
         self._sessions: dict[tuple[Any, ...], Any] = {}
 
     def __call__(
@@ -104,7 +105,7 @@ class NodeRunner:
             model = helper.make_model(graph, opset_imports=sets, ir_version=10, functions=bodies)
             ort = onnxruntime()
             options = ort.SessionOptions()
-            options.log_severity_level = 4
+            options.log_severity_level, options.intra_op_num_threads = 4, self._threads
             if self.library is not None:
                 options.register_custom_ops_library(str(self.library))
             # Without TF32, which rounds what products of float32 read to ten bits.

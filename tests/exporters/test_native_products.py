@@ -61,6 +61,28 @@ def test_forecasts_are_added_to_chosen_tokens_alone(run: NodeRunner, share: floa
     assert torch.equal(z[~chosen], base[~chosen])
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 4])
+@pytest.mark.parametrize(("width", "rank", "columns"), [(1001, 120, 700), (3, 2, 70_000), (70_000, 1, 5)])
+def test_weights_that_several_threads_share_give_the_sums_of_one(
+    run: NodeRunner, tokens: int, width: int, rank: int, columns: int
+) -> None:
+    x, base = torch.randn(1, tokens, width), torch.randn(1, tokens, columns)
+    down, up = torch.randn(width, rank) / width**0.5, torch.randn(rank, columns) / rank**0.5
+    rows, _ = irc.select_rows(torch.ones(1, tokens, dtype=torch.bool))
+    inputs = {
+        "ForecastAdd": [x, rows, base, down, up, torch.randn(columns)],
+        "Router": [x, down, torch.randn(rank), up[:, :1], torch.randn(1)],
+    }
+    assert LIBRARY is not None
+    for operator, given in inputs.items():
+        (found,) = run(operator, given, [F32])
+        wanted = irc.forecast_add(*given) if operator == "ForecastAdd" else irc.router(*given)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        for threads in (1, 4):
+            (again,) = NodeRunner(LIBRARY.path, "CPUExecutionProvider", threads)(operator, given, [F32])
+            assert torch.equal(again, found)
+
+
 token, weight, row = torch.ones(1, 1, 4), torch.ones(4, 4), torch.zeros(1, 1, 2, dtype=torch.int64)
 WRONG = {
     "a router of two columns": (

@@ -1,8 +1,8 @@
 // Router and ForecastAdd: two small products each, which a step of decoding gets in one node in place of five or six.
 //
-// Sums are of float32 throughout. With few rows a weight is read once, by the thread that has its column; with many, rows
-// are shared out, and ONNX Runtime's own products would be some per cent faster, which is little beside the unit that
-// they stand for.
+// Sums are of float32 throughout. With few rows the depth is shared out, so that each thread reads weights one after
+// another; with many, rows are, and ONNX Runtime's own products would be some per cent faster, which is little beside the
+// unit that they stand for.
 
 #include <algorithm>
 #include <cstring>
@@ -14,8 +14,10 @@
 namespace irc {
 namespace {
 
-constexpr int64_t kFewRows = 4;           // up to here columns are shared out in place of rows
-constexpr int64_t kFewNumbers = 1 << 16;  // of weights: less is not worth another thread
+constexpr int64_t kFewRows = 4;           // up to here the depth is shared out in place of rows
+constexpr int64_t kFewNumbers = 1 << 14;  // of weights: less is not worth another thread
+constexpr int64_t kMostParts = 16;
+constexpr int64_t kBlockNumbers = 1 << 12;  // of weights: what stays near while all rows are multiplied
 constexpr int64_t kLeastPart = 32, kMostPart = 192;  // rows of a task
 constexpr int64_t kStrip = 256;           // columns of a forecast at a time
 constexpr int64_t kPanel = kPanelDepth * kMostColumns;
@@ -32,20 +34,33 @@ const float* as_floats(const T* row, int64_t depth, float* memory) {
   return memory;
 }
 
-// y [count, columns] = rows @ w [depth, columns], of few rows.
+// In how many parts of its depth w [depth, columns] is read: as many with one thread as with many, for the same sums.
+inline int64_t parts_of(int64_t depth, int64_t columns) {
+  int64_t parts = 1;
+  while (2 * parts <= kMostParts && 2 * parts * kFewNumbers <= depth * columns) parts *= 2;
+  return parts;
+}
+
+// Floats that `few_products` needs for `count` rows.
+inline int64_t sums_of(int64_t count, int64_t depth, int64_t columns) { return parts_of(depth, columns) * count * columns; }
+
+// Returns rows @ w [depth, columns] of few rows, [count, columns], at the front of `sums`. Each part of w is read as it lies
+// in memory, by one thread, once: that is what such a product waits for.
 template <class T>
-void few_products(const Call& call, const float* const* rows, int64_t count, int64_t depth, const T* w, int64_t columns, float* y) {
-  constexpr int64_t kRound = 16;
-  const int64_t tasks = std::max<int64_t>(1, std::min(thread_count(), depth * columns / kFewNumbers));
-  const int64_t width = std::max((columns / tasks + kRound - 1) / kRound * kRound, kRound);
-  call.parallel((columns + width - 1) / width, [&](int64_t task) {
-    const int64_t first = task * width, here = std::min(width, columns - first);
-    for (int64_t i = 0; i < count; ++i) {
-      float* to = y + i * columns + first;
-      std::fill_n(to, here, 0.0f);
-      math<T>().add_row(rows[i], depth, w + first, columns, here, to);
-    }
+float* few_products(const Call& call, const float* const* rows, int64_t count, int64_t depth, const T* w, int64_t columns, float* sums) {
+  const int64_t parts = parts_of(depth, columns), share = (depth + parts - 1) / parts, all = count * columns;
+  const int64_t block = std::max<int64_t>(4, kBlockNumbers / std::max<int64_t>(1, columns));
+  call.parallel(parts, [&](int64_t part) {
+    float* to = sums + part * all;
+    std::fill_n(to, all, 0.0f);
+    const int64_t end = std::min(depth, (part + 1) * share);
+    for (int64_t first = part * share; first < end; first += block)
+      for (int64_t i = 0; i < count; ++i)
+        math<T>().add_row(rows[i] + first, std::min(block, end - first), w + first * columns, columns, columns, to + i * columns);
   });
+  for (int64_t part = 1; part < parts; ++part)
+    for (int64_t j = 0; j < all; ++j) sums[j] += sums[part * all + j];
+  return sums;
 }
 
 // Calls work(first, count, rows, panel, made) for parts of the rows, in parallel; `made` has `each` floats for a row.
@@ -83,11 +98,11 @@ void router(const Call& call) {
     }
   };
   if (all <= kFewRows) {
-    float *made = scratch(all * (hidden + copy_of<T>(depth))), *copies = made + all * hidden;
+    const int64_t sums = sums_of(all, depth, hidden);
+    float *memory = scratch(sums + all * copy_of<T>(depth)), *copies = memory + sums;
     const float* rows[kFewRows] = {};
     for (int64_t i = 0; i < all; ++i) rows[i] = as_floats(row_of(i), depth, copies + i * copy_of<T>(depth));
-    few_products(call, rows, all, depth, in.w1.data, hidden, made);
-    score(0, all, made);
+    score(0, all, few_products(call, rows, all, depth, in.w1.data, hidden, memory));
     return;
   }
   for_parts<T>(call, all, depth, hidden, row_of,
@@ -112,12 +127,14 @@ void forecast_add(const Call& call) {
   };
   if (rows.count <= kFewRows) {
     const int64_t count = rows.count, copied = copy_of<T>(depth);
-    float *narrow = scratch(count * (rank + columns + copied)), *forecast = narrow + count * rank, *copies = forecast + count * columns;
-    const float *given[kFewRows] = {}, *middle[kFewRows] = {};
-    for (int64_t i = 0; i < count; ++i) given[i] = as_floats(row_of(i), depth, copies + i * copied), middle[i] = narrow + i * rank;
     if (!count) return;
-    few_products(call, given, count, depth, in.down.data, rank, narrow);
-    few_products(call, middle, count, rank, in.up.data, columns, forecast);
+    const int64_t down = sums_of(count, depth, rank), up = sums_of(count, rank, columns);
+    float *memory = scratch(down + up + count * copied), *copies = memory + down + up;
+    const float *given[kFewRows] = {}, *middle[kFewRows] = {};
+    for (int64_t i = 0; i < count; ++i) given[i] = as_floats(row_of(i), depth, copies + i * copied);
+    const float* narrow = few_products(call, given, count, depth, in.down.data, rank, memory);
+    for (int64_t i = 0; i < count; ++i) middle[i] = narrow + i * rank;
+    const float* forecast = few_products(call, middle, count, rank, in.up.data, columns, memory + down);
     for (int64_t i = 0; i < count; ++i) add(i, 0, columns, forecast + i * columns);
     return;
   }
