@@ -56,20 +56,18 @@ def parquet_texts(path: Path) -> list[str]:
 def hub_texts(name: str) -> Iterator[str]:
     """Yield the texts of the train split of a dataset, streamed, up to `MOST_CHARACTERS` in all.
 
+    Where the hub cannot be reached, or is not to be (`HF_HUB_OFFLINE=1`), it is read from where it lies already: what
+    `datasets` has prepared on this machine, else what the hub's client has downloaded.
+
     Args:
         name: `NAME[:CONFIG]` on the hub, or a folder of .parquet or .jsonl files.
 
     Raises:
         InputError: It could not be loaded, has no text column, or the package datasets is missing.
     """
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise InputError(f"--data hf:{name}: {_NEEDS_DATASETS}") from error
-    dataset, _, config = name.partition(":")
     size = 0
     try:
-        for text in _texts(load_dataset(dataset, config or None, split="train", streaming=True), f"--data hf:{name}"):
+        for text in _texts(_streamed(name), f"--data hf:{name}"):
             if size + len(text) > MOST_CHARACTERS:
                 log.warning("--data hf:%s: read up to %d characters; the rest is left out", name, size)
                 return
@@ -79,6 +77,48 @@ def hub_texts(name: str) -> Iterator[str]:
         raise
     except Exception as error:
         raise InputError(f"--data hf:{name}: the dataset could not be loaded: {error}") from error
+
+
+def _streamed(name: str) -> Iterable[dict[str, Any]]:
+    """Open the train split of a dataset: of a folder or the hub, else of this machine's caches."""
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise InputError(f"--data hf:{name}: {_NEEDS_DATASETS}") from error
+    dataset, _, config = name.partition(":")
+
+    def opened(place: str) -> Iterable[dict[str, Any]]:
+        rows: Iterable[dict[str, Any]] = load_dataset(place, config or None, split="train", streaming=True)
+        return rows
+
+    try:
+        return opened(dataset)  # without a connection: what an earlier load_dataset() without streaming has prepared
+    except Exception as error:
+        folder = None if Path(dataset).exists() else _downloaded(dataset)
+        if folder is not None:
+            try:
+                found = opened(folder)
+            except FileNotFoundError:  # what streaming looks at is downloaded too, without the data
+                pass
+            else:
+                log.warning("--data hf:%s: not from the hub but as it was downloaded (%s)", name, first_line(error))
+                return found
+        if isinstance(error, ConnectionError):
+            raise InputError(
+                f"--data hf:{name}: the hub cannot be reached, and the dataset is in no cache of this machine; "
+                f"where there is a connection run: hf download --repo-type dataset {dataset}"
+            ) from error
+        raise
+
+
+def _downloaded(dataset: str) -> str | None:
+    """Return the folder of a dataset in the cache of the hub's client; None for none."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return str(snapshot_download(dataset, repo_type="dataset", local_files_only=True))
+    except Exception:  # not there, or no name that the hub could know
+        return None
 
 
 def _json_rows(path: Path, text: str) -> Iterator[dict[str, Any]]:
