@@ -22,9 +22,9 @@ from irc.key_policy import KeyPolicy, kv_facts, set_key_policy
 from irc.policies import policy_named
 from irc.reading import read_json
 from irc.routed import RoutedForCausalLM, RoutingSpec, build_routed
-from irc.sharding import own_device
+from irc.sharding import check_batches, own_device
 from irc.stage_cache import StageCache
-from irc.stages import StageContext, prepare, run_lff, run_lora, run_router
+from irc.stages import StageContext, check_text, prepare, run_lff, run_lora, run_router
 from irc.staging import staged
 from irc.train import ProgressFactory
 from irc.workspace import (
@@ -116,6 +116,7 @@ def convert(
     if output.exists() and not force and not resume:
         raise InputError(f"{output}: exists already; --force replaces it, --resume continues it")
     conversion = Conversion(recipe, output, work_folder(output), progress, stages)
+    check_batches(recipe, {stage for stage in recipe.stages if resume and stage_figures(conversion.work, stage)})
     read_inputs(conversion)
     with held(conversion.work, recipe, force=force, resume=resume):
         for name, phase in PHASES:
@@ -164,6 +165,7 @@ def read_inputs(conversion: Conversion) -> None:
     conversion.text = load_text(recipe.data)
     for split in ("train", "calibration", recipe.eval_split):
         conversion.streams[split] = token_stream(conversion.text.split(cast(Split, split)), base.tokenizer)
+    check_text(recipe, conversion.streams)
     vocabulary = base.config.vocab_size
     largest = max(int(stream.max()) for stream in conversion.streams.values() if stream.numel())
     if largest >= vocabulary:
@@ -188,14 +190,8 @@ def capture_and_rewrite(conversion: Conversion) -> None:
 def run_stages(conversion: Conversion) -> None:
     """Run every stage that is not finished, each from the result of the one before."""
     recipe, work = conversion.recipe, conversion.work
-    context = StageContext(
-        conversion.model,
-        recipe,
-        conversion.streams["train"],
-        conversion.streams["calibration"],
-        work,
-        conversion.progress,
-    )
+    train, calibration = conversion.streams["train"], conversion.streams["calibration"]
+    context = StageContext(conversion.model, recipe, train, calibration, work, conversion.progress)
     prepare(context)
     cache = None
     if conversion.stages is not None:

@@ -19,7 +19,7 @@ from irc.config import Recipe
 from irc.errors import IrcError
 from irc.evaluate import evaluate
 from irc.pipeline import STAGE_RUNNERS, Conversion, capture_and_rewrite, read_inputs, resolve
-from irc.stages import StageContext, check_text
+from irc.stages import StageContext
 from irc.train import Progress, ProgressFactory
 
 _STEPS = 2
@@ -98,7 +98,6 @@ def _stages(conversion: Conversion) -> Iterator[tuple[str, float]]:
     context = StageContext(
         conversion.model, few, conversion.streams["train"], conversion.streams["calibration"], conversion.work, _silent
     )
-    check_text(context)
     for stage in full.stages:
         with conversion.progress(f"rehearsal of {stage}", 1) as bar:
             figures = STAGE_RUNNERS[stage](context)

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import torch
+from accelerate import PartialState
 from torch import nn
 
+from irc.config import Recipe
 from irc.errors import InputError
 from irc.layerwise import outermost
+from irc.policies import policy_named
 from irc.routed import RoutedForCausalLM
 
 log = logging.getLogger(__name__)
@@ -34,6 +37,31 @@ def sharding_wanted() -> bool:
     if version != "2":
         raise InputError(f"accelerate was told --use_fsdp with version {version}; add --fsdp_version 2")
     return True
+
+
+def check_batches(recipe: Recipe, finished: Container[str] = ()) -> None:
+    """Refuse batches that the processes of this run cannot share, before any work is done.
+
+    Args:
+        recipe: Resolved recipe.
+        finished: Stages that are not trained again; their batches do not matter.
+
+    Raises:
+        InputError: Names the field, its value and the number of processes.
+    """
+    policy = policy_named(recipe.policy)
+    in_batches = {
+        "lff": recipe.lff.steps > 0,
+        "router": policy.learns or (policy.forecasts and recipe.router.forecaster_lr > 0),
+        "lora": True,
+    }
+    processes = PartialState(cpu=recipe.device == "cpu").num_processes
+    for stage in recipe.stages:
+        size = getattr(recipe, stage).batch_size
+        if size % processes and in_batches[stage] and stage not in finished:
+            raise InputError(
+                f"{stage}.batch_size is {size}, over {processes} processes; give a multiple of {processes}"
+            )
 
 
 def own_device(device: str) -> None:

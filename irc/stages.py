@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -253,31 +253,24 @@ def _autocast(context: StageContext) -> Iterator[None]:
         yield
 
 
-def check_text(context: StageContext) -> None:
-    """Refuse text too short to train and calibrate on, before any work is done."""
-    for name, stream in (("train", context.train_stream), ("calibration", context.calibration_stream)):
-        if stream.numel() < context.recipe.seq_len:
-            raise InputError(
-                f"the {name} split of {context.recipe.data} has {stream.numel()} tokens, less than one window of "
-                f"{context.recipe.seq_len}; give more text or a shorter --seq-len"
-            )
+def check_text(recipe: Recipe, streams: Mapping[str, torch.Tensor]) -> None:
+    """Refuse text too short to train and calibrate on, before any work is done.
 
-
-def check_batches(context: StageContext) -> None:
-    """Refuse batches that the processes of this run cannot share, before any work is done."""
-    processes = context.accelerator.num_processes
-    for stage in context.recipe.stages:
-        size = getattr(context.recipe, stage).batch_size
-        if size % processes:
+    Args:
+        recipe: Names the text and the length of a window.
+        streams: int64 [tokens] of `train` and `calibration`.
+    """
+    for name in ("train", "calibration"):
+        tokens = streams[name].numel()
+        if tokens < recipe.seq_len:
             raise InputError(
-                f"{stage}.batch_size is {size}, over {processes} processes; give a multiple of {processes}"
+                f"the {name} split of {recipe.data} has {tokens} tokens, less than one window of "
+                f"{recipe.seq_len}; give more text or a shorter --seq-len"
             )
 
 
 def prepare(context: StageContext) -> None:
-    """Refuse what no stage can run with; wait for the main process's work folder; share the base where asked to."""
-    check_text(context)
-    check_batches(context)
+    """Wait for the main process's work folder; share the base where asked to."""
     context.accelerator.wait_for_everyone()
     if sharding_wanted():
         shard_base(context.model)

@@ -10,16 +10,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file
 
 from irc.bundle import ADAPTER
+from irc.config import load_recipe
 from irc.errors import InputError
-from irc.sharding import sharding_wanted
+from irc.pipeline import resolve
+from irc.sharding import check_batches, sharding_wanted
 
 pytestmark = pytest.mark.slow
 Arguments = Callable[..., list[str]]
@@ -122,7 +126,30 @@ def test_a_batch_that_processes_cannot_share_is_refused(convert_arguments: Argum
     done = run([*LAUNCHERS["torchrun"], "-m", "irc", *arguments], tmp_path)
     assert done.returncode != 0
     assert "lff.batch_size is 3, over 2 processes; give a multiple of 2" in done.stderr
-    assert not (tmp_path / "b").exists()
+    assert {path.name for path in tmp_path.iterdir()} <= {"hf"}  # no work was begun
+
+
+@pytest.mark.parametrize(
+    ("settings", "finished", "refused"),
+    [
+        ({"lff__batch_size": 3}, (), "lff.batch_size is 3"),
+        ({"lff__batch_size": 3}, ("lff",), ""),
+        ({"lff__batch_size": 3, "lff__steps": 0}, (), ""),
+        ({"router__batch_size": 3}, (), "router.batch_size is 3"),
+        ({"router__batch_size": 3, "policy": "static"}, (), ""),
+        ({"router__batch_size": 3, "policy": "skipgpt"}, (), "router.batch_size is 3"),
+        ({"router__batch_size": 3, "policy": "random"}, (), "router.batch_size is 3"),
+        ({"router__batch_size": 3, "policy": "random", "router__forecaster_lr": 0.0}, (), ""),
+        ({"lora__batch_size": 3}, (), ""),  # there is no stage lora
+    ],
+)
+def test_only_batches_that_are_trained_are_looked_at(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], finished: tuple[str, ...], refused: str
+) -> None:
+    monkeypatch.setattr(PartialState(cpu=True), "num_processes", 2)  # which all share
+    recipe = load_recipe(None, ["device=cpu", *(f"{k.replace('__', '.')}={v}" for k, v in settings.items())])
+    with pytest.raises(InputError, match=refused) if refused else nullcontext():
+        check_batches(resolve(recipe), finished)
 
 
 def test_fsdp_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from irc.budget import plain_budget
 from irc.calibrate import calibrate
+from irc.config import Recipe
 from irc.data import windows
 from irc.errors import InputError, IrcError
 from irc.modules import Record
@@ -161,11 +162,10 @@ def test_router_stage_with_frozen_forecasters(make_context: Callable[..., StageC
 
 
 @pytest.mark.parametrize("split", ["train", "calibration"])
-def test_short_text_is_refused_before_any_work(make_context: Callable[..., StageContext], split: str) -> None:
-    context = make_context()
-    setattr(context, f"{split}_stream", torch.zeros(context.recipe.seq_len - 1, dtype=torch.int64))
+def test_short_text_is_refused(streams: dict[str, torch.Tensor], split: str) -> None:
+    short = {split: torch.zeros(15, dtype=torch.int64)}
     with pytest.raises(InputError, match=f"the {split} split .* 15 tokens, less than one window of 16"):
-        check_text(context)
+        check_text(Recipe(seq_len=16), streams | short)
 
 
 def test_cosine_schedule() -> None:
