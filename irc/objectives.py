@@ -1,4 +1,4 @@
-"""What each stage minimises, as modules that `irc.train` runs and data-parallel training wraps."""
+"""What each stage minimises, as modules that `irc.train` runs."""
 
 from __future__ import annotations
 

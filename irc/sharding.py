@@ -1,4 +1,4 @@
-"""FSDP2: the frozen base in shards, one a process, each layer gathered while it computes; our modules in each process.
+"""Several processes: each holds the whole frozen base, or (FSDP2) a shard of it, each layer gathered while it computes.
 
 What learns is small (1 % of an 8B model) and stays whole and alike in all processes, by the mean of their gradients:
 checkpoints and bundles are those of one process, and hold our keys alone.
@@ -94,8 +94,14 @@ def shard_base(model: RoutedForCausalLM) -> None:
     log.debug("the layers' %d frozen weights lie in shards, %d of them in this process", whole, here)
 
 
+def same_weights(weights: Iterable[torch.Tensor]) -> None:
+    """Give all processes the first one's weights: closed forms may differ in their last bits."""
+    for weight in weights:
+        torch.distributed.broadcast(weight.detach(), 0)
+
+
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace gradients by their mean over all processes, as data-parallel training does."""
+    """Replace gradients by their mean over all processes."""
     gradients = []
     for parameter in parameters:
         if parameter.grad is None:  # here; another process may have one

@@ -168,7 +168,7 @@ def run_router(context: StageContext) -> dict[str, Any]:
     _learn(model, "router")
     budget = _budget(context)
     taught = _teach(context) if recipe.teach_steps > 0 else None
-    if recipe.forecaster_lr > 0:  # only now: data-parallel training wants every weight that learns in the loss
+    if recipe.forecaster_lr > 0:  # only now: they do not learn while routers are taught
         _learn(model, "forecaster")
     objective = RoutingObjective(
         model, recipe, context.recipe.sparsity, context.recipe.seed, recipe.steps, budget=budget

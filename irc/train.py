@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from irc.errors import InputError, IrcError
 from irc.master_weights import MasterAdamW
-from irc.sharding import average_gradients, sharding_wanted
+from irc.sharding import average_gradients, same_weights
 
 
 class Progress(Protocol):
@@ -39,7 +39,7 @@ ProgressFactory = Callable[[str, int], AbstractContextManager[Progress]]
 
 
 class Objective(nn.Module):
-    """A model with a loss; data-parallel training wraps it as a whole.
+    """A model with a loss.
 
     `forward(windows, step)` returns the scalar loss and a dict of figures to show. `through_layers` says whether
     gradients pass through whole layers, which then can be computed again in place of being kept.
@@ -134,37 +134,33 @@ def train(
         adam, lambda step: settings.schedule(step / settings.steps), last_epoch=first - 1
     )
     loader = accelerator.prepare_data_loader(_loader(windows, settings))
-    sharded = sharding_wanted()  # then the base is in shards already, and what learns is whole in every process
-    model: Any = objective
-    optimizer: Any = adam
-    if not sharded:
-        model, optimizer, scheduler = accelerator.prepare(objective, optimizer, scheduler)
     learning = list(names.values())
-    if sharded:
-        for parameter in learning:  # as data-parallel training does: closed forms may differ in their last bits
-            weight = adam.master(parameter).detach()
-            torch.distributed.broadcast(weight, 0)
-            adam.set_weight(parameter, weight)
+    # Processes share what learns and nothing else: DistributedDataParallel would give each a copy of the mapped base.
+    several = accelerator.num_processes > 1
+    if several:
+        same_weights(adam.master(parameter) for parameter in learning)
+        for parameter in learning:
+            adam.set_weight(parameter, adam.master(parameter))
     batches = accelerator.skip_first_batches(loader, first) if first else loader
-    model.train()
+    objective.train()
     tokens_a_step = settings.batch_size * windows.shape[1]
     started = saved = time.monotonic()
     worked = time.process_time()
     figures: dict[str, float] = dict(before.figures)
     for step, (batch,) in enumerate(batches, start=first):
         torch.manual_seed(settings.seed * 1_000_003 + step)
-        with accelerator.autocast() if sharded else nullcontext():
-            loss, shown = model(batch, step)
+        with accelerator.autocast():
+            loss, shown = objective(batch, step)
         if not bool(torch.isfinite(loss)):
             raise IrcError(f"the loss is {loss.item()} at step {step}; lower the learning rate of this stage")
         accelerator.backward(loss)
-        if sharded:
+        if several:
             average_gradients(learning)
         if settings.clip:
             nn.utils.clip_grad_norm_(learning, settings.clip)
-        optimizer.step()
+        adam.step()
         scheduler.step()
-        optimizer.zero_grad()
+        adam.zero_grad()
         figures = {"loss": loss.item(), **shown}
         now = time.monotonic()
         progress.update(step + 1, **figures, tokens_per_s=(step + 1 - first) * tokens_a_step / (now - started))

@@ -19,6 +19,7 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import load_file
 
+import irc
 from irc.bundle import ADAPTER
 from irc.config import load_recipe
 from irc.errors import InputError
@@ -34,8 +35,24 @@ LAUNCHERS = {
     "accelerate": f"{_ACCELERATE} --main_process_port 0 --multi_gpu".split(),
     "fsdp2": f"{_ACCELERATE} --main_process_port 0 --use_fsdp --fsdp_version 2".split(),
 }
+PACKAGE = str(Path(irc.__file__).parents[1])  # that this process tests: a script does not look where it was started
 STAGES = ["--stages", "lff,router,lora"]
 SETTINGS = {"lora__dropout": 0.0}  # each process draws its own dropout
+# `irc`, with one more phase, that says how much of the mapped base a process holds as a copy of its own.
+LOOKING = """
+import sys
+from irc import pipeline
+from irc.cli import main
+
+def look(conversion):
+    name = str(conversion.base.shards[0].resolve())
+    mappings = open("/proc/self/smaps").read().split("VmFlags")
+    own = [part.split("Anonymous:")[1].split()[0] for part in mappings if name in part]
+    sys.stderr.write(f"kB of the mapped base in copies: {own}\\n")  # at once: both processes speak
+
+pipeline.PHASES = (*pipeline.PHASES, ("look", look))
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 def run(module: list[str], tmp_path: Path) -> subprocess.CompletedProcess[str]:
@@ -45,7 +62,7 @@ def run(module: list[str], tmp_path: Path) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=240,
         check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf")},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": PACKAGE},
     )
 
 
@@ -74,7 +91,8 @@ def test_two_processes_equal_one(
         assert done.code == 0, done.err
         single["metrics"] = done.json
     arguments = [*convert_arguments(tmp_path / "b", **SETTINGS), *STAGES, "--debug"]
-    done = run([*LAUNCHERS[launcher], "-m", "irc", *arguments], tmp_path)
+    (tmp_path / "looking.py").write_text(LOOKING)
+    done = run([*LAUNCHERS[launcher], str(tmp_path / "looking.py"), *arguments], tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("converting ") == 2  # there were two
     metrics = json.loads(done.stdout)  # one object: only the first process speaks
@@ -88,7 +106,9 @@ def test_two_processes_equal_one(
     assert all(0 < int(here) <= int(whole) / 2 * 1.01 for whole, here in shards)
     assert metrics["perplexity"]["routed"] == pytest.approx(single["metrics"]["perplexity"]["routed"], rel=1e-2)
     assert metrics["perplexity"]["dense"] == pytest.approx(single["metrics"]["perplexity"]["dense"], rel=1e-6)
-    left = {path.name for path in tmp_path.iterdir()} - {"hf"}
+    if sys.platform.startswith("linux"):
+        assert re.findall("mapped base in copies: (.*)", done.stderr) == 2 * ["['0']"]
+    left = {path.name for path in tmp_path.iterdir()} - {"hf", "looking.py"}
     assert left == {"b"}
     assert [name for name in one if "router" in name and float((one[name]).abs().max()) == 0] == []
 
