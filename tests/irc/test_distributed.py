@@ -76,7 +76,9 @@ def single() -> dict[str, Any]:
     return {}
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize(
+    ("launcher", "recomputed"), [("torchrun", False), ("accelerate", False), ("fsdp2", False), ("fsdp2", True)]
+)
 def test_two_processes_equal_one(
     irc_main: Any,
     convert_arguments: Arguments,
@@ -84,13 +86,15 @@ def test_two_processes_equal_one(
     tmp_path_factory: pytest.TempPathFactory,
     tmp_path: Path,
     launcher: str,
+    recomputed: bool,
 ) -> None:
     if not single:
         single["output"] = tmp_path_factory.mktemp("single") / "b"
         done = irc_main(*convert_arguments(single["output"], **SETTINGS), *STAGES)
         assert done.code == 0, done.err
         single["metrics"] = done.json
-    arguments = [*convert_arguments(tmp_path / "b", **SETTINGS), *STAGES, "--debug"]
+    settings = {**SETTINGS, "activation_checkpointing": recomputed}  # of which `single` knows nothing
+    arguments = [*convert_arguments(tmp_path / "b", **settings), *STAGES, "--debug"]
     (tmp_path / "looking.py").write_text(LOOKING)
     done = run([*LAUNCHERS[launcher], str(tmp_path / "looking.py"), *arguments], tmp_path)
     assert done.returncode == 0, done.stderr
