@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 from passes.base import PassManager
 from passes.printer import print_graph, print_model
@@ -86,3 +88,109 @@ def test_a_norm_by_hand_is_raised(captured_module: Callable, calls: Callable, ki
     assert PassManager([RaiseNorms()]).run(model).modified
     assert calls(model)["rms_norm"] == 1
     torch.testing.assert_close(model(x)[0] if isinstance(model(x), (list, tuple)) else model(x), around(x))
+
+
+aten = torch.ops.aten
+
+
+def _by_hand(
+    *,
+    cast: Any = None,
+    power: int = 2,
+    dims: tuple[int, ...] = (-1,),
+    eps: float | int = 1e-6,
+    weight_first: bool = True,
+    factor: Any = None,
+    results: str = "norm",
+    inputs: int = 1,
+    normed: str = "x",
+    weight: str = "weight",
+) -> fx.GraphModule:
+    """Return a model that calls a norm of a linear's width once; the defaults make one that is raised."""
+    graph = fx.Graph()
+    placeholders = [graph.placeholder(f"input_{index}") for index in range(inputs)]
+    x = placeholders[0]
+    wide = graph.call_function(aten.to.dtype, (x, torch.float32)) if cast is None else cast(graph, x)
+    square = graph.call_function(aten.pow.Tensor_Scalar, (wide, power))
+    mean = graph.call_function(aten.mean.dim, (square, list(dims), True))
+    inverse = graph.call_function(aten.rsqrt.default, (graph.call_function(aten.add.Tensor, (mean, eps)),))
+    scaled = graph.call_function(aten.mul.Tensor, (wide if normed == "x" else square, inverse))
+    parameter = graph.create_node("get_attr", weight)
+    made = parameter if factor is None else graph.call_function(aten.add.Tensor, *factor(parameter))
+    pair = (made, scaled) if weight_first else (scaled, made)
+    result = graph.call_function(aten.mul.Tensor, pair)
+    graph.output({"norm": result, "x, norm": (wide, result), "norm, norm": (result, result), "x": wide}[results])
+    norm = fx.GraphModule(nn.ParameterDict({"weight": torch.randn(8), "other": torch.randn(8)}), graph)
+
+    outer = fx.Graph()
+    given = [outer.placeholder(f"given_{index}") for index in range(inputs)]
+    call = outer.call_module("norm", tuple(given))
+    if "," in results:
+        parts = [outer.call_function(operator.getitem, (call, index)) for index in range(2)]
+        outer.output(tuple(parts))
+    else:
+        outer.output((call,))
+    return fx.GraphModule(nn.ModuleDict({"norm": norm}), outer)
+
+
+def _plus(*args: Any, **kwargs: Any) -> Callable:
+    """Make the factor of a norm: add of these, where None stands for the weight."""
+    return lambda weight: (tuple(weight if argument is None else argument for argument in args), kwargs)
+
+
+RAISED = {
+    "plain": {},
+    "the weight second": {"weight_first": False},
+    "x beside it": {"results": "x, norm"},
+    "1 + weight": {"factor": _plus(1, None)},
+    "weight + 1": {"factor": _plus(None, 1)},
+    "weight + 1.0, second": {"factor": _plus(None, 1.0), "weight_first": False},
+    "no cast": {"cast": lambda graph, x: x},
+}
+LEFT_ALONE = {
+    "cubed": {"power": 3},
+    "over tokens": {"dims": (-2,)},
+    "over tokens and features": {"dims": (-2, -1)},
+    "no float for eps": {"eps": 1},
+    "the square is scaled": {"normed": "square"},
+    "another parameter": {"weight": "other"},
+    "two inputs": {"inputs": 2},
+    "two norms": {"results": "norm, norm"},
+    "x alone": {"results": "x"},
+    "2 + weight": {"factor": _plus(2, None)},
+    "weight + 2": {"factor": _plus(None, 2)},
+    "weight + weight": {"factor": _plus(None, None)},
+    "1 + 2 weight": {"factor": _plus(1, None, alpha=2)},
+    "another x is squared": {"cast": lambda graph, x: graph.call_function(aten.neg.default, (x,))},
+}
+
+
+@pytest.mark.parametrize("options", RAISED.values(), ids=RAISED)
+def test_norms_that_are_raised(options: dict[str, Any]) -> None:
+    model, x = _by_hand(**options), torch.randn(2, 3, 8)
+    expected = model(x)
+    weight = model.norm.weight.clone()
+    assert PassManager([RaiseNorms()]).run(model).modified
+    assert not any(node.op == "call_module" for node in model.graph.nodes)
+    for got, wanted in zip(model(x), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-6)
+    assert torch.equal(model.norm.weight, weight)
+    names = [node.target for node in model.graph.nodes if node.op == "get_attr"]
+    assert names == (["norm.scale"] if "factor" in options else ["norm.weight"])
+    if "factor" in options:
+        assert not model.norm.scale.requires_grad
+
+
+@pytest.mark.parametrize("options", LEFT_ALONE.values(), ids=LEFT_ALONE)
+def test_what_is_almost_a_norm_is_left_alone(options: dict[str, Any]) -> None:
+    model = _by_hand(**options)
+    text = print_model(model)
+    assert not PassManager([RaiseNorms()]).run(model).modified
+    assert print_model(model) == text
+
+
+def test_a_scale_of_16_bits_is_rounded_once() -> None:
+    model = _by_hand(factor=_plus(1, None))
+    model.norm.weight.data = torch.linspace(-0.01, 0.01, 8).bfloat16()
+    PassManager([RaiseNorms()]).run(model)
+    assert torch.equal(model.norm.scale, (1 + model.norm.weight.float()).bfloat16())

@@ -1,0 +1,311 @@
+"""Mutation testing of `passes/`: `make mutate`. What is mutated is mutmut's choice, how mutants run is ours.
+
+mutmut's own runner starts the suite anew for every mutant, captures models anew with it, and leaves decorated functions
+alone, which all operators of the dialect are. Here the tests of `tests/passes` run once, under coverage. Every mutant is
+then a fork of that process, with the tiny models already captured, in which one function gets other code, and the tests
+that run its line are repeated until one fails. Constants of modules and defaults of arguments are not mutated, and
+neither are types that `cast` is given.
+
+Results are lines of JSON in `build/mutation/results.jsonl`; mutants that have a result are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import gc
+import hashlib
+import json
+import os
+import random
+import resource
+import signal
+import sys
+import time
+import types
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import coverage
+import libcst as cst
+import pytest
+from _pytest.runner import runtestprotocol
+from libcst.metadata import MetadataWrapper, PositionProvider
+from mutmut.mutation.file_mutation import MutationVisitor, deep_replace
+from mutmut.mutation.mutators import mutation_operators
+from mutmut.mutation.pragma_handling import get_ignored_lines
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "build/mutation/results.jsonl"
+# Run while models are captured: their mutants capture models anew.
+CAPTURING = {"clean_up.py", "set_device.py"}
+SECONDS, BYTES = 20, 4 << 30  # of the CPU and of memory, beside what the tests took unmutated
+
+
+@dataclass
+class Mutant:
+    """One change of one function.
+
+    Attributes:
+        path: The file.
+        module: Its tree.
+        old: The node that is replaced.
+        new: What it is replaced by.
+        lines: First and last line of the node.
+        function: Name and first line, decorators included, of the function.
+        number: Which mutant of the file it is.
+    """
+
+    path: Path
+    module: cst.Module
+    old: cst.CSTNode
+    new: cst.CSTNode
+    lines: tuple[int, int]
+    function: tuple[str, int]
+    number: int
+
+    def source(self) -> str:
+        return deep_replace(self.module, self.old, self.new).code
+
+    def diff(self) -> str:
+        before, after = self.module.code.splitlines(), self.source().splitlines()
+        changed = list(difflib.unified_diff(before, after, lineterm="", n=0))[3:]
+        return "\n".join(line for line in changed if not line.startswith("@@"))
+
+    def key(self) -> str:
+        text = f"{self.path.name} {self.number} {self.module.code_for_node(self.new)} {self.module.code}"
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Finder(MutationVisitor):
+    """mutmut's visitor, that goes into decorated functions too and knows where it is."""
+
+    def __init__(self, path: Path, module: cst.Module, wrapper: MetadataWrapper) -> None:
+        super().__init__(mutation_operators, get_ignored_lines(str(path), module.code, wrapper, None))
+        self.path, self.module = path, module
+        self.found: list[Mutant] = []
+
+    def on_visit(self, node: cst.CSTNode) -> bool:
+        if isinstance(node, cst.Call) and isinstance(node.func, cst.Name) and node.func.value == "cast":
+            node.args[1].visit(self)
+            return False
+        return super().on_visit(node)
+
+    def _skip_node_and_children(self, node: cst.CSTNode) -> bool:
+        if isinstance(node, cst.FunctionDef):
+            return False
+        return isinstance(node, cst.Parameters) or super()._skip_node_and_children(node)
+
+    def _create_mutations(self, node: cst.CSTNode) -> None:
+        before = len(self.mutations)
+        super()._create_mutations(node)
+        for mutation in self.mutations[before:]:
+            function: Any = mutation.contained_by_top_level_function
+            if isinstance(function, cst.FunctionDef):
+                first = self.get_metadata(PositionProvider, (*function.decorators, function)[0]).start.line
+                place = self.get_metadata(PositionProvider, node, None) or self.get_metadata(PositionProvider, function)
+                lines = place.start.line, place.end.line
+                at = function.name.value, first
+                self.found.append(Mutant(self.path, self.module, node, mutation.mutated_node, lines, at, 0))
+
+
+def mutants_of(path: Path) -> list[Mutant]:
+    """Return all mutants of a file, in the order of its text."""
+    wrapper = MetadataWrapper(cst.parse_module(path.read_text()), unsafe_skip_copy=True)
+    finder = Finder(path, wrapper.module, wrapper)
+    wrapper.visit(finder)
+    for number, mutant in enumerate(finder.found):
+        mutant.number = number
+    return finder.found
+
+
+def in_order(files: list[list[Mutant]], seed: int, first: int) -> list[Mutant]:
+    """Shuffle mutants: `first` of every file, then all others; the same order for the same seed."""
+    shuffled = [random.Random(seed).sample(file, len(file)) for file in files]
+    rest = [mutant for file in shuffled for mutant in file[first:]]
+    random.Random(seed).shuffle(rest)
+    return [mutant for file in shuffled for mutant in file[:first]] + rest
+
+
+def functions(folder: Path) -> dict[tuple[str, str, int], list[types.FunctionType]]:
+    """Find the living functions of a folder by file, name and first line."""
+    found: dict[tuple[str, str, int], list[types.FunctionType]] = defaultdict(list)
+    for thing in gc.get_objects():
+        if isinstance(thing, types.FunctionType) and thing.__code__.co_filename.startswith(f"{folder}/"):
+            code = thing.__code__
+            found[code.co_filename, code.co_name, code.co_firstlineno].append(thing)
+    return found
+
+
+def codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from codes(constant)
+
+
+class Mutate:
+    """A plugin whose loop runs the tests once unmutated, then the tests of each mutant in a fork."""
+
+    def __init__(self, options: argparse.Namespace, known: dict[str, dict[str, Any]]) -> None:
+        self.options, self.known = options, known
+        self.seconds: dict[str, float] = {}
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        coverage_of = coverage.Coverage(data_file=None, source=["passes"], messages=False)
+        coverage_of.start()
+        for item, following in zip(session.items, [*session.items[1:], session.items[0]], strict=True):
+            coverage_of.switch_context(item.nodeid)
+            started = time.process_time()
+            reports = runtestprotocol(item, nextitem=following, log=False)
+            self.seconds[item.nodeid] = time.process_time() - started
+            if failed := [report.longreprtext for report in reports if report.failed]:
+                raise SystemExit(f"{item.nodeid} fails unmutated:\n{failed[0]}")
+        coverage_of.stop()
+        say(f"{len(session.items)} tests in {sum(self.seconds.values()):.0f} s of the CPU")
+        self.data = coverage_of.get_data()
+        self.functions = functions(ROOT / "passes")
+        files = [
+            mutants_of(path) for path in sorted((ROOT / "passes").glob(self.options.only)) if path.stem != "__init__"
+        ]
+        chosen = in_order(files, self.options.seed, self.options.first)[: self.options.most or None]
+        say(f"{sum(map(len, files))} mutants, {len(chosen)} of them chosen")
+        gc.freeze()
+        if (control := self.result(session, None, session.items))["status"] != "survived":
+            raise SystemExit(f"a fork without a mutant does not pass: {control['by']}")
+        for mutant in chosen:
+            key = mutant.key()
+            if key in self.known and self.known[key]["status"] not in self.options.again:
+                continue
+            if self.options.until and time.time() > self.options.until:
+                say("the time is over")
+                break
+            self.known[key] = self.result(session, mutant, self.tests(session, mutant)) | {"key": key}
+            with RESULTS.open("a") as file:
+                file.write(json.dumps(self.known[key]) + "\n")
+        report([self.known[key] for mutant in chosen if (key := mutant.key()) in self.known])
+        return True
+
+    def tests(self, session: pytest.Session, mutant: Mutant) -> list[pytest.Item]:
+        """Return tests that run a mutant's lines, at most so many as asked for: the file's own, then the quickest."""
+        contexts = self.data.contexts_by_lineno(str(mutant.path))
+        wanted = {name for line in range(mutant.lines[0], mutant.lines[1] + 1) for name in contexts.get(line, ())}
+        own = f"test_{mutant.path.stem}"
+        items = [item for item in session.items if item.nodeid in wanted]
+        items.sort(key=lambda item: (not item.path.name.startswith(own), self.seconds[item.nodeid]))
+        return items[: self.options.tests]
+
+    def result(self, session: pytest.Session, mutant: Mutant | None, tests: list[pytest.Item]) -> dict[str, Any]:
+        """Run tests on a mutant, or on no mutant at all."""
+        reader, writer = os.pipe()
+        started = time.time()
+        child = os.fork()
+        if child == 0:
+            os.close(reader)
+            self.child(session, mutant, tests, writer)
+        os.close(writer)
+        with os.fdopen(reader, "rb") as pipe:
+            said = pipe.read().decode()
+        status, usage = os.wait4(child, 0)[1:]
+        verdict, _, by = said.partition(" ")
+        if os.WIFSIGNALED(status):
+            stopped = os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGALRM, signal.SIGKILL)
+            verdict, by = ("timeout" if stopped else "killed"), f"signal {os.WTERMSIG(status)}"
+        elif verdict not in ("killed", "survived", "invalid"):
+            raise SystemExit(f"a fork ended without a verdict: {mutant and mutant.diff()}")
+        if verdict == "survived" and not tests:
+            verdict = "no tests"
+        shown: dict[str, Any] = {
+            "status": verdict,
+            "by": by,
+            "tests": len(tests),
+            "wall": round(time.time() - started, 2),
+        }
+        shown["seconds"] = round(usage.ru_utime + usage.ru_stime, 2)
+        if mutant is None:
+            return shown
+        return shown | {
+            "file": mutant.path.name,
+            "function": mutant.function[0],
+            "line": mutant.lines[0],
+            "diff": mutant.diff(),
+        }
+
+    def child(self, session: pytest.Session, mutant: Mutant | None, tests: list[pytest.Item], writer: int) -> None:
+        """Run the tests on the mutant; never returns."""
+        said = "killed"
+        try:
+            limit = SECONDS + int(sum(self.seconds[item.nodeid] for item in tests))
+            resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + BYTES,) * 2)
+            if mutant is not None and not self.change(session, mutant):
+                said, tests = "invalid", []
+            else:
+                said = "survived"
+            for item, following in zip(tests, [*tests[1:], *tests[-1:]], strict=True):
+                reports = runtestprotocol(item, nextitem=following, log=False)
+                if any(report.failed for report in reports):
+                    said = f"killed {item.nodeid}"
+                    break
+        except BaseException as error:
+            said = f"killed {type(error).__name__}"
+        finally:
+            os.write(writer, said.encode())
+            os._exit(0)
+
+    def change(self, session: pytest.Session, mutant: Mutant) -> bool:
+        """Give a function its mutated code; false where the mutant is no Python."""
+        try:
+            module = compile(mutant.source(), str(mutant.path), "exec", dont_inherit=True)
+            (code,) = [code for code in codes(module) if (code.co_name, code.co_firstlineno) == mutant.function]
+            for function in self.functions[str(mutant.path), *mutant.function]:
+                function.__code__ = code
+        except (SyntaxError, ValueError):
+            return False
+        if mutant.path.name in CAPTURING:
+            built = session._fixturemanager._arg2fixturedefs["_built"][0].cached_result
+            built[0].clear()
+        return True
+
+
+def say(text: str) -> None:
+    sys.__stderr__.write(text + "\n")
+    sys.__stderr__.flush()
+
+
+def report(results: list[dict[str, Any]]) -> None:
+    """Show survivors, and figures by file; timeouts count as killed, mutants that do not compile nowhere."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for result in sorted(results, key=lambda result: (result["file"], result["line"])):
+        counts[result["file"]][result["status"]] += 1
+        counts["all"][result["status"]] += 1
+        if result["status"] in ("survived", "no tests"):
+            say(f"{result['file']}:{result['line']} {result['status']} ({result['tests']} tests)\n{result['diff']}")
+    for name, count in counts.items():
+        killed, valid = count["killed"] + count["timeout"], count.total() - count["invalid"]
+        say(f"{name:28} {killed:5} of {valid:5} killed, {100 * killed / max(valid, 1):5.1f} %  {dict(count)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="*.py", help="files of passes/, as a pattern")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of mutants")
+    parser.add_argument("--first", type=int, default=20, help="so many of every file come first")
+    parser.add_argument("--most", type=int, default=0, help="stop after so many; 0 for all")
+    parser.add_argument("--tests", type=int, default=40, help="run at most so many tests on a mutant")
+    parser.add_argument("--until", type=float, default=0, help="start no mutant after this time, in seconds of Unix")
+    parser.add_argument("--again", nargs="*", default=[], help="statuses whose mutants run again: survived, 'no tests'")
+    options = parser.parse_args()
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    known = {result["key"]: result for result in map(json.loads, lines)}
+    arguments = ["tests/passes", "-q", "-p", "no:cacheprovider", "-p", "no:timeout", "--capture=no", "--no-header"]
+    sys.exit(pytest.main(arguments, plugins=[Mutate(options, known)]))
+
+
+if __name__ == "__main__":
+    main()
