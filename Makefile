@@ -14,7 +14,7 @@ NATIVE := $(VENV)/.native
 NATIVE_FILES := $(shell find exporters/native -name build -prune -o -type f -print)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage lint clean native sanitize package docs fuzz
+.PHONY: help demo test coverage lint clean native sanitize package docs fuzz mutate
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z.]*\):[^#]*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
@@ -69,6 +69,11 @@ docs: $(STAMP)  ## build the documentation site in build/site
 
 fuzz: $(STAMP)  ## feed every loader ten million bytes of mutated files and more; FUZZ_BYTES=..., FUZZ_SECONDS=... of atheris
 	IRC_FUZZ_SECONDS=$(or $(FUZZ_SECONDS),60) IRC_FUZZ_BYTES=$(or $(FUZZ_BYTES),10000000) $(BIN)/python -m pytest tests/irc/fuzz --timeout 7200
+
+mutate: $(STAMP)  ## run the tests of passes/ on mutants of it; MUTATE='--only match.py' or others, see its --help
+	@$(BIN)/python -c 'import mutmut, coverage' 2>/dev/null \
+	  || $(BIN)/python -m pip install --disable-pip-version-check --quiet 'mutmut>=3.8,<3.9' 'coverage>=7.6,<8'
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python -W ignore tests/mutation/mutate.py $(MUTATE)
 
 clean:  ## remove build/ and the caches; .venv stays
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,8 +1,8 @@
 """Mutation testing of `passes/`: `make mutate`. What is mutated is mutmut's choice, how mutants run is ours.
 
 mutmut's own runner starts the suite anew for every mutant, captures models anew with it, and leaves decorated functions
-alone, which all operators of the dialect are. Here the tests of `tests/passes` run once, under coverage. Every mutant is
-then a fork of that process, with the tiny models already captured, in which one function gets other code, and the tests
+alone: all operators of the dialect are such. Here the tests of `tests/passes` run once, under coverage. Every mutant is
+then a fork of that process, with the tiny models already captured, where one function gets other code and the tests
 that run its line are repeated until one fails. Constants of modules and defaults of arguments are not mutated, and
 neither are types that `cast` is given.
 
@@ -153,6 +153,15 @@ class Mutate:
     def __init__(self, options: argparse.Namespace, known: dict[str, dict[str, Any]]) -> None:
         self.options, self.known = options, known
         self.seconds: dict[str, float] = {}
+        self.built: dict[Any, Any] = {}
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef: pytest.FixtureDef[Any]) -> Iterator[Any]:
+        """Remember the captured models, which are a fixture of the session."""
+        result = yield
+        if fixturedef.argname == "_built":
+            self.built = result
+        return result
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         coverage_of = coverage.Coverage(data_file=None, source=["passes"], messages=False)
@@ -174,7 +183,7 @@ class Mutate:
         chosen = in_order(files, self.options.seed, self.options.first)[: self.options.most or None]
         say(f"{sum(map(len, files))} mutants, {len(chosen)} of them chosen")
         gc.freeze()
-        if (control := self.result(session, None, session.items))["status"] != "survived":
+        if (control := self.result(None, session.items))["status"] != "survived":
             raise SystemExit(f"a fork without a mutant does not pass: {control['by']}")
         for mutant in chosen:
             key = mutant.key()
@@ -183,7 +192,7 @@ class Mutate:
             if self.options.until and time.time() > self.options.until:
                 say("the time is over")
                 break
-            self.known[key] = self.result(session, mutant, self.tests(session, mutant)) | {"key": key}
+            self.known[key] = self.result(mutant, self.tests(session, mutant)) | {"key": key}
             with RESULTS.open("a") as file:
                 file.write(json.dumps(self.known[key]) + "\n")
         report([self.known[key] for mutant in chosen if (key := mutant.key()) in self.known])
@@ -198,14 +207,14 @@ class Mutate:
         items.sort(key=lambda item: (not item.path.name.startswith(own), self.seconds[item.nodeid]))
         return items[: self.options.tests]
 
-    def result(self, session: pytest.Session, mutant: Mutant | None, tests: list[pytest.Item]) -> dict[str, Any]:
+    def result(self, mutant: Mutant | None, tests: list[pytest.Item]) -> dict[str, Any]:
         """Run tests on a mutant, or on no mutant at all."""
         reader, writer = os.pipe()
         started = time.time()
         child = os.fork()
         if child == 0:
             os.close(reader)
-            self.child(session, mutant, tests, writer)
+            self.child(mutant, tests, writer)
         os.close(writer)
         with os.fdopen(reader, "rb") as pipe:
             said = pipe.read().decode()
@@ -215,7 +224,7 @@ class Mutate:
             stopped = os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGALRM, signal.SIGKILL)
             verdict, by = ("timeout" if stopped else "killed"), f"signal {os.WTERMSIG(status)}"
         elif verdict not in ("killed", "survived", "invalid"):
-            raise SystemExit(f"a fork ended without a verdict: {mutant and mutant.diff()}")
+            raise SystemExit(f"a fork ended without a verdict: {said} {mutant and mutant.diff()}")
         if verdict == "survived" and not tests:
             verdict = "no tests"
         shown: dict[str, Any] = {
@@ -234,15 +243,15 @@ class Mutate:
             "diff": mutant.diff(),
         }
 
-    def child(self, session: pytest.Session, mutant: Mutant | None, tests: list[pytest.Item], writer: int) -> None:
+    def child(self, mutant: Mutant | None, tests: list[pytest.Item], writer: int) -> None:
         """Run the tests on the mutant; never returns."""
-        said = "killed"
+        said = "error"
         try:
             limit = SECONDS + int(sum(self.seconds[item.nodeid] for item in tests))
             resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
             pages = int(Path("/proc/self/statm").read_text().split()[0])
             resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + BYTES,) * 2)
-            if mutant is not None and not self.change(session, mutant):
+            if mutant is not None and not self.change(mutant):
                 said, tests = "invalid", []
             else:
                 said = "survived"
@@ -252,12 +261,12 @@ class Mutate:
                     said = f"killed {item.nodeid}"
                     break
         except BaseException as error:
-            said = f"killed {type(error).__name__}"
+            said = f"error {error!r}"
         finally:
             os.write(writer, said.encode())
             os._exit(0)
 
-    def change(self, session: pytest.Session, mutant: Mutant) -> bool:
+    def change(self, mutant: Mutant) -> bool:
         """Give a function its mutated code; false where the mutant is no Python."""
         try:
             module = compile(mutant.source(), str(mutant.path), "exec", dont_inherit=True)
@@ -267,8 +276,7 @@ class Mutate:
         except (SyntaxError, ValueError):
             return False
         if mutant.path.name in CAPTURING:
-            built = session._fixturemanager._arg2fixturedefs["_built"][0].cached_result
-            built[0].clear()
+            self.built.clear()
         return True
 
 
@@ -293,6 +301,7 @@ def report(results: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="*.py", help="files of passes/, as a pattern")
+    parser.add_argument("--of", nargs="*", help="files of tests, in place of tests/passes")
     parser.add_argument("--seed", type=int, default=0, help="of the order of mutants")
     parser.add_argument("--first", type=int, default=20, help="so many of every file come first")
     parser.add_argument("--most", type=int, default=0, help="stop after so many; 0 for all")
@@ -303,7 +312,16 @@ def main() -> None:
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
     known = {result["key"]: result for result in map(json.loads, lines)}
-    arguments = ["tests/passes", "-q", "-p", "no:cacheprovider", "-p", "no:timeout", "--capture=no", "--no-header"]
+    arguments = [
+        *(options.of or ["tests/passes"]),
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:timeout",
+        "--capture=no",
+        "--no-header",
+    ]
     sys.exit(pytest.main(arguments, plugins=[Mutate(options, known)]))
 
 

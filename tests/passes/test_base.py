@@ -164,3 +164,15 @@ def test_finish_makes_the_new_graph_run(model: fx.GraphModule) -> None:
 def test_graph_of_tells_captured_from_leaf(model: fx.GraphModule) -> None:
     assert graph_of(model) is model.graph
     assert graph_of(nn.Linear(1, 1)) is None
+
+
+def test_dumps_go_to_a_folder_that_is_made_with_those_above_it(model: fx.GraphModule, tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    for _ in range(2):
+        PassManager([DoNothing()], dump_dir=folder).run(model)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "00-DoNothing.after.txt",
+        "00-DoNothing.before.txt",
+        "00-DoNothing.diff",
+    ]
+    assert (folder / "00-DoNothing.diff").read_text() == ""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 
 import pytest
@@ -115,4 +116,42 @@ def test_diff_shows_only_the_context_asked_for() -> None:
         "-d",
         "+X",
         " e",
+    ]
+
+
+def test_operators_of_other_namespaces_keep_them() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    rows = graph.call_function(torch.ops.irc.select_rows.default, (x,))
+    first = graph.call_function(operator.getitem, (rows, 0))
+    made = graph.call_function(torch.ops.aten.zeros.default, ([2],), {"layout": torch.strided, "dtype": None})
+    graph.output((first, [made, (x, 1)]))
+    assert print_graph(graph).splitlines()[1:] == [
+        "%1 = irc::select_rows.default(%0)",
+        "%2 = getitem(%1, 0)",
+        "%3 = zeros.default([2], dtype=None)",
+        "return [%2, [%3, [%0, 1]]]",
+    ]
+
+
+def test_parts_of_a_model_are_apart() -> None:
+    inner = fx.symbolic_trace(nn.Sequential(nn.ReLU()))
+    graph = fx.Graph()
+    graph.output(graph.call_module("inner", (graph.placeholder("x"),)))
+    assert print_model(fx.GraphModule(nn.ModuleDict({"inner": inner}), graph)) == (
+        "# (root)\n%0 = input\n%1 = call inner(%0)\nreturn %1\n\n# inner\n%0 = input\n%1 = call 0(%0)\nreturn %1\n"
+    )
+
+
+def test_a_diff_has_three_lines_of_context_unless_asked_otherwise() -> None:
+    before = "\n".join("abcdefghi")
+    assert unified_diff(before, before.replace("e", "X")).splitlines()[3:] == [
+        " b",
+        " c",
+        " d",
+        "-e",
+        "+X",
+        " f",
+        " g",
+        " h",
     ]
