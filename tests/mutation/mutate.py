@@ -12,12 +12,9 @@ Results are lines of JSON in `build/mutation/results.jsonl`; mutants that have a
 from __future__ import annotations
 
 import argparse
-import difflib
 import gc
-import hashlib
 import json
 import os
-import random
 import resource
 import signal
 import sys
@@ -25,109 +22,19 @@ import time
 import types
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import coverage
-import libcst as cst
 import pytest
 from _pytest.runner import runtestprotocol
-from libcst.metadata import MetadataWrapper, PositionProvider
-from mutmut.mutation.file_mutation import MutationVisitor, deep_replace
-from mutmut.mutation.mutators import mutation_operators
-from mutmut.mutation.pragma_handling import get_ignored_lines
+from find_mutants import Mutant, in_order, mutants_of
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "build/mutation/results.jsonl"
 # Run while models are captured: their mutants capture models anew.
 CAPTURING = {"clean_up.py", "set_device.py"}
 SECONDS, BYTES = 20, 4 << 30  # of the CPU and of memory, beside what the tests took unmutated
-
-
-@dataclass
-class Mutant:
-    """One change of one function.
-
-    Attributes:
-        path: The file.
-        module: Its tree.
-        old: The node that is replaced.
-        new: What it is replaced by.
-        lines: First and last line of the node.
-        function: Name and first line, decorators included, of the function.
-        number: Which mutant of the file it is.
-    """
-
-    path: Path
-    module: cst.Module
-    old: cst.CSTNode
-    new: cst.CSTNode
-    lines: tuple[int, int]
-    function: tuple[str, int]
-    number: int
-
-    def source(self) -> str:
-        return deep_replace(self.module, self.old, self.new).code
-
-    def diff(self) -> str:
-        before, after = self.module.code.splitlines(), self.source().splitlines()
-        changed = list(difflib.unified_diff(before, after, lineterm="", n=0))[3:]
-        return "\n".join(line for line in changed if not line.startswith("@@"))
-
-    def key(self) -> str:
-        text = f"{self.path.name} {self.number} {self.module.code_for_node(self.new)} {self.module.code}"
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-class Finder(MutationVisitor):
-    """mutmut's visitor, that goes into decorated functions too and knows where it is."""
-
-    def __init__(self, path: Path, module: cst.Module, wrapper: MetadataWrapper) -> None:
-        super().__init__(mutation_operators, get_ignored_lines(str(path), module.code, wrapper, None))
-        self.path, self.module = path, module
-        self.found: list[Mutant] = []
-
-    def on_visit(self, node: cst.CSTNode) -> bool:
-        if isinstance(node, cst.Call) and isinstance(node.func, cst.Name) and node.func.value == "cast":
-            node.args[1].visit(self)
-            return False
-        return super().on_visit(node)
-
-    def _skip_node_and_children(self, node: cst.CSTNode) -> bool:
-        if isinstance(node, cst.FunctionDef):
-            return False
-        return isinstance(node, cst.Parameters) or super()._skip_node_and_children(node)
-
-    def _create_mutations(self, node: cst.CSTNode) -> None:
-        before = len(self.mutations)
-        super()._create_mutations(node)
-        for mutation in self.mutations[before:]:
-            function: Any = mutation.contained_by_top_level_function
-            if isinstance(function, cst.FunctionDef):
-                first = self.get_metadata(PositionProvider, (*function.decorators, function)[0]).start.line
-                place = self.get_metadata(PositionProvider, node, None) or self.get_metadata(PositionProvider, function)
-                lines = place.start.line, place.end.line
-                at = function.name.value, first
-                self.found.append(Mutant(self.path, self.module, node, mutation.mutated_node, lines, at, 0))
-
-
-def mutants_of(path: Path) -> list[Mutant]:
-    """Return all mutants of a file, in the order of its text."""
-    wrapper = MetadataWrapper(cst.parse_module(path.read_text()), unsafe_skip_copy=True)
-    finder = Finder(path, wrapper.module, wrapper)
-    wrapper.visit(finder)
-    for number, mutant in enumerate(finder.found):
-        mutant.number = number
-    return finder.found
-
-
-def in_order(files: list[list[Mutant]], seed: int, first: int) -> list[Mutant]:
-    """Shuffle mutants: `first` of every file, then all others; the same order for the same seed."""
-    shuffled = [random.Random(seed).sample(file, len(file)) for file in files]
-    rest = [mutant for file in shuffled for mutant in file[first:]]
-    random.Random(seed).shuffle(rest)
-    return [mutant for file in shuffled for mutant in file[:first]] + rest
 
 
 def functions(folder: Path) -> dict[tuple[str, str, int], list[types.FunctionType]]:
@@ -192,7 +99,10 @@ class Mutate:
             if self.options.until and time.time() > self.options.until:
                 say("the time is over")
                 break
-            self.known[key] = self.result(mutant, self.tests(session, mutant)) | {"key": key}
+            tests = self.tests(session, mutant)
+            if self.options.of and not tests:  # what the other tests said stands
+                continue
+            self.known[key] = self.result(mutant, tests) | {"key": key}
             with RESULTS.open("a") as file:
                 file.write(json.dumps(self.known[key]) + "\n")
         report([self.known[key] for mutant in chosen if (key := mutant.key()) in self.known])
@@ -302,6 +212,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="*.py", help="files of passes/, as a pattern")
     parser.add_argument("--of", nargs="*", help="files of tests, in place of tests/passes")
+    parser.add_argument("-k", default="", help="which tests, as of pytest")
     parser.add_argument("--seed", type=int, default=0, help="of the order of mutants")
     parser.add_argument("--first", type=int, default=20, help="so many of every file come first")
     parser.add_argument("--most", type=int, default=0, help="stop after so many; 0 for all")

@@ -114,3 +114,18 @@ def test_model_without_units_is_refused_with_the_nearest_miss(captured_module: C
         "(0.ffn: none of its outputs is added to the residual stream); "
         "only decoder-only models of Llama's shape can be converted (ran before: none)"
     )
+
+
+def test_model_without_anything_to_miss_is_refused(captured_module: Callable, insert: InsertForecasters) -> None:
+    model = captured_module(nn.Sequential(nn.ReLU()), torch.randn(1, 3, 4))
+    with pytest.raises(PassError) as caught:
+        insert.requires(model)
+    assert (caught.value.where, caught.value.expected) == ("model", "no attention or FFN unit matched")
+
+
+def test_what_is_inserted_is_called_by_its_name(tiny: Callable, insert: InsertForecasters) -> None:
+    graph = tiny().graph
+    PassManager([insert]).run(graph)
+    calls = [node for node in graph.get_submodule("model.layers.1").graph.nodes if node.op == "call_module"]
+    named = [(node.name, node.target) for node in calls if node.target.endswith(("_forecaster", "_mux"))]
+    assert named == [(f"{unit}_{part}",) * 2 for unit in ("self_attn", "mlp") for part in ("forecaster", "mux")]

@@ -219,3 +219,17 @@ def test_a_second_run_changes_nothing_whatever_routers_read(tiny: Callable, inse
     text = print_model(graph)
     assert not PassManager(passes).run(graph).modified
     assert print_model(graph) == text
+
+
+@pytest.mark.parametrize("reads", ["stream", "layer"])
+def test_a_mux_outside_of_a_residual_add_is_refused(tiny: Callable, insertions: tuple, reads: str) -> None:
+    graph = tiny().graph
+    PassManager(insertions[:1]).run(graph)
+    layer = graph.get_submodule("model.layers.0").graph
+    mux = next(node for node in layer.nodes if node.target == "self_attn_mux")
+    next(iter(mux.users)).target = torch.ops.aten.sub.Tensor
+    with pytest.raises(PassError) as caught:
+        InsertRouters(lambda unit: Router(unit.width, 8), reads).call(graph)  # type: ignore[arg-type]
+    assert str(caught.value) == (
+        "model.layers.0.self_attn: expected the mux %self_attn_mux in a residual add; insert routers before lowering"
+    )

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import fx
 
 from irc.modules import RoutingControl, StoredKeys
 from passes.base import PassError, PassManager
@@ -115,3 +116,50 @@ def test_what_cannot_be_reduced_is_refused(tiny: Callable, insertions: tuple, co
     masks = MaskSkippedKeys(["model.layers.0.mlp"], lambda unit: StoredKeys(unit.name, control))
     with pytest.raises(PassError, match="expected an attention unit; choose from"):
         PassManager([*insertions, masks]).run(tiny().graph)
+
+
+SDPA = torch.ops.aten.scaled_dot_product_attention.default
+
+
+def _without_mask(graph: fx.Graph, scores: fx.Node) -> None:
+    scores.args = scores.args[:3]
+
+
+def _mask_made_inside(graph: fx.Graph, scores: fx.Node) -> None:
+    with graph.inserting_before(scores):
+        scores.update_arg(3, graph.call_function(torch.ops.aten.clone.default, (scores.args[3],)))
+
+
+def _one_present(graph: fx.Graph, scores: fx.Node) -> None:
+    output = next(node for node in graph.nodes if node.op == "output")
+    output.args = ([output.args[0][2], *output.args[0][1:]],)
+
+
+def _past_made_inside(graph: fx.Graph, scores: fx.Node) -> None:
+    joined = next(node for node in graph.nodes if node.target == torch.ops.aten.cat.default and node.args[1] == -2)
+    with graph.inserting_before(joined):
+        joined.args = ([graph.call_function(torch.ops.aten.clone.default, (joined.args[0][0],)), joined.args[0][1]], -2)
+
+
+@pytest.mark.parametrize("change", [_without_mask, _mask_made_inside, _one_present, _past_made_inside])
+def test_a_mask_or_a_cache_from_inside_is_refused(
+    tiny: Callable, insertions: tuple, control: RoutingControl, change: Callable
+) -> None:
+    graph = tiny().graph
+    PassManager(insertions).run(graph)
+    inner = graph.get_submodule(UNITS[0]).graph
+    change(inner, next(node for node in inner.nodes if node.target == SDPA))
+    with pytest.raises(PassError) as caught:
+        MaskSkippedKeys(UNITS[:1], lambda unit: StoredKeys(unit.name, control)).call(graph)
+    assert str(caught.value) == (
+        "model.layers.0.self_attn: its mask or its cache does not come from outside; "
+        "only captured attention with a mask and a key/value cache has this policy"
+    )
+
+
+def test_what_could_be_reduced_is_named(tiny: Callable, insertions: tuple, control: RoutingControl) -> None:
+    graph = tiny().graph
+    PassManager(insertions).run(graph)
+    with pytest.raises(PassError) as caught:
+        MaskSkippedKeys(["nothing"], lambda unit: StoredKeys(unit.name, control)).requires(graph)
+    assert str(caught.value) == f"nothing: expected an attention unit; choose from {UNITS[0]}, {UNITS[1]}"

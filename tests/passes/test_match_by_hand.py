@@ -215,3 +215,92 @@ def test_near_miss_says_why(captured_module: Callable, stage: type[Stage], ffn: 
     assert [refusal.name for refusal in found.refusals] == ["stage_0.grinder"]
     assert reason in found.refusals[0].reason
     assert found.why("grinder") == f"stage_0.grinder: not matched: {found.refusals[0].reason}"
+
+
+class SumOfTwo(Grinder):
+    """What leaves it is a sum of two linears: of the stream's width, and no linear."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + self.down(self.up(x))
+
+
+class NarrowSum(Grinder):
+    """What leaves it is a product of the wrong width."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)[..., :1] * 0.5
+
+
+class LateLinear(Grinder):
+    """No linear of it reads its input as it is."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(F.gelu(x))
+
+
+class LooseAttention(Blender):
+    """Attention whose result no linear makes."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 0.5
+
+
+class Calm(nn.Module):
+    """Holds no linear."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.gelu(x)
+
+
+def test_a_sum_of_the_width_of_the_stream_is_an_ffn(captured_module: Callable) -> None:
+    model = captured_module(Machine(Stage(SumOfTwo())), torch.randn(2, 5, WIDTH))
+    assert [unit.name for unit in match_units(model).units] == ["stage_0.blender", "stage_0.grinder"]
+
+
+@pytest.mark.parametrize(
+    ("ffn", "reason"),
+    [
+        (NarrowSum(), "its output is made by aten.mul.Tensor; expected a linear"),
+        (LateLinear(), "its linears read 0 inputs (none); expected one normed hidden state"),
+        (LooseAttention(), "its output is made by aten.mul.Tensor; expected a linear"),
+    ],
+    ids=["NarrowSum", "LateLinear", "LooseAttention"],
+)
+def test_the_whole_reason_of_a_near_miss(captured_module: Callable, ffn: nn.Module, reason: str) -> None:
+    model = captured_module(Machine(Stage(ffn)), torch.randn(2, 5, WIDTH))
+    found = match_units(model)
+    assert [(refusal.name, refusal.reason) for refusal in found.refusals] == [("stage_0.grinder", reason)]
+
+
+def test_what_holds_no_linear_is_neither_a_unit_nor_a_near_miss(captured_module: Callable) -> None:
+    found = match_units(captured_module(Machine(Stage(Calm())), torch.randn(2, 5, WIDTH)))
+    assert [unit.name for unit in found.units] == ["stage_0.blender"]
+    assert found.refusals == ()
+
+
+def test_a_layer_is_counted_where_its_first_unit_is_refused(captured_module: Callable) -> None:
+    """Of the first layer one unit is left, of the second none, of the third both: they are layers 0 and 1."""
+
+    class NoUnit(Stage):
+        def forward(self, stream: torch.Tensor) -> torch.Tensor:
+            return self.join(stream, self.calm_b(stream))
+
+    stages = Stage(Cumulative()), NoUnit(Rolled()), Stage(Grinder())
+    found = match_units(captured_module(Machine(*stages), torch.randn(2, 5, WIDTH)))
+    assert [(unit.name, unit.layer) for unit in found.units] == [
+        ("stage_0.blender", 0),
+        ("stage_2.blender", 1),
+        ("stage_2.grinder", 1),
+    ]
+    assert [refusal.name for refusal in found.refusals] == ["stage_0.grinder", "stage_1.grinder"]
+
+
+def test_the_outermost_graph_is_no_layer(captured_module: Callable) -> None:
+    found = match_units(captured_module(Stage(Grinder()), torch.randn(2, 5, WIDTH)))
+    assert (found.units, found.refusals) == ((), ())
+
+
+def test_a_submodule_without_a_graph_says_so(captured_module: Callable) -> None:
+    model = captured_module(Machine(Stage(Grinder())), torch.randn(2, 5, WIDTH))
+    model.get_submodule("stage_0").add_module("grinder", Grinder())
+    assert match_units(model).refusals[0].reason == "it was captured without a graph of its own"
