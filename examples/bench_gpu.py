@@ -39,8 +39,8 @@ def kernels(provider: str = "CUDAExecutionProvider") -> dict[str, list[dict[str,
     """Hold the operators against the eager dialect; by kind of kernels, one entry for each operator and type."""
     from dataclasses import asdict
 
-    from irc.native import installed_library
-    from irc.native_check import check_kernels
+    from irc.runtime.native import installed_library
+    from irc.runtime.native_check import check_kernels
 
     library = installed_library("cuda")
     kinds = {"portable": None} | ({"native": library.path} if library else {})
@@ -89,10 +89,10 @@ def correctness(work: Path, native: bool) -> dict[str, Any]:
 
     from irc.bench.models import bundle_pair
     from irc.bundle import save_bundle
-    from irc.checkpoint import find_base
-    from irc.modules import default_rank
-    from irc.routed import RoutingSpec, build_routed
-    from irc.runtime import Runtime
+    from irc.model.checkpoint import find_base
+    from irc.model.modules import default_rank
+    from irc.model.routed import RoutingSpec, build_routed
+    from irc.runtime.session import Runtime
 
     base = find_base("demo")
     model = build_routed(base, RoutingSpec(default_rank(base.config.hidden_size)))

@@ -82,9 +82,9 @@ def measure(shape: str, folder: Path | None) -> dict[str, float]:
     import torch
     from transformers import LlamaConfig
 
-    from irc.capture import assign_weights, capture
-    from irc.checkpoint import BaseModel
-    from irc.modules import Forecaster, Mux, Router, RoutingControl, default_rank, router_hidden
+    from irc.model.capture import assign_weights, capture
+    from irc.model.checkpoint import BaseModel
+    from irc.model.modules import Forecaster, Mux, Router, RoutingControl, default_rank, router_hidden
     from passes.base import PassManager
     from passes.insert_forecasters import InsertForecasters
     from passes.insert_routers import InsertRouters

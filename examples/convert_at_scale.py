@@ -54,7 +54,7 @@ def write_text(path: Path) -> None:
 
 def add_tokenizer(folder: Path) -> None:
     """Put the demo model's tokenizer beside random weights."""
-    from irc.checkpoint import find_base
+    from irc.model.checkpoint import find_base
 
     for path in find_base("demo").folder.glob("tokenizer*"):
         shutil.copyfile(path, folder / path.name)

@@ -15,8 +15,8 @@ from pathlib import Path
 from tiny_llama import converted
 
 import irc
-from irc.routes import read_routes
-from irc.routes_page import write_routes_page
+from irc.views.routes import read_routes
+from irc.views.routes_page import write_routes_page
 
 
 def main() -> None:

@@ -18,14 +18,14 @@ import torch
 from torch import nn
 
 from irc import console
-from irc.checkpoint import find_base
 from irc.config import Recipe
 from irc.data import load_text, pick, token_stream, windows
 from irc.evaluate import evaluate
-from irc.modules import Forecaster, forecast_error
+from irc.model.checkpoint import find_base
+from irc.model.modules import Forecaster, forecast_error
+from irc.model.routed import RoutedForCausalLM, RoutingSpec, build_routed
 from irc.pipeline import resolve
-from irc.routed import RoutedForCausalLM, RoutingSpec, build_routed
-from irc.stages import StageContext, cosine_schedule, run_lff
+from irc.training.stages import StageContext, cosine_schedule, run_lff
 
 STEPS, LR = 2_000, 1e-3
 

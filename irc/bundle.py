@@ -22,16 +22,16 @@ import yaml
 from safetensors.torch import load_file
 
 from irc.bundle_config import CONFIG, FORMAT_VERSION, read_config
-from irc.checkpoint import BaseModel, find_base
-from irc.dial import turn_dial
 from irc.errors import InputError
 from irc.key_policy import KeyPolicy, calibrated_keep, key_policy_of, set_key_policy
-from irc.lora import WEIGHTS, load_lora, save_lora
+from irc.model.checkpoint import BaseModel, find_base
+from irc.model.dial import turn_dial
+from irc.model.routed import RoutedForCausalLM, RoutingSpec, build_routed
 from irc.reading import check_links, first_line
-from irc.routed import RoutedForCausalLM, RoutingSpec, build_routed
 from irc.stage_recipes import LoraRecipe
 from irc.staging import staged
-from irc.train import write_safetensors
+from irc.training.loop import write_safetensors
+from irc.training.lora import WEIGHTS, load_lora, save_lora
 
 ADAPTER, LORA, METRICS, RECIPE, CARD = (
     "irc_adapter.safetensors",
@@ -58,7 +58,7 @@ def load(
             here may be downloaded, one that the bundle names is looked for in the local cache alone.
         dtype: `auto`, `fp32` or `bf16`.
         device: Where the model will run.
-        sparsity: Another share to skip than the bundle's own, within its dial (see `irc.dial`).
+        sparsity: Another share to skip than the bundle's own, within its dial (see `irc.model.dial`).
 
     Returns:
         A transformers model in eval mode: `model(input_ids, attention_mask)`, `model.generate(...)`.

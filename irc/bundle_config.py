@@ -8,8 +8,8 @@ from typing import Any
 
 from irc.config import recipe_from
 from irc.errors import InputError
+from irc.model.routed import RoutingSpec
 from irc.reading import read_json
-from irc.routed import RoutingSpec
 from irc.staging import replaced
 
 FORMAT_VERSION = 1  # a bundle of every version up to it loads: tests/data holds one of each

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from irc.errors import InputError
-from irc.modules import default_rank
-from irc.policies import Policy, policy_named
+from irc.model.modules import default_rank
+from irc.model.policies import Policy, policy_named
 from irc.reading_yaml import parse, shown
 from irc.ready_recipes import read_recipe
 from irc.stage_recipes import LffRecipe, LoraRecipe, RouterRecipe, setting

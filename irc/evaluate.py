@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
-from irc.flops import flops_ratio
-from irc.head import token_losses
-from irc.lora import adapters_off
-from irc.modules import Mode, Record
-from irc.routed import RoutedForCausalLM
-from irc.train import Progress
+from irc.model.flops import flops_ratio
+from irc.model.head import token_losses
+from irc.model.modules import Mode, Record
+from irc.model.routed import RoutedForCausalLM
+from irc.training.loop import Progress
+from irc.training.lora import adapters_off
 
 _BATCH_TOKENS = 4096
 

@@ -9,18 +9,18 @@ from typing import Any, cast
 import torch
 
 from irc.bundle import CONFIG, RECIPE, load
-from irc.checkpoint import BaseModel, find_base
 from irc.config import Recipe, check_key_policy, load_recipe
 from irc.data import Split, TextSource, load_text, pick, token_stream, windows
-from irc.dial import dial_round, turn_dial
 from irc.errors import InputError
 from irc.evaluate import evaluate, evaluate_routed
-from irc.flops import flops_ratio
 from irc.key_policy import KeyPolicy, calibrated_keep, key_policy_of, set_key_policy
 from irc.kv_sweep import kv_sweep
+from irc.model.checkpoint import BaseModel, find_base
+from irc.model.dial import dial_round, turn_dial
+from irc.model.flops import flops_ratio
+from irc.model.routed import RoutedForCausalLM, build_plain
 from irc.pipeline import result_metrics
-from irc.routed import RoutedForCausalLM, build_plain
-from irc.train import ProgressFactory
+from irc.training.loop import ProgressFactory
 
 
 def open_model(

@@ -16,18 +16,18 @@ from exporters.onnx_ops import OPSET, VERSION
 from exporters.triton import write_repository
 from irc import __version__
 from irc.bundle import file_sha256
-from irc.cache import cache_shape
-from irc.checkpoint import BaseModel
 from irc.dtypes import short_name
 from irc.errors import InputError
 from irc.evaluation_run import open_model
 from irc.key_policy import KeyPolicy, key_policy_of
-from irc.lora import merge_lora
-from irc.onnx_folder import FORMAT_VERSION, MANIFEST
-from irc.paging import MappedPages
-from irc.policies import policy_named, refuse_whole_sequences
-from irc.routed import RoutedForCausalLM
+from irc.model.cache import cache_shape
+from irc.model.checkpoint import BaseModel
+from irc.model.paging import MappedPages
+from irc.model.policies import policy_named, refuse_whole_sequences
+from irc.model.routed import RoutedForCausalLM
+from irc.runtime.folder import FORMAT_VERSION, MANIFEST
 from irc.staging import cannot_write, staged
+from irc.training.lora import merge_lora
 from passes.base import PassError
 
 LAYOUTS = ("onnx", "triton")

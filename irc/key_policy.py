@@ -7,8 +7,8 @@ from typing import Any, cast
 
 from irc.config import check_key_policy
 from irc.errors import InputError
-from irc.modules import StoredKeys
-from irc.routed import RoutedForCausalLM
+from irc.model.modules import StoredKeys
+from irc.model.routed import RoutedForCausalLM
 from passes.base import PassManager
 from passes.mask_skipped_keys import MaskSkippedKeys
 

@@ -9,8 +9,8 @@ import torch
 
 from irc.evaluate import evaluate_routed
 from irc.key_policy import KeyPolicy, calibrated_keep, key_policy_of, kv_saved, set_key_policy
-from irc.routed import RoutedForCausalLM
-from irc.train import ProgressFactory
+from irc.model.routed import RoutedForCausalLM
+from irc.training.loop import ProgressFactory
 
 
 def kv_sweep(

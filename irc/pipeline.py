@@ -11,22 +11,22 @@ from typing import Any, cast
 import torch
 
 from irc.bundle import CONFIG, write_bundle
-from irc.calibrate import dial_points
 from irc.card import model_card
-from irc.checkpoint import BaseModel, find_base
 from irc.config import Recipe, text_name
 from irc.data import Split, TextSource, load_text, pick, token_stream, windows
 from irc.errors import InputError, IrcError
 from irc.evaluate import Evaluation, evaluate
 from irc.key_policy import KeyPolicy, kv_facts, set_key_policy
-from irc.policies import policy_named
+from irc.model.checkpoint import BaseModel, find_base
+from irc.model.policies import policy_named
+from irc.model.routed import RoutedForCausalLM, RoutingSpec, build_routed
 from irc.reading import read_json
-from irc.routed import RoutedForCausalLM, RoutingSpec, build_routed
-from irc.sharding import check_batches, own_device
-from irc.stage_cache import StageCache
-from irc.stages import StageContext, check_text, prepare, run_lff, run_lora, run_router
 from irc.staging import staged
-from irc.train import ProgressFactory
+from irc.training.calibrate import dial_points
+from irc.training.loop import ProgressFactory
+from irc.training.sharding import check_batches, own_device
+from irc.training.stage_cache import StageCache
+from irc.training.stages import StageContext, check_text, prepare, run_lff, run_lora, run_router
 from irc.workspace import (
     check_same_recipe,
     drop,
@@ -99,7 +99,7 @@ def convert(
         force: Replace what is at `output`, and drop unfinished work.
         resume: Continue unfinished work; a finished bundle is returned as it is.
         stages: Folder of finished stages: one that was trained in just the same way is taken from there, a new one
-            is left there (see `irc.stage_cache`).
+            is left there (see `irc.training.stage_cache`).
 
     Returns:
         The metrics, as written to metrics.json.

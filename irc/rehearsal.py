@@ -19,8 +19,8 @@ from irc.config import Recipe
 from irc.errors import IrcError
 from irc.evaluate import evaluate
 from irc.pipeline import STAGE_RUNNERS, Conversion, capture_and_rewrite, read_inputs, resolve
-from irc.stages import StageContext
-from irc.train import Progress, ProgressFactory
+from irc.training.loop import Progress, ProgressFactory
+from irc.training.stages import StageContext
 
 _STEPS = 2
 _WINDOWS = 16  # as many as calibration and evaluation read at once

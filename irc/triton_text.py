@@ -17,8 +17,8 @@ import numpy as np
 
 from exporters.triton import OPTIONS
 from irc.errors import InputError
-from irc.generation import Generated, Generator, Sampling
-from irc.runtime import Runtime
+from irc.runtime.generation import Generated, Generator, Sampling
+from irc.runtime.session import Runtime
 
 log = logging.getLogger(__name__)
 _SAMPLING = ("temperature", "top_k", "top_p", "seed")

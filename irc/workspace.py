@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 from irc.bundle import adapter_tensors, set_adapter
 from irc.config import Recipe, recipe_from
 from irc.errors import InputError
-from irc.lora import load_lora, save_lora
+from irc.model.routed import RoutedForCausalLM
 from irc.reading import first_line, read_json, read_text
 from irc.reading_yaml import parse
-from irc.routed import RoutedForCausalLM
 from irc.staging import cannot_write, write_whole
-from irc.train import write_safetensors
+from irc.training.loop import write_safetensors
+from irc.training.lora import load_lora, save_lora
 
 _FREE_TO_CHANGE = frozenset({"checkpoint_seconds"})
 

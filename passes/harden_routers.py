@@ -20,7 +20,7 @@ class HardenRouters(Pass):
     """Replaces `mux(y, forecast, logits)` by a comparison and a `where`; a mux without a router passes y on.
 
     The comparison runs in float32 whatever the model's dtype; equal logits execute, and so do
-    logits that are no numbers, as in `irc.modules.Mux`.
+    logits that are no numbers, as in `irc.model.modules.Mux`.
     """
 
     def call(self, model: fx.GraphModule) -> PassResult:

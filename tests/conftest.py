@@ -22,9 +22,9 @@ from transformers import (
     logging,
 )
 
-from irc import routed
-from irc.cache import cache_shape
-from irc.capture import Captured, _relink, _root, assign_weights, capture
+from irc.model import routed
+from irc.model.cache import cache_shape
+from irc.model.capture import Captured, _relink, _root, assign_weights, capture
 
 logging.set_verbosity_error()
 torch.set_num_threads(1)  # tiny models only lose time to threads that wait for each other
@@ -131,7 +131,7 @@ def tiny_of() -> Callable[..., Tiny]:
 
 @pytest.fixture(scope="session")
 def captured_module() -> Callable[..., fx.GraphModule]:
-    """Give `captured_module(module, *inputs)`: any module captured in the way of `irc.capture`."""
+    """Give `captured_module(module, *inputs)`: any module captured in the way of `irc.model.capture`."""
 
     def make(module: nn.Module, *inputs: Any) -> fx.GraphModule:
         unflattened = unflatten(export(module.eval(), inputs, strict=False))
@@ -143,7 +143,7 @@ def captured_module() -> Callable[..., fx.GraphModule]:
 
 @pytest.fixture(scope="session")
 def copied_capture() -> Callable[[PretrainedConfig, torch.dtype], Captured]:
-    """Give `copied_capture(config, dtype)`: as `irc.capture.capture`, but each architecture is captured once."""
+    """Give `copied_capture(config, dtype)`: as `irc.model.capture.capture`, but each architecture is captured once."""
     known: dict[tuple[str, torch.dtype], Captured] = {}
 
     def copied(config: PretrainedConfig, dtype: torch.dtype) -> Captured:

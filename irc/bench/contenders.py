@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from irc.dtypes import torch_dtype
-from irc.onnx_cache import ELEMENTS, PROVIDERS, onnxruntime
-from irc.runtime import Runtime
+from irc.runtime.cache import ELEMENTS, PROVIDERS, onnxruntime
+from irc.runtime.session import Runtime
 
 Ids = NDArray[np.int64]
 

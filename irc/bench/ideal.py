@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from irc.dtypes import BYTES
-from irc.flops import flops_ratio, head_flops, unit_flops
-from irc.routed import RoutedForCausalLM
+from irc.model.flops import flops_ratio, head_flops, unit_flops
+from irc.model.routed import RoutedForCausalLM
 
 
 def dense_flops(model: RoutedForCausalLM, batch: int, tokens: int) -> float:
@@ -57,8 +57,8 @@ def ideal_prefill(model: RoutedForCausalLM, execute: NDArray[np.bool_]) -> float
 def ideal_decode(model: RoutedForCausalLM, execute: NDArray[np.bool_], past: float) -> float:
     """Return dense over routed bytes, weights and cache, that steps of one token a sequence read.
 
-    A linear's FLOPs for one token are twice its weights, so weights are counted by `irc.flops`. They are read once for
-    all sequences, if one of them executes; a cache by its own sequence alone.
+    A linear's FLOPs for one token are twice its weights, so weights are counted by `irc.model.flops`. They are read
+    once for all sequences, if one of them executes; a cache by its own sequence alone.
 
     Args:
         model: Rewritten model.

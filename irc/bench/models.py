@@ -11,13 +11,13 @@ from pathlib import Path
 
 from irc.bench.shapes import Shape
 from irc.bundle import load, save_bundle
-from irc.checkpoint import BaseModel, find_base
 from irc.dtypes import torch_dtype
 from irc.errors import InputError
 from irc.export import export
-from irc.modules import default_rank
-from irc.policies import policy_named, refuse_whole_sequences
-from irc.routed import RoutedForCausalLM, RoutingSpec, build_routed
+from irc.model.checkpoint import BaseModel, find_base
+from irc.model.modules import default_rank
+from irc.model.policies import policy_named, refuse_whole_sequences
+from irc.model.routed import RoutedForCausalLM, RoutingSpec, build_routed
 
 
 @dataclass

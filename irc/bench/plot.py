@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from irc.svg import BLACK, BLUE, ORANGE, svg
+from irc.views.svg import BLACK, BLUE, ORANGE, svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

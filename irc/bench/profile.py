@@ -10,7 +10,7 @@ from typing import Any
 from irc.bench.contenders import OurModel
 from irc.bench.measure import Work, begun
 from irc.bench.stage import Load, Stage
-from irc.runtime import Runtime
+from irc.runtime.session import Runtime
 
 _REPEATS = 3
 _CONTROL = ("If", "Loop")  # their time is that of the nodes inside, which are counted by themselves

@@ -17,8 +17,8 @@ from irc.bench.shapes import Shape
 from irc.bench.stage import PEERS, Load, Share, Stage, TextTokens
 from irc.dtypes import BYTES
 from irc.errors import InputError
-from irc.runtime import choose_provider
-from irc.train import ProgressFactory
+from irc.runtime.session import choose_provider
+from irc.training.loop import ProgressFactory
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def bench(
         progress: Makes progress bars.
         provider: Of ONNX Runtime.
         dtype: fp32, fp16 or bf16.
-        ops: Kernels of our operators, each choice timed by itself (see `irc.native.choose_library`).
+        ops: Kernels of our operators, each choice timed by itself (see `irc.runtime.native.choose_library`).
         peers: What is timed beside them, of `PEERS`.
         profile: Whether to say where the time goes, by operator.
         seed: Of weights, tokens and gates.

@@ -17,9 +17,9 @@ from irc.bench.measure import Timing, Work, decode_in_turns, prefill_in_turns
 from irc.bench.models import Pair, dense_export, genai_export, shallower
 from irc.bench.shapes import Shape
 from irc.errors import InputError
-from irc.flops import head_flops, unit_flops
+from irc.model.flops import head_flops, unit_flops
 from irc.reading import first_line
-from irc.runtime import Runtime
+from irc.runtime.session import Runtime
 
 log = logging.getLogger(__name__)
 

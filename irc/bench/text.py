@@ -6,10 +6,10 @@ from pathlib import Path
 
 from irc.bench.stage import TextTokens
 from irc.bundle import CONFIG, RECIPE, read_config
-from irc.checkpoint import find_base
 from irc.config import load_recipe
 from irc.data import load_text, token_stream
 from irc.errors import InputError
+from irc.model.checkpoint import find_base
 
 
 def heldout_tokens(bundle: str, data: str | None) -> TextTokens:

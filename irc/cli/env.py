@@ -10,7 +10,7 @@ import click
 from irc.cli.options import common_options
 
 if TYPE_CHECKING:
-    from irc.environment import Environment
+    from irc.runtime.environment import Environment
 
 
 @click.command()
@@ -22,7 +22,7 @@ def command(as_json: bool) -> None:
     still fail to load and be replaced by the CPU without a word.
     """
     from irc import console
-    from irc.environment import inspect_environment
+    from irc.runtime.environment import inspect_environment
 
     environment = inspect_environment()
     for warning in environment.warnings:
@@ -72,7 +72,7 @@ def _show(environment: Environment) -> None:
 
 
 def _cuda_kernels(library: Mapping[str, Any] | None) -> str:
-    from irc.native import UNTRIED
+    from irc.runtime.native import UNTRIED
 
     if library is None:
         return "none: nvcc was not found when the package was built"

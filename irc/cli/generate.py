@@ -30,8 +30,8 @@ from irc.cli.options import common_options, ops_option, provider_option, seed_op
 def command(folder: Path, prompt: str, as_json: bool, max_tokens: int, stop: tuple[str, ...], **flags: Any) -> None:
     """Continue PROMPT with FOLDER, what irc export wrote. Ctrl-C ends the text cleanly."""
     from irc import console
-    from irc.generation import Generator, Sampling
-    from irc.runtime import Runtime
+    from irc.runtime.generation import Generator, Sampling
+    from irc.runtime.session import Runtime
 
     provider, ops = flags.pop("provider"), flags.pop("ops")
     sampling = Sampling(**flags)

@@ -54,9 +54,10 @@ def command(
     For every unit: the share of tokens that execute it (keep), the cosine between its forecast and its
     output (recoverability), and its matrix-multiply FLOPs per token, dense and routed.
     """
-    from irc import console, inspection
+    from irc import console
     from irc.errors import InputError
     from irc.evaluation_run import open_model
+    from irc.views import inspection
 
     if html is not None and text is None:
         raise InputError("--html shows the decisions on a text; name one with --text")
@@ -83,8 +84,8 @@ def command(
 
 def _routes(opened: Any, model: str, text: str, tokens: int, html: Path | None) -> dict[str, Any]:
     """Return what the routers decide on a text; write the page where one is wanted."""
-    from irc.routes import read_routes
-    from irc.routes_page import write_routes_page
+    from irc.views.routes import read_routes
+    from irc.views.routes_page import write_routes_page
 
     routes = read_routes(opened, text, tokens)
     return routes.facts() if html is None else write_routes_page(routes, model, text, html)

@@ -11,7 +11,7 @@ from typing import Any
 
 from irc.config import Recipe, override
 from irc.errors import InputError
-from irc.policies import policy_named
+from irc.model.policies import policy_named
 
 DENSE = "dense"
 _FIXED = frozenset(

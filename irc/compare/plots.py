@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from irc.compare.results import Row, training_seconds
-from irc.svg import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, svg
+from irc.views.svg import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,7 +13,7 @@ from irc.compare import plots
 from irc.compare.results import Row
 from irc.compare.words import name_of, with_spread
 from irc.errors import InputError
-from irc.html import render
+from irc.views.html import render
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 

@@ -22,16 +22,16 @@ import yaml
 
 from irc import __version__
 from irc.bundle import METRICS, RECIPE
-from irc.checkpoint import find_base
 from irc.compare.cells import Cell, Plan, plan_facts
 from irc.compare.results import summarize
 from irc.config import Recipe
 from irc.data import load_text
 from irc.errors import InputError, IrcError
 from irc.evaluation_run import run_evaluation
+from irc.model.checkpoint import find_base
 from irc.pipeline import convert, resolve
 from irc.staging import write_whole
-from irc.train import ProgressFactory
+from irc.training.loop import ProgressFactory
 from irc.workspace import check_same_recipe
 
 log = logging.getLogger(__name__)

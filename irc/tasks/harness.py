@@ -16,14 +16,14 @@ from lm_eval.tasks import TaskManager
 from irc.data import load_text
 from irc.errors import InputError
 from irc.evaluation_run import open_model
-from irc.generation import Generator
 from irc.key_policy import KeyPolicy
-from irc.onnx_folder import MANIFEST
 from irc.reading import first_line
-from irc.runtime import Runtime
+from irc.runtime.folder import MANIFEST
+from irc.runtime.generation import Generator
+from irc.runtime.session import Runtime
 from irc.tasks.local import LOCAL, RECALL_TOKENS, write_tasks
 from irc.tasks.scorers import OnnxScorer, Scorer, TorchScorer
-from irc.train import ProgressFactory
+from irc.training.loop import ProgressFactory
 
 _BATCH_TOKENS = 4_096
 _MOST_NEW_TOKENS = 256

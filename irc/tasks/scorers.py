@@ -8,9 +8,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from irc.generation import Generator, Sampling
-from irc.modules import Mode, Record
-from irc.routed import RoutedForCausalLM
+from irc.model.modules import Mode, Record
+from irc.model.routed import RoutedForCausalLM
+from irc.runtime.generation import Generator, Sampling
 
 
 class Scorer(Protocol):

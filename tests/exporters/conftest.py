@@ -19,10 +19,10 @@ import torch
 from torch import fx
 
 from exporters.onnx import MODEL, CacheShape, Decision, export_onnx
-from irc.cache import cache_shape
-from irc.modules import Forecaster, Mux, Record, Router, RoutingControl, StoredKeys
-from irc.native import installed_library
-from irc.native_check import NodeRunner
+from irc.model.cache import cache_shape
+from irc.model.modules import Forecaster, Mux, Record, Router, RoutingControl, StoredKeys
+from irc.runtime.native import installed_library
+from irc.runtime.native_check import NodeRunner
 from passes.base import PassManager
 from passes.insert_forecasters import InsertForecasters
 from passes.insert_routers import InsertRouters

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from exporters.onnx_ops import DOMAIN, VERSION, function_protos
-from irc.native import installed_library
+from irc.runtime.native import installed_library
 from passes import dialect  # noqa: F401 - registers the operators
 
 LIBRARY = installed_library()

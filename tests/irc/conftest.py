@@ -22,14 +22,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from irc import console
-from irc.checkpoint import BaseModel, find_base
 from irc.config import Recipe
 from irc.data import load_text, token_stream
-from irc.lora import inject_lora, lora_parameters
-from irc.routed import RoutedForCausalLM, RoutingSpec, build_routed
+from irc.model.checkpoint import BaseModel, find_base
+from irc.model.routed import RoutedForCausalLM, RoutingSpec, build_routed
 from irc.stage_recipes import LffRecipe, LoraRecipe, RouterRecipe
-from irc.stages import StageContext
-from irc.train import ProgressFactory
+from irc.training.loop import ProgressFactory
+from irc.training.lora import inject_lora, lora_parameters
+from irc.training.stages import StageContext
 
 SEQ_LEN = 16
 CONFIG = {

@@ -15,7 +15,7 @@ import torch
 import irc
 from irc.bundle import ADAPTER, CONFIG, save_bundle
 from irc.errors import InputError, IrcError
-from irc.routed import RoutedForCausalLM, build_plain
+from irc.model.routed import RoutedForCausalLM, build_plain
 
 Make = Callable[..., RoutedForCausalLM]
 
@@ -191,7 +191,7 @@ def no_space(*arguments: object, **options: object) -> None:
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("failing", ["irc.train.save_file", "irc.bundle._write", "os.fsync", "os.replace"])
+@pytest.mark.parametrize("failing", ["irc.training.loop.save_file", "irc.bundle._write", "os.fsync", "os.replace"])
 def test_a_failing_save_leaves_the_old_bundle_whole(
     model: RoutedForCausalLM, bundle: Path, failing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

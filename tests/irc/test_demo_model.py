@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 
-from irc.checkpoint import find_base
 from irc.data import load_text, pick, token_stream, windows
 from irc.evaluate import evaluate
-from irc.routed import build_plain
+from irc.model.checkpoint import find_base
+from irc.model.routed import build_plain
 
 
 class Silent:

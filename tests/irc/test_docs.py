@@ -12,7 +12,7 @@ import pytest
 
 from irc.bundle import save_bundle
 from irc.cli import group
-from irc.routed import RoutedForCausalLM
+from irc.model.routed import RoutedForCausalLM
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

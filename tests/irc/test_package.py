@@ -95,7 +95,7 @@ def test_the_wheel_holds_every_file_of_the_packages_and_no_other(wheel: Path) ->
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert held == set().union(*map(files_of_package, PACKAGES))
     assert {f"{name}/py.typed" for name in PACKAGES} <= held
-    assert {"irc/demo/model.safetensors", "irc/demo/tokenizer.json", "irc/routes.html.j2"} <= held
+    assert {"irc/demo/model.safetensors", "irc/demo/tokenizer.json", "irc/views/routes.html.j2"} <= held
     assert any(name.startswith("irc/recipes/") and name.endswith(".yaml") for name in held)
 
 

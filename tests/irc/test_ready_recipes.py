@@ -8,7 +8,7 @@ import pytest
 
 from irc.config import load_recipe
 from irc.errors import InputError
-from irc.modules import router_hidden
+from irc.model.modules import router_hidden
 from irc.pipeline import resolve
 from irc.ready_recipes import read_recipe, ready_names
 

@@ -17,11 +17,11 @@ import pytest
 
 import irc
 from irc.bundle import CONFIG, file_sha256, save_bundle
-from irc.checkpoint import find_base
 from irc.errors import InputError
-from irc.onnx_folder import MANIFEST, open_folder
-from irc.routed import RoutedForCausalLM
-from irc.runtime import Runtime
+from irc.model.checkpoint import find_base
+from irc.model.routed import RoutedForCausalLM
+from irc.runtime.folder import MANIFEST, open_folder
+from irc.runtime.session import Runtime
 
 Make = Callable[..., RoutedForCausalLM]
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from irc.modules import Forecaster, Mux, Router, RoutingControl
+from irc.model.modules import Forecaster, Mux, Router, RoutingControl
 from passes.insert_forecasters import InsertForecasters
 from passes.insert_routers import InsertRouters
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from irc.modules import Mux, RoutingControl
+from irc.model.modules import Mux, RoutingControl
 from passes.base import PassManager
 from passes.harden_routers import HardenRouters
 from passes.printer import print_graph, print_model

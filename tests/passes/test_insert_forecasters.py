@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from irc.modules import Forecaster, Mux, RoutingControl
+from irc.model.modules import Forecaster, Mux, RoutingControl
 from passes.base import PassError, PassManager
 from passes.insert_forecasters import InsertForecasters
 from passes.match import match_units

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from irc.modules import Router, RoutingControl
+from irc.model.modules import Router, RoutingControl
 from passes.base import PassError, PassManager
 from passes.insert_routers import InsertRouters
 from passes.printer import print_graph, print_model

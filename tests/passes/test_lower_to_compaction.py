@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from irc.modules import RoutingControl, StoredKeys
+from irc.model.modules import RoutingControl, StoredKeys
 from passes.base import PassError, PassManager
 from passes.harden_routers import HardenRouters
 from passes.lower_to_compaction import LowerToCompaction

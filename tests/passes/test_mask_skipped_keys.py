@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import fx
 
-from irc.modules import RoutingControl, StoredKeys
+from irc.model.modules import RoutingControl, StoredKeys
 from passes.base import PassError, PassManager
 from passes.mask_skipped_keys import MaskSkippedKeys
 from passes.match import match_units

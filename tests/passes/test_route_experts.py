@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from irc.experts import Experts
+from irc.model.experts import Experts
 from passes.base import PassManager
 from passes.printer import print_model
 from passes.route_experts import RouteExperts

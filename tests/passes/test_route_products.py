@@ -10,8 +10,8 @@ import torch
 from torch import fx, nn
 
 from exporters.onnx import lowering
-from irc.experts import Experts
-from irc.modules import StoredKeys
+from irc.model.experts import Experts
+from irc.model.modules import StoredKeys
 from passes import route_products
 from passes.base import PassManager, finish, graph_of
 from passes.fuse_gates import FuseGates

@@ -6,7 +6,7 @@ import torch
 from torch import fx, nn
 from transformers import LlamaConfig
 
-from irc.capture import capture
+from irc.model.capture import capture
 from passes.base import PassManager
 from passes.printer import print_model
 from passes.set_device import SetDevice

@@ -16,11 +16,11 @@ from transformers import LlamaConfig
 
 from irc import console, evaluation_run
 from irc.bundle import save_bundle
-from irc.checkpoint import BaseModel
 from irc.cli import main
 from irc.cli.inspect import _short
 from irc.console import output
-from irc.routed import RoutingSpec, build_routed
+from irc.model.checkpoint import BaseModel
+from irc.model.routed import RoutingSpec, build_routed
 
 KEYS = "model base architecture policy forecaster layers seq_len parameters sparsity flops flops_ratio units refusals"
 UNIT_KEYS = "name kind layer hidden rank router_hidden keep_ratio recoverability flops parameters"

@@ -47,7 +47,7 @@ def adapter(folder: Path) -> Target:
 
 def checkpoint(folder: Path) -> Target:
     """A shard of weights, as far as it is read before the weights are used."""
-    from irc.checkpoint import find_base
+    from irc.model.checkpoint import find_base
 
     def load() -> None:
         base = find_base(str(folder))
@@ -64,7 +64,7 @@ def model_config(folder: Path) -> Target:
 
 def manifest(folder: Path) -> Target:
     from irc.export import export
-    from irc.onnx_folder import MANIFEST, open_folder
+    from irc.runtime.folder import MANIFEST, open_folder
 
     onnx = folder / "onnx"
     export(str(MODEL), onnx)
@@ -73,7 +73,7 @@ def manifest(folder: Path) -> Target:
 
 def onnx_model(folder: Path) -> Target:
     from irc.export import export
-    from irc.onnx_check import read_model
+    from irc.runtime.check import read_model
 
     onnx = folder / "onnx"
     export(str(MODEL), onnx)

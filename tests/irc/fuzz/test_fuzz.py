@@ -21,17 +21,17 @@ import yaml
 import irc
 from irc.bundle import ADAPTER, CONFIG, RECIPE, file_sha256, save_bundle
 from irc.bundle_config import read_config
-from irc.capture import Captured, assign_weights
-from irc.checkpoint import BaseModel, find_base
 from irc.config import Recipe, load_recipe
 from irc.errors import InputError
 from irc.export import export
-from irc.generation import Generator
-from irc.lora import WEIGHTS
-from irc.onnx_folder import MANIFEST, open_folder
+from irc.model.capture import Captured, assign_weights
+from irc.model.checkpoint import BaseModel, find_base
+from irc.model.routed import RoutedForCausalLM
 from irc.pipeline import resolve
-from irc.routed import RoutedForCausalLM
-from irc.runtime import Runtime
+from irc.runtime.folder import MANIFEST, open_folder
+from irc.runtime.generation import Generator
+from irc.runtime.session import Runtime
+from irc.training.lora import WEIGHTS
 
 FULL_LOADS = 8
 """Altered files of a loader that pass its checks and are then loaded wholly, which takes longer."""
@@ -63,7 +63,7 @@ def copied(model_folder: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def routed_onnx(base: BaseModel, shake: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from irc.routed import RoutingSpec, build_routed
+    from irc.model.routed import RoutingSpec, build_routed
 
     model = shake(build_routed(base, RoutingSpec(4), "fp32"))
     model.facts["base"] = base
@@ -142,8 +142,8 @@ def test_adapter(fuzz: Any, bundle: Path, make_routed: Any) -> None:
 
 
 def test_lora_weights(fuzz: Any, bundle: Path) -> None:
-    from irc.lora import load_lora
     from irc.stage_recipes import LoraRecipe
+    from irc.training.lora import load_lora
 
     model = irc.load(bundle)
     path = bundle / "lora" / WEIGHTS
@@ -173,7 +173,7 @@ def test_checkpoint_index(fuzz: Any, copied: Path) -> None:
 
 
 def test_model_config(fuzz: Any, copied: Path) -> None:
-    from irc.routed import build_plain
+    from irc.model.routed import build_plain
 
     few = Few(2)
 

@@ -15,7 +15,7 @@ import torch
 from irc.bundle import save_bundle
 from irc.data import Document
 from irc.errors import InputError
-from irc.routed import RoutedForCausalLM
+from irc.model.routed import RoutedForCausalLM
 from irc.tasks.local import LOCAL, RECALL_DISTANCE, write_tasks
 from irc.tasks.scorers import TorchScorer, cut
 

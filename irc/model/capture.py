@@ -1,0 +1,267 @@
+"""Capture: a Hugging Face causal language model becomes a graph per submodule, by torch.export.
+
+The model is captured as a twin on the meta device (no weights are touched, no memory is used), with a
+key/value cache and dynamic batch, length and past length. Afterwards the real linears are put back into
+the graphs and the weights are assigned, never copied.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import Dim, export, unflatten
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache
+from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_model
+
+from irc.errors import InputError
+from irc.model.cache import CACHE_NAME, cache_shape
+from irc.model.experts import separate_experts, stored_name
+from irc.reading import first_line
+from passes.base import PassManager
+from passes.clean_up import CleanUp
+from passes.set_device import SetDevice
+
+log = logging.getLogger(__name__)
+
+_BATCH, _LENGTH, _PAST = 2, 3, 5
+_CALL_NUMBER = re.compile(r"@\d+")
+_TESTED = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "smollm3": "SmolLM3",
+    "phi3": "Phi-3",
+    "granite": "Granite",
+    "olmo2": "OLMo 2",
+    "gemma": "Gemma",
+    "gemma3_text": "Gemma 3 (text)",
+    "mixtral": "Mixtral",
+    "qwen3_moe": "Qwen3-MoE",
+    "olmoe": "OLMoE",
+}
+*_FIRST, _LAST = _TESTED.values()
+SUPPORTED = f"a {', '.join(_FIRST)} or {_LAST} model"
+"""The architectures that are tested, for sentences."""
+
+_DYNAMIC_ROPE = frozenset({"dynamic", "longrope"})
+
+
+@dataclass
+class Captured:
+    """A captured model.
+
+    Attributes:
+        graph: `graph(input_ids, attention_mask, position_ids, *past)` returns
+            `(logits, *present)`; past and present are k0, v0, k1, v1, ..., each
+            [batch, key/value heads, length, head size]. Weights are meta until `assign_weights`.
+        config: The Hugging Face configuration.
+        dtype: Data type of the capture; another dtype needs a capture of its own.
+    """
+
+    graph: fx.GraphModule
+    config: PretrainedConfig
+    dtype: torch.dtype
+
+
+def capture(config: PretrainedConfig, dtype: torch.dtype) -> Captured:
+    """Capture the architecture that a configuration describes, on the meta device.
+
+    Args:
+        config: Of a causal language model; batch, length and past length become dynamic.
+        dtype: Data type of weights and activations.
+
+    Raises:
+        InputError: The architecture is none that transformers can build, or torch.export refuses it.
+    """
+    _refuse_unsupported(config)
+    twin = _meta_twin(config, dtype)
+    separate_experts(twin, config)
+    register_cache_pytrees_for_model(twin)
+    grad_mode = torch.is_grad_enabled()
+    try:
+        program = export(twin, (), _example_inputs(config, dtype), dynamic_shapes=_dynamic_shapes(config), strict=False)
+    except Exception as error:
+        raise InputError(
+            f"{config.model_type}: torch.export cannot capture this architecture ({first_line(error)}); "
+            f"convert {SUPPORTED}"
+        ) from error
+    finally:
+        torch.set_grad_enabled(grad_mode)
+    module = unflatten(program)
+    _relink(module, twin)
+    graph = _root(module)
+    _check_outputs(graph, config)
+    PassManager([CleanUp()]).run(graph)
+    return Captured(graph, config, dtype)
+
+
+def assign_weights(captured: Captured, weights: Mapping[str, torch.Tensor], device: torch.device | str = "cpu") -> None:
+    """Give a captured model its weights without copying them, and move its graphs to their device.
+
+    Args:
+        captured: Still on the meta device.
+        weights: Name to tensor, as in the original model's state dict (tied names may be missing).
+        device: Where the model will run.
+
+    Raises:
+        InputError: A weight is missing or has another shape than the configuration says.
+    """
+    shared: dict[str, nn.Parameter] = {}
+    model = captured.graph
+    tied = _tied_names(captured.config)
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        stored = stored_name(tied.get(name, name), captured.config)
+        source = weights.get(stored)
+        if source is None:
+            expected = f"expected {list(parameter.shape)}{_hint(captured.config)}"
+            raise InputError(f"weight {name} is missing from the checkpoint; {expected}")
+        if source.shape != parameter.shape:
+            raise InputError(f"weight {name} is {list(source.shape)}, the configuration says {list(parameter.shape)}")
+        if stored not in shared:
+            # A mixed-dtype checkpoint is converted here; the same dtype and device is no copy.
+            shared[stored] = nn.Parameter(source.detach().to(device, captured.dtype), requires_grad=False)
+        _set(model, name, shared[stored])
+    _rebuild_buffers(captured, device)
+    PassManager([SetDevice(device)]).run(model)
+
+
+def _hint(config: PretrainedConfig) -> str:
+    """Say that the architecture may be the reason, where it is none of those that are tested."""
+    if config.model_type in _TESTED:
+        return ""
+    return f" ({config.model_type} is not a supported architecture; convert {SUPPORTED})"
+
+
+def _refuse_unsupported(config: PretrainedConfig) -> None:
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kind = rope.get("rope_type", "default") if isinstance(rope, dict) else "default"
+    if kind in _DYNAMIC_ROPE:
+        raise InputError(
+            f"{config.model_type}: rope type '{kind}' changes with the text's length, which a graph cannot hold; "
+            "use a model with default, linear, yarn or llama3 rope"
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(f"{config.model_type}: encoder-decoder models are not supported; convert a decoder-only model")
+
+
+def _meta_twin(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        with torch.device("meta"):
+            twin: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    except Exception as error:
+        raise InputError(
+            f"{config.model_type}: transformers has no causal language model for it that can be captured "
+            f"({first_line(error)}); convert {SUPPORTED}"
+        ) from error
+    twin.train(False)
+    model: PreTrainedModel = twin
+    return model
+
+
+def _example_inputs(config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
+    layers, heads, size = cache_shape(config)
+    meta: dict[str, Any] = {"device": "meta"}
+    # Plain, not of the configuration: sliding layers too keep their whole past, and the mask cuts the window.
+    cache = DynamicCache()
+    for layer in range(layers):
+        key, value = (torch.zeros(_BATCH, heads, _PAST, size, dtype=dtype, **meta) for _ in range(2))
+        cache.update(key, value, layer)
+    return {
+        "input_ids": torch.zeros(_BATCH, _LENGTH, dtype=torch.int64, **meta),
+        "attention_mask": torch.ones(_BATCH, _PAST + _LENGTH, dtype=torch.int64, **meta),
+        "position_ids": torch.zeros(_BATCH, _LENGTH, dtype=torch.int64, **meta),
+        CACHE_NAME: cache,
+        "use_cache": True,
+    }
+
+
+def _dynamic_shapes(config: PretrainedConfig) -> dict[str, Any]:
+    auto = Dim.AUTO
+    tokens = {0: auto, 1: auto}
+    caches = [{0: auto, 2: auto} for _ in range(2 * config.num_hidden_layers)]
+    return {
+        "input_ids": tokens,
+        "attention_mask": tokens,
+        "position_ids": tokens,
+        CACHE_NAME: caches,
+        "use_cache": None,
+    }
+
+
+def _relink(module: nn.Module, twin: nn.Module) -> None:
+    """Put the twin's linears in the place of their captured graphs, so that peft and matching find them."""
+    for name, source in twin.named_modules():
+        if isinstance(source, nn.Linear):
+            try:
+                module.get_submodule(name)
+            except AttributeError:
+                continue
+            parent, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(parent), leaf, source)
+
+
+def _root(module: nn.Module) -> fx.GraphModule:
+    """Make the unflattened module's outermost graph a plain GraphModule with flat inputs and outputs."""
+    graph = module.graph
+    assert isinstance(graph, fx.Graph)
+    for node in graph.nodes:
+        if node.op == "placeholder" and node.name == "use_cache" and not node.users:
+            graph.erase_node(node)
+        elif node.op == "placeholder" and node.name.startswith(f"{CACHE_NAME}_"):
+            node.name = node.target = "past_key_values_" + node.name.removeprefix(f"{CACHE_NAME}_")
+    root = fx.GraphModule(module, graph, class_name="CapturedModel")
+    root.graph.lint()
+    return root
+
+
+def _check_outputs(graph: fx.GraphModule, config: PretrainedConfig) -> None:
+    """Refuse a model that returns no key/value cache, such as an encoder with a language model head."""
+    outputs = next(node for node in graph.graph.nodes if node.op == "output").args[0]
+    expected = 1 + 2 * config.num_hidden_layers
+    if len(outputs) != expected:
+        raise InputError(
+            f"{config.model_type}: the model returns {len(outputs)} tensors, expected {expected} (logits, and keys and "
+            "values of every layer); convert a decoder-only model with a key/value cache"
+        )
+
+
+def _set(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, parameter)
+
+
+def _tied_names(config: PretrainedConfig) -> dict[str, str]:
+    return {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
+
+
+def _rebuild_buffers(captured: Captured, device: torch.device | str) -> None:
+    """Compute non-persistent buffers (rotary frequencies), which a meta twin does not hold."""
+    twin = _meta_twin(captured.config, captured.dtype)
+    made: dict[str, nn.Module] = {}
+    for name, buffer in list(captured.graph.named_buffers(remove_duplicate=False)):
+        if buffer.device.type != "meta":
+            continue
+        captured_owner, _, leaf = name.rpartition(".")
+        owner = _CALL_NUMBER.sub("", captured_owner)  # a module that is called twice has two graphs
+        scale = getattr(twin.get_submodule(owner), "scalar_embed_scale", None)
+        if leaf == "embed_scale" and scale is not None:  # Gemma's embedding is built of more than the configuration
+            value = torch.tensor(scale, dtype=buffer.dtype, device=device)
+            setattr(captured.graph.get_submodule(captured_owner), leaf, value)
+            continue
+        if owner not in made:
+            try:
+                made[owner] = type(twin.get_submodule(owner))(captured.config)
+            except Exception as error:
+                raise InputError(
+                    f"buffer {name}: {owner} cannot be rebuilt ({error}); this architecture is not supported"
+                ) from error
+        value = getattr(made[owner], leaf).to(device)
+        setattr(captured.graph.get_submodule(captured_owner), leaf, value)

@@ -1,0 +1,242 @@
+"""The base model on disk: configuration, tokenizer, safetensors shards and their hash."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from irc.dtypes import LONG_NAMES, torch_dtype
+from irc.errors import InputError
+from irc.model.paging import MappedPages
+from irc.model.tokenizer import load_tokenizer
+from irc.reading import check_links, check_plain, first_line, read_json, read_text
+
+_SIZES = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "vocab_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+_LARGE_MODEL_BYTES = 2_000_000_000
+_PIECE = 1 << 22
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A causal language model in a local folder.
+
+    Attributes:
+        name: What the user asked for.
+        folder: Where its files are.
+    """
+
+    name: str
+    folder: Path
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        """Configuration; code that a folder may hold is never run."""
+        try:
+            read_text(self.folder / "config.json")  # of a size that can be read
+            config: PretrainedConfig = AutoConfig.from_pretrained(
+                self.folder, trust_remote_code=False, local_files_only=True
+            )
+        except Exception as error:
+            raise InputError(f"{self.name}: config.json cannot be used ({first_line(error)})") from error
+        return config
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Tokenizer of the folder."""
+        tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.folder, self.name)
+        tokenizer.model_max_length = int(1e30)  # windows are cut by us; no warning about long texts
+        return tokenizer
+
+    @property
+    def shards(self) -> list[Path]:
+        """The safetensors files, in order.
+
+        Raises:
+            InputError: There are none, or the index names one that is not there, or is outside of the folder.
+        """
+        index = self.folder / "model.safetensors.index.json"
+        if index.is_file():
+            try:
+                names = set(read_json(index)["weight_map"].values())
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                raise InputError(f"{index}: not a safetensors index") from error
+            shards = [self.folder / check_plain(name, index) for name in sorted(names, key=str)]
+        else:
+            shards = [self.folder / "model.safetensors"]
+        missing = [shard.name for shard in shards if not shard.is_file()]
+        if missing:
+            pickles = any(self.folder.glob("*.bin"))
+            why = (
+                "only pickled .bin weights, which are never loaded: save it with safe_serialization"
+                if pickles
+                else "no weights"
+            )
+            raise InputError(f"{self.name}: {missing[0]} is missing; the folder holds {why}")
+        return shards
+
+    def weights(self) -> Weights:
+        """Return all weights, memory-mapped: pages are read when they are touched."""
+        return Weights(self.shards)
+
+    def check_sizes(self, weights: Weights) -> None:
+        """Refuse a configuration of more layers or larger sizes than any weight has, before anything is made from it.
+
+        Raises:
+            InputError: Names the value and the largest that the checkpoint bears out.
+        """
+        largest = max((size for shape in weights.shapes.values() for size in shape), default=0)
+        for name in _SIZES:
+            value = getattr(self.config, name, None)
+            most = len(weights) if name == "num_hidden_layers" else largest
+            if value is not None and (type(value) is not int or not 0 < value <= most):
+                raise InputError(
+                    f"{self.name}: config.json says {name} {str(value)[:40]}, the checkpoint's weights allow for "
+                    f"{most} at most"
+                )
+
+    def check_finite(self) -> None:
+        """Refuse weights with NaN or infinity, naming the first; no shard stays in memory."""
+        for shard in self.shards:
+            tensors = _mapped(shard)
+            pages = MappedPages(tensors.values())
+            for key, tensor in tensors.items():
+                # In pieces: what isfinite allocates for a large embedding would be the peak of a conversion.
+                pieces = tensor.flatten().split(_PIECE) if tensor.is_floating_point() else ()
+                if not all(bool(torch.isfinite(piece).all()) for piece in pieces):
+                    raise InputError(
+                        f"{self.name}: weight {key} holds NaN or infinite values; the checkpoint is damaged"
+                    )
+                pages.release([tensor])
+
+    def sha256(self) -> str:
+        """Return the SHA-256 over all shards in order."""
+        digest = hashlib.sha256()
+        for shard in self.shards:
+            with shard.open("rb") as opened:
+                while block := opened.read(1 << 22):
+                    digest.update(block)
+        return digest.hexdigest()
+
+    def identity(self) -> str:
+        """Return a SHA-256 of all that decides what the model computes: weights, configuration and tokenizer.
+
+        Names, paths and versions of libraries in the configuration do not count.
+        """
+        ignored = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
+        config = {key: value for key, value in self.config.to_dict().items() if key not in ignored}
+        digest = hashlib.sha256((self.sha256() + json.dumps(config, sort_keys=True, default=str)).encode())
+        for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt"):
+            if (self.folder / name).is_file():
+                digest.update((self.folder / name).read_bytes())
+        return digest.hexdigest()
+
+    def dtype(self, wanted: str) -> torch.dtype:
+        """Resolve a `--dtype`: `auto` is fp32, but bf16 for checkpoints over 2 GB."""
+        if wanted != "auto":
+            try:
+                return torch_dtype(wanted)
+            except KeyError:
+                known = ", ".join(("auto", *LONG_NAMES, *LONG_NAMES.values()))
+                raise InputError(f"dtype is '{wanted}'; choose from {known}") from None
+        size = sum(shard.stat().st_size for shard in self.shards)
+        return torch.bfloat16 if size > _LARGE_MODEL_BYTES else torch.float32
+
+
+def find_base(name: str, revision: str | None = None, *, ask_hub: bool = True) -> BaseModel:
+    """Resolve MODEL: `demo`, a local folder, or a hub id (downloaded, safetensors only).
+
+    Args:
+        name: What is looked for.
+        revision: Of a hub id.
+        ask_hub: False where a folder names the model and not the user: then only the local cache is looked at.
+
+    Raises:
+        InputError: Nothing is there under that name, or the folder holds a link that leads out of it.
+    """
+    if name == "demo":
+        return BaseModel(name, Path(str(resources.files("irc"))) / "demo")
+    folder = Path(name)
+    if _is_folder(folder):
+        if not (folder / "config.json").is_file():
+            raise InputError(f"{name}: no config.json in this folder; give a Hugging Face model folder")
+        check_links(folder)
+        return BaseModel(name, folder)
+    if len(name) > 200 or folder.exists() or name.startswith((".", "/")) or name.count("/") != 1:
+        raise InputError(
+            f"{name[:200]}: there is no such model folder; give a folder, a hub id such as org/name, or demo"
+        )
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "tokenizer*", "*.txt"]
+    try:
+        path = snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=not ask_hub)
+    except Exception as error:
+        if not ask_hub:
+            raise InputError(
+                f"{name}: is neither a folder here nor in the local cache, and what a folder names is not downloaded; "
+                f"name it yourself (--base or --bundle {name}) to download it"
+            ) from error
+        raise InputError(f"{name}: no such folder, and the hub did not give it ({first_line(error)})") from error
+    check_links(Path(path))
+    return BaseModel(name, Path(path))
+
+
+class Weights(Mapping[str, torch.Tensor]):
+    """Weights by name. Only one shard is held: what a reader converts or copies leaves memory with its shard.
+
+    Attributes:
+        shapes: Of all weights.
+    """
+
+    def __init__(self, shards: Sequence[Path]) -> None:
+        self._shard: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for shard in shards:
+            for key, tensor in _mapped(shard).items():
+                self._shard[key], self.shapes[key] = shard, tuple(tensor.shape)
+        self._current: tuple[Path | None, dict[str, torch.Tensor]] = (None, {})
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        shard = self._shard[name]
+        if self._current[0] != shard:
+            self._current = (None, {})
+            self._current = (shard, _mapped(shard))
+        return self._current[1][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shard)
+
+    def __len__(self) -> int:
+        return len(self._shard)
+
+
+def _mapped(shard: Path) -> dict[str, torch.Tensor]:
+    try:
+        with safe_open(shard, framework="pt") as opened:
+            return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - safe_open is no mapping
+    except Exception as error:
+        raise InputError(f"{shard}: truncated or not a safetensors file ({first_line(error)})") from error
+
+
+def _is_folder(folder: Path) -> bool:
+    try:
+        return folder.is_dir()
+    except (OSError, ValueError):  # a name that no file can have
+        return False

@@ -1,0 +1,1 @@
+"""Exported folders on ONNX Runtime: checked, run, continued, held against PyTorch; where our operators' kernels are."""

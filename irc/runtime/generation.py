@@ -1,0 +1,253 @@
+"""Generates text with an exported model: greedy or sampled, streamed, stopped by strings or the end of text."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from irc.errors import InputError
+from irc.model.tokenizer import load_tokenizer
+from irc.reading import read_text
+from irc.runtime.session import Runtime, Step
+
+_COLDEST = 1e-3
+_TAIL = 16
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: 0 takes the likeliest token; above, logits are divided by it and sampled.
+        top_k: Sample among the k likeliest; 0 among all.
+        top_p: Sample among the likeliest that together have this probability.
+        seed: Of the sampling.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def check(self) -> None:
+        """Refuse values that mean nothing."""
+        if self.temperature != 0 and not _COLDEST <= self.temperature < math.inf:
+            raise InputError(f"temperature is {self.temperature}; give 0 (greedy), or {_COLDEST} or more")
+        if self.top_k < 0:
+            raise InputError(f"top_k is {self.top_k}; give 0 (all) or more")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p is {self.top_p}; give a share above 0, at most 1")
+
+
+@dataclass
+class Generated:
+    """A finished text.
+
+    Attributes:
+        text: Without the prompt, up to a stop string.
+        tokens: Ids that were generated.
+        stopped: `end` (end of text), `stop` (a stop string), `length`, `context` or `interrupted`.
+        prompt_tokens: Tokens of the prompt.
+        prefill_seconds: Until the first token.
+        decode_seconds: From the first token on.
+        executed: Executed (token, unit) pairs.
+        pairs: All (token, unit) pairs.
+        kv_saved: Share of keys and values that were not stored.
+    """
+
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    stopped: str = "length"
+    prompt_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    executed: int = 0
+    pairs: int = 0
+    kv_saved: float = 0.0
+
+    @property
+    def skipped(self) -> float:
+        """Share of (token, unit) pairs that were approximated."""
+        return 1 - self.executed / self.pairs if self.pairs else 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Generated tokens per second after the first."""
+        return (len(self.tokens) - 1) / self.decode_seconds if len(self.tokens) > 1 else 0.0
+
+    def count(self, step: Step) -> None:
+        """Add a step's decisions."""
+        self.executed += int(step.execute.sum())
+        self.pairs += step.execute.size
+
+
+class Generator:
+    """A runtime with its tokenizer.
+
+    Args:
+        runtime: The session.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        folder = runtime.exported.folder
+        self.tokenizer: Any = load_tokenizer(folder, str(folder))
+        self.end = _end_tokens(folder, self.tokenizer)
+
+    def encode(self, prompt: str) -> list[int]:
+        """Return the ids of a prompt.
+
+        Raises:
+            InputError: It is no valid text, has no token, or fills the model's context.
+        """
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError(f"the prompt is not valid UTF-8 (character {error.start}); give text") from error
+        ids: list[int] = self.tokenizer(prompt)["input_ids"]
+        if not ids:
+            raise InputError("the prompt has no token; give at least one character")
+        limit = self.runtime.exported.manifest.get("context_length")
+        if limit and len(ids) >= limit:
+            raise InputError(f"the prompt has {len(ids)} tokens, the model's context is {limit}; give a shorter prompt")
+        return ids
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        max_tokens: int = 128,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        emit: Callable[[str], None] = lambda piece: None,
+    ) -> Generated:
+        """Continue a prompt.
+
+        Args:
+            prompt: Text.
+            max_tokens: At most so many new tokens.
+            sampling: Greedy when None.
+            stop: Strings that end the text; they are not part of it.
+            emit: Told each piece of text as soon as it is sure.
+
+        Returns:
+            The text and its figures; an interrupt (Ctrl-C) ends the text, it does not raise.
+        """
+        sampling = sampling or Sampling()
+        sampling.check()
+        ids = self.encode(prompt)
+        result = Generated(prompt_tokens=len(ids))
+        limit = self.runtime.exported.manifest.get("context_length") or len(ids) + max_tokens
+        room = min(max_tokens, limit - len(ids))
+        try:
+            self._loop(ids, room, sampling, list(stop), emit, result)
+        except KeyboardInterrupt:
+            result.stopped = "interrupted"
+        else:
+            if result.stopped == "length" and room < max_tokens:
+                result.stopped = "context"
+        return result
+
+    def continue_ids(self, ids: list[int], max_tokens: int) -> list[int]:
+        """Return the greedy continuation of ids, up to the end of text."""
+        result = Generated()
+        self._loop(ids, max_tokens, Sampling(), [], lambda piece: None, result)
+        return result.tokens
+
+    def _loop(
+        self,
+        ids: list[int],
+        room: int,
+        sampling: Sampling,
+        stop: list[str],
+        emit: Callable[[str], None],
+        result: Generated,
+    ) -> None:
+        random = np.random.default_rng(sampling.seed)
+        cache = self.runtime.empty_cache(1)
+        new, sent = ids, 0
+        started = time.monotonic()
+        while len(result.tokens) < room:
+            mask = np.ones((1, cache.length + len(new)), dtype=np.int64)
+            step = self.runtime.step(np.array([new], dtype=np.int64), mask, cache, last=True)
+            result.count(step)
+            result.kv_saved = cache.saved()
+            token = choose(step.logits[0, -1], sampling, random)
+            now = time.monotonic()
+            if not result.tokens:
+                result.prefill_seconds = now - started
+            result.decode_seconds = now - started - result.prefill_seconds
+            if token in self.end:
+                result.stopped = "end"
+                break
+            result.tokens.append(token)
+            new = [token]
+            text = self._text_after(ids[-_TAIL:], result.tokens)
+            cut = min((text.find(mark) for mark in stop if mark and mark in text), default=-1)
+            if cut >= 0:
+                text, result.stopped = text[:cut], "stop"
+            sure = len(text) if cut >= 0 else _sure(text, stop)
+            emit(text[sent:sure])
+            sent, result.text = max(sent, sure), text
+            if cut >= 0:
+                break
+        emit(result.text[sent:])
+
+    def _text_after(self, before: list[int], new: list[int]) -> str:
+        """Return the text of new tokens as it stands after others: some tokenizers drop a space that begins a text."""
+        start: str = self.tokenizer.decode(before, skip_special_tokens=True)
+        whole: str = self.tokenizer.decode(before + new, skip_special_tokens=True)
+        if whole.startswith(start):
+            return whole[len(start) :]
+        alone: str = self.tokenizer.decode(new, skip_special_tokens=True)
+        return alone  # the last character of the prompt was half a character
+
+
+def choose(logits: NDArray[np.float32], sampling: Sampling, random: np.random.Generator) -> int:
+    """Choose a token from logits [vocabulary]."""
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    scaled = logits.astype(np.float64) / sampling.temperature
+    order = np.argsort(-scaled, kind="stable")
+    if sampling.top_k:
+        order = order[: sampling.top_k]
+    chances = np.exp(scaled[order] - scaled[order[0]])
+    chances /= chances.sum()
+    if sampling.top_p < 1:
+        keep = int(np.searchsorted(np.cumsum(chances), sampling.top_p)) + 1
+        order, chances = order[:keep], chances[:keep] / chances[:keep].sum()
+    return int(random.choice(order, p=chances))
+
+
+def _sure(text: str, stop: Sequence[str]) -> int:
+    """Return how much of a text cannot change any more: no half character, no beginning of a stop string at its end."""
+    sure = len(text.rstrip("\N{REPLACEMENT CHARACTER}"))
+    for mark in stop:
+        for size in range(min(len(mark) - 1, sure), 0, -1):
+            if text[:sure].endswith(mark[:size]):
+                sure = min(sure, sure - size)
+                break
+    return sure
+
+
+def _end_tokens(folder: Path, tokenizer: Any) -> frozenset[int]:
+    from transformers import GenerationConfig
+
+    ends: list[Any] = [tokenizer.eos_token_id]
+    if (folder / "generation_config.json").is_file():
+        try:
+            read_text(folder / "generation_config.json")  # of a size that can be read
+            stated = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
+            ends += stated if isinstance(stated, list) else [stated]
+            return frozenset(int(end) for end in ends if end is not None)
+        except Exception as error:
+            raise InputError(f"{folder / 'generation_config.json'}: damaged; export again") from error
+    return frozenset() if tokenizer.eos_token_id is None else frozenset([int(tokenizer.eos_token_id)])

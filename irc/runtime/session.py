@@ -1,0 +1,239 @@
+"""Runs an ONNX folder on ONNX Runtime: the best provider that really loads, IO binding, the cache handed on."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from exporters.onnx import PAST, PRESENT
+from irc.errors import InputError
+from irc.reading import first_line
+from irc.runtime.additions import DIFFERENCES, FIRST, FORCED, add_decisions, add_first_token
+from irc.runtime.cache import PROVIDERS, Cache, CacheLayout, PlacedCache, onnxruntime
+from irc.runtime.check import read_model
+from irc.runtime.folder import OnnxFolder, open_folder
+from irc.runtime.native import choose_library
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one call of the model gave.
+
+    Attributes:
+        logits: float32 [batch, tokens, vocabulary]; one token where only the last was asked for.
+        execute: bool [units, batch, tokens], true where a unit ran; no units for a dense model.
+        difference: float32 [units, batch, tokens], execute logit minus approximate logit.
+    """
+
+    logits: NDArray[np.float32]
+    execute: NDArray[np.bool_]
+    difference: NDArray[np.float32]
+
+
+class Runtime:
+    """An ONNX Runtime session of an exported model.
+
+    Args:
+        folder: What `irc export` wrote.
+        provider: `auto`, `cpu` or `cuda`.
+        threads: Of one operator; 0 leaves it to ONNX Runtime.
+        forced: Whether `step` is given the decisions instead of following the routers, which run all the same.
+        ops: Kernels of the operators of domain `irc`: `auto`, `native`, `portable` or a library's path, as
+            `irc.runtime.native.choose_library` has them.
+        profile: Where ONNX Runtime writes what each kernel took (see `end_profile`); None for no profile.
+        tf32: Whether ONNX Runtime may round what products of fp32 read to ten bits on CUDA, as it does by default;
+            native operators never do.
+
+    Raises:
+        InputError: The folder is damaged, or the provider or the library does not load or lacks the model's data type.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        provider: str = "auto",
+        threads: int = 0,
+        forced: bool = False,
+        ops: str = "auto",
+        profile: Path | None = None,
+        tf32: bool = True,
+    ) -> None:
+        self.exported: OnnxFolder = open_folder(folder)
+        self.provider = choose_provider(provider)
+        if self.provider == "cpu" and self.exported.dtype == "bf16":
+            raise InputError(f"{folder}: ONNX Runtime's CPU provider cannot run bf16; export with --dtype fp32 or fp16")
+        ort = onnxruntime()
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        if profile is not None:
+            options.enable_profiling, options.profile_file_prefix = True, str(profile)
+        # Threads wait in a loop within a call, which is fast, and stop when it ends, which leaves the cores to others.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(self.exported.model.parent.resolve())
+        )
+        # A model without routed units has no operator of ours.
+        routed = bool(self.exported.decisions)
+        library = choose_library(ops, self.provider, self.exported.dtype) if routed else None
+        if library:
+            try:
+                options.register_custom_ops_library(str(library.path))
+            except Exception as error:
+                reason = f"{library.path}: ONNX Runtime cannot register it ({first_line(error, 300)})"
+                if ops != "auto":
+                    raise InputError(reason) from error
+                log.warning("native operators are not used, portable ones are: %s", reason)
+                library = None
+        self.ops = "native" if library else "portable"
+        model, routed_attention = _additions(self.exported, forced)
+        exact = self.provider == "cuda" and not tf32
+        how: Any = (PROVIDERS["cuda"], {"use_tf32": "0"}) if exact else PROVIDERS[self.provider]
+        try:
+            self._session = ort.InferenceSession(model, options, providers=[how])
+        except Exception as error:
+            raise InputError(f"{folder}: ONNX Runtime cannot load it ({first_line(error, 300)})") from error
+        self._forced = forced and bool(self.exported.decisions)
+        cache = self.exported.cache
+        found = {value.name: value.shape for value in self._session.get_inputs() if value.name.startswith(PAST)}
+        described = 2 * cache.layers + len(cache.reduced)
+        if len(found) != described:
+            raise InputError(
+                f"{folder}: the model has {len(found)} cache inputs, irc.json describes {described}; export again"
+            )
+        names = [f"{layer}.{part}" for layer in range(cache.layers) for part in ("key", "value")]
+        names += [f"{layer}.slots" for layer in cache.reduced]
+        past, present = ([f"{stem}.{name}" for name in names] for stem in (PAST, PRESENT))
+        outputs = {value.name for value in self._session.get_outputs()}
+        shapes = [found[name] for name in past[: 2 * cache.layers] if name in found]
+        if (
+            found.keys() != set(past)
+            or not outputs.issuperset(["logits", *present])
+            or any(len(shape) != 4 or [shape[1], shape[3]] != [cache.heads, cache.size] for shape in shapes)
+        ):
+            raise InputError(f"{folder}: the model's cache is not the one that irc.json describes; export again")
+        context = self.exported.manifest.get("context_length")
+        self._layout = CacheLayout(
+            past, present, cache.layers, cache.heads, cache.size, self.exported.dtype, self.provider, context
+        )
+        self._outputs = ["logits", *([DIFFERENCES] if self.exported.decisions else [])]
+        can = library is not None and library.cache_with_room and self.exported.counts_past_by_mask
+        self.in_place = can and routed_attention == cache.layers
+
+    @property
+    def device(self) -> str:
+        """Where the cache lies: `cpu` or `cuda`."""
+        return self.provider
+
+    def end_profile(self) -> Path:
+        """End the profile; return ONNX Runtime's trace (JSON)."""
+        return Path(self._session.end_profiling())
+
+    def empty_cache(self, batch: int) -> Cache:
+        """Return the cache of a text that has not begun."""
+        return (PlacedCache if self.in_place else Cache)(self._layout, batch)
+
+    def step(
+        self,
+        ids: NDArray[np.int64],
+        mask: NDArray[np.int64],
+        cache: Cache,
+        execute: NDArray[np.bool_] | None = None,
+        *,
+        fetch: bool = True,
+        last: bool = False,
+    ) -> Step:
+        """Run the model on new tokens; the cache grows in place.
+
+        Args:
+            ids: [batch, tokens].
+            mask: [batch, cached + tokens], 0 on padding.
+            cache: Of the tokens before.
+            execute: Decisions [units, batch, tokens] of a forced runtime.
+            fetch: Whether results are brought to the host; otherwise they stay on the device and the step holds none.
+            last: Whether logits are of the last token alone, [batch, 1, vocabulary]: the head then reads no other.
+
+        Raises:
+            ValueError: The shapes do not fit the cache, or there is no sequence or no token.
+        """
+        if not ids.size:
+            raise ValueError(f"ids are {list(ids.shape)}: a step needs a sequence and a token at least")
+        if mask.shape != (len(ids), cache.length + ids.shape[1]) or len(ids) != cache.batch:
+            raise ValueError(
+                f"ids are {list(ids.shape)}, the mask {list(mask.shape)}; the cache holds {cache.length} tokens of "
+                f"{cache.batch} sequences"
+            )
+        binding = cache.bind(self._session, self._outputs, ids.shape[1], "cpu" if fetch else self.provider)
+        binding.bind_cpu_input("input_ids", ids)
+        binding.bind_cpu_input("attention_mask", mask)
+        binding.bind_cpu_input(FIRST, np.array([ids.shape[1] - 1 if last else 0]))
+        if self._forced:
+            assert execute is not None, "a forced runtime is told every decision"
+            forced = np.where(execute, np.float32(1), np.float32(-1)).reshape(-1, ids.shape[1])
+            binding.bind_cpu_input(FORCED, forced)
+        self._session.run_with_iobinding(binding)
+        logits, *rest = binding.get_outputs()
+        found = rest.pop(0) if self.exported.decisions else None
+        cache.advance(rest, ids.shape[1])
+        difference = np.zeros((0, *ids.shape), np.float32)
+        if not fetch:
+            return Step(np.zeros((0, 0, 0), np.float32), difference < 0, difference)
+        if found is not None:
+            difference = found.numpy().reshape(-1, *ids.shape)
+        return Step(_float32(logits), ~(difference < 0) if execute is None else execute, difference)
+
+
+def choose_provider(wanted: str) -> str:
+    """Return `cpu` or `cuda`; `auto` is cuda where it really loads.
+
+    Raises:
+        InputError: CUDA was asked for and does not load; the message says why.
+    """
+    if wanted not in ("auto", *PROVIDERS):
+        raise InputError(f"provider is '{wanted}'; choose from auto, {', '.join(PROVIDERS)}")
+    if wanted == "cpu":
+        return "cpu"
+    listed = PROVIDERS["cuda"] in onnxruntime().get_available_providers()
+    if not listed:
+        if wanted == "cuda":
+            raise InputError(
+                "provider is 'cuda', but this ONNX Runtime is built without CUDA; install onnxruntime-gpu in its place"
+            )
+        return "cpu"
+    from irc.runtime.environment import probe_provider
+
+    found = probe_provider(PROVIDERS["cuda"])
+    if found.usable:
+        onnxruntime().preload_dlls()
+        return "cuda"
+    if wanted == "cuda":
+        raise InputError(f"provider is 'cuda', but it does not load: {found.reason}")
+    return "cpu"
+
+
+def _additions(exported: OnnxFolder, forced: bool) -> tuple[bytes, int]:
+    """Return the model with what this runtime adds to it, and how many RoutedAttention it has.
+
+    Its weights stay in their file.
+    """
+    model = read_model(exported.model, exported.weights)
+    add_decisions(model.graph, exported.decisions, forced)
+    add_first_token(model.graph)
+    return model.SerializeToString(), sum(node.op_type == "RoutedAttention" for node in model.graph.node)
+
+
+def _float32(value: Any) -> NDArray[np.float32]:
+    if value.element_type() == onnx.TensorProto.BFLOAT16:
+        import torch.utils.dlpack
+
+        return torch.utils.dlpack.from_dlpack(value._ortvalue.to_dlpack()).float().numpy()
+    array: NDArray[np.float32] = value.numpy().astype(np.float32, copy=False)
+    return array

@@ -1,0 +1,216 @@
+"""What each stage minimises, as modules that `irc.training.loop` runs."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import reduce
+
+from irc.model.head import summed_loss
+from irc.model.modules import Record
+from irc.model.policies import policy_named
+from irc.model.routed import RoutedForCausalLM
+from irc.stage_recipes import RouterRecipe
+from irc.training.budget import Budget, plain_budget
+from irc.training.loop import Objective, step_noise
+from irc.training.lora import adapters_off
+
+Figures = dict[str, float]
+
+
+class ForecastObjective(Objective):
+    """Stage `lff`: L1 + (1 - cosine) between every forecaster and its unit, the base running densely."""
+
+    through_layers = False
+
+    def __init__(self, model: RoutedForCausalLM, lr: float) -> None:
+        super().__init__()
+        self.model = model
+        self.lr = lr
+
+    def trainable(self) -> list[dict[str, Any]]:
+        """All forecasters."""
+        return [{"params": self.model.adapter_parameters("forecaster"), "lr": self.lr}]
+
+    def forward(self, windows: torch.Tensor, step: int) -> tuple[torch.Tensor, Figures]:
+        """Return the loss, summed over units and averaged over tokens, and the mean cosine.
+
+        Args:
+            windows: int64 [batch, tokens].
+            step: Not used.
+        """
+        tape: dict[str, Record] = {}
+        with self.model.control.using(mode="execute", tape=tape, measure_error=True):
+            self.model.states(windows)
+        l1 = torch.stack([_some(record.l1).mean() for record in tape.values()])
+        cosine = torch.stack([_some(record.cosine).mean() for record in tape.values()])
+        return (l1 + 1 - cosine).sum(), {"cosine": cosine.mean().item()}
+
+
+class RoutingObjective(Objective):
+    """Stages `router` and `lora`: language-model loss, the sparsity target, and the skipped tokens' cosine.
+
+    Args:
+        model: Rewritten model.
+        recipe: Weights, learning rates and temperatures of the router stage.
+        sparsity: Target share of approximated (token, unit) pairs.
+        seed: Of the sampling noise.
+        steps: Length of the stage, for the temperature.
+        lora: Parameter groups to train instead (the stage lora); the temperature then stays at its end.
+        sampled: Whether that stage samples its routes, which routers need to learn.
+        budget: What meets the target; the model as a whole when None.
+    """
+
+    def __init__(
+        self,
+        model: RoutedForCausalLM,
+        recipe: RouterRecipe,
+        sparsity: float,
+        seed: int,
+        steps: int,
+        lora: Sequence[dict[str, Any]] = (),
+        sampled: bool = False,
+        budget: Budget | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.recipe = recipe
+        self.sparsity = sparsity
+        self.seed = seed
+        self.steps = steps
+        self.lora, self.sampled = list(lora), sampled or not lora
+        self.budget = budget or plain_budget([unit.name for unit in model.units], sparsity)
+        policy = policy_named(model.spec.policy if model.spec else "informed")
+        self._learns, self._ranked = policy.learns, policy.capacity
+        self._drawn = policy.forecasts and not policy.learns
+        self._cosine_weight = recipe.cosine_weight if policy.forecasts else 0.0
+
+    def trainable(self) -> list[dict[str, Any]]:
+        """Routers, and forecasters where they keep learning; or what the stage lora trains."""
+        if self.lora:
+            return self.lora
+        groups = [{"params": self.model.adapter_parameters("router"), "lr": self.recipe.lr}] if self._learns else []
+        if self.recipe.forecaster_lr > 0:
+            groups.append({"params": self.model.adapter_parameters("forecaster"), "lr": self.recipe.forecaster_lr})
+        return groups
+
+    def temperature(self, step: int) -> float:
+        """Return the sampling temperature of a step."""
+        start, end = self.recipe.temperature_start, self.recipe.temperature_end
+        return end if self.lora else start + (end - start) * step / max(1, self.steps - 1)
+
+    def noise_scale(self, step: int) -> float:
+        """Return the scale of the sampling noise of a step: 1 in the first half, then falling to its end."""
+        if self.lora:
+            return self.recipe.noise_end
+        late = max(0.0, 2 * step / max(1, self.steps - 1) - 1)
+        return 1 + (self.recipe.noise_end - 1) * late
+
+    def target(self, step: int) -> float:
+        """Return the target share of a step."""
+        if not self.recipe.target_range:
+            return self.sparsity
+        low, high = self.recipe.target_range
+        return low + (high - low) * random.Random(self.seed * 9_973 + step).random()
+
+    def forward(self, windows: torch.Tensor, step: int) -> tuple[torch.Tensor, Figures]:
+        """Return the loss and its parts.
+
+        Args:
+            windows: int64 [batch, tokens], no padding.
+            step: Of the loop; fixes noise and temperature.
+        """
+        tape: dict[str, Record] = {}
+        control = self.model.control
+        with control.using(tape=tape, measure_error=self._cosine_weight > 0, **self._routing(windows, step)):
+            states = self.model.states(windows)
+        loss, plain = self._language(states, windows)
+        figures = {"lm": plain}
+        execution = {unit: _straight_through(record) for unit, record in tape.items()}
+        if self.sampled and self._learns and not self._ranked:
+            loss = loss + self.recipe.sparsity_weight * self.budget.loss(execution, self.target(step))
+        if self.recipe.entropy_weight > 0 and self.sampled and self._learns:
+            loss = loss + self.recipe.entropy_weight * _entropy(tape)
+        if self._cosine_weight > 0:
+            loss = loss + self._cosine_weight * _skipped_error(tape)
+        skipped = 1 - torch.stack(list(execution.values())).mean().item()
+        return loss, {**figures, "sparsity": skipped}
+
+    def _language(self, states: torch.Tensor, windows: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """Return the language-model loss, distilled as the recipe says, and the plain cross-entropy."""
+        share, targets = self.recipe.distill, windows[:, 1:].flatten()
+        teacher = self._teacher(windows)[:, :-1].flatten(0, 1) if share > 0 else None
+        plain: list[torch.Tensor] = []
+
+        def part_loss(part: torch.Tensor, rows: slice) -> torch.Tensor:
+            logits = self.model.logits(part).float()
+            loss = F.cross_entropy(logits, targets[rows], reduction="sum") / targets.numel()
+            plain.append(loss.detach())
+            if teacher is None:
+                return loss
+            with torch.no_grad():
+                dense = self.model.logits(teacher[rows]).float().log_softmax(-1)
+            divergence = F.kl_div(logits.log_softmax(-1), dense, reduction="sum", log_target=True) / targets.numel()
+            return (1 - share) * loss + share * divergence
+
+        loss = summed_loss(states[:, :-1].flatten(0, 1), self.model.config.vocab_size, part_loss)
+        return loss, torch.stack(plain).sum().item()
+
+    def _teacher(self, windows: torch.Tensor) -> torch.Tensor:
+        """Return what the head of the base itself reads: without adapters, without their dropout."""
+        with torch.no_grad(), adapters_off(self.model), self.model.control.using(mode="execute", tape=None):
+            return self.model.states(windows)
+
+    def _routing(self, windows: torch.Tensor, step: int) -> dict[str, Any]:
+        if not self.sampled and not self._drawn:
+            return {"mode": "route"}
+        shape = (windows.shape[0], windows.shape[1])
+        noise = step_noise([unit.name for unit in self.model.units], self.seed, step, shape)
+        if self._drawn:  # policy random: new draws for every step
+            masks = {unit: (draw >= self.sparsity).to(windows.device) for unit, draw in noise.items()}
+            return {"mode": "forced", "masks": masks}
+        return {
+            "mode": "sample",
+            "temperature": self.temperature(step),
+            "noise": noise,
+            "noise_scale": self.noise_scale(step),
+            "shift": _log_odds(1 - self.target(step)) - _log_odds(1 - self.sparsity),
+        }
+
+
+def _log_odds(share: float) -> float:
+    share = min(max(share, 1e-3), 1 - 1e-3)
+    return math.log(share / (1 - share))
+
+
+def _entropy(tape: dict[str, Record]) -> torch.Tensor:
+    """Mean entropy of the routers' decisions, in nats, over all (token, unit) pairs."""
+    logits = torch.stack([_some(record.difference) for record in tape.values()])
+    return F.binary_cross_entropy_with_logits(logits, torch.sigmoid(logits))
+
+
+def _straight_through(record: Record) -> torch.Tensor:
+    """Mean hard execution of a unit whose gradient is that of the soft gate."""
+    hard = record.execute.float().mean()
+    if record.soft is None:
+        return hard
+    soft = record.soft.mean()
+    return hard.detach() + soft - soft.detach()
+
+
+def _skipped_error(tape: dict[str, Record]) -> torch.Tensor:
+    """Mean of 1 - cosine over all approximated (token, unit) pairs; 0 when there are none."""
+    skipped = torch.stack([~record.execute for record in tape.values()])
+    error = torch.stack([1 - _some(record.cosine) for record in tape.values()])
+    count: torch.Tensor = reduce(skipped.sum().float(), "mean")
+    return (error * skipped).sum() / count.clamp(min=1)
+
+
+def _some(tensor: torch.Tensor | None) -> torch.Tensor:
+    assert tensor is not None
+    return tensor

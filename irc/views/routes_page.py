@@ -1,0 +1,97 @@
+"""The HTML page of `irc inspect --text`: what the router decided, for a person to look at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from irc.views.html import render
+from irc.views.routes import Routes
+from irc.views.svg import BLUE, ORANGE, svg
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+TEMPLATE = Path(__file__).with_name("routes.html.j2")
+_GROUPS = 32
+
+
+def write_routes_page(routes: Routes, model: str, text: str, path: Path) -> dict[str, Any]:
+    """Write the page; returns the figures that it shows.
+
+    Args:
+        routes: Decisions of one text.
+        model: What the user called the bundle.
+        text: What the user called the text.
+        path: Of the HTML file.
+
+    Raises:
+        InputError: matplotlib or jinja2 is not installed.
+    """
+    facts = routes.facts()
+    data = {
+        "tokens": routes.tokens,
+        "units": [name.removeprefix("model.layers.") for name in routes.units],
+        "execute": ["".join("1" if bit else "0" for bit in row) for row in routes.execute.tolist()],
+        "confidence": (routes.confidence * 100).round().int().tolist(),
+        "error": (routes.error * 100).round().int().tolist(),
+    }
+    plots = [
+        ("Skipped by position", _by_position(routes)),
+        ("Skipped by class of token", _by_class(facts)),
+        ("How sure the routers are", _confidence(routes)),
+        ("Forecast error against decision", _error(routes)),
+    ]
+    path.write_text(render(TEMPLATE, model=model, text=text, facts=facts, data=data, plots=plots), encoding="utf-8")
+    return facts
+
+
+def _by_position(routes: Routes) -> str:
+    def draw(axes: Axes) -> None:
+        count = min(_GROUPS, len(routes.tokens))
+        for kind, label, colour in (("attention", "attention", BLUE), ("ffn", "FFN", ORANGE)):
+            chosen = [index for index, found in enumerate(routes.kinds) if found == kind]
+            groups = (1 - routes.execute[chosen].double().mean(0)).tensor_split(count)
+            ends = torch.tensor([len(group) for group in groups]).cumsum(0)
+            middles = [end.item() - len(group) / 2 for end, group in zip(ends, groups, strict=True)]
+            axes.plot(middles, [group.mean().item() for group in groups], label=label, color=colour)
+        axes.set(xlabel="position of the token", ylabel="share of units skipped", ylim=(0, 1))
+        axes.legend(frameon=False)
+
+    return svg(draw, 4.6, 2.8)
+
+
+def _by_class(facts: dict[str, Any]) -> str:
+    def draw(axes: Axes) -> None:
+        found = list(facts["by_class"].items())[::-1]
+        axes.barh(range(len(found)), [entry["skipped"] for _, entry in found], color=BLUE)
+        axes.set_yticks(range(len(found)), [f"{name} ({entry['tokens']})" for name, entry in found])
+        axes.set(xlabel="share of (token, unit) pairs skipped", xlim=(0, 1))
+        axes.grid(False, axis="y")
+
+    return svg(draw, 4.6, 2.8)
+
+
+def _confidence(routes: Routes) -> str:
+    def draw(axes: Axes) -> None:
+        sides = [routes.confidence[routes.execute].tolist(), routes.confidence[~routes.execute].tolist()]
+        axes.hist(sides, bins=25, range=(0.5, 1.0), stacked=True, color=[BLUE, ORANGE], label=["executed", "skipped"])
+        axes.set(xlabel="probability of the choice that was made", ylabel="(token, unit) pairs")
+        axes.legend(frameon=False)
+
+    return svg(draw, 4.6, 2.8)
+
+
+def _error(routes: Routes) -> str:
+    def draw(axes: Axes) -> None:
+        top = max(1.0, routes.error.max().item())
+        for chosen, label, colour in ((routes.execute, "executed", BLUE), (~routes.execute, "skipped", ORANGE)):
+            values = routes.error[chosen].tolist()
+            if values:
+                axes.hist(values, bins=40, range=(0, top), density=True, alpha=0.6, label=label, color=colour)
+        axes.set(xlabel="1 - cosine of forecast and unit output", ylabel="density")
+        axes.legend(frameon=False)
+
+    return svg(draw, 4.6, 2.8)

@@ -1,0 +1,91 @@
+"""The head cut off: states and logits as the whole model has them, losses and gradients part by part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import Gemma3TextConfig, GraniteConfig, LlamaConfig
+
+from irc.model import head
+from irc.model.capture import capture
+from irc.model.head import split_head, summed_loss, token_losses
+from irc.model.routed import RoutedForCausalLM
+
+SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "vocab_size": 50,
+}
+VOCABULARY = 257
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(**SIZES),
+        GraniteConfig(**SIZES, logits_scaling=3.0),
+        Gemma3TextConfig(**SIZES, final_logit_softcapping=2.0),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_the_head_ends_where_the_logits_are(config: Any) -> None:
+    captured = capture(config, torch.float32)
+    body, tail = split_head(captured.graph)
+    assert tail is not None
+    linears = [node.target for node in body.graph.nodes if node.op == "call_module"]
+    assert linears == ["model"]
+    assert [node.target for node in tail.graph.nodes if node.op == "call_module"] == ["lm_head"]
+    assert tail.get_submodule("lm_head") is captured.graph.get_submodule("lm_head")
+    behind = len(list(tail.graph.nodes)) - 3  # placeholder, linear, output
+    assert (behind > 0) == (config.model_type != "llama")
+
+
+def test_states_and_head_give_the_logits(make_routed: Callable[..., RoutedForCausalLM], ids: torch.Tensor) -> None:
+    model = make_routed()
+    names = list(model.state_dict())
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    with torch.no_grad():
+        states = model.states(ids, mask)
+        assert states.shape == (*ids.shape, model.config.hidden_size)
+        assert torch.equal(model.logits(states), model(input_ids=ids, attention_mask=mask).logits)
+    assert list(model.state_dict()) == names  # no parameter has got a second name
+
+
+@pytest.mark.parametrize("rows", [1, 7, 100])
+def test_a_loss_part_by_part_is_the_loss(
+    make_routed: Callable[..., RoutedForCausalLM], ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    monkeypatch.setattr(head, "LOGITS_AT_ONCE", rows * VOCABULARY)
+    model = make_routed()
+    model.requires_grad_(False)
+    targets = ids[:, 1:].flatten()
+    with torch.no_grad():
+        start = model.states(ids)[:, :-1].flatten(0, 1)
+    whole, pieces = (start.clone().requires_grad_(True) for _ in range(2))
+    seen: list[int] = []
+
+    def part_loss(part: torch.Tensor, place: slice) -> torch.Tensor:
+        seen.append(len(part))
+        return F.cross_entropy(model.logits(part), targets[place], reduction="sum")
+
+    (2 * F.cross_entropy(model.logits(whole), targets, reduction="sum")).backward()
+    loss = summed_loss(pieces, VOCABULARY, part_loss)
+    (2 * loss).backward()
+    assert max(seen) == min(rows, len(targets))
+    assert sum(seen) == len(targets)
+    assert whole.grad is not None
+    assert pieces.grad is not None
+    torch.testing.assert_close(pieces.grad, whole.grad, rtol=1e-5, atol=1e-6)
+    one_by_one = token_losses(model.logits, start, targets, VOCABULARY)
+    torch.testing.assert_close(one_by_one.sum(), loss.detach(), rtol=1e-6, atol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(summed_loss(start, VOCABULARY, part_loss), loss.detach(), rtol=1e-6, atol=0)

@@ -1,0 +1,121 @@
+"""ONNX folders that were altered, and options out of range: one sentence and exit code 2 for each."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
+
+from irc.runtime.generation import Generator
+from irc.runtime.parity import tolerance_of
+from irc.runtime.session import Runtime
+
+Edit = Callable[[dict[str, Any]], object]
+
+
+@pytest.fixture
+def folder(exported: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(exported, tmp_path / "onnx"))
+
+
+EDITS: dict[str, tuple[Edit, str]] = {
+    "dtype": (lambda m: m.update(dtype="int4"), "dtype is 'int4'"),
+    "layers": (lambda m: m["cache"].update(layers=1), "the model has 4 cache inputs, irc.json describes 2"),
+    "layers as text": (lambda m: m["cache"].update(layers="x"), "not of whole numbers"),
+    "context": (lambda m: m.update(context_length="many"), "context_length is no whole number"),
+    "infinite version": (lambda m: m.update(op_version=float("inf")), "damaged"),
+    "newer operators": (lambda m: m.update(op_version=99), "op version 99 is newer than this irc knows"),
+    "hash of another folder": (lambda m: m["sha256"].update({"../x": "0"}), "of no file of the folder"),
+    "unit": (lambda m: m["units"][0].pop("difference"), "damaged"),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_a_manifest_that_was_edited(folder: Path, irc_main: Callable[..., Any], name: str) -> None:
+    edit, expected = EDITS[name]
+    manifest = json.loads((folder / "irc.json").read_text())
+    edit(manifest)
+    (folder / "irc.json").write_text(json.dumps(manifest))
+    outcome = irc_main("generate", folder, "def f(")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert expected in outcome.sentence()
+
+
+def test_a_generation_config_that_is_none(folder: Path, irc_main: Callable[..., Any]) -> None:
+    (folder / "generation_config.json").write_text("{")
+    outcome = irc_main("generate", folder, "def f(")
+    assert (outcome.code, "generation_config.json: damaged" in outcome.sentence()) == (2, True)
+    assert "there is no such folder" in irc_main("generate", folder / "no", "x").sentence()
+
+
+OPTIONS = [
+    (("generate", "{folder}", "x", "--temperature", "nan"), "temperature is nan; give 0 (greedy)"),
+    (("generate", "{folder}", "x", "--temperature", "inf"), "temperature is inf"),
+    (("generate", "{folder}", "x", "--temperature", "1e-320"), "temperature is 1e-320"),
+    (("verify", "{folder}", "--tolerance", "nan"), "--tolerance is nan"),
+    (("verify", "{folder}", "--tolerance", "-1"), "--tolerance is -1.0"),
+    (("verify", "{folder}", "--seq-len", "600"), "the model's context is 64; give at most 64"),
+    (("verify", "{folder}", "--seq-len", "32", "--new-tokens", "500"), "give at most 48"),
+    (("bench", "--sparsities", ""), "--sparsities is empty"),
+    (("bench", "--hidden", "10", "--heads", "2", "--kv-heads", "2"), "into even parts"),
+    (("export", "demo", "-o", "."), "is the working folder"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), OPTIONS, ids=lambda value: " ".join(value)[:50])
+def test_options_out_of_range(
+    exported: Path,
+    irc_main: Callable[..., Any],
+    arguments: tuple[str, ...],
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    outcome = irc_main(*(argument.format(folder=exported) for argument in arguments))
+    assert (outcome.code, outcome.out) == (2, "")
+    assert expected in outcome.sentence()
+
+
+def test_verify_says_where_to_look_for_a_bundle_that_moved(folder: Path, irc_main: Callable[..., Any]) -> None:
+    manifest = json.loads((folder / "irc.json").read_text())
+    (folder / "irc.json").write_text(json.dumps(manifest | {"source": "/gone/bundle"}))
+    outcome = irc_main("verify", folder, "--seq-len", "16")
+    assert (outcome.code, "name where it is by --bundle" in outcome.sentence()) == (2, True)
+
+
+def test_text_goes_out_as_it_is(exported: Path, irc_main: Callable[..., Any]) -> None:
+    prompt = "class A:\n\tdef f(self):\r\n\t\tx\x07 [bold]"
+    outcome = irc_main("generate", exported, prompt, "-n", "4")
+    assert outcome.out.startswith(prompt)
+
+
+def test_a_space_that_begins_the_continuation_is_kept(exported: Path) -> None:
+    """Tokenizers of Llama 2's kind drop the space of a text's first token."""
+    words = {"▁the": 0, "▁model": 1, ",": 2, "<unk>": 3}
+    plain = Tokenizer(models.BPE(vocab=words, merges=[], unk_token="<unk>"))
+    plain.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    plain.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    generator = Generator(Runtime(exported))
+    generator.tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain)
+    assert generator.tokenizer.decode([1, 2]) == "model,"
+    assert generator._text_after([0], [1, 2]) == " model,"
+
+
+def test_half_a_character_before_the_continuation(exported: Path) -> None:
+    generator = Generator(Runtime(exported))
+    ids = generator.tokenizer("é")["input_ids"]
+    assert len(ids) == 2
+    assert generator._text_after(ids[:1], [*ids[1:], *generator.tokenizer("x")["input_ids"]]).endswith("x")
+
+
+def test_tolerances_grow_with_the_logits_of_16_bit_types() -> None:
+    assert tolerance_of("fp32", 100.0) == 1e-4
+    assert tolerance_of("fp16", 20.0) == 8 * 2**-10 * 16
+    assert tolerance_of("bf16", 0.1) == 8 * 2**-7

@@ -1,0 +1,141 @@
+"""Versions, conflicting wheels, and providers that are listed but do not work."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import subprocess
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+
+import pytest
+
+from irc.cli import main
+from irc.runtime import environment
+from irc.runtime.environment import Provider
+
+Result = subprocess.CompletedProcess[str]
+
+
+def lookup(**versions: str) -> Callable[[str], str]:
+    """Return a lookup that knows these distributions alone; an underscore stands for a hyphen."""
+    known = {name.replace("_", "-"): version for name, version in versions.items()}
+
+    def find(name: str) -> str:
+        if name not in known:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return known[name]
+
+    return find
+
+
+def answers(stdout: str, stderr: str = "", code: int = 0) -> Callable[[Sequence[str]], Result]:
+    return lambda command: subprocess.CompletedProcess(command, code, stdout, stderr)
+
+
+def test_both_wheels_are_a_conflict_with_a_remedy() -> None:
+    found = environment.onnxruntime_distributions(lookup(onnxruntime="1.31.1", onnxruntime_gpu="1.31.1"))
+    warning = environment.conflict_warning(found)
+    assert warning is not None
+    assert warning.startswith("onnxruntime and onnxruntime-gpu are installed together")
+    assert warning.endswith("pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu")
+
+
+@pytest.mark.parametrize("versions", [{}, {"onnxruntime": "1.31.1"}, {"onnxruntime_gpu": "1.31.1"}])
+def test_one_wheel_or_none_is_no_conflict(versions: dict[str, str]) -> None:
+    found = environment.onnxruntime_distributions(lookup(**versions))
+    assert set(found) == {name.replace("_", "-") for name in versions}
+    assert environment.conflict_warning(found) is None
+
+
+def test_without_onnxruntime_there_are_no_providers_and_no_probe() -> None:
+    def run(command: Sequence[str]) -> Result:
+        raise AssertionError("a probe was started")
+
+    assert environment.onnxruntime_providers({}, run) == ((), ())
+
+
+def test_a_hollow_onnxruntime_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib, "import_module", lambda name: SimpleNamespace())
+    providers, warnings = environment.onnxruntime_providers({"onnxruntime": "1.31.1"})
+    assert providers == ()
+    assert len(warnings) == 1
+    assert "cannot be used" in warnings[0]
+
+
+def test_without_onnx_providers_are_listed_but_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = SimpleNamespace(get_available_providers=lambda: ["CPUExecutionProvider"])
+    monkeypatch.setattr(importlib, "import_module", lambda name: runtime)
+    monkeypatch.setattr(environment, "version", lambda name: None)
+    (provider,), _ = environment.onnxruntime_providers({"onnxruntime": "1.31.1"})
+    assert provider.usable is None
+    assert "onnx is not installed" in provider.reason
+
+
+LOG = (
+    "\x1b[1;31m2026-01-01 [E:onnxruntime:Default, provider_bridge_ort.cc:2458 operator()] FAIL : Failed to load "
+    "library libonnxruntime_providers_cuda.so with error: libcublasLt.so.13: cannot open shared object file\n\x1b[m"
+)
+FELL_BACK = "ONNX Runtime silently fell back to CPUExecutionProvider"
+
+
+@pytest.mark.parametrize(
+    ("run", "expected"),
+    [
+        (answers('noise\n{"usable": true, "reason": ""}\n', LOG), Provider("P", True)),
+        (
+            answers(json.dumps({"usable": False, "reason": FELL_BACK}), LOG),
+            Provider("P", False, f"{FELL_BACK}; libcublasLt.so.13: cannot open shared object file"),
+        ),
+        (answers('{"usable": false, "reason": "two\\nlines"}'), Provider("P", False, "two lines")),
+        (answers("", code=-11), Provider("P", False, "the probe ended with code -11")),
+        (answers("no json", "last words\n", 1), Provider("P", False, "the probe ended with code 1; last words")),
+    ],
+    ids=["works", "fell back", "raised", "crashed", "spoke"],
+)
+def test_a_probe_tells_why(run: Callable[[Sequence[str]], Result], expected: Provider) -> None:
+    assert environment.probe_provider("P", run) == expected
+
+
+def test_a_probe_that_hangs_is_not_usable() -> None:
+    def run(command: Sequence[str]) -> Result:
+        raise subprocess.TimeoutExpired(command, 1)
+
+    provider = environment.probe_provider("P", run)
+    assert provider.usable is False
+    assert "did not end" in provider.reason
+
+
+def test_the_cpu_provider_works_and_an_unknown_one_does_not() -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    assert environment.probe_provider("CPUExecutionProvider") == Provider("CPUExecutionProvider", True)
+    assert environment.probe_provider("NoSuchExecutionProvider").usable is False
+
+
+def test_env_reports_a_machine_without_onnxruntime(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(environment, "onnxruntime_distributions", dict)
+    assert main(["env", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["onnxruntime"] == {}
+    assert report["providers"] == []
+    assert report["versions"]["torch"] == importlib.metadata.version("torch")
+    assert report["cpu"]["usable"] >= 1
+    assert report["cpu"]["memory_total"] > 2**28
+    assert main(["env"]) == 0
+    assert "onnxruntime: not installed" in capsys.readouterr().out
+
+
+def test_env_warns_of_both_wheels_on_stderr(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = {"onnxruntime": "1.31.1", "onnxruntime-gpu": "1.31.1"}
+    monkeypatch.setattr(environment, "onnxruntime_distributions", lambda: both)
+    monkeypatch.setattr(environment, "onnxruntime_providers", lambda found: ((), ()))
+    assert main(["env", "--json"]) == 0
+    shown = capsys.readouterr()
+    assert len(json.loads(shown.out)["warnings"]) == 1
+    assert "warning: onnxruntime and onnxruntime-gpu are installed together" in shown.err

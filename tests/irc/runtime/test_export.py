@@ -1,0 +1,148 @@
+"""`irc export` on a tiny routed model, as a user runs it: what it writes, says and refuses."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from irc import export as export_module
+from irc.runtime.folder import MANIFEST
+from irc.runtime.session import Runtime
+
+PROMPT = "def parse(text):\n    "
+FILES = {"config.json", "genai_config.json", MANIFEST, "model.onnx", "model.onnx.data", "tokenizer.json"}
+
+
+def test_what_export_writes_and_says(bundle: Path, tmp_path: Path, irc_main: Callable[..., Any]) -> None:
+    shown = irc_main("export", bundle, "-o", tmp_path / "onnx", "--json")
+    assert shown.code == 0, shown.err
+    result = shown.json
+    assert result["routed_units"] == 4
+    assert result["dtype"] == "fp32"
+    assert {path.name for path in (tmp_path / "onnx").iterdir()} >= FILES
+    assert {path.name for path in tmp_path.iterdir()} == {"onnx"}
+    genai = json.loads((tmp_path / "onnx" / "genai_config.json").read_text())
+    assert genai["model"]["decoder"]["num_hidden_layers"] == 2
+    again = irc_main("export", bundle, "-o", tmp_path / "onnx")
+    assert again.code == 2
+    assert "exists already; --force replaces it" in again.sentence()
+    assert irc_main("export", bundle, "-o", tmp_path / "onnx", "--force").code == 0
+
+
+def test_a_folder_for_cuda_says_so_and_runs_on_the_cpu(
+    bundle: Path, tmp_path: Path, irc_main: Callable[..., Any]
+) -> None:
+    made = {}
+    for provider in ("cpu", "cuda"):
+        folder = tmp_path / provider
+        assert irc_main("export", bundle, "-o", folder, "--provider", provider).code == 0
+        assert json.loads((folder / MANIFEST).read_text())["provider"] == provider
+        operators = {node.op_type for node in onnx.load(folder / "model.onnx", load_external_data=False).graph.node}
+        assert ("RoutedMatMul" in operators) == (provider == "cuda")
+        made[provider] = irc_main("generate", folder, PROMPT, "-n", "6", "--json").json
+    assert made["cpu"]["text"] == made["cuda"]["text"]
+
+
+def test_triton_layout_describes_the_model_it_holds(bundle: Path, tmp_path: Path, irc_main: Callable[..., Any]) -> None:
+    assert irc_main("export", bundle, "-o", tmp_path / "triton", "--layout", "triton").code == 0
+    config = (tmp_path / "triton" / "irc" / "config.pbtxt").read_text()
+    session = Runtime(tmp_path / "triton")._session
+    kinds = {"tensor(float)": "TYPE_FP32", "tensor(int64)": "TYPE_INT64"}
+    for side, values in (("input", session.get_inputs()[:-1]), ("output", session.get_outputs()[:-1])):
+        for value in values:
+            sizes = ", ".join(str(size) if isinstance(size, int) else "-1" for size in value.shape)
+            line = f'{side} [ {{ name: "{value.name}" data_type: {kinds[value.type]} dims: [ {sizes} ] }} ]'
+            assert line in config.splitlines()
+    assert config.count("input [") == len(session.get_inputs()) - 1
+    assert "model_operations" not in config
+    assert irc_main("generate", tmp_path / "triton", PROMPT, "-n", "3", "--json").code == 0
+
+
+def damage(folder: Path, how: str) -> None:
+    data, manifest = folder / "model.onnx.data", folder / MANIFEST
+    if how == "truncated":
+        data.write_bytes(data.read_bytes()[:-100])
+    elif how == "altered":
+        content = bytearray(data.read_bytes())
+        content[1000] ^= 1
+        data.write_bytes(content)
+    elif how == "missing":
+        data.unlink()
+    elif how == "newer":
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"op_version": 99}))
+    else:
+        manifest.write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("how", "sentence"),
+    [
+        ("truncated", "the file is truncated or was changed; export again"),
+        ("altered", "the file is truncated or was changed; export again"),
+        ("missing", "the file is missing; export again"),
+        ("newer", "op version 99 is newer than this irc knows (1); upgrade irc"),
+        ("manifest", "damaged (JSONDecodeError"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["generate", "verify"])
+def test_a_damaged_folder_is_refused(
+    copied: Path, how: str, sentence: str, verb: str, irc_main: Callable[..., Any]
+) -> None:
+    damage(copied, how)
+    shown = irc_main(verb, copied, *([PROMPT] if verb == "generate" else []))
+    assert shown.code == 2
+    assert sentence in shown.sentence()
+    assert shown.out == ""
+
+
+def test_what_is_no_folder_of_ours_is_refused(bundle: Path, tmp_path: Path, irc_main: Callable[..., Any]) -> None:
+    assert "export it first: irc export" in irc_main("generate", bundle, "x").sentence()
+    assert "not an ONNX folder of irc" in irc_main("verify", tmp_path).sentence()
+    (tmp_path / "notes.txt").write_text("mine")
+    shown = irc_main("export", bundle, "-o", tmp_path, "--force")
+    assert (shown.code, (tmp_path / "notes.txt").read_text()) == (2, "mine")
+    assert "exists and is not an ONNX folder of irc" in shown.sentence()
+    assert irc_main("export", tmp_path, "-o", tmp_path / "new").code == 2
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_nothing_is_left_of_an_export_that_failed(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, irc_main: Callable[..., Any], error: BaseException
+) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        (staging,) = (tmp_path / "a").iterdir()
+        (staging / "model.onnx.data").write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(export_module, "export_onnx", fail)
+    shown = irc_main("export", bundle, "-o", tmp_path / "a" / "onnx")  # the parent is made, and goes too
+    assert shown.code != 0
+    assert list(tmp_path.iterdir()) == []
+    if isinstance(error, OSError):
+        assert shown.code == 1
+        assert "could not be written (No space left on device)" in shown.sentence()
+
+
+def test_a_reduced_model_stores_less(
+    bundle: Path, exported: Path, text_file: Path, tmp_path: Path, irc_main: Callable[..., Any]
+) -> None:
+    """Its folder has slots and no file of a runtime that knows none; verify and generate follow the policy."""
+    shown = irc_main("export", bundle, "-o", tmp_path / "onnx", "--kv-threshold", "0.5", "--json")
+    assert shown.code == 0, shown.err
+    assert (shown.json["kv_policy"], shown.json["reduced_units"]) == ("reduced", 2)
+    assert not (tmp_path / "onnx" / "genai_config.json").exists()
+    arguments = ["verify", tmp_path / "onnx", "--data", text_file, "--tokens", "256", "--seq-len", "16"]
+    verified = irc_main(*arguments, "--prompts", "6", "--new-tokens", "24", "--json")
+    assert verified.code == 0, verified.err
+    assert verified.json["generated"]["identical"] == 6
+    generated = irc_main("generate", tmp_path / "onnx", PROMPT, "-n", "20", "--json").json
+    assert 0 < generated["kv_saved"] < 1
+    assert "of keys and values not stored" in irc_main("generate", tmp_path / "onnx", PROMPT, "-n", "4").err
+    assert irc_main("generate", exported, PROMPT, "-n", "20", "--json").json["kv_saved"] == 0

@@ -1,0 +1,115 @@
+"""`irc generate`: the texts it writes, how they end, and the prompts it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import irc
+from irc.runtime.generation import Generator, Sampling
+from irc.runtime.session import Runtime, choose_provider
+
+PROMPT = "def parse(text):\n    "
+
+
+def test_generate_continues_as_pytorch_does(exported: Path, bundle: Path, irc_main: Callable[..., Any]) -> None:
+    shown = irc_main("generate", exported, PROMPT, "-n", "20", "--json")
+    assert shown.code == 0, shown.err
+    result = shown.json
+    model, runtime = irc.load(str(bundle)), Generator(Runtime(exported))
+    ids = torch.tensor([runtime.encode(PROMPT)])
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
+    wanted = expected[0, ids.shape[1] :].tolist()
+    assert result["tokens"] == [token for token in wanted if token not in runtime.end]
+    assert 0 < result["skipped"] < 1
+    assert result["stopped"] in ("length", "end")
+    text = irc_main("generate", exported, PROMPT, "-n", "20")
+    assert text.out == PROMPT + result["text"] + "\n"
+    assert "of the units' work skipped" in text.err
+
+
+def test_sampling_is_seeded_and_bounded(exported: Path) -> None:
+    generator = Generator(Runtime(exported))
+    one, same, other = (
+        generator.generate(PROMPT, max_tokens=12, sampling=Sampling(1.0, 50, 0.95, seed)).tokens for seed in (1, 1, 2)
+    )
+    greedy = generator.generate(PROMPT, max_tokens=12).tokens
+    assert one == same
+    assert one != other
+    assert generator.generate(PROMPT, max_tokens=12, sampling=Sampling(5.0, top_k=1)).tokens == greedy
+
+
+def test_a_stop_string_ends_the_text_before_it(exported: Path) -> None:
+    generator = Generator(Runtime(exported))
+    whole = generator.generate(PROMPT, max_tokens=16).text
+    mark = whole[5:7]
+    pieces: list[str] = []
+    result = generator.generate(PROMPT, max_tokens=16, stop=[mark], emit=pieces.append)
+    assert result.stopped == "stop"
+    assert "".join(pieces) == result.text == whole[: whole.index(mark)]
+
+
+def test_the_context_ends_the_text(exported: Path) -> None:
+    result = Generator(Runtime(exported)).generate("x" * 60, max_tokens=50)
+    assert result.stopped in ("context", "end")
+    assert result.prompt_tokens + len(result.tokens) <= 64
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
+def test_a_step_of_nothing_is_refused(exported: Path, shape: tuple[int, int]) -> None:
+    runtime = Runtime(exported)
+    nothing = np.zeros(shape, np.int64)
+    with pytest.raises(ValueError, match=r"a step needs a sequence and a token at least"):
+        runtime.step(nothing, nothing, runtime.empty_cache(len(nothing)))
+
+
+def test_an_interrupt_ends_the_text_cleanly(exported: Path) -> None:
+    def interrupt(piece: str) -> None:
+        raise KeyboardInterrupt
+
+    result = Generator(Runtime(exported)).generate(PROMPT, emit=interrupt)
+    assert result.stopped == "interrupted"
+    assert len(result.tokens) == 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sentence"),
+    [
+        ("", "the prompt has no token"),
+        ("x" * 64, "the prompt has 64 tokens, the model's context is 64"),
+        ("a\udcff", "the prompt is not valid UTF-8"),
+    ],
+)
+def test_prompts_that_cannot_be_continued(
+    exported: Path, prompt: str, sentence: str, irc_main: Callable[..., Any]
+) -> None:
+    shown = irc_main("generate", exported, prompt)
+    assert shown.code == 2
+    assert sentence in shown.sentence()
+
+
+@pytest.mark.parametrize(
+    "flags", [("--temperature", "-1"), ("--top-p", "0"), ("--top-p", "1.5"), ("--top-k", "-1"), ("-n", "0")]
+)
+def test_sampling_out_of_range_is_refused(exported: Path, flags: tuple[str, str], irc_main: Callable[..., Any]) -> None:
+    assert irc_main("generate", exported, PROMPT, *flags).code == 2
+
+
+def test_cuda_that_does_not_load_is_an_error(exported: Path, irc_main: Callable[..., Any]) -> None:
+    if choose_provider("auto") == "cuda":
+        pytest.skip("CUDA loads here")
+    shown = irc_main("generate", exported, PROMPT, "--provider", "cuda")
+    assert shown.code == 2
+    assert "provider is 'cuda', but" in shown.sentence()
+
+
+def test_a_data_type_that_the_provider_cannot_run(bundle: Path, tmp_path: Path, irc_main: Callable[..., Any]) -> None:
+    assert irc_main("export", bundle, "-o", tmp_path / "bf16", "--dtype", "bf16").code == 0
+    shown = irc_main("generate", tmp_path / "bf16", PROMPT, "--provider", "cpu")
+    assert shown.code == 2
+    assert "ONNX Runtime's CPU provider cannot run bf16; export with --dtype fp32 or fp16" in shown.sentence()

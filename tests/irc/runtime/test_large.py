@@ -1,0 +1,82 @@
+"""A model of over 2 GB, more than one protobuf message can hold: it exports, in little memory, and runs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import irc
+from irc.bundle import save_bundle
+from irc.model.checkpoint import find_base
+from irc.model.routed import RoutingSpec, build_routed
+from irc.runtime.session import Runtime
+
+PEAK_OVER_WEIGHTS = 1.6
+# The peak of the process is read from itself: what the system accounts to a child begins with its parent's.
+EXPORT = """
+import sys
+from pathlib import Path
+from irc.cli import main
+code = main(sys.argv[1:])
+status = Path("/proc/self/status")
+print(status.read_text() if status.exists() else "", file=sys.stderr)
+sys.exit(code)
+"""
+CONFIG = {
+    "vocab_size": 132_000,
+    "hidden_size": 4096,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture
+def large(tmp_path: Path, model_folder: Path, shake: Callable[..., Any]) -> Path:
+    """A bundle whose base is almost nothing but a tied embedding of 2.16 GB."""
+    folder = tmp_path / "base"
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**CONFIG)).save_pretrained(folder)
+    for file in model_folder.glob("tokenizer*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    base = find_base(str(folder))
+    model = build_routed(base, RoutingSpec(4), "fp32")
+    model.facts["base"] = base
+    save_bundle(shake(model), tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_model_of_over_two_gigabytes(large: Path, tmp_path: Path) -> None:
+    output = tmp_path / "onnx"
+    command = [sys.executable, "-c", EXPORT, "export", str(large), "-o", str(output), "--dtype", "fp32", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    data = (output / "model.onnx.data").stat().st_size
+    assert data > 2**31
+    assert (output / "model.onnx").stat().st_size < 1e6
+    peak = re.search(r"VmHWM:\s+(\d+) kB", done.stderr)
+    if sys.platform == "linux":
+        assert peak
+        assert int(peak[1]) * 1024 <= PEAK_OVER_WEIGHTS * data
+    onnx.checker.check_model(str(output / "model.onnx"))
+    ids = torch.randint(0, CONFIG["vocab_size"], (1, 6), generator=torch.Generator().manual_seed(1))
+    runtime = Runtime(output, "cpu")
+    found = runtime.step(ids.numpy(), np.ones((1, 6), np.int64), runtime.empty_cache(1))
+    expected = irc.load(large, dtype="fp32")(input_ids=ids).logits
+    assert 0 < found.execute.mean() < 1
+    np.testing.assert_allclose(found.logits, expected.numpy(), atol=1e-4)

@@ -1,0 +1,196 @@
+"""Two processes (gloo, CPU) train to the weights of one process at the same global batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import PartialState
+from safetensors.torch import load_file
+
+import irc
+from irc.bundle import ADAPTER
+from irc.config import load_recipe
+from irc.errors import InputError
+from irc.pipeline import resolve
+from irc.training.sharding import check_batches, sharding_wanted
+
+pytestmark = pytest.mark.slow
+Arguments = Callable[..., list[str]]
+# `accelerate launch --cpu` starts several processes by mpirun alone; --multi_gpu means torchrun, the device is ours.
+_ACCELERATE = "accelerate.commands.launch --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+LAUNCHERS = {
+    "torchrun": "torch.distributed.run --standalone --nproc-per-node 2".split(),
+    "accelerate": f"{_ACCELERATE} --main_process_port 0 --multi_gpu".split(),
+    "fsdp2": f"{_ACCELERATE} --main_process_port 0 --use_fsdp --fsdp_version 2".split(),
+}
+PACKAGE = str(Path(irc.__file__).parents[1])  # that this process tests: a script does not look where it was started
+STAGES = ["--stages", "lff,router,lora"]
+SETTINGS = {"lora__dropout": 0.0}  # each process draws its own dropout
+# `irc`, with one more phase, that says how much of the mapped base a process holds as a copy of its own.
+LOOKING = """
+import sys
+from irc import pipeline
+from irc.cli import main
+
+def look(conversion):
+    name = str(conversion.base.shards[0].resolve())
+    mappings = open("/proc/self/smaps").read().split("VmFlags")
+    own = [part.split("Anonymous:")[1].split()[0] for part in mappings if name in part]
+    sys.stderr.write(f"kB of the mapped base in copies: {own}\\n")  # at once: both processes speak
+
+pipeline.PHASES = (*pipeline.PHASES, ("look", look))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def run(module: list[str], tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *module],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": PACKAGE},
+    )
+
+
+def weights(bundle: Path) -> dict[str, torch.Tensor]:
+    return load_file(bundle / ADAPTER) | load_file(bundle / "lora" / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def single() -> dict[str, Any]:
+    """The run of one process, made once."""
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("launcher", "recomputed"), [("torchrun", False), ("accelerate", False), ("fsdp2", False), ("fsdp2", True)]
+)
+def test_two_processes_equal_one(
+    irc_main: Any,
+    convert_arguments: Arguments,
+    single: dict[str, Any],
+    tmp_path_factory: pytest.TempPathFactory,
+    tmp_path: Path,
+    launcher: str,
+    recomputed: bool,
+) -> None:
+    if not single:
+        single["output"] = tmp_path_factory.mktemp("single") / "b"
+        done = irc_main(*convert_arguments(single["output"], **SETTINGS), *STAGES)
+        assert done.code == 0, done.err
+        single["metrics"] = done.json
+    settings = {**SETTINGS, "activation_checkpointing": recomputed}  # of which `single` knows nothing
+    arguments = [*convert_arguments(tmp_path / "b", **settings), *STAGES, "--debug"]
+    (tmp_path / "looking.py").write_text(LOOKING)
+    done = run([*LAUNCHERS[launcher], str(tmp_path / "looking.py"), *arguments], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("converting ") == 2  # there were two
+    metrics = json.loads(done.stdout)  # one object: only the first process speaks
+    one, two = weights(single["output"]), weights(tmp_path / "b")
+    assert one.keys() == two.keys()
+    for name in one:
+        # fp32: the gradients of two halves are averaged instead of summed in one batch
+        torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-5, msg=name)
+    shards = re.findall(r"the layers' (\d+) frozen weights lie in shards, (\d+) of them", done.stderr)
+    assert len(shards) == (2 if launcher == "fsdp2" else 0)
+    assert all(0 < int(here) <= int(whole) / 2 * 1.01 for whole, here in shards)
+    assert metrics["perplexity"]["routed"] == pytest.approx(single["metrics"]["perplexity"]["routed"], rel=1e-2)
+    assert metrics["perplexity"]["dense"] == pytest.approx(single["metrics"]["perplexity"]["dense"], rel=1e-6)
+    if sys.platform.startswith("linux"):
+        assert re.findall("mapped base in copies: (.*)", done.stderr) == 2 * ["['0']"]
+    left = {path.name for path in tmp_path.iterdir()} - {"hf", "looking.py"}
+    assert left == {"b"}
+    assert [name for name in one if "router" in name and float((one[name]).abs().max()) == 0] == []
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "fsdp2"])
+def test_two_killed_processes_continue_to_the_same_bits(
+    convert_arguments: Arguments, tmp_path: Path, launcher: str
+) -> None:
+    longer = {**SETTINGS, "router__steps": 60}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    done = run([*LAUNCHERS[launcher], "-m", "irc", *convert_arguments(whole, **longer)], tmp_path)
+    assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], "-m", "irc", *convert_arguments(killed, **longer)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf")}
+    with open(os.devnull, "w") as nowhere:
+        child = subprocess.Popen(command, env=environment, stdout=nowhere, stderr=nowhere, start_new_session=True)
+    checkpoint = tmp_path / "killed.partial" / "router.checkpoint.safetensors"
+    try:
+        while child.poll() is None and not checkpoint.exists():
+            time.sleep(0.005)
+        assert child.poll() is None
+    finally:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+    assert not killed.exists()
+    done = run([*LAUNCHERS[launcher], "-m", "irc", *convert_arguments(killed, **longer), "--resume"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    one, two = load_file(whole / ADAPTER), load_file(killed / ADAPTER)
+    assert one.keys() == two.keys()
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(convert_arguments: Arguments, tmp_path: Path) -> None:
+    arguments = convert_arguments(tmp_path / "b", lff__batch_size=3)
+    done = run([*LAUNCHERS["torchrun"], "-m", "irc", *arguments], tmp_path)
+    assert done.returncode != 0
+    assert "lff.batch_size is 3, over 2 processes; give a multiple of 2" in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} <= {"hf"}  # no work was begun
+
+
+@pytest.mark.parametrize(
+    ("settings", "finished", "refused"),
+    [
+        ({"lff__batch_size": 3}, (), "lff.batch_size is 3"),
+        ({"lff__batch_size": 3}, ("lff",), ""),
+        ({"lff__batch_size": 3, "lff__steps": 0}, (), ""),
+        ({"router__batch_size": 3}, (), "router.batch_size is 3"),
+        ({"router__batch_size": 3, "policy": "static"}, (), ""),
+        ({"router__batch_size": 3, "policy": "skipgpt"}, (), "router.batch_size is 3"),
+        ({"router__batch_size": 3, "policy": "random"}, (), "router.batch_size is 3"),
+        ({"router__batch_size": 3, "policy": "random", "router__forecaster_lr": 0.0}, (), ""),
+        ({"lora__batch_size": 3}, (), ""),  # there is no stage lora
+    ],
+)
+def test_only_batches_that_are_trained_are_looked_at(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], finished: tuple[str, ...], refused: str
+) -> None:
+    monkeypatch.setattr(PartialState(cpu=True), "num_processes", 2)  # which all share
+    recipe = load_recipe(None, ["device=cpu", *(f"{k.replace('__', '.')}={v}" for k, v in settings.items())])
+    with pytest.raises(InputError, match=refused) if refused else nullcontext():
+        check_batches(resolve(recipe), finished)
+
+
+def test_fsdp_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert not sharding_wanted()  # one process has nothing to share
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    with pytest.raises(InputError, match="add --fsdp_version 2"):
+        sharding_wanted()
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    assert sharding_wanted()
+
+
+def test_a_failure_of_two_processes_ends_both(convert_arguments: Arguments, tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "irc_config.json").write_text("{}")
+    done = run([*LAUNCHERS["torchrun"], "-m", "irc", *convert_arguments(tmp_path / "b")], tmp_path)
+    assert done.returncode != 0
+    assert "exists already" in done.stderr
+    assert done.stdout == ""

@@ -1,0 +1,261 @@
+"""What the stages minimise, term by term, against direct computations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from irc.model.checkpoint import BaseModel
+from irc.model.modules import Record
+from irc.model.routed import RoutedForCausalLM
+from irc.stage_recipes import RouterRecipe
+from irc.training.objectives import ForecastObjective, RoutingObjective, _straight_through
+
+Make = Callable[..., RoutedForCausalLM]
+STEPS = 11
+
+
+@pytest.fixture
+def model(make_routed: Make, shake: Any) -> RoutedForCausalLM:
+    model: RoutedForCausalLM = shake(make_routed())
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for parameter in model.adapter_parameters("router").values():
+        parameter.requires_grad_(True)
+    return model
+
+
+def objective(model: RoutedForCausalLM, sparsity: float = 0.25, lora: Any = (), **recipe: Any) -> RoutingObjective:
+    return RoutingObjective(model, RouterRecipe(**recipe), sparsity, seed=0, steps=STEPS, lora=lora)
+
+
+def sampled(model: RoutedForCausalLM, one: RoutingObjective, ids: torch.Tensor, step: int) -> dict[str, Record]:
+    """Return what the objective's sampled forward pass sees."""
+    tape: dict[str, Record] = {}
+    with model.control.using(tape=tape, measure_error=True, **one._routing(ids, step)):
+        model(input_ids=ids, use_cache=False)
+    return tape
+
+
+def cross_entropy(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    logits = model(input_ids=ids, use_cache=False).logits
+    return F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
+
+
+def test_language_model_term_is_the_plain_cross_entropy_when_all_execute(
+    model: RoutedForCausalLM, base: BaseModel, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    one = objective(model, sparsity=0.0, cosine_weight=0.0)
+    monkeypatch.setattr(one, "_routing", lambda windows, step: {"mode": "execute"})
+    with torch.no_grad():
+        loss, figures = one(ids, 0)
+        eager = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32).eval()
+        expected = cross_entropy(eager, ids)
+    assert figures["sparsity"] == 0.0
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
+    assert figures["lm"] == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_language_model_term_is_that_of_the_sampled_routes(model: RoutedForCausalLM, ids: torch.Tensor) -> None:
+    one = objective(model, cosine_weight=0.0, sparsity_weight=0.0)
+    tape = sampled(model, one, ids, 3)
+    with torch.no_grad():
+        loss, figures = one(ids, 3)
+        masks = {name: record.execute for name, record in tape.items()}
+        with model.control.using(mode="forced", masks=masks):
+            expected = cross_entropy(model, ids)
+    assert 0.2 < figures["sparsity"] < 0.8
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.4, 1.0])
+def test_sparsity_term_and_its_gradient(model: RoutedForCausalLM, ids: torch.Tensor, sparsity: float) -> None:
+    weight = 8.0
+    with_term = objective(model, sparsity, cosine_weight=0.0, sparsity_weight=weight)
+    without = objective(model, sparsity, cosine_weight=0.0, sparsity_weight=0.0)
+    routers = list(model.adapter_parameters("router").values())
+    loss, figures = with_term(ids, 2)
+    plain, _ = without(ids, 2)
+    gap = (1 - figures["sparsity"]) - (1 - sparsity)
+    assert gap != 0
+    assert float(loss - plain) == pytest.approx(weight * abs(gap), abs=1e-5)
+    found = [
+        a - b for a, b in zip(torch.autograd.grad(loss, routers), torch.autograd.grad(plain, routers), strict=True)
+    ]
+    soft = torch.stack([record.soft.mean() for record in sampled(model, with_term, ids, 2).values()]).mean()  # type: ignore[union-attr]
+    sign = 1.0 if gap > 0 else -1.0
+    expected = torch.autograd.grad(weight * sign * soft, routers)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+    assert max(float(gradient.abs().max()) for gradient in expected) > 1e-3
+
+
+def test_cosine_term_counts_skipped_pairs_only(model: RoutedForCausalLM, ids: torch.Tensor) -> None:
+    weight = 0.7
+    one = objective(model, cosine_weight=weight, sparsity_weight=0.0)
+    with torch.no_grad():
+        tape = sampled(model, one, ids, 1)
+        loss, figures = one(ids, 1)
+    skipped = [1 - record.cosine[~record.execute] for record in tape.values()]  # type: ignore[index]
+    everything = [1 - record.cosine for record in tape.values()]  # type: ignore[operator]
+    expected = weight * torch.cat(skipped).mean().item()
+    assert float(loss) - figures["lm"] == pytest.approx(expected, abs=1e-5)
+    assert abs(weight * torch.stack(everything).mean().item() - expected) > 1e-4  # the tokens matter
+
+
+def test_no_skipped_pair_gives_no_cosine_term(
+    model: RoutedForCausalLM, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = objective(model, cosine_weight=1.0, sparsity_weight=0.0)
+    monkeypatch.setattr(one, "_routing", lambda windows, step: {"mode": "execute"})
+    loss, figures = one(ids, 0)
+    assert loss.item() == figures["lm"]
+
+
+def test_temperature_falls_linearly(model: RoutedForCausalLM) -> None:
+    one = objective(model, temperature_start=5.0, temperature_end=1.0)
+    assert [one.temperature(step) for step in (0, (STEPS - 1) // 2, STEPS - 1)] == pytest.approx([5.0, 3.0, 1.0])
+
+
+def test_routers_get_gradients_and_the_base_gets_none(model: RoutedForCausalLM, ids: torch.Tensor) -> None:
+    loss, _ = objective(model)(ids, 0)
+    loss.backward()
+    routers = {id(parameter) for parameter in model.adapter_parameters("router").values()}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in routers:
+            assert parameter.grad is not None, name
+            assert float(parameter.grad.abs().max()) > 0, name
+        else:
+            assert parameter.grad is None, name
+
+
+@pytest.mark.parametrize("forecaster_lr", [0.0, 1e-3])
+def test_forecasters_learn_along_only_when_asked(model: RoutedForCausalLM, forecaster_lr: float) -> None:
+    groups = objective(model, forecaster_lr=forecaster_lr, lr=0.5).trainable()
+    assert [group["lr"] for group in groups] == ([0.5] if forecaster_lr == 0 else [0.5, forecaster_lr])
+    names = {name for group in groups for name in group["params"]}
+    assert any("forecaster" in name for name in names) == (forecaster_lr > 0)
+
+
+def test_extra_parameters_train_alone_with_deterministic_routes(model: RoutedForCausalLM, ids: torch.Tensor) -> None:
+    extra = torch.nn.Parameter(torch.zeros(1))
+    one = objective(model, lora=[{"params": {"extra": extra}, "lr": 0.1}])
+    (group,) = one.trainable()
+    assert group["params"] == {"extra": extra}
+    with torch.no_grad():
+        assert one(ids, 0)[0].item() == one(ids, 5)[0].item()  # no noise, no temperature
+
+
+def test_forecast_objective_is_l1_plus_one_minus_cosine(model: RoutedForCausalLM, ids: torch.Tensor) -> None:
+    inputs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    handles = [
+        model.part(unit, "mux").register_forward_pre_hook(
+            lambda module, arguments: inputs.update({module.unit: (arguments[0], arguments[1])})
+        )
+        for unit in model.units
+    ]
+    with torch.no_grad():
+        loss, figures = ForecastObjective(model, 1e-3)(ids, 0)
+    for handle in handles:
+        handle.remove()
+    assert len(inputs) == len(model.units)
+    errors = [(forecast - y).abs().mean() for y, forecast in inputs.values()]
+    cosines = [F.cosine_similarity(forecast, y, dim=-1).mean() for y, forecast in inputs.values()]
+    expected = sum(float(error + 1 - cosine) for error, cosine in zip(errors, cosines, strict=True))
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert figures["cosine"] == pytest.approx(float(torch.stack(cosines).mean()), rel=1e-5)
+
+
+def test_straight_through_is_hard_forward_and_soft_backward() -> None:
+    soft = torch.tensor([[0.9, 0.2, 0.7]], requires_grad=True)
+    value = _straight_through(Record(execute=soft >= 0.5, soft=soft))
+    assert value.item() == pytest.approx(2 / 3)
+    value.backward()
+    torch.testing.assert_close(soft.grad, torch.full((1, 3), 1 / 3))
+
+
+def test_distillation_is_the_divergence_from_the_dense_model(model: RoutedForCausalLM, ids: torch.Tensor) -> None:
+    options = {"cosine_weight": 0.0, "sparsity_weight": 0.0}
+    one = objective(model, distill=1.0, **options)
+    loss, _ = one(ids, 4)
+    with torch.no_grad():
+        with model.control.using(mode="execute"):
+            dense = model(input_ids=ids, use_cache=False).logits[:, :-1].softmax(-1)
+        with model.control.using(**one._routing(ids, 4)):
+            routed = model(input_ids=ids, use_cache=False).logits[:, :-1].softmax(-1)
+        expected = (dense * (dense / routed).log()).sum(-1).mean()
+    torch.testing.assert_close(loss.detach(), expected, rtol=1e-4, atol=1e-6)
+    assert loss.item() > 1e-3
+    loss.backward()
+    assert all(p.grad is not None for p in model.adapter_parameters("router").values())
+    plain, _ = objective(model, **options)(ids, 4)
+    half, _ = objective(model, distill=0.5, **options)(ids, 4)
+    torch.testing.assert_close(half, (plain + loss) / 2)
+
+
+def test_noise_falls_over_the_second_half_to_its_end(model: RoutedForCausalLM) -> None:
+    one = objective(model, noise_end=0.2)
+    assert [one.noise_scale(step) for step in range(STEPS)] == pytest.approx(
+        [1.0] * 6 + [0.84, 0.68, 0.52, 0.36, 0.2], abs=1e-9
+    )
+    assert {objective(model).noise_scale(step) for step in range(STEPS)} == {1.0}
+
+
+def test_without_noise_sampling_is_the_deterministic_route(model: RoutedForCausalLM, ids: torch.Tensor) -> None:
+    one = objective(model, noise_end=0.0)
+    last = sampled(model, one, ids, STEPS - 1)
+    tape: dict[str, Record] = {}
+    with model.control.using(mode="route", tape=tape):
+        model(input_ids=ids, use_cache=False)
+    assert all(torch.equal(last[unit].execute, record.execute) for unit, record in tape.items())
+    first = sampled(model, one, ids, 0)
+    assert not all(torch.equal(first[unit].execute, record.execute) for unit, record in tape.items())
+
+
+def test_entropy_term_is_the_mean_entropy(model: RoutedForCausalLM, ids: torch.Tensor) -> None:
+    plain, sharp = objective(model), objective(model, entropy_weight=0.5)
+    tape = sampled(model, plain, ids, 2)
+    p = torch.stack([torch.sigmoid(record.difference) for record in tape.values()])
+    entropy = -(p * p.log() + (1 - p) * (1 - p).log()).mean().item()
+    assert 0.05 < entropy < math.log(2)
+    with torch.no_grad():
+        assert sharp(ids, 2)[0].item() - plain(ids, 2)[0].item() == pytest.approx(0.5 * entropy, abs=1e-5)
+
+
+def test_every_step_draws_a_target_of_the_range_and_shifts_the_routers_to_it(
+    model: RoutedForCausalLM, ids: torch.Tensor
+) -> None:
+    one = objective(model, 0.25, target_range=[0.1, 0.6])
+    targets = [one.target(step) for step in range(200)]
+    assert 0.1 <= min(targets) < 0.12
+    assert 0.58 < max(targets) <= 0.6
+    assert targets == [objective(model, 0.25, target_range=[0.1, 0.6]).target(step) for step in range(200)]
+    shift = one._routing(ids, 3)["shift"]
+    odds = [(1 - share) / share for share in (targets[3], 0.25)]
+    assert shift == pytest.approx(math.log(odds[0] / odds[1]))
+    assert objective(model, 0.25)._routing(ids, 3)["shift"] == 0.0
+    with torch.no_grad():
+        skipped = [one(ids, step)[1]["sparsity"] for step in range(STEPS)]
+    assert torch.corrcoef(torch.tensor([skipped, targets[:STEPS]]))[0, 1] > 0.5
+
+
+@pytest.mark.parametrize("router_lr", [0.0, 0.2])
+def test_in_the_lora_stage_routes_are_sampled_where_routers_learn(
+    model: RoutedForCausalLM, ids: torch.Tensor, router_lr: float
+) -> None:
+    groups = [{"params": model.adapter_parameters("router"), "lr": router_lr}]
+    recipe = RouterRecipe(temperature_end=0.7)
+    one = RoutingObjective(model, recipe, 0.25, 0, STEPS, lora=groups, sampled=router_lr > 0)
+    routing = one._routing(ids, 0)
+    assert routing["mode"] == ("sample" if router_lr else "route")
+    if router_lr:
+        assert routing["temperature"] == 0.7
+        one(ids, 0)[0].backward()
+        assert all(parameter.grad is not None for parameter in groups[0]["params"].values())

@@ -1,0 +1,193 @@
+"""The closed form on a model, the stages' order of work, and the threshold that makes argmax meet the target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from irc.config import Recipe
+from irc.data import windows
+from irc.errors import InputError, IrcError
+from irc.model.modules import Record
+from irc.model.routed import RoutedForCausalLM
+from irc.training.budget import plain_budget
+from irc.training.calibrate import calibrate
+from irc.training.stages import (
+    StageContext,
+    check_text,
+    cosine_schedule,
+    fit_closed_form,
+    run_lff,
+    run_router,
+)
+
+
+def calibrated(context: StageContext) -> dict[str, Any]:
+    units = [unit.name for unit in context.model.units]
+    return calibrate(
+        context.model, context.calibration_windows(), plain_budget(units, context.recipe.sparsity), context.progress
+    )
+
+
+TARGETS = [0.0, 0.1, 0.25, 0.5, 0.9, 1.0]
+
+
+def tape_of(model: RoutedForCausalLM, text: torch.Tensor, **control: Any) -> dict[str, Record]:
+    tape: dict[str, Record] = {}
+    with torch.no_grad(), model.control.using(tape=tape, **control):
+        model(input_ids=text, use_cache=False)
+    return tape
+
+
+def share_skipped(model: RoutedForCausalLM, text: torch.Tensor) -> float:
+    """Count approximated pairs under argmax routing, one by one."""
+    records = tape_of(model, text, mode="route").values()
+    return sum(int((~record.execute).sum()) for record in records) / sum(record.execute.numel() for record in records)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_threshold_reaches_the_target(make_context: Callable[..., StageContext], shake: Any, target: float) -> None:
+    context = make_context(sparsity=target)
+    shake(context.model)
+    figures = calibrated(context)
+    text = windows(context.calibration_stream, context.recipe.seq_len)
+    count = min(len(text), context.recipe.router.calibration_tokens // context.recipe.seq_len)
+    chosen = text[torch.linspace(0, len(text) - 1, count).long()]
+    realized = share_skipped(context.model, chosen)
+    assert abs(realized - target) <= 0.01
+    assert figures["calibration_sparsity"] == pytest.approx(realized, abs=1e-9)  # what is reported is what is there
+
+
+@pytest.mark.parametrize("target", [0.25, 0.9])
+def test_threshold_holds_on_held_out_text(
+    make_context: Callable[..., StageContext], streams: dict[str, torch.Tensor], shake: Any, target: float
+) -> None:
+    context = make_context(sparsity=target)
+    shake(context.model)
+    calibrated(context)
+    heldout = windows(streams["heldout"], context.recipe.seq_len)[:512]
+    assert abs(share_skipped(context.model, heldout) - target) <= 0.02  # some 5,000 tokens of the same source
+
+
+def test_threshold_only_moves_the_execute_biases(make_context: Callable[..., StageContext], shake: Any) -> None:
+    context = make_context(sparsity=0.1)
+    shake(context.model)
+    before = {name: tensor.clone() for name, tensor in context.model.state_dict().items()}
+    shift = calibrated(context)["threshold_shift"]
+    assert shift != 0
+    shifts: list[float] = []
+    for name, tensor in context.model.state_dict().items():
+        if name.endswith("_router.2.bias"):
+            shifts.append(tensor[0].item() - before[name][0].item())
+            assert tensor[1] == before[name][1]
+        else:
+            assert torch.equal(tensor, before[name]), name
+    assert sum(shifts) / len(shifts) == pytest.approx(shift, abs=1e-5)
+
+
+def test_argmax_after_folding_is_thresholding_before(
+    make_context: Callable[..., StageContext], shake: Any, ids: torch.Tensor
+) -> None:
+    """A unit's routes after the fold are those that a threshold on its old logits would give, on the same states."""
+    context = make_context()
+    model = shake(context.model)
+    text = ids[:, :1]
+    threshold = 0.37
+    first = model.units[0]
+    before = tape_of(model, text, mode="route")[first.name].difference
+    logits = tape_of(model, ids, mode="execute")
+    for unit in model.units:
+        model.part(unit, "router").shift(-threshold)
+    after = tape_of(model, text, mode="route")[first.name]
+    assert before is not None
+    assert torch.equal(after.execute, before >= threshold)
+    for name, record in tape_of(model, ids, mode="execute").items():
+        old = logits[name].difference
+        assert old is not None
+        clear = (old - threshold).abs() > 1e-6  # one rounding of the bias in fp32
+        assert torch.equal((record.difference >= 0)[clear], (old >= threshold)[clear])  # type: ignore[operator]
+        assert int(clear.sum()) > 0.9 * clear.numel()
+
+
+def test_lff_without_refinement_is_the_closed_form(make_context: Callable[..., StageContext]) -> None:
+    one, other = make_context(), make_context()
+    one.recipe.lff.steps = 0
+    figures = run_lff(one)
+    fit_closed_form(other, other.train_windows())
+    assert "refine_seconds" not in figures
+    for name, parameter in one.model.adapter_parameters("forecaster").items():
+        assert torch.equal(parameter, other.model.adapter_parameters("forecaster")[name]), name
+
+
+def test_lff_raises_the_held_out_cosine(
+    make_context: Callable[..., StageContext], streams: dict[str, torch.Tensor]
+) -> None:
+    context = make_context()
+    heldout = windows(streams["heldout"], context.recipe.seq_len)[:64]
+
+    def cosine() -> float:
+        records = tape_of(context.model, heldout, mode="execute", measure_error=True).values()
+        return float(torch.stack([record.cosine.mean() for record in records]).mean())  # type: ignore[union-attr]
+
+    untrained = cosine()
+    context.recipe.lff.steps = 0
+    run_lff(context)
+    closed = cosine()
+    assert untrained < 0.2
+    assert closed > untrained + 0.2
+    context.recipe.lff.steps = 60
+    run_lff(context)
+    assert cosine() > closed
+
+
+def test_router_stage_leaves_the_base_alone(make_context: Callable[..., StageContext]) -> None:
+    context = make_context()
+    before = {name: tensor.clone() for name, tensor in context.model.state_dict().items()}
+    run_router(context)
+    for name, tensor in context.model.state_dict().items():
+        inserted = "_router." in name or "_forecaster." in name
+        assert torch.equal(tensor, before[name]) != inserted, name
+
+
+def test_router_stage_with_frozen_forecasters(make_context: Callable[..., StageContext]) -> None:
+    context = make_context()
+    context.recipe.router.forecaster_lr = 0.0
+    before = {name: p.detach().clone() for name, p in context.model.adapter_parameters("forecaster").items()}
+    run_router(context)
+    for name, parameter in context.model.adapter_parameters("forecaster").items():
+        assert torch.equal(parameter, before[name]), name
+
+
+@pytest.mark.parametrize("split", ["train", "calibration"])
+def test_short_text_is_refused(streams: dict[str, torch.Tensor], split: str) -> None:
+    short = {split: torch.zeros(15, dtype=torch.int64)}
+    with pytest.raises(InputError, match=f"the {split} split .* 15 tokens, less than one window of 16"):
+        check_text(Recipe(seq_len=16), streams | short)
+
+
+def test_cosine_schedule() -> None:
+    schedule = cosine_schedule(0.1)
+    assert [schedule(progress) for progress in (0, 0.5, 1, 2)] == pytest.approx([1, 0.55, 0.1, 0.1])
+
+
+def test_routers_that_are_no_numbers_are_refused(make_context: Callable[..., StageContext], shake: Any) -> None:
+    context = make_context()
+    shake(context.model)
+    with torch.no_grad():
+        context.model.part(context.model.units[1], "router").last.bias.fill_(torch.nan)
+    with pytest.raises(IrcError, match=r"no longer finite numbers; lower router\.lr"):
+        calibrated(context)
+
+
+def test_a_target_that_is_missed_is_said(
+    make_context: Callable[..., StageContext], caplog: pytest.LogCaptureFixture
+) -> None:
+    context = make_context(sparsity=0.4)
+    with torch.no_grad():
+        for unit in context.model.units:
+            context.model.part(unit, "router").last.weight.zero_()  # all tokens are alike
+    assert calibrated(context)["calibration_sparsity"] == 0.5  # two units of four
+    assert "in place of 0.400: many tokens are alike to the routers" in caplog.text
