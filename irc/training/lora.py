@@ -38,8 +38,9 @@ def lora_config(model: RoutedForCausalLM, recipe: LoraRecipe) -> LoraConfig:
     for target in recipe.targets:
         found = [name for name in linears if name.endswith("." + target) and name.rpartition(".")[0] in inside]
         if not found:
+            there = {name.rpartition(".")[2] for name in linears if name.rpartition(".")[0] in inside}
             raise InputError(
-                f"lora.targets: no linear named {target} in the model's units; look at irc inspect --graph 0"
+                f"lora.targets: no linear named {target} in the model's units; choose from {', '.join(sorted(there))}"
             )
         names += found
     return LoraConfig(

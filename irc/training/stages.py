@@ -26,7 +26,7 @@ from irc.training.calibrate import set_threshold
 from irc.training.closed_form import gathering, set_closed_form
 from irc.training.layerwise import layer_by_layer, outermost
 from irc.training.loop import LoopResult, LoopSettings, Objective, Progress, ProgressFactory, accelerator_for, train
-from irc.training.lora import inject_lora, lora_parameters
+from irc.training.lora import inject_lora, lora_config, lora_parameters
 from irc.training.objectives import ForecastObjective, RoutingObjective
 from irc.training.recompute import recomputing
 from irc.training.sharding import shard_base, sharding_wanted
@@ -270,7 +270,9 @@ def check_text(recipe: Recipe, streams: Mapping[str, torch.Tensor]) -> None:
 
 
 def prepare(context: StageContext) -> None:
-    """Wait for the main process's work folder; share the base where asked to."""
+    """Refuse adapters that the model has no place for; wait for the work folder; share the base where asked to."""
+    if "lora" in context.recipe.stages:
+        lora_config(context.model, context.recipe.lora)
     context.accelerator.wait_for_everyone()
     if sharding_wanted():
         shard_base(context.model)

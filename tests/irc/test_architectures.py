@@ -36,6 +36,10 @@ QUICK = (
     "lff.tokens=512 lff.steps=1 lff.batch_size=4 router.steps=2 router.batch_size=4 router.calibration_tokens=1024 "
     "router.teach_steps=0 eval_tokens=128 checkpoint_seconds=0 precision=fp32"
 ).split()
+HALF = (
+    "stages=[lff,router,lora] lora.steps=2 lora.batch_size=4 lora.rank=2 lora.targets=[q_proj,v_proj] "
+    "kv_policy=reduced kv_threshold=0.1 dtype=bf16"
+).split()
 TWO = {"num_hidden_layers": 2}
 SLIDING = {**TWO, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
 
@@ -144,6 +148,35 @@ def test_convert_export_verify(
     assert verified.code == 0, verified.err
     assert verified.json["max_abs_diff"] <= 1e-4
     assert verified.json["routing_agreement"] > 0.99
+
+
+@pytest.mark.parametrize("name", ["phi3", "mixtral"])  # of fused linears, of experts
+def test_lora_reduced_keys_and_half_types(
+    name: str, save: Callable[[Case], Path], text_file: Path, tmp_path: Path, irc_main: Callable[..., Any]
+) -> None:
+    """Trained in bf16 with adapters, exported in fp16, keys and values of some units stored for executed tokens."""
+    bundle, onnx = tmp_path / "bundle", tmp_path / "onnx"
+    flags = [flag for setting in HALF for flag in ("--set", setting)]
+    converted = irc_main(*convert_arguments(save(SUPPORTED[name]), bundle, text_file), *flags)
+    assert converted.code == 0, converted.err
+    assert converted.json["kv"]["reduced_units"] > 0
+
+    exported = irc_main("export", bundle, "-o", onnx, "--dtype", "fp16", "--json")
+    assert exported.code == 0, exported.err
+    verified = irc_main("verify", onnx, "--data", text_file, "--tokens", "128", "--seq-len", "16", "--json")
+    assert verified.code == 0, verified.err
+
+
+def test_linears_that_an_architecture_lacks_are_refused_for_lora(
+    save: Callable[[Case], Path], text_file: Path, tmp_path: Path, irc_main: Callable[..., Any]
+) -> None:
+    settings = ["--stages", "lff,router,lora", "--set", "lora.targets=[gate_proj]"]
+    refused = irc_main(*convert_arguments(save(SUPPORTED["mixtral"]), tmp_path / "bundle", text_file), *settings)
+    assert refused.code == 2, refused.err
+    assert "no linear named gate_proj in the model's units; choose from gate, k_proj, o_proj, q_proj, v_proj" in (
+        refused.sentence()
+    )
+    assert not (tmp_path / "bundle.partial" / "lff.json").exists()  # before any stage
 
 
 @pytest.mark.parametrize("name", REFUSED)
