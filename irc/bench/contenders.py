@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from irc.dtypes import torch_dtype
-from irc.runtime.cache import ELEMENTS, PROVIDERS, onnxruntime
+from irc.runtime.cache import ELEMENTS, PROVIDERS, onnxruntime, session_options
 from irc.runtime.session import Runtime
 
 Ids = NDArray[np.int64]
@@ -101,11 +101,8 @@ class GenaiFolder:
     """
 
     def __init__(self, folder: Path, provider: str = "cpu", dtype: str = "fp32") -> None:
-        ort = onnxruntime()
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        self.session = ort.InferenceSession(str(folder / "model.onnx"), options, providers=[PROVIDERS[provider]])
+        model, options = str(folder / "model.onnx"), session_options()
+        self.session = onnxruntime().InferenceSession(model, options, providers=[PROVIDERS[provider]])
         decoder = json.loads((folder / "genai_config.json").read_text())["model"]["decoder"]
         self._heads, self._size = decoder["num_key_value_heads"], decoder["head_size"]
         self._past = [i.name for i in self.session.get_inputs() if i.name.startswith("past_key_values.")]

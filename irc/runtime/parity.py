@@ -70,29 +70,9 @@ def verify(
     if tolerance is not None and not 0 <= tolerance < math.inf:
         raise InputError(f"--tolerance is {tolerance}; give 0 or more")
     runtime = Runtime(folder, provider, ops=ops)
-    context = runtime.exported.manifest.get("context_length")
-    if context and seq_len > context:
-        raise InputError(f"--seq-len is {seq_len}, the model's context is {context}; give at most {context}")
-    if context and prompts and seq_len // 2 + new_tokens > context:
-        most = context - seq_len // 2
-        raise InputError(f"--new-tokens is {new_tokens}, which leaves the model's context; give at most {most}")
-    exported = runtime.exported
-    dtype = exported.dtype
-    source = bundle or exported.manifest["source"]
-    if bundle is None and Path(source).is_absolute() and not Path(source).exists():
-        raise InputError(f"{folder}: was exported from {source}, which is not there; name where it is by --bundle")
-    policy, share = _key_policy(exported), exported.manifest.get("sparsity")
-    model = open_model(
-        source,
-        base=base,
-        dtype=dtype,
-        device="cpu",
-        key_policy=policy,
-        sparsity=share,
-        ask_hub=bundle is not None,
-    )
-    if bool(model.spec) != bool(exported.decisions):
-        raise InputError(f"{folder}: exported from another kind of model than {source}")
+    _check_lengths(runtime.exported.manifest.get("context_length"), seq_len, new_tokens if prompts else 0)
+    dtype = runtime.exported.dtype
+    source, model = _source(folder, runtime.exported, bundle, base)
     text = windows(token_stream(load_text(data).split("heldout"), model.facts["base"].tokenizer), seq_len, data)
     chosen = pick(text, tokens)
     totals = _Totals(runtime, _NEAR[dtype])
@@ -118,6 +98,35 @@ def verify(
         "generated": {"prompts": generated, "identical": same, "new_tokens": new_tokens},
         "ok": totals.worst <= limit and totals.flips == 0 and (dtype != "fp32" or same == generated),
     }
+
+
+def _check_lengths(context: int | None, seq_len: int, new_tokens: int) -> None:
+    if context is None:
+        return
+    if seq_len > context:
+        raise InputError(f"--seq-len is {seq_len}, the model's context is {context}; give at most {context}")
+    if new_tokens and seq_len // 2 + new_tokens > context:
+        most = context - seq_len // 2
+        raise InputError(f"--new-tokens is {new_tokens}, which leaves the model's context; give at most {most}")
+
+
+def _source(folder: Path, exported: OnnxFolder, bundle: str | None, base: str | None) -> tuple[str, RoutedForCausalLM]:
+    """Open what a folder was exported from; return its name too."""
+    source = bundle or exported.manifest["source"]
+    if bundle is None and Path(source).is_absolute() and not Path(source).exists():
+        raise InputError(f"{folder}: was exported from {source}, which is not there; name where it is by --bundle")
+    model = open_model(
+        source,
+        base=base,
+        dtype=exported.dtype,
+        device="cpu",
+        key_policy=_key_policy(exported),
+        sparsity=exported.manifest.get("sparsity"),
+        ask_hub=bundle is not None,
+    )
+    if bool(model.spec) != bool(exported.decisions):
+        raise InputError(f"{folder}: exported from another kind of model than {source}")
+    return source, model
 
 
 def tolerance_of(dtype: str, largest: float) -> float:

@@ -15,10 +15,10 @@ from exporters.onnx import PAST, PRESENT
 from irc.errors import InputError
 from irc.reading import first_line
 from irc.runtime.additions import DIFFERENCES, FIRST, FORCED, add_decisions, add_first_token
-from irc.runtime.cache import PROVIDERS, Cache, CacheLayout, PlacedCache, onnxruntime
+from irc.runtime.cache import PROVIDERS, Cache, CacheLayout, PlacedCache, onnxruntime, session_options
 from irc.runtime.check import read_model
 from irc.runtime.folder import OnnxFolder, open_folder
-from irc.runtime.native import choose_library
+from irc.runtime.native import NativeLibrary, choose_library
 
 log = logging.getLogger(__name__)
 
@@ -70,38 +70,46 @@ class Runtime:
         self.provider = choose_provider(provider)
         if self.provider == "cpu" and self.exported.dtype == "bf16":
             raise InputError(f"{folder}: ONNX Runtime's CPU provider cannot run bf16; export with --dtype fp32 or fp16")
-        ort = onnxruntime()
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
+        options = session_options(threads)
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, str(profile)
-        # Threads wait in a loop within a call, which is fast, and stop when it ends, which leaves the cores to others.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(self.exported.model.parent.resolve())
         )
-        # A model without routed units has no operator of ours.
-        routed = bool(self.exported.decisions)
-        library = choose_library(ops, self.provider, self.exported.dtype) if routed else None
-        if library:
-            try:
-                options.register_custom_ops_library(str(library.path))
-            except Exception as error:
-                reason = f"{library.path}: ONNX Runtime cannot register it ({first_line(error, 300)})"
-                if ops != "auto":
-                    raise InputError(reason) from error
-                log.warning("native operators are not used, portable ones are: %s", reason)
-                library = None
+        library = self._registered(options, ops)
         self.ops = "native" if library else "portable"
         model, routed_attention = _additions(self.exported, forced)
         exact = self.provider == "cuda" and not tf32
         how: Any = (PROVIDERS["cuda"], {"use_tf32": "0"}) if exact else PROVIDERS[self.provider]
         try:
-            self._session = ort.InferenceSession(model, options, providers=[how])
+            self._session = onnxruntime().InferenceSession(model, options, providers=[how])
         except Exception as error:
             raise InputError(f"{folder}: ONNX Runtime cannot load it ({first_line(error, 300)})") from error
         self._forced = forced and bool(self.exported.decisions)
+        self._layout = self._checked_cache(folder)
+        self._outputs = ["logits", *([DIFFERENCES] if self.exported.decisions else [])]
+        can = library is not None and library.cache_with_room and self.exported.counts_past_by_mask
+        self.in_place = can and routed_attention == self._layout.layers
+
+    def _registered(self, options: Any, ops: str) -> NativeLibrary | None:
+        """Register the kernels that `ops` asks for; a model without routed units has no operator of ours."""
+        if not self.exported.decisions:
+            return None
+        library = choose_library(ops, self.provider, self.exported.dtype)
+        if library is None:
+            return None
+        try:
+            options.register_custom_ops_library(str(library.path))
+        except Exception as error:
+            reason = f"{library.path}: ONNX Runtime cannot register it ({first_line(error, 300)})"
+            if ops != "auto":
+                raise InputError(reason) from error
+            log.warning("native operators are not used, portable ones are: %s", reason)
+            return None
+        return library
+
+    def _checked_cache(self, folder: Path) -> CacheLayout:
+        """Hold the model's cache against what `irc.json` says of it."""
         cache = self.exported.cache
         found = {value.name: value.shape for value in self._session.get_inputs() if value.name.startswith(PAST)}
         described = 2 * cache.layers + len(cache.reduced)
@@ -121,12 +129,8 @@ class Runtime:
         ):
             raise InputError(f"{folder}: the model's cache is not the one that irc.json describes; export again")
         context = self.exported.manifest.get("context_length")
-        self._layout = CacheLayout(
-            past, present, cache.layers, cache.heads, cache.size, self.exported.dtype, self.provider, context
-        )
-        self._outputs = ["logits", *([DIFFERENCES] if self.exported.decisions else [])]
-        can = library is not None and library.cache_with_room and self.exported.counts_past_by_mask
-        self.in_place = can and routed_attention == cache.layers
+        dtype, device = self.exported.dtype, self.provider
+        return CacheLayout(past, present, cache.layers, cache.heads, cache.size, dtype, device, context)
 
     @property
     def device(self) -> str:
