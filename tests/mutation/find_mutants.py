@@ -94,8 +94,9 @@ def mutants_of(path: Path) -> list[Mutant]:
 
 
 def in_order(files: list[list[Mutant]], seed: int, first: int) -> list[Mutant]:
-    """Shuffle mutants: `first` of every file, then all others; the same order for the same seed."""
+    """Shuffle mutants, the same way for the same seed: `first` of every file by turns, then all others."""
     shuffled = [random.Random(seed).sample(file, len(file)) for file in files]
+    turns = [file[turn] for turn in range(first) for file in shuffled if turn < len(file)]
     rest = [mutant for file in shuffled for mutant in file[first:]]
     random.Random(seed).shuffle(rest)
-    return [mutant for file in shuffled for mutant in file[:first]] + rest
+    return turns + rest

@@ -232,6 +232,8 @@ def main() -> None:
         "no:timeout",
         "--capture=no",
         "--no-header",
+        "-k",
+        options.k,
     ]
     sys.exit(pytest.main(arguments, plugins=[Mutate(options, known)]))
 
