@@ -94,7 +94,8 @@ class Mutate:
             raise SystemExit(f"a fork without a mutant does not pass: {control['by']}")
         for mutant in chosen:
             key = mutant.key()
-            if key in self.known and self.known[key]["status"] not in self.options.again:
+            wanted = self.options.again or [None]
+            if self.known.get(key, {}).get("status") not in wanted:
                 continue
             if self.options.until and time.time() > self.options.until:
                 say("the time is over")
@@ -218,7 +219,7 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=0, help="stop after so many; 0 for all")
     parser.add_argument("--tests", type=int, default=40, help="run at most so many tests on a mutant")
     parser.add_argument("--until", type=float, default=0, help="start no mutant after this time, in seconds of Unix")
-    parser.add_argument("--again", nargs="*", default=[], help="statuses whose mutants run again: survived, 'no tests'")
+    parser.add_argument("--again", nargs="*", default=[], help="run those alone that were: survived, 'no tests'")
     options = parser.parse_args()
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []

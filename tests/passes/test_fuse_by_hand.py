@@ -117,6 +117,7 @@ def test_a_forecast_is_one_operator_whose_bias_holds_both(down: bool) -> None:
     assert FuseForecasts().call(model).modified
     torch.testing.assert_close(model(*inputs)[0], expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(model.forecaster(torch.zeros(WIDTH)), model.forecaster.up.bias, rtol=0, atol=0)
+    assert model.forecaster.up.bias.requires_grad != down, "a merged bias is no longer trained"
     assert model.forecaster.down.weight is old.weight
     assert (old.bias is not None) == down, "a router may read the linear that was here"
     assert (model.forecaster.down.in_features, model.forecaster.down.out_features) == (WIDTH, 2)
@@ -228,6 +229,7 @@ def _differing(
     nodes["second"] = graph.call_function(aten.select.int, (second, *entries[1]))
     sub = graph.call_function(aten.sub.Tensor, (nodes["first"], nodes["second"]), name="difference")
     sub.meta["val"] = "a value"
+    nodes["call"].meta["val"] = nodes["cast"].meta["val"] = "of two logits"
     graph.output((sub, *([nodes[twice]] if twice else [])))
     return fx.GraphModule(nn.ModuleDict({"router": router} if router is not None else {}), graph)
 
@@ -242,6 +244,7 @@ def test_a_difference_is_one_output_with_the_old_value(bias: bool) -> None:
     assert (model.router[2].out_features, model.router[2].bias is not None) == (1, bias)
     single = next(node for node in model.graph.nodes if node.target == aten.squeeze.dim)
     assert (single.name[:10], single.meta["val"]) == ("difference", "a value")
+    assert not any(node.meta.get("val") == "of two logits" for node in model.graph.nodes)
 
 
 def test_the_difference_keeps_the_dtype_of_the_linear() -> None:

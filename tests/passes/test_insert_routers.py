@@ -233,3 +233,11 @@ def test_a_mux_outside_of_a_residual_add_is_refused(tiny: Callable, insertions: 
     assert str(caught.value) == (
         "model.layers.0.self_attn: expected the mux %self_attn_mux in a residual add; insert routers before lowering"
     )
+
+
+def test_units_behind_one_that_has_a_router_get_theirs(tiny: Callable, insertions: tuple, calls: Callable) -> None:
+    graph = tiny().graph
+    PassManager(insertions[:1]).run(graph)
+    graph.get_submodule("model.layers.0").add_module("self_attn_router", Router(32, 8))
+    assert PassManager(insertions[1:]).run(graph).modified
+    assert calls(graph)["router"] == 3

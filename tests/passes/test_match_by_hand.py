@@ -304,3 +304,28 @@ def test_a_submodule_without_a_graph_says_so(captured_module: Callable) -> None:
     model = captured_module(Machine(Stage(Grinder())), torch.randn(2, 5, WIDTH))
     model.get_submodule("stage_0").add_module("grinder", Grinder())
     assert match_units(model).refusals[0].reason == "it was captured without a graph of its own"
+
+
+class Chained(Stage):
+    """A second FFN stands between the first and the residual add."""
+
+    def __init__(self, grinder: nn.Module) -> None:
+        super().__init__(grinder)
+        self.second = Grinder()
+
+    def join(self, stream: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return stream + self.second(self.grinder(x))
+
+
+class Multiplies(Stage):
+    """The FFN's output is a factor of the stream."""
+
+    def join(self, stream: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return stream * self.grinder(x)
+
+
+@pytest.mark.parametrize("stage", [Chained, Multiplies])
+def test_what_reaches_no_add_by_itself_is_no_unit(captured_module: Callable, stage: type[Stage]) -> None:
+    model = captured_module(Machine(stage(Grinder())), torch.randn(2, 5, WIDTH))
+    reason = "none of its outputs is added to the residual stream"
+    assert [(r.name, r.reason) for r in match_units(model).refusals] == [("stage_0.grinder", reason)]

@@ -132,3 +132,25 @@ def test_second_run_changes_nothing(tiny: Callable, insertions: tuple) -> None:
     text = print_model(graph)
     assert not PassManager([RouteProducts(), FuseGates()]).run(graph).modified
     assert print_model(graph) == text
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+@torch.no_grad()
+def test_a_submodule_that_is_called_twice_is_left_alone(calls: int) -> None:
+    """Its linear's rows would be those of one call."""
+    inside = fx.Graph()
+    inside.output(inside.call_module("linear", (inside.placeholder("x"),)))
+    inner = fx.GraphModule(nn.ModuleDict({"linear": nn.Linear(4, 4)}), inside)
+    graph = fx.Graph()
+    x, mask = graph.placeholder("x"), graph.placeholder("mask")
+    rows = graph.call_function(operator.getitem, (graph.call_function(irc.select_rows.default, (mask,)), 0))
+    y = graph.call_function(irc.compact.default, (x, rows))
+    for _ in range(calls):
+        y = graph.call_module("inner", (y,))
+    graph.output(graph.call_function(irc.scatter.default, (y, rows, x)))
+    model = fx.GraphModule(nn.ModuleDict({"inner": inner}), graph)
+    inputs = torch.randn(2, 3, 4), torch.rand(2, 3) < 0.5
+    expected = model(*inputs)
+    assert RouteProducts().call(model).modified == (calls == 1)
+    assert len(_nodes(model, irc.routed_matmul.default)) == (calls == 1)
+    torch.testing.assert_close(model(*inputs), expected, rtol=0, atol=1e-6)
