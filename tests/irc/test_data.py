@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
-import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,11 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from irc import text_rows
 from irc.data import SPLITS, Document, TextSource, _blocks, load_text, split_of, token_stream, windows
 from irc.errors import InputError
-
-HAS_PARQUET = importlib.util.find_spec("pyarrow") is not None
 
 
 class Letters:
@@ -175,102 +169,6 @@ def test_text_that_is_not_utf8_is_refused_with_the_byte(tmp_path: Path) -> None:
     path = _write(tmp_path / "a.txt", b"ok \xe9t\xe9")
     assert _refusal(path) == f"{path}: not UTF-8 text (byte 3); convert it to UTF-8"
     assert "not UTF-8 text" in _refusal(tmp_path)
-
-
-# Rows
-
-
-@pytest.mark.parametrize("column", ["text", "content", "document"])
-def test_jsonl_takes_the_text_column(tmp_path: Path, column: str) -> None:
-    rows = [{"id": 1, column: "one"}, {column: "two\nlines", "id": 2}]
-    path = _write(tmp_path / "a.jsonl", "\n".join(json.dumps(row) for row in rows) + "\n\n")
-    assert load_text(str(path)).documents == (Document("a.jsonl#0", "one"), Document("a.jsonl#1", "two\nlines"))
-
-
-def test_jsonl_strings_may_hold_any_line_end_but_a_line_feed(tmp_path: Path) -> None:
-    path = _write(tmp_path / "a.jsonl", '{"text": "a\u2028b\u0085c"}\r\n{"text": "d"}')
-    assert [document.text for document in load_text(str(path)).documents] == ["a\u2028b\u0085c", "d"]
-
-
-def test_jsonl_rows_without_text_are_empty_not_the_word_none(tmp_path: Path) -> None:
-    path = _write(tmp_path / "a.jsonl", '{"text": "a"}\n{"text": null}\n{"other": 1}\n')
-    assert [document.text for document in load_text(str(path)).documents] == ["a", "", ""]
-
-
-def test_malformed_jsonl_is_refused_with_its_line(tmp_path: Path) -> None:
-    path = _write(tmp_path / "a.jsonl", '{"text": "a"}\n\n{"text": \n')
-    sentence = _refusal(path)
-    assert sentence.startswith(f"{path}, line 3: not JSON (")
-    assert sentence.endswith("; give one object a line")
-
-
-def test_jsonl_of_other_values_is_refused_with_its_line(tmp_path: Path) -> None:
-    path = _write(tmp_path / "a.jsonl", '{"text": "a"}\n["b"]\n')
-    assert _refusal(path) == f"{path}, line 2: a list, not an object; give one object a line"
-
-
-@pytest.mark.parametrize("content", ['{"body": "a"}\n', ""])
-def test_jsonl_without_a_text_column_is_refused(tmp_path: Path, content: str) -> None:
-    path = _write(tmp_path / "a.jsonl", content)
-    assert _refusal(path) == f"{path}: no text column; expected one of text, content, document"
-
-
-@pytest.mark.skipif(not HAS_PARQUET, reason="needs pyarrow, which comes with the extra data")
-def test_parquet_takes_the_text_column(tmp_path: Path) -> None:
-    import pyarrow
-    from pyarrow import parquet
-
-    path = tmp_path / "a.parquet"
-    parquet.write_table(pyarrow.table({"id": [1, 2, 3], "text": ["one", None, "two"]}), path)
-    assert load_text(str(path)).documents == (
-        Document("a.parquet#0", "one"),
-        Document("a.parquet#1", ""),
-        Document("a.parquet#2", "two"),
-    )
-
-
-@pytest.mark.skipif(not HAS_PARQUET, reason="needs pyarrow, which comes with the extra data")
-def test_broken_parquet_is_refused(tmp_path: Path) -> None:
-    path = _write(tmp_path / "a.parquet", "no parquet")
-    assert _refusal(path).startswith(f"{path}: not a parquet file (")
-
-
-@pytest.mark.skipif(not HAS_PARQUET, reason="needs pyarrow, which comes with the extra data")
-@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_datasets_are_streamed_up_to_a_limit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, suffix: str
-) -> None:
-    """Of a folder, as of the hub: rows after the limit are never asked for."""
-    import datasets
-    import pyarrow
-    from pyarrow import parquet
-
-    rows = [{"id": number, "text": f"text {number:05}"} for number in range(5000)]
-    if suffix == "jsonl":
-        _write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    else:
-        parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=100)
-    seen: list[object] = []
-    load = datasets.load_dataset
-
-    def watched(*args: object, **kwargs: object) -> object:
-        return (seen.append(row) or row for row in load(*args, **kwargs))
-
-    monkeypatch.setattr(datasets, "load_dataset", watched)
-    monkeypatch.setattr(text_rows, "MOST_CHARACTERS", 1000)
-    text = "".join(document.text for document in load_text(f"hf:{tmp_path}").documents)
-    assert text == "\n\n".join(row["text"] for row in rows[:100])
-    assert len(seen) == 101
-    assert "read up to 1000 characters; the rest is left out" in caplog.text
-
-
-@pytest.mark.parametrize("spec", ["a.parquet", "hf:some/name"])
-def test_without_the_extra_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str) -> None:
-    for package in ("datasets", "pyarrow"):
-        monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.chdir(tmp_path)
-    _write(tmp_path / "a.parquet", "")
-    assert "pip install 'informed-routing-compiler[data]'" in _refusal(spec)
 
 
 # The standard library

@@ -1,24 +1,143 @@
-"""Datasets of the hub, without a connection: from what `datasets` prepared, from what was downloaded, else refused."""
+"""Text in rows: JSON lines and parquet files, and datasets streamed from a folder or, without a connection, of the hub.
+
+Without a connection they come from what `datasets` prepared, from what was downloaded, or are refused.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from irc.data import load_text
+from irc import text_rows
+from irc.data import Document, load_text
 from irc.errors import InputError
 
-datasets = pytest.importorskip("datasets", reason="needs datasets, which comes with the extra data")
+needs_data = pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in ("datasets", "pyarrow")),
+    reason="needs datasets and pyarrow, which come with the extra data",
+)
 LINES = [f"{number} of many lines, with the same few words in each of them" for number in range(1500)]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def _jsonl(folder: Path, content: str) -> Path:
+    path = folder / "a.jsonl"
+    path.write_bytes(content.encode())
+    return path
+
+
+def _refused(path: Path, rest: str) -> Any:
+    """Expect one line: the path, then what the pattern `rest` says."""
+    return pytest.raises(InputError, match=rf"^{re.escape(str(path))}{rest}\Z")
+
+
+@pytest.mark.parametrize("column", ["text", "content", "document"])
+def test_jsonl_takes_the_text_column(tmp_path: Path, column: str) -> None:
+    rows = [{"id": 1, column: "one"}, {column: "two\nlines", "id": 2}]
+    path = _jsonl(tmp_path, "\n".join(json.dumps(row) for row in rows) + "\n\n")
+    assert load_text(str(path)).documents == (Document("a.jsonl#0", "one"), Document("a.jsonl#1", "two\nlines"))
+
+
+def test_jsonl_strings_may_hold_any_line_end_but_a_line_feed(tmp_path: Path) -> None:
+    path = _jsonl(tmp_path, '{"text": "a\u2028b\u0085c"}\r\n{"text": "d"}')
+    assert [document.text for document in load_text(str(path)).documents] == ["a\u2028b\u0085c", "d"]
+
+
+def test_jsonl_rows_without_text_are_empty_not_the_word_none(tmp_path: Path) -> None:
+    path = _jsonl(tmp_path, '{"text": "a"}\n{"text": null}\n{"other": 1}\n')
+    assert [document.text for document in load_text(str(path)).documents] == ["a", "", ""]
+
+
+def test_malformed_jsonl_is_refused_with_its_line(tmp_path: Path) -> None:
+    path = _jsonl(tmp_path, '{"text": "a"}\n\n{"text": \n')
+    with _refused(path, r", line 3: not JSON \(.*; give one object a line"):
+        load_text(str(path))
+
+
+def test_jsonl_of_other_values_is_refused_with_its_line(tmp_path: Path) -> None:
+    path = _jsonl(tmp_path, '{"text": "a"}\n["b"]\n')
+    with _refused(path, ", line 2: a list, not an object; give one object a line"):
+        load_text(str(path))
+
+
+@pytest.mark.parametrize("content", ['{"body": "a"}\n', ""])
+def test_jsonl_without_a_text_column_is_refused(tmp_path: Path, content: str) -> None:
+    path = _jsonl(tmp_path, content)
+    with _refused(path, ": no text column; expected one of text, content, document"):
+        load_text(str(path))
+
+
+@needs_data
+def test_parquet_takes_the_text_column(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"id": [1, 2, 3], "text": ["one", None, "two"]}), path)
+    assert load_text(str(path)).documents == (
+        Document("a.parquet#0", "one"),
+        Document("a.parquet#1", ""),
+        Document("a.parquet#2", "two"),
+    )
+
+
+@needs_data
+def test_broken_parquet_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    path.write_text("no parquet")
+    with _refused(path, r": not a parquet file \(.*"):
+        load_text(str(path))
+
+
+@needs_data
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_datasets_are_streamed_up_to_a_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, suffix: str
+) -> None:
+    """Of a folder, as of the hub: rows after the limit are never asked for."""
+    import datasets
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [{"id": number, "text": f"text {number:05}"} for number in range(5000)]
+    if suffix == "jsonl":
+        _jsonl(tmp_path, "".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=100)
+    seen: list[object] = []
+    load = datasets.load_dataset
+
+    def watched(*args: object, **kwargs: object) -> object:
+        return (seen.append(row) or row for row in load(*args, **kwargs))
+
+    monkeypatch.setattr(datasets, "load_dataset", watched)
+    monkeypatch.setattr(text_rows, "MOST_CHARACTERS", 1000)
+    assert text_of(f"hf:{tmp_path}") == "\n\n".join(row["text"] for row in rows[:100])
+    assert len(seen) == 101
+    assert "read up to 1000 characters; the rest is left out" in caplog.text
+
+
+@pytest.mark.parametrize("spec", ["a.parquet", "hf:some/name"])
+def test_without_the_extra_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str) -> None:
+    for package in ("datasets", "pyarrow"):
+        monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.chdir(tmp_path)
+    Path("a.parquet").touch()
+    with pytest.raises(InputError, match=r"^.*pip install 'informed-routing-compiler\[data\]'.*\Z"):
+        load_text(spec)
 
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Return an empty home of both caches, as with HF_HOME and HF_HUB_OFFLINE=1, which are read once a process."""
+    datasets = pytest.importorskip("datasets", reason="needs datasets, which comes with the extra data")
     from huggingface_hub import constants
 
     for module in (datasets.config, constants):
@@ -29,6 +148,8 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def parquet(path: Path) -> Path:
+    import datasets
+
     path.parent.mkdir(parents=True)
     datasets.Dataset.from_dict({"id": range(len(LINES)), "text": LINES}).to_parquet(path)
     return path
@@ -36,6 +157,8 @@ def parquet(path: Path) -> Path:
 
 def prepare(home: Path) -> None:
     """Lay down what `datasets.load_dataset("some/name")` leaves."""
+    import datasets
+
     source = parquet(home / "source" / "train.parquet")
     builder = datasets.load_dataset_builder("parquet", data_files={"train": str(source)})
     builder.dataset_name, builder.info.config_name = "name", "default"
