@@ -122,11 +122,18 @@ def _unmask(graph: fx.Graph, call: fx.Node) -> bool:
         return False
     for node in list(graph.nodes):
         masks = node.target == aten.__and__.Tensor and node in call.args
-        drops = node.target == aten.mul.Tensor and node.args[0] in call.users
+        drops = node.target == aten.mul.Tensor and node.args[0] in call.users and _is_spread(node.args[1], stored)
         if masks or drops:
             node.replace_all_uses_with(cast(fx.Node, node.args[0]))
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output", "call_module"))
     return True
+
+
+def _is_spread(argument: object, mask: fx.Node) -> bool:
+    """Whether an argument is a mask with dimensions added to it, and no factor of the model's own."""
+    while isinstance(argument, fx.Node) and argument.target == aten.unsqueeze.default:
+        argument = argument.args[0]
+    return argument is mask
 
 
 def _lead_slots(model: fx.GraphModule, unit: Unit) -> None:

@@ -150,7 +150,7 @@ def test_convert_export_verify(
     assert verified.json["routing_agreement"] > 0.99
 
 
-@pytest.mark.parametrize("name", ["phi3", "mixtral"])  # of fused linears, of experts
+@pytest.mark.parametrize("name", ["granite", "mixtral"])  # of a factor behind each unit, of experts
 def test_lora_reduced_keys_and_half_types(
     name: str, save: Callable[[Case], Path], text_file: Path, tmp_path: Path, irc_main: Callable[..., Any]
 ) -> None:
