@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _COLOURS = {"prefill": BLUE, "decode": ORANGE}
-_MARKS = {"native": "o", "portable": "s", "static": "^"}
+_MARKS = {"portable": "s", "static": "^"}
 
 
 def speedup_plot(result: dict[str, Any]) -> str:
@@ -19,26 +19,25 @@ def speedup_plot(result: dict[str, Any]) -> str:
     Args:
         result: What `irc.bench.bench` returned.
     """
-    batch, length = result["load"]["batches"][0], result["load"]["prefill"][0]
+    load = result["load"]
+    length, batches = load["prefill"][0], {"prefill": load["batches"][0]}
+    batches["decode"] = (load.get("decode_batches") or load["batches"])[0]
 
     def draw(axes: Axes) -> None:
         for phase, colour in _COLOURS.items():
-            rows = [
-                row
-                for row in result["results"]
-                if row["phase"] == phase and row["batch"] == batch and (phase == "decode" or row["tokens"] == length)
-            ]
+            rows = [row for row in result["results"] if (row["phase"], row["batch"]) == (phase, batches[phase])]
+            rows = [row for row in rows if phase == "decode" or row["tokens"] == length]
             rows.sort(key=lambda row: row["realized"])
-            for name, mark in _MARKS.items():
+            for name in dict.fromkeys(name for row in rows for name in row["contenders"]):
                 mine = [row for row in rows if name in row["contenders"]]
-                if not mine:
+                if "ideal" not in mine[0]["contenders"][name]:  # the dense model, or a peer of other work
                     continue
                 xs = [row["realized"] for row in mine]
                 axes.plot(
                     xs,
                     [row["contenders"][name]["speedup"] for row in mine],
                     color=colour,
-                    marker=mark,
+                    marker=_MARKS.get(name, "o"),
                     linestyle="none" if name == "static" else "-",
                     label=f"{phase}, {name}",
                 )

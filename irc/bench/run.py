@@ -17,6 +17,7 @@ from irc.bench.shapes import Shape
 from irc.bench.stage import PEERS, Load, Share, Stage, TextTokens
 from irc.dtypes import BYTES
 from irc.errors import InputError
+from irc.runtime.native import choose_library
 from irc.runtime.session import choose_provider
 from irc.training.loop import ProgressFactory
 
@@ -72,6 +73,10 @@ def bench(
     """
     provider = choose_provider(provider)
     _check(subject, shares, load, dtype, ops, peers)
+    if dtype == "bf16" and provider == "cpu":
+        raise InputError("--dtype is bf16, which ONNX Runtime's CPU provider cannot run; give fp32 or fp16")
+    for each in ops:
+        choose_library(each, provider, dtype)  # refuses what does not load before anything is made
     rows: list[dict[str, Any]] = []
     profiles: list[dict[str, Any]] = []
     missing: dict[str, str] = {}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from irc.errors import InputError
+from irc.reading import read_json
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,10 @@ def shape_named(name: str) -> Shape:
     if name in SHAPES:
         return SHAPES[name]
     path = Path(name)
-    path = path / "config.json" if path.is_dir() else path
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        sizes = {field: found.get(key) for field, key in _KEYS.items()}
+        path = path / "config.json" if path.is_dir() else path
+        found = read_json(path)
+        sizes: dict[str, Any] = {field: found.get(key) for field, key in _KEYS.items()}
     except OSError as error:
         raise InputError(
             f"--shape is '{name}'; choose from {', '.join(SHAPES)}, or give a config.json ({error.strerror})"

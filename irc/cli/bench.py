@@ -144,6 +144,8 @@ def command(
         from irc.bench.text import heldout_tokens
 
         text = heldout_tokens(bundle, data)
+    if plot and (plot.is_dir() or not plot.parent.is_dir()):
+        raise InputError(f"--plot {plot}: cannot be written; give a file in a folder that is there")
     subject = Subject(shape_named(shape) if shape else Shape(**{**_SIZES, **given}), bundle, text)
     load = Load(tuple(batches), tuple(prefill), tuple(decode_batches), past, decode, rounds)
     result = bench(

@@ -11,9 +11,9 @@ import onnx
 from exporters.onnx import Decision
 
 FORCED, DIFFERENCES, FIRST = "irc.forced_differences", "irc.logit_differences", "irc.first_token"
-_PRODUCTS = ("MatMul", "Gemm")
-_EACH_TOKEN = {*_PRODUCTS, "Add", "Cast", "Div", "Mul", "Reshape", "Tanh"}
-_SIZES = {"Concat", "Shape"}  # the size that a product is brought back to
+_PRODUCT = "MatMul"
+_EACH_NUMBER = ("Add", "Cast", "Div", "Mul", "Tanh")
+_OF_WEIGHTS = ("Cast", "Transpose")
 
 
 def add_decisions(graph: Any, decisions: Sequence[Decision], forced: bool) -> None:
@@ -55,7 +55,6 @@ def add_first_token(graph: Any) -> None:
     maker = next((index for index, node in enumerate(graph.node) if states in node.output), None)
     if maker is None:
         return  # no model of ours, which the session will say
-    behind = _behind(graph, states) or {states}
     whole, cut = ("logits.whole", states) if states == "logits" else (states, f"{states}.from_first")
     for node in graph.node:
         node.output[:] = [whole if name == states else name for name in node.output]
@@ -64,38 +63,51 @@ def add_first_token(graph: Any) -> None:
     graph.initializer.extend(onnx.numpy_helper.from_array(np.array([n]), name) for name, n in numbers.items())
     graph.input.append(onnx.helper.make_tensor_value_info(FIRST, onnx.TensorProto.INT64, [1]))
     graph.node.insert(maker + 1, onnx.helper.make_node("Slice", [whole, FIRST, *numbers], [cut]))
-    for value in [value for value in graph.value_info if value.name in behind]:
-        graph.value_info.remove(value)  # it says that all tokens are there
+    del graph.value_info[:]  # some say that all tokens are there
     for output in graph.output:
         if output.name == "logits" and len(output.type.tensor_type.shape.dim) == 3:
             output.type.tensor_type.shape.dim[1].dim_param = "logit_tokens"
 
 
 def _states(graph: Any) -> str:
-    """Return what the head reads, [batch, tokens, d], or `logits` where what is between is of a form not known."""
-    makers = {output: node for node in graph.node for output in node.output if node.op_type != "Constant"}
-    name, product = "logits", False
-    while name in makers and makers[name].op_type in _EACH_TOKEN and not product:
+    """Return what the head reads, [batch, tokens, d], or `logits` where what is between is of a form not known.
+
+    Known is one product with a constant weight, of all tokens as rows of a matrix (Gemm) or not, and, behind it, what
+    treats every number by itself and reads constants.
+    """
+    makers = {output: node for node in graph.node for output in node.output}
+    readers = [name for node in graph.node for name in node.input] + [value.name for value in graph.output]
+    constants = {tensor.name for tensor in graph.initializer}
+    for node in graph.node:  # in the order in which they run
+        if node.op_type == "Constant" or (node.op_type in _OF_WEIGHTS and constants.issuperset(node.input)):
+            constants.update(node.output)
+    name = "logits"
+    while name in makers:
         node = makers[name]
-        made = [given for given in node.input if given in makers]
-        if node.op_type == "Reshape":
-            made = made[:1]  # to what size is another matter
-        if len(made) != 1 or (made[0] != node.input[0] and node.op_type in (*_PRODUCTS, "Reshape")):
+        made = [given for given in node.input if given not in constants]
+        if node.op_type == "Reshape" and readers.count(name) == 1:
+            return _flattened(node, makers, constants, readers) or "logits"
+        if node.op_type not in {_PRODUCT, *_EACH_NUMBER} or len(made) != 1 or readers.count(name) != 1:
             break
-        name, product = made[0], node.op_type in _PRODUCTS
-        if node.op_type == "Gemm" and makers[name].op_type == "Reshape":
-            name = makers[name].input[0]  # all tokens as rows of a matrix
-    outputs = {value.name for value in graph.output}
-    behind = _behind(graph, name)
-    return name if product and behind is not None and behind & outputs == {"logits"} else "logits"
+        if node.op_type == _PRODUCT:
+            alone = made[0] == node.input[0] and made[0] in makers and readers.count(made[0]) == 1
+            return made[0] if alone else "logits"
+        name = made[0]
+    return "logits"
 
 
-def _behind(graph: Any, name: str) -> set[str] | None:
-    """Return the names of all that comes of a value, None where some of it may not be each token's own."""
-    found = {name}
-    for node in graph.node:
-        if found.intersection(node.input) or any(attribute.HasField("g") for attribute in node.attribute):
-            if node.op_type not in _EACH_TOKEN | _SIZES:
-                return None
-            found.update(node.output)
-    return found
+def _flattened(back: Any, makers: dict[str, Any], constants: set[str], readers: list[str]) -> str | None:
+    """Return what Reshape, Gemm with constants, Reshape to the size that it had before begin with, if they are that."""
+    product, size = makers.get(back.input[0]), makers.get(back.input[1])
+    if product is None or size is None or product.op_type != "Gemm" or not constants.issuperset(product.input[1:]):
+        return None
+    flat = makers.get(product.input[0])
+    if flat is None or flat.op_type != "Reshape" or flat.input[1] not in constants or size.op_type != "Concat":
+        return None
+    states = flat.input[0]
+    asks = [makers.get(given) for given in size.input if given not in constants]
+    known = all(ask is not None and ask.op_type == "Shape" and list(ask.input) == [states] for ask in asks)
+    alone = (
+        readers.count(states) == 1 + len(asks) and readers.count(back.input[0]) == readers.count(product.input[0]) == 1
+    )
+    return states if asks and known and alone and states in makers else None

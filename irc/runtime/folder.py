@@ -103,6 +103,8 @@ def open_folder(path: Path) -> OnnxFolder:
 
 def _check_types(manifest: dict[str, Any], hashes: dict[str, Any]) -> None:
     """Raise ValueError or TypeError where the manifest holds something of a kind that `irc export` never writes."""
+    if type(manifest["format_version"]) is not int or manifest["format_version"] < 1:
+        raise ValueError(f"format_version is {manifest['format_version']!r}")
     cache = CacheShape(**manifest["cache"])
     numbers = [cache.layers, cache.heads, cache.size, *cache.reduced]
     if any(type(number) is not int or number < 0 for number in numbers):

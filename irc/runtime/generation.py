@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from irc.errors import InputError
+from irc.errors import InputError, IrcError
 from irc.model.tokenizer import load_tokenizer
 from irc.reading import read_text
 from irc.runtime.session import Runtime, Step
@@ -212,7 +212,13 @@ class Generator:
 
 
 def choose(logits: NDArray[np.float32], sampling: Sampling, random: np.random.Generator) -> int:
-    """Choose a token from logits [vocabulary]."""
+    """Choose a token from logits [vocabulary].
+
+    Raises:
+        IrcError: A logit is no number, or infinite.
+    """
+    if not math.isfinite(logits.max()):
+        raise IrcError("the model's logits are not finite; hold it against PyTorch by irc verify")
     if sampling.temperature == 0:
         return int(logits.argmax())
     scaled = logits.astype(np.float64) / sampling.temperature

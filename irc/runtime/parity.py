@@ -100,6 +100,12 @@ def verify(
     }
 
 
+def _larger(known: float, values: torch.Tensor) -> float:
+    """Return the largest absolute value, infinity where one is no number."""
+    largest = values.abs().max().item()
+    return max(known, math.inf if math.isnan(largest) else largest)
+
+
 def _check_lengths(context: int | None, seq_len: int, new_tokens: int) -> None:
     if context is None:
         return
@@ -171,7 +177,7 @@ class _Totals:
         found = torch.from_numpy(step.logits)
         for name, logits in (("pytorch", expected), ("onnxruntime", found)):
             self.loss[name] += F.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum").item()
-        self.largest = max(self.largest, expected.abs().max().item())
+        self.largest = _larger(self.largest, expected)
         self.tokens += ids.numel()
         self.predicted += ids.numel() - 1
         self.windows += 1
@@ -189,7 +195,7 @@ class _Totals:
                 self.flips += 1
         self.left_out += ids.shape[1] - first
         if first:
-            self.worst = max(self.worst, (expected - found)[:, :first].abs().max().item())
+            self.worst = _larger(self.worst, (expected - found)[:, :first])
 
     def perplexity(self, name: str) -> float:
         """Return the perplexity of one side."""

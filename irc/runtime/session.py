@@ -166,7 +166,7 @@ class Runtime:
             last: Whether logits are of the last token alone, [batch, 1, vocabulary]: the head then reads no other.
 
         Raises:
-            ValueError: The shapes do not fit the cache, or there is no sequence or no token.
+            ValueError: The shapes do not fit the cache or the decisions, or there is no sequence or no token.
         """
         if not ids.size:
             raise ValueError(f"ids are {list(ids.shape)}: a step needs a sequence and a token at least")
@@ -175,12 +175,17 @@ class Runtime:
                 f"ids are {list(ids.shape)}, the mask {list(mask.shape)}; the cache holds {cache.length} tokens of "
                 f"{cache.batch} sequences"
             )
+        units = len(self.exported.decisions)
+        if self._forced and (execute is None or execute.shape != (units, *ids.shape) or execute.dtype != np.bool_):
+            given = "missing" if execute is None else f"{execute.dtype} {list(execute.shape)}"
+            raise ValueError(f"execute is {given}; a forced runtime is told all decisions, bool {[units, *ids.shape]}")
+        if execute is not None and not self._forced and units:
+            raise ValueError("execute is given, but this runtime follows the routers; make it with forced=True")
         binding = cache.bind(self._session, self._outputs, ids.shape[1], "cpu" if fetch else self.provider)
         binding.bind_cpu_input("input_ids", ids)
         binding.bind_cpu_input("attention_mask", mask)
         binding.bind_cpu_input(FIRST, np.array([ids.shape[1] - 1 if last else 0]))
-        if self._forced:
-            assert execute is not None, "a forced runtime is told every decision"
+        if self._forced and execute is not None:
             forced = np.where(execute, np.float32(1), np.float32(-1)).reshape(-1, ids.shape[1])
             binding.bind_cpu_input(FORCED, forced)
         self._session.run_with_iobinding(binding)

@@ -134,13 +134,13 @@ def train(
         adam, lambda step: settings.schedule(step / settings.steps), last_epoch=first - 1
     )
     loader = accelerator.prepare_data_loader(_loader(windows, settings))
-    learning = list(names.values())
+    learning = [adam.master(parameter) for parameter in names.values()]
     # Processes share what learns and nothing else: DistributedDataParallel would give each a copy of the mapped base.
     several = accelerator.num_processes > 1
     if several:
-        same_weights(adam.master(parameter) for parameter in learning)
-        for parameter in learning:
-            adam.set_weight(parameter, adam.master(parameter))
+        same_weights(learning)
+        for parameter, weight in zip(names.values(), learning, strict=True):
+            adam.set_weight(parameter, weight)
     batches = accelerator.skip_first_batches(loader, first) if first else loader
     objective.train()
     tokens_a_step = settings.batch_size * windows.shape[1]
@@ -154,6 +154,7 @@ def train(
         if not bool(torch.isfinite(loss)):
             raise IrcError(f"the loss is {loss.item()} at step {step}; lower the learning rate of this stage")
         accelerator.backward(loss)
+        adam.take_gradients()
         if several:
             average_gradients(learning)
         if settings.clip:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 class MasterAdamW(torch.optim.AdamW):
     """AdamW that keeps float32 weights of its own for parameters of 16 bits; others it updates as AdamW does.
 
-    Clip and average gradients on the parameters themselves, before `step`, which reads them there.
+    `take_gradients` moves gradients to these weights, where they can be averaged and clipped; `step` does it otherwise.
 
     Args:
         groups: `params`, a list, and `lr` of each group.
@@ -21,15 +21,17 @@ class MasterAdamW(torch.optim.AdamW):
 
     def __init__(self, groups: Sequence[dict[str, Any]], weight_decay: float) -> None:
         self._masters: dict[nn.Parameter, Tensor] = {}
-        super().__init__(
-            [{**group, "params": [self._own(parameter) for parameter in group["params"]]} for group in groups],
-            weight_decay=weight_decay,
-        )
+        super().__init__(list(groups), weight_decay=weight_decay)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, as AdamW does."""
+        super().add_param_group({**param_group, "params": [self._own(each) for each in param_group["params"]]})
 
     def _own(self, parameter: nn.Parameter) -> Tensor:
         if parameter.dtype not in (torch.float16, torch.bfloat16):
             return parameter
-        self._masters[parameter] = parameter.detach().float()
+        if parameter not in self._masters:
+            self._masters[parameter] = parameter.detach().float()
         return self._masters[parameter]
 
     def master(self, parameter: nn.Parameter) -> Tensor:
@@ -43,21 +45,25 @@ class MasterAdamW(torch.optim.AdamW):
         if parameter in self._masters:
             self._masters[parameter].copy_(weight)
 
+    def take_gradients(self) -> None:
+        """Move the gradients of 16-bit parameters to their copies, in float32."""
+        for parameter, master in self._masters.items():
+            if parameter.grad is not None:
+                master.grad, parameter.grad = parameter.grad.float(), None
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update the copies by the parameters' gradients, then round them into the parameters.
+        """Update the copies, then round them into the parameters.
 
         Raises:
             RuntimeError: There is a closure.
         """
         if closure is not None:
             raise RuntimeError("MasterAdamW.step takes no closure; compute gradients before it")
-        for parameter, master in self._masters.items():
-            master.grad = None if parameter.grad is None else parameter.grad.float()
+        self.take_gradients()
         super().step()
         for parameter, master in self._masters.items():
             parameter.copy_(master)
-            master.grad = None
         return None
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Container, Iterable
 
 import torch
 from accelerate import PartialState
-from torch import nn
 
 from irc.config import Recipe
 from irc.errors import InputError
@@ -100,7 +99,7 @@ def same_weights(weights: Iterable[torch.Tensor]) -> None:
         torch.distributed.broadcast(weight.detach(), 0)
 
 
-def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+def average_gradients(parameters: Iterable[torch.Tensor]) -> None:
     """Replace gradients by their mean over all processes."""
     gradients = []
     for parameter in parameters:

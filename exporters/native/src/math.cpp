@@ -92,6 +92,9 @@ void tile(const float* const* a, int64_t from, int64_t depth, const float* panel
 template <class W>
 void multiply(const float* const* a, int64_t rows, int64_t depth, const W* b, int64_t stride, bool turned,
               int64_t columns, float* c, int64_t c_stride, bool add, float* panel) {
+  if (depth == 0 && !add)
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < columns; ++j) c[i * c_stride + j] = 0.0f;
   for (int64_t from = 0; from < depth; from += kPanelDepth) {
     const int64_t part = least(depth - from, kPanelDepth);
     for (int64_t j = 0; j < columns; j += kColumns) {

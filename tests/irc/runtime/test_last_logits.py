@@ -55,7 +55,8 @@ def _model(nodes: list[Any], outputs: tuple[str, ...] = ("logits",)) -> Any:
     draw = np.random.default_rng(0)
     constants = {"w": draw.standard_normal((4, 6)), "v": draw.standard_normal((6, 4)), "cap": np.array(3.0)}
     weights = [onnx.numpy_helper.from_array(value.astype(np.float32), name) for name, value in constants.items()]
-    weights += [onnx.numpy_helper.from_array(np.array(v), n) for n, v in (("rows", [-1, 4]), ("last", [6]))]
+    sizes = {"rows": [-1, 4], "last": [6], "to": [2, -1, 6]}
+    weights += [onnx.numpy_helper.from_array(np.array(size), name) for name, size in sizes.items()]
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", "tokens", 4])
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", "tokens", None]) for name in outputs]
     graph = helper.make_graph([helper.make_node("Neg", ["x"], ["h"]), *nodes], "head", [x], values, weights)
@@ -67,11 +68,16 @@ def _chain(*nodes: tuple[str, ...]) -> list[Any]:
     return [helper.make_node(op, inputs, [output]) for op, *inputs, output in nodes]
 
 
-def _gemm() -> list[Any]:
+def _flat() -> list[Any]:
+    return _chain(("Reshape", "h", "rows", "flat"), ("MatMul", "flat", "w", "a"), ("Reshape", "a", "to", "logits"))
+
+
+def _gemm(size: str) -> list[Any]:
+    """A product of all tokens as rows of a matrix, brought back to the size of a value."""
     return [
         *_chain(("Reshape", "h", "rows", "flat")),
         helper.make_node("Gemm", ["flat", "v"], ["product"], transB=1),
-        helper.make_node("Shape", ["h"], ["lead"], end=-1),
+        helper.make_node("Shape", [size], ["lead"], end=-1),
         helper.make_node("Concat", ["lead", "last"], ["size"], axis=0),
         *_chain(("Reshape", "product", "size", "logits")),
     ]
@@ -81,9 +87,14 @@ def _gemm() -> list[Any]:
     ("nodes", "cut"),
     [
         (_chain(("MatMul", "h", "w", "logits")), "h"),
-        (_gemm(), "h"),
         (_chain(("MatMul", "h", "w", "a"), ("Tanh", "a", "b"), ("Mul", "cap", "b", "logits")), "h"),
+        (_chain(("MatMul", "h", "w", "a"), ("Transpose", "cap", "c"), ("Div", "a", "c", "logits")), "h"),
+        (_gemm("h"), "h"),
         # Of all tokens: an operator that is not known behind the head, or another reader of what the head reads.
+        (_flat(), "logits.whole"),
+        (_gemm("x"), "logits.whole"),
+        (_chain(("MatMul", "h", "w", "a"), ("MatMul", "x", "w", "b"), ("Add", "a", "b", "logits")), "logits.whole"),
+        (_chain(("MatMul", "x", "w", "logits")), "logits.whole"),
         (_chain(("MatMul", "h", "w", "a"), ("Softmax", "a", "logits")), "logits.whole"),
         (_chain(("MatMul", "h", "w", "logits"), ("Neg", "h", "other")), "logits.whole"),
         (_chain(("MatMul", "h", "w", "logits"), ("Tanh", "h", "other")), "logits.whole"),

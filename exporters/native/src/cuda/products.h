@@ -10,7 +10,7 @@ constexpr int64_t kFewRows = 8;
 constexpr int kDepth = 512;                // rows of w in a part
 constexpr int64_t kUnknown = 0x7fffffff;  // size of a tensor that rows are of and that is not at hand
 
-IRC_BOTH inline int64_t parts_of(int64_t depth) { return (depth + kDepth - 1) / kDepth; }
+IRC_BOTH inline int64_t parts_of(int64_t depth) { return depth > kDepth ? (depth + kDepth - 1) / kDepth : 1; }
 
 // Rows as the device sees them; without `pairs` all `count` tokens.
 struct Tokens {
