@@ -22,7 +22,8 @@ from exporters.onnx import MODEL, CacheShape, Decision, export_onnx
 from irc.model.cache import cache_shape
 from irc.model.modules import Forecaster, Mux, Record, Router, RoutingControl, StoredKeys
 from irc.runtime.native import installed_library
-from irc.runtime.native_check import NodeRunner
+from irc.runtime.native_attention import AttentionCase, attention_case
+from irc.runtime.native_check import _KINDS, NodeRunner
 from passes.base import PassManager
 from passes.insert_forecasters import InsertForecasters
 from passes.insert_routers import InsertRouters
@@ -161,3 +162,50 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(library: Path) -> NodeRunner:
     """Give the kernels of the emulated library, node by node."""
     return NodeRunner(library, "CPUExecutionProvider")
+
+
+@pytest.fixture(scope="session")
+def attention() -> Callable[..., AttentionCase]:
+    """Give `attention(seed, **sizes)`: what `attention_case` draws, a few tokens where no sizes are given."""
+    usual = {"batch": 1, "tokens": 4, "past": 3, "kv_heads": 2, "group": 2, "size": 8}
+    return lambda seed=1, **sizes: attention_case(torch.Generator().manual_seed(seed), **usual | sizes)
+
+
+@pytest.fixture(scope="session")
+def is_near() -> Callable[[AttentionCase, list[torch.Tensor]], bool]:
+    """Give `is_near(case, found)`: within what a host's arithmetic needs, about half of what GPUs are granted."""
+    # Of the largest number: fp32 sums in another order; the others round weights and results once.
+    tolerances = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+    return lambda case, found: case.is_near(found, tolerances)
+
+
+@pytest.fixture(scope="session")
+def attend() -> Callable[[NodeRunner, AttentionCase], list[torch.Tensor]]:
+    """Give `attend(run, case)`: y, keys and values of RoutedAttention."""
+    return lambda run, case: run("RoutedAttention", case.inputs, [case.inputs[0].dtype] * 3, **case.attributes)
+
+
+@pytest.fixture(scope="session")
+def attend_in_place() -> Callable[[NodeRunner, AttentionCase, int], list[torch.Tensor]]:
+    """Give `attend_in_place(run, case, room)`: as `attend`, with past and present in the same memory.
+
+    The caches have `room` more places than tokens; they and those of new tokens are NaN before.
+    """
+
+    def call(run: NodeRunner, case: AttentionCase, room: int) -> list[torch.Tensor]:
+        inputs = [x.contiguous() for x in case.inputs]
+        more = (0, 0, 0, inputs[2].shape[1] + room)
+        inputs[4:6] = [torch.nn.functional.pad(x, more, value=torch.nan) for x in inputs[4:6]]
+        outputs = [torch.empty_like(inputs[0]), *inputs[4:6]]
+        kinds = tuple(x.dtype for x in inputs), tuple(x.dtype for x in outputs)
+        session = run._session("RoutedAttention", *kinds, case.attributes)
+        binding = session.io_binding()
+        for index, x in enumerate(inputs):
+            binding.bind_input(f"x{index}", "cpu", 0, _KINDS[x.dtype], tuple(x.shape), x.data_ptr())
+        for index, x in enumerate(outputs):
+            place = (0, _KINDS[x.dtype], tuple(x.shape), x.data_ptr()) if x.numel() else ()
+            binding.bind_output(f"y{index}", "cpu", *place)
+        session.run_with_iobinding(binding)
+        return outputs
+
+    return call
