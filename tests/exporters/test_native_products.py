@@ -83,6 +83,25 @@ def test_weights_that_several_threads_share_give_the_sums_of_one(
             assert torch.equal(again, found)
 
 
+@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize(("width", "rank"), [(0, 8), (8, 0), (0, 0)])
+def test_sums_of_nothing_are_zero(run: NodeRunner, tokens: int, width: int, rank: int) -> None:
+    run("ForecastAdd", [torch.ones(1, 9, 64), *_all_rows(9), torch.ones(1, 9, 64), *_linears(64, 64, 64)], [F32])
+    x, base = torch.ones(1, tokens, width), torch.ones(1, tokens, 16)
+    (z,) = run("ForecastAdd", [x, *_all_rows(tokens), base, *_linears(width, rank, 16)], [F32])
+    assert torch.equal(z, base + 1)
+    (y,) = run("Router", [x, torch.ones(width, 8), torch.ones(8), torch.ones(8, 1), torch.ones(1)], [F32])
+    assert torch.equal(y, torch.full((1, tokens), 9.0 + 8 * width))
+
+
+def _all_rows(tokens: int) -> list[torch.Tensor]:
+    return [irc.select_rows(torch.ones(1, tokens, dtype=torch.bool))[0]]
+
+
+def _linears(width: int, rank: int, columns: int) -> list[torch.Tensor]:
+    return [torch.ones(width, rank), torch.ones(rank, columns), torch.ones(columns)]
+
+
 token, weight, row = torch.ones(1, 1, 4), torch.ones(4, 4), torch.zeros(1, 1, 2, dtype=torch.int64)
 WRONG = {
     "a router of two columns": (

@@ -29,6 +29,7 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "layers": (lambda m: m["cache"].update(layers=1), "the model has 4 cache inputs, irc.json describes 2"),
     "layers as text": (lambda m: m["cache"].update(layers="x"), "not of whole numbers"),
     "context": (lambda m: m.update(context_length="many"), "context_length is no whole number"),
+    "no version": (lambda m: m.update(format_version=0), "format_version is 0"),
     "infinite version": (lambda m: m.update(op_version=float("inf")), "damaged"),
     "newer operators": (lambda m: m.update(op_version=99), "op version 99 is newer than this irc knows"),
     "hash of another folder": (lambda m: m["sha256"].update({"../x": "0"}), "of no file of the folder"),
