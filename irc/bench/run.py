@@ -72,11 +72,7 @@ def bench(
         InputError: A setting cannot be used.
     """
     provider = choose_provider(provider)
-    _check(subject, shares, load, dtype, ops, peers)
-    if dtype == "bf16" and provider == "cpu":
-        raise InputError("--dtype is bf16, which ONNX Runtime's CPU provider cannot run; give fp32 or fp16")
-    for each in ops:
-        choose_library(each, provider, dtype)  # refuses what does not load before anything is made
+    _check(subject, shares, load, provider, dtype, ops, peers)
     rows: list[dict[str, Any]] = []
     profiles: list[dict[str, Any]] = []
     missing: dict[str, str] = {}
@@ -122,7 +118,13 @@ def _pairs(
 
 
 def _check(
-    subject: Subject, shares: Sequence[Share], load: Load, dtype: str, ops: Sequence[str], peers: Sequence[str]
+    subject: Subject,
+    shares: Sequence[Share],
+    load: Load,
+    provider: str,
+    dtype: str,
+    ops: Sequence[str],
+    peers: Sequence[str],
 ) -> None:
     if not shares and not subject.bundle:
         raise InputError("--sparsities is empty; give at least one, such as 0.25")
@@ -132,6 +134,10 @@ def _check(
             raise InputError(f"{name} is empty; give at least one")
     if dtype not in BYTES:
         raise InputError(f"--dtype is '{dtype}'; choose from {', '.join(BYTES)}")
+    if dtype == "bf16" and provider == "cpu":
+        raise InputError("--dtype is bf16, which ONNX Runtime's CPU provider cannot run; give fp32 or fp16")
+    for each in ops:
+        choose_library(each, provider, dtype)  # refuses what does not load before anything is made
     for peer in peers:
         if peer not in PEERS:
             raise InputError(f"--peers names '{peer}'; choose from {', '.join(PEERS)}")
