@@ -47,7 +47,7 @@ sanitize: $(STAMP)  ## run the kernels' tests on a build with the address and un
 	  --config-settings cmake.define.IRC_SANITIZE=ON ./exporters/native
 	PYTHONPATH=build/sanitize LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest tests/exporters/test_native_ops.py \
-	  tests/exporters/test_native_attention.py tests/exporters/test_native_products.py
+	  tests/exporters/test_native_attention.py tests/exporters/test_native_products.py tests/exporters/test_native_memory.py
 
 lint: $(STAMP)  ## ruff, mypy --strict, the import contracts
 	$(BIN)/ruff check .

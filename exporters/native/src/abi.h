@@ -85,6 +85,7 @@ using AddCustomOpDomain = Function<28, OrtStatus*, OrtSessionOptions*, OrtCustom
 using GetTensorMutableData = Function<51, OrtStatus*, OrtValue*, void**>;
 using GetDimensionsCount = Function<61, OrtStatus*, const OrtTensorTypeAndShapeInfo*, size_t*>;
 using GetDimensions = Function<62, OrtStatus*, const OrtTensorTypeAndShapeInfo*, int64_t*, size_t>;
+using GetSymbolicDimensions = Function<63, OrtStatus*, const OrtTensorTypeAndShapeInfo*, const char**, size_t>;
 using GetTensorTypeAndShape = Function<65, OrtStatus*, const OrtValue*, OrtTensorTypeAndShapeInfo**>;
 using GetAttributeFloat = Function<85, OrtStatus*, const OrtKernelInfo*, const char*, float*>;
 using GetAttributeInt64 = Function<86, OrtStatus*, const OrtKernelInfo*, const char*, int64_t*>;
@@ -94,6 +95,8 @@ using ReleaseStatus = Function<93, void, OrtStatus*>;
 using GetStream = Function<193, OrtStatus*, const OrtKernelContext*, void**>;  // KernelContext_GetGPUComputeStream, API 11
 using ReleaseTensorTypeAndShapeInfo = Function<99, void, OrtTensorTypeAndShapeInfo*>;
 using GetResource = Function<265, OrtStatus*, const OrtKernelContext*, int, int, void**>;  // KernelContext_GetResource, API 16
+using GetInferredInput = Function<268, OrtStatus*, const OrtShapeInferContext*, size_t, OrtTensorTypeAndShapeInfo**>;  // ShapeInferContext_GetInputTypeShape, API 17
+using SetInferredOutput = Function<270, OrtStatus*, const OrtShapeInferContext*, size_t, const OrtTensorTypeAndShapeInfo*>;  // ShapeInferContext_SetOutputTypeShape
 using ParallelFor = Function<274, OrtStatus*, const OrtKernelContext*, void (*)(void*, size_t), size_t, size_t, void*>;
 
 }  // namespace irc

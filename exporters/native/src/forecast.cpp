@@ -17,8 +17,8 @@ namespace {
 constexpr int64_t kFewRows = 4;           // up to here the depth is shared out in place of rows
 constexpr int64_t kFewNumbers = 1 << 14;  // of weights: less is not worth another thread
 constexpr int64_t kMostParts = 16;
-constexpr int64_t kBlockNumbers = 1 << 12;  // of weights: what stays near while all rows are multiplied
-constexpr int64_t kLeastPart = 32, kMostPart = 192;  // rows of a task
+constexpr int64_t kBlockNumbers = 1 << 12, kLeastBlock = 16;  // of weights, and of rows: what stays near while all rows are multiplied
+constexpr int64_t kLeastPart = 36, kMostPart = 192, kWholeTiles = 12;  // rows of a task, and of what they are multiples
 constexpr int64_t kStrip = 256;           // columns of a forecast at a time
 constexpr int64_t kPanel = kPanelDepth * kMostColumns;
 
@@ -49,7 +49,7 @@ inline int64_t sums_of(int64_t count, int64_t depth, int64_t columns) { return p
 template <class T>
 float* few_products(const Call& call, const float* const* rows, int64_t count, int64_t depth, const T* w, int64_t columns, float* sums) {
   const int64_t parts = parts_of(depth, columns), share = (depth + parts - 1) / parts, all = count * columns;
-  const int64_t block = std::max<int64_t>(4, kBlockNumbers / std::max<int64_t>(1, columns));
+  const int64_t block = std::max(kLeastBlock, kBlockNumbers / std::max<int64_t>(1, columns));
   call.parallel(parts, [&](int64_t part) {
     float* to = sums + part * all;
     std::fill_n(to, all, 0.0f);
@@ -66,9 +66,10 @@ float* few_products(const Call& call, const float* const* rows, int64_t count, i
 // Calls work(first, count, rows, panel, made) for parts of the rows, in parallel; `made` has `each` floats for a row.
 template <class T, class RowOf, class Work>
 void for_parts(const Call& call, int64_t count, int64_t depth, int64_t each, const RowOf& row_of, const Work& work) {
-  // As many parts for each thread, of nearly one size.
+  // As many parts for each thread, of nearly one size, of whole tiles of a product.
   const int64_t share = (count + thread_count() - 1) / thread_count(), turns = (share + kMostPart - 1) / kMostPart;
-  const int64_t part = std::min(count, std::max(kLeastPart, (share + turns - 1) / turns));
+  const int64_t even = std::max(kLeastPart, (share + turns - 1) / turns);
+  const int64_t part = std::min(count, (even + kWholeTiles - 1) / kWholeTiles * kWholeTiles);
   const int64_t parts = (count + part - 1) / part, copied = copy_of<T>(depth), floats = kPanel + part * (copied + each);
   float* memory = scratch(parts * floats);
   call.parallel(parts, [&](int64_t index) {

@@ -60,33 +60,47 @@ void pack(const W* b, int64_t stride, bool turned, int64_t depth, int64_t column
   }
 }
 
-// A tile of the product: `Rows` rows of a by one panel, kept in registers.
-template <int Rows>
+// A tile of the product: `Rows` rows of a by the first `Vectors` vectors of a panel, kept in registers.
+template <int Rows, int Vectors>
 void tile(const float* const* a, int64_t from, int64_t depth, const float* panel, int64_t columns, float* c,
           int64_t c_stride, bool add) {
-  Vector left[Rows], right[Rows];
-  for (int i = 0; i < Rows; ++i) left[i] = right[i] = Vector{};
+  Vector sums[Rows][Vectors];
+  for (int i = 0; i < Rows; ++i)
+    for (int v = 0; v < Vectors; ++v) sums[i][v] = Vector{};
   for (int64_t k = 0; k < depth; ++k) {
-    const Vector b0 = read(panel + k * kColumns), b1 = read(panel + k * kColumns + kLanes);
+    Vector b[Vectors];
+    for (int v = 0; v < Vectors; ++v) b[v] = read(panel + k * kColumns + v * kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
       const Vector x = all(a[i][from + k]);
-      left[i] += x * b0;
-      right[i] += x * b1;
+#pragma GCC unroll 2
+      for (int v = 0; v < Vectors; ++v) sums[i][v] += x * b[v];
     }
   }
   for (int i = 0; i < Rows; ++i) {
     float* row = c + i * c_stride;
-    if (columns == kColumns) {
-      write(add ? read(row) + left[i] : left[i], row);
-      write(add ? read(row + kLanes) + right[i] : right[i], row + kLanes);
-    } else {
-      float values[kColumns];
-      write(left[i], values);
-      write(right[i], values + kLanes);
-      for (int64_t j = 0; j < columns; ++j) row[j] = add ? row[j] + values[j] : values[j];
+    for (int v = 0; v < Vectors; ++v, row += kLanes) {
+      const int64_t left = columns - v * kLanes;
+      if (left >= kLanes) {
+        write(add ? read(row) + sums[i][v] : sums[i][v], row);
+      } else {
+        float values[kLanes];
+        write(sums[i][v], values);
+        for (int64_t j = 0; j < left; ++j) row[j] = add ? row[j] + values[j] : values[j];
+      }
     }
   }
+}
+
+// All rows of a by one panel.
+template <int Vectors>
+void tiles(const float* const* a, int64_t rows, int64_t from, int64_t depth, const float* panel, int64_t columns, float* c,
+           int64_t c_stride, bool add) {
+  int64_t i = 0;
+  for (; i + kRows <= rows; i += kRows) tile<kRows, Vectors>(a + i, from, depth, panel, columns, c + i * c_stride, c_stride, add);
+  for (; i + 4 <= rows; i += 4) tile<4, Vectors>(a + i, from, depth, panel, columns, c + i * c_stride, c_stride, add);
+  for (; i + 2 <= rows; i += 2) tile<2, Vectors>(a + i, from, depth, panel, columns, c + i * c_stride, c_stride, add);
+  for (; i < rows; ++i) tile<1, Vectors>(a + i, from, depth, panel, columns, c + i * c_stride, c_stride, add);
 }
 
 template <class W>
@@ -100,10 +114,7 @@ void multiply(const float* const* a, int64_t rows, int64_t depth, const W* b, in
     for (int64_t j = 0; j < columns; j += kColumns) {
       const int64_t width = least(columns - j, kColumns);
       pack(turned ? b + j * stride + from : b + from * stride + j, stride, turned, part, width, panel);
-      int64_t i = 0;
-      for (; i + kRows <= rows; i += kRows) tile<kRows>(a + i, from, part, panel, width, c + i * c_stride + j, c_stride, add || from);
-      for (; i + 2 <= rows; i += 2) tile<2>(a + i, from, part, panel, width, c + i * c_stride + j, c_stride, add || from);
-      for (; i < rows; ++i) tile<1>(a + i, from, part, panel, width, c + i * c_stride + j, c_stride, add || from);
+      (width > kLanes ? tiles<2> : tiles<1>)(a, rows, from, part, panel, width, c + j, c_stride, add || from);
     }
   }
 }
@@ -121,7 +132,9 @@ void add_columns(const float* x, int64_t depth, const W* w, int64_t stride, int6
     total[Count - 1] += value * read(row + last);
   }
   for (int i = 0; i < Count - 1; ++i) write(read(y + i * kLanes) + total[i], y + i * kLanes);
-  for (int64_t j = (Count - 1) * kLanes; j < last + kLanes; ++j) y[j] += total[Count - 1][j - last];
+  if (last == (Count - 1) * kLanes) write(read(y + last) + total[Count - 1], y + last);
+  else
+    for (int64_t j = (Count - 1) * kLanes; j < last + kLanes; ++j) y[j] += total[Count - 1][j - last];
 }
 
 template <class W>

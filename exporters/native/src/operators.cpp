@@ -58,6 +58,28 @@ size_t may_take_base(int** inputs, int** outputs) {
   return 1;
 }
 
+// Of the process; shape inference is not given one.
+const OrtApi* known_api = nullptr;
+
+// The output has the shape of the base: without knowing so, ONNX Runtime would not give it the base's memory. The context
+// has no shape for some values and numbers below 0 for some sizes, which as an output's would be wrong: none is set then.
+OrtStatus* infer_base(const OrtCustomOp*, OrtShapeInferContext* context) {
+  const OrtApi* api = known_api;
+  constexpr size_t rank = 3;
+  OrtTensorTypeAndShapeInfo* base = nullptr;
+  if (OrtStatus* status = GetInferredInput::call(api, context, 2, &base)) return status;
+  size_t dimensions = 0;
+  if (OrtStatus* status = GetDimensionsCount::call(api, base, &dimensions)) return status;
+  if (dimensions != rank) return nullptr;
+  int64_t sizes[rank] = {};
+  const char* names[rank] = {};
+  if (OrtStatus* status = GetDimensions::call(api, base, sizes, rank)) return status;
+  if (OrtStatus* status = GetSymbolicDimensions::call(api, base, names, rank)) return status;
+  for (size_t i = 0; i < rank; ++i)
+    if (sizes[i] < 0 && !(names[i] && *names[i])) return nullptr;
+  return SetInferredOutput::call(api, context, 0, base);
+}
+
 }  // namespace
 
 Operator make(const char* name, const char* inputs, const char* outputs, int type, Compute run, bool has_base, bool attends, const char* provider) {
@@ -82,6 +104,7 @@ Operator make(const char* name, const char* inputs, const char* outputs, int typ
   op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
   op.GetStartVersion = op.GetEndVersion = [](const OrtCustomOp*) { return 1; };
   if (has_base) {
+    op.InferOutputShapeFn = infer_base;
     op.GetMayInplace = may_take_base;
     op.ReleaseMayInplace = [](int*, int*) {};
   }
@@ -98,6 +121,7 @@ OrtStatus* register_domain(OrtSessionOptions* options, const OrtApiBase* base,
   }
   static OrtCustomOpDomain* domain = nullptr;
   static OrtStatus* failed = [&]() -> OrtStatus* {
+    known_api = api;
     if (OrtStatus* status = CreateCustomOpDomain::call(api, "irc", &domain)) return status;
     return add(api, domain);
   }();
