@@ -137,6 +137,17 @@ void add_columns(const float* x, int64_t depth, const W* w, int64_t stride, int6
     for (int64_t j = (Count - 1) * kLanes; j < last + kLanes; ++j) y[j] += total[Count - 1][j - last];
 }
 
+// Wide rows, one after another as they lie in memory: that is worth more than sums kept in registers.
+template <class W>
+void add_wide(const float* x, int64_t depth, const W* w, int64_t stride, int64_t columns, float* y) {
+  for (int64_t k = 0; k < depth; ++k) {
+    const W* row = w + k * stride;
+    int64_t j = 0;
+    for (; j + kLanes <= columns; j += kLanes) write(read(y + j) + all(x[k]) * read(row + j), y + j);
+    for (; j < columns; ++j) y[j] += x[k] * load(row[j]);
+  }
+}
+
 template <class W>
 void add_row(const float* x, int64_t depth, const W* w, int64_t stride, int64_t columns, float* y) {
   if (columns < kLanes) {
@@ -144,24 +155,14 @@ void add_row(const float* x, int64_t depth, const W* w, int64_t stride, int64_t 
       for (int64_t j = 0; j < columns; ++j) y[j] += x[k] * load(w[k * stride + j]);
     return;
   }
+  constexpr int64_t kMost = 13;  // as many sums as there are registers for
+  if (columns > kMost * kLanes) return add_wide(x, depth, w, stride, columns, y);
   using Step = void (*)(const float*, int64_t, const W*, int64_t, int64_t, float*);
   static constexpr Step steps[] = {nullptr, add_columns<1, W>, add_columns<2, W>, add_columns<3, W>, add_columns<4, W>,
                                    add_columns<5, W>, add_columns<6, W>, add_columns<7, W>, add_columns<8, W>,
                                    add_columns<9, W>, add_columns<10, W>, add_columns<11, W>, add_columns<12, W>,
                                    add_columns<13, W>};
-  constexpr int64_t kMost = 13;  // as many sums as there are registers for
-  for (int64_t j = 0; j < columns;) {
-    const int64_t vectors = least((columns - j + kLanes - 1) / kLanes, kMost);
-    // The overlap must not reach before this block; then the rest waits for scalar code below.
-    const int64_t width = least(columns - j, vectors * kLanes);
-    if (width < kLanes) {
-      for (int64_t k = 0; k < depth; ++k)
-        for (int64_t i = j; i < columns; ++i) y[i] += x[k] * load(w[k * stride + i]);
-      return;
-    }
-    steps[vectors](x, depth, w + j, stride, width - kLanes, y + j);
-    j += width;
-  }
+  steps[(columns + kLanes - 1) / kLanes](x, depth, w, stride, columns - kLanes, y);
 }
 
 template <class W>
