@@ -5,6 +5,7 @@
 // see are left out: under a causal mask that is about half of them.
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "attention_inputs.h"
@@ -14,7 +15,7 @@ namespace irc {
 namespace {
 
 constexpr int64_t kPart = 96;    // queries of a task
-constexpr int64_t kBlock = 256;  // keys at a time
+constexpr int64_t kBlock = 128;  // keys at a time
 constexpr int64_t kFewQueries = 4;  // of a sequence; up to here keys are read in place of being packed
 
 template <class T>
@@ -48,8 +49,7 @@ void attend(const Problem<T>& p, int64_t first, int64_t last, int64_t head, floa
   const float *query_rows[kPart], *score_rows[kPart];
   int64_t end = 0;
   for (int64_t i = 0; i < count; ++i) {
-    math<T>().widen(p.query(first + i, head), size, queries + i * size);
-    query_rows[i] = queries + i * size;
+    query_rows[i] = as_floats(p.query(first + i, head), size, queries + i * size);
     score_rows[i] = scores + i * kBlock;
     largest[i] = -3e38f;
     totals[i] = 0;
@@ -57,27 +57,30 @@ void attend(const Problem<T>& p, int64_t first, int64_t last, int64_t head, floa
   }
   std::fill_n(sums, count * size, 0.0f);
   const T *keys = p.keys + p.cache(first, head), *values = p.values + p.cache(first, head);
+  int64_t low = 0;  // rows before it see nothing from here on
   for (int64_t from = 0; from < end; from += kBlock) {
     const int64_t block = std::min(kBlock, end - from);
+    while (p.seen[first + low] <= from) ++low;
     if (count > kFewQueries)
-      math<T>().multiply(query_rows, count, size, keys + from * size, size, true, block, scores, kBlock, false, panel);
+      math<T>().multiply(query_rows + low, count - low, size, keys + from * size, size, true, block, scores + low * kBlock, kBlock, false, panel);
     else
-      for (int64_t i = 0; i < count; ++i) math<T>().dots(query_rows[i], size, keys + from * size, block, scores + i * kBlock);
-    for (int64_t i = 0; i < count; ++i) {
-      math<T>().widen(p.mask_row(first + i) + from, block, added);
+      for (int64_t i = low; i < count; ++i) math<T>().dots(query_rows[i], size, keys + from * size, block, scores + i * kBlock);
+    for (int64_t i = low; i < count; ++i) {
+      const float* mask = as_floats(p.mask_row(first + i) + from, block, added);
       float most = largest[i];
-      const float total = instruction_set().softmax_part(scores + i * kBlock, added, p.scale, block, &most);
-      float shrink = largest[i] - most;  // earlier parts were taken relative to a smaller maximum
-      float zero = 0;
-      instruction_set().softmax_part(&shrink, &zero, 1.0f, 1, &zero);
-      for (int64_t j = 0; j < size; ++j) sums[i * size + j] *= shrink;
-      totals[i] = totals[i] * shrink + total;
-      largest[i] = most;
+      const float total = instruction_set().softmax_part(scores + i * kBlock, mask, p.scale, block, &most);
+      if (most > largest[i]) {  // earlier parts were taken relative to a smaller maximum
+        const float shrink = std::exp(largest[i] - most);
+        for (int64_t j = 0; j < size; ++j) sums[i * size + j] *= shrink;
+        totals[i] *= shrink;
+        largest[i] = most;
+      }
+      totals[i] += total;
     }
     if (count > kFewQueries)
-      math<T>().multiply(score_rows, count, block, values + from * size, size, false, size, sums, size, true, panel);
+      math<T>().multiply(score_rows + low, count - low, block, values + from * size, size, false, size, sums + low * size, size, true, panel);
     else
-      for (int64_t i = 0; i < count; ++i)
+      for (int64_t i = low; i < count; ++i)
         math<T>().add_row(score_rows[i], block, values + from * size, size, size, sums + i * size);
   }
   for (int64_t i = 0; i < count; ++i) {
@@ -148,7 +151,7 @@ void routed_attention(const Call& call, const Attributes& attributes) {
   }
   call.parallel(batch * kv_heads, append_head);
   // A task is a part of the queries and a share of the heads: enough tasks for all threads, and a memory for each.
-  const int64_t shares = std::min(p.heads, std::max<int64_t>(1, (2 * thread_count() + parts - 1) / parts));
+  const int64_t shares = std::min(p.heads, std::max<int64_t>(1, (4 * thread_count() + parts - 1) / parts));
   float* memory = scratch(parts * shares * floats);
   call.parallel(parts * shares, [&](int64_t task) {
     const int64_t part = task / shares, share = task % shares;

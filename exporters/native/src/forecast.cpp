@@ -26,14 +26,6 @@ constexpr int64_t kPanel = kPanelDepth * kMostColumns;
 template <class T>
 int64_t copy_of(int64_t depth) { return std::is_same<T, float>::value ? 0 : depth; }
 
-// The row as float32: itself, or a copy in `memory`.
-inline const float* as_floats(const float* row, int64_t, float*) { return row; }
-template <class T>
-const float* as_floats(const T* row, int64_t depth, float* memory) {
-  math<T>().widen(row, depth, memory);
-  return memory;
-}
-
 // In how many parts of its depth w [depth, columns] is read: as many with one thread as with many, for the same sums.
 inline int64_t parts_of(int64_t depth, int64_t columns) {
   int64_t parts = 1;

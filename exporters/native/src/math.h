@@ -57,4 +57,12 @@ inline const Math<Half>& math<Half>() { return instruction_set().half; }
 template <>
 inline const Math<BFloat>& math<BFloat>() { return instruction_set().bfloat; }
 
+// The row as float32: itself, or a copy in `memory`.
+inline const float* as_floats(const float* row, int64_t, float*) { return row; }
+template <class T>
+const float* as_floats(const T* row, int64_t depth, float* memory) {
+  math<T>().widen(row, depth, memory);
+  return memory;
+}
+
 }  // namespace irc
