@@ -11,7 +11,7 @@ from exporters.onnx_ops import VERSION
 from irc.bundle import CONFIG, file_sha256
 from irc.dtypes import LONG_NAMES
 from irc.errors import InputError
-from irc.reading import check_links, read_json
+from irc.reading import check_links, check_plain, read_json
 
 FORMAT_VERSION = 2  # 1 named a unit's mask too, which its Less and Not made
 MANIFEST = "irc.json"
@@ -78,6 +78,8 @@ def open_folder(path: Path) -> OnnxFolder:
                 raise InputError(f"{path}: {what} {manifest[key]} is newer than this irc knows ({known}); upgrade irc")
         hashes = dict(manifest["sha256"])
         _check_types(manifest, hashes)
+        for name in hashes:
+            check_plain(name, path / MANIFEST)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(f"{path / MANIFEST}: damaged ({type(error).__name__}: {error}); export again") from error
     # Beside the manifest, or where the layout of a Triton repository has it.
@@ -117,8 +119,8 @@ def _check_types(manifest: dict[str, Any], hashes: dict[str, Any]) -> None:
     for unit in manifest["units"]:
         if any(not isinstance(unit[key], str) for key in ("unit", "difference")):
             raise TypeError("a unit has no decision")
-    if any(Path(name).name != name or not isinstance(value, str) for name, value in hashes.items()):
-        raise ValueError("a hash is that of no file of the folder")
+    if any(not isinstance(value, str) for value in hashes.values()):
+        raise TypeError("a hash is no text")
     if not isinstance(manifest["source"], str) or not isinstance(manifest["base"], dict):
         raise TypeError("source or base is of another kind")
     for key in ("kv_threshold", "sparsity"):
