@@ -1,7 +1,7 @@
 // RoutedAttention: queries of executed tokens alone, against all keys; keys and values of all tokens join the cache.
 //
 // Softmax is taken block by block of keys with a running maximum and sum (Milakov and Gimelshein, arXiv 1805.02867;
-// Dao et al., arXiv 2205.14135), so that scores stay in the processor's cache, and blocks that no row of a part may
+// Dao et al., arXiv 2205.14135), so that scores stay in the processor's cache, and blocks behind all that a query may
 // see are left out: under a causal mask that is about half of them.
 
 #include <algorithm>

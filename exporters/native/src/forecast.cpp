@@ -1,8 +1,7 @@
 // Router and ForecastAdd: two small products each, which a step of decoding gets in one node in place of five or six.
 //
 // Sums are of float32 throughout. With few rows the depth is shared out, so that each thread reads weights one after
-// another; with many, rows are, and ONNX Runtime's own products would be some per cent faster, which is little beside the
-// unit that they stand for.
+// another; with many, rows are, and ONNX Runtime's own products are about as fast.
 
 #include <algorithm>
 #include <cstring>
