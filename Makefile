@@ -29,10 +29,10 @@ demo: $(STAMP)  ## convert the embedded model, measure it, show its units, expor
 	$(BIN)/irc generate $(ONNX) "def read_lines(path):" --max-tokens 80
 
 test: lint native  ## lint, then run the tests, on two cores; WORKERS=8 for more
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 coverage: $(STAMP) native  ## run the tests and say which lines and branches they reach; fails under 90 %
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --cov --cov-report=term
 
 native: $(STAMP)  ## build and install the native operator library, where there is a C++ compiler
 	@if command -v $${CXX:-c++} >/dev/null; then $(MAKE) --no-print-directory $(NATIVE); \

@@ -63,6 +63,12 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
 }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that hold slow tests: several workers then end at about the same time."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @dataclass
 class Tiny:
     """A random tiny model twice: as transformers runs it, and captured with the same weights."""

@@ -92,6 +92,7 @@ def _check(pair: Any, case: dict[str, Any], found: Any, expected: Any, tape: Any
             assert bool(execute.all()) == (case["gates"] == "all executed")
 
 
+@pytest.mark.slow
 @settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(shape=configurations, data=st.data())
 def test_random_llamas(tiny_of: Callable, make_pair: Callable, shape: dict[str, Any], data: st.DataObject) -> None:
@@ -172,6 +173,7 @@ def test_the_checker_and_strict_shape_inference_pass(routed: Any) -> None:
     assert [dim.dim_param or dim.dim_value for dim in logits] == ["batch_size", "sequence_length", 61]
 
 
+@pytest.mark.slow
 def test_half_precision(tiny: Callable, make_pair: Callable) -> None:
     """fp16 on the CPU provider against PyTorch in fp16: 2e-2 absolute on logits of about 3."""
     pair = make_pair(tiny("llama", torch.float16))

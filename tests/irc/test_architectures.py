@@ -120,6 +120,7 @@ def convert_arguments(folder: Path, output: Path, text_file: Path) -> list[str]:
     return [*named, "--device", "cpu", "--json", *settings]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_convert_export_verify(
     name: str,
@@ -150,6 +151,7 @@ def test_convert_export_verify(
     assert verified.json["routing_agreement"] > 0.99
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["granite", "mixtral"])  # of a factor behind each unit, of experts
 def test_lora_reduced_keys_and_half_types(
     name: str, save: Callable[[Case], Path], text_file: Path, tmp_path: Path, irc_main: Callable[..., Any]
