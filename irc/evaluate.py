@@ -109,30 +109,32 @@ class _Totals:
 
     def add_dense(self, batch: torch.Tensor, mask: torch.Tensor) -> None:
         """Run a batch with every unit executed; where there are adapters, once more without them."""
-        tape, losses = self._run("execute", batch, mask)
+        tape, states = self._run("execute", batch, mask, measure_error=True)
         for name, record in tape.items():
             assert record.cosine is not None
             self.cosine[name] += record.cosine[mask.bool()].double().sum().item()
-        if "lora" in self.model.facts:
-            with adapters_off(self.model):
-                _, losses = self._run("execute", batch, mask)
-        self._count("execute", losses, mask)
+        with adapters_off(self.model):
+            if "lora" in self.model.facts:
+                _, states = self._run("execute", batch, mask)
+            self._count("execute", states, batch, mask)
 
     def add_routed(self, batch: torch.Tensor, mask: torch.Tensor) -> None:
         """Run a batch of a rewritten model under deterministic routing."""
-        tape, losses = self._run("route", batch, mask)
+        tape, states = self._run("route", batch, mask)
         for name, record in tape.items():
             self.executed[name] += record.execute[mask.bool()].double().sum().item()
-        self._count("route", losses, mask)
+        self._count("route", states, batch, mask)
 
-    def _run(self, mode: Mode, batch: torch.Tensor, mask: torch.Tensor) -> tuple[dict[str, Record], torch.Tensor]:
+    def _run(
+        self, mode: Mode, batch: torch.Tensor, mask: torch.Tensor, measure_error: bool = False
+    ) -> tuple[dict[str, Record], torch.Tensor]:
         tape: dict[str, Record] = {}
-        with self.model.control.using(mode=mode, tape=tape, measure_error=mode == "execute"):
-            states = self.model.states(batch, mask)
-        flat, targets = states[:, :-1].flatten(0, 1), batch[:, 1:].flatten()
-        return tape, token_losses(self.model.logits, flat, targets, self.model.config.vocab_size)
+        with self.model.control.using(mode=mode, tape=tape, measure_error=measure_error):
+            return tape, self.model.states(batch, mask)
 
-    def _count(self, mode: Mode, losses: torch.Tensor, mask: torch.Tensor) -> None:
+    def _count(self, mode: Mode, states: torch.Tensor, batch: torch.Tensor, mask: torch.Tensor) -> None:
+        flat, targets = states[:, :-1].flatten(0, 1), batch[:, 1:].flatten()
+        losses = token_losses(self.model.logits, flat, targets, self.model.config.vocab_size)
         counted = (mask[:, 1:].bool() & mask[:, :-1].bool()).flatten()
         self.loss[mode] += losses[counted].double().sum().item()
         self.predicted[mode] += int(counted.sum())
