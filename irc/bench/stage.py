@@ -19,11 +19,11 @@ from irc.bench.shapes import Shape
 from irc.errors import InputError
 from irc.model.flops import head_flops, unit_flops
 from irc.reading import first_line
+from irc.runtime.native import CHOICES
 from irc.runtime.session import Runtime
 
 log = logging.getLogger(__name__)
 
-KINDS_OF_OPS = ("auto", "native", "portable")
 OTHER_RUNTIMES = ("hf-eager", "hf-compiled", "genai")  # of the dense model: nothing is skipped
 PEERS = ("static", *OTHER_RUNTIMES)
 TextTokens = NDArray[np.int64]
@@ -118,7 +118,7 @@ class Stage:
             for choice in ops:
                 routed = self.routed(choice)
                 # What was used, not what was asked for; a library by its path, beside the installed one.
-                opened[choice if choice not in KINDS_OF_OPS else routed.runtime.ops] = routed
+                opened[choice if choice not in CHOICES else routed.runtime.ops] = routed
         opened.pop("static", None)  # it has as many layers as this stage's share leaves
         makers: dict[str, Callable[[], Contender]] = {
             "static": lambda: self._static(context),

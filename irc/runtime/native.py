@@ -20,6 +20,7 @@ from irc.errors import InputError
 log = logging.getLogger(__name__)
 
 PACKAGE = "irc_native"
+CHOICES = ("auto", "native", "portable")  # anything else is the path of a library
 _CHOICES = "auto, native, portable or the path of an operator library"
 _HOW = "build it with pip install ./exporters/native (it needs a C++ compiler)"
 _HOW_CUDA = "install ./exporters/native again where nvcc is found"

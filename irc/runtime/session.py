@@ -18,7 +18,7 @@ from irc.runtime.additions import DIFFERENCES, FIRST, FORCED, add_decisions, add
 from irc.runtime.cache import PROVIDERS, Cache, CacheLayout, PlacedCache, onnxruntime, session_options
 from irc.runtime.check import read_model
 from irc.runtime.folder import OnnxFolder, open_folder
-from irc.runtime.native import NativeLibrary, choose_library
+from irc.runtime.native import CHOICES, NativeLibrary, choose_library, load_library
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +94,8 @@ class Runtime:
     def _registered(self, options: Any, ops: str) -> NativeLibrary | None:
         """Register the kernels that `ops` asks for; a model without routed units has no operator of ours."""
         if not self.exported.decisions:
+            if ops not in CHOICES:
+                load_library(Path(ops))  # of no use here, but what is no library is refused all the same
             return None
         library = choose_library(ops, self.provider, self.exported.dtype)
         if library is None:

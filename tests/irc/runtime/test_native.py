@@ -104,6 +104,23 @@ def test_a_dense_model_needs_no_kernels_of_ours(dense: Path) -> None:
     assert Runtime(dense, ops="native").ops == "portable"
 
 
+@pytest.mark.parametrize("verb", [("generate", "{}", PROMPT), ("verify", "{}")])
+def test_a_dense_model_is_no_reason_to_take_any_name_of_kernels(
+    dense: Path, text_file: Path, verb: tuple[str, ...], irc_main: Callable[..., Any]
+) -> None:
+    for ops, sentence in (("nonsense", "there is no such library; give auto"), (text_file, "cannot be loaded")):
+        shown = irc_main(*(word.format(dense) for word in verb), "--ops", ops)
+        assert (shown.code, shown.out) == (2, "")
+        assert sentence in shown.sentence()
+
+
+def test_a_dense_model_takes_a_library_by_its_path(dense: Path) -> None:
+    library = native.installed_library()
+    if library is None:
+        pytest.skip("the native operator library is not installed")
+    assert Runtime(dense, ops=str(library.path)).ops == "portable"
+
+
 def test_kernels_that_were_asked_for_and_are_not_there(
     exported: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, irc_main: Callable[..., Any]
 ) -> None:
