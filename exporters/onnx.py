@@ -86,6 +86,11 @@ class Decision:
     unit: str
     difference: str
 
+    @classmethod
+    def of(cls, unit: str) -> Decision:
+        """Return the decision of a unit, whose value has a name that follows from the unit's."""
+        return cls(unit, f"{unit}.logit_difference")
+
 
 class _Deployed(nn.Module):
     """The captured model with the inputs of a deployed one: positions are counted from the mask inside."""
@@ -211,7 +216,7 @@ def _name_decisions(model: ir.Model, units: list[str]) -> list[Decision]:
     found: list[Decision] = []
     for node in model.graph:
         if node.domain == DOMAIN and node.op_type == "DecideRows":
-            difference, decision = node.inputs[0], Decision(units[len(found)], f"{units[len(found)]}.logit_difference")
+            difference, decision = node.inputs[0], Decision.of(units[len(found)])
             assert difference is not None
             difference.name = decision.difference
             found.append(decision)

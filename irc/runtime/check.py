@@ -1,14 +1,16 @@
-"""A model file before it is run: where its weights lie, and whether they are as large as it says."""
+"""A model file before it is run: where its weights lie, whether they are as large as it says, and its units."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx
 
+from exporters.onnx import Decision
+from exporters.onnx_ops import DOMAIN
 from irc.errors import InputError
 from irc.reading import check_plain, first_line
 
@@ -54,6 +56,45 @@ def read_model(path: Path, files: Iterable[str]) -> onnx.ModelProto:
         elif math.prod(tensor.dims) > _values(tensor):
             raise InputError(f"{name} needs {math.prod(tensor.dims)} values, fewer are there; export again")
     return model
+
+
+def check_decisions(graph: Any, decisions: Sequence[Decision], path: Path) -> None:
+    """Hold the units that a manifest lists against those that the graph decides about.
+
+    Args:
+        graph: Of an exported model.
+        decisions: As the manifest has them.
+        path: Of the manifest.
+
+    Raises:
+        InputError: The manifest lists a unit twice or one that the graph lacks, or leaves one out.
+    """
+    routed, listed = set(_differences(graph)), [decision.difference for decision in decisions]
+    for decision in decisions:
+        name = f"{path}: unit {decision.unit[:80]}"
+        if decision != Decision.of(decision.unit) or decision.difference not in routed:
+            raise InputError(f"{name} is none that the model routes; export again")
+        if listed.count(decision.difference) > 1:
+            raise InputError(f"{name} is listed twice; export again")
+    if left := sorted(routed.difference(listed)):
+        name = left[0].removesuffix(Decision.of("").difference)[:80]
+        counts = f"{len(listed)} of the model's {len(routed)} routed units"
+        raise InputError(f"{path}: lists {counts}, {name} is not among them; export again")
+
+
+def _differences(graph: Any) -> Iterator[str]:
+    """Yield what units decide by: DecideRows reads it, in format version 1 a Less before a Not before SelectRows."""
+    makers = {output: node for node in graph.node for output in node.output}
+
+    def reads(node: Any, kind: str) -> str:
+        return str(node.input[0]) if node is not None and node.op_type == kind and node.input else ""
+
+    for node in graph.node:
+        if node.domain == DOMAIN:
+            negation = makers.get(reads(node, "SelectRows"))  # another operator gives the rows of an expert
+            difference = reads(node, "DecideRows") or reads(makers.get(reads(negation, "Not")), "Less")
+            if difference:
+                yield difference
 
 
 def _check_external(tensor: Any, name: str, path: Path, sizes: dict[str, int], needed: int) -> None:

@@ -16,8 +16,8 @@ from irc.errors import InputError
 from irc.reading import first_line
 from irc.runtime.additions import DIFFERENCES, FIRST, FORCED, add_decisions, add_first_token
 from irc.runtime.cache import PROVIDERS, Cache, CacheLayout, PlacedCache, onnxruntime, session_options
-from irc.runtime.check import read_model
-from irc.runtime.folder import OnnxFolder, open_folder
+from irc.runtime.check import check_decisions, read_model
+from irc.runtime.folder import MANIFEST, OnnxFolder, open_folder
 from irc.runtime.native import CHOICES, NativeLibrary, choose_library, load_library
 
 log = logging.getLogger(__name__)
@@ -236,6 +236,7 @@ def _additions(exported: OnnxFolder, forced: bool) -> tuple[bytes, int]:
     Its weights stay in their file.
     """
     model = read_model(exported.model, exported.weights)
+    check_decisions(model.graph, exported.decisions, exported.folder / MANIFEST)
     add_decisions(model.graph, exported.decisions, forced)
     add_first_token(model.graph)
     return model.SerializeToString(), sum(node.op_type == "RoutedAttention" for node in model.graph.node)

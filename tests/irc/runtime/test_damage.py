@@ -17,6 +17,7 @@ from irc.runtime.parity import tolerance_of
 from irc.runtime.session import Runtime
 
 Edit = Callable[[dict[str, Any]], object]
+UNIT = "model.layers.0.mlp"  # the second of four
 
 
 @pytest.fixture
@@ -36,6 +37,18 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "hash of a name too long for a file": (lambda m: m["sha256"].update({"9" * 300: "0"}), "only plain names are read"),
     "hash that is no text": (lambda m: m["sha256"].update(x=1), "a hash is no text"),
     "unit": (lambda m: m["units"][0].pop("difference"), "damaged"),
+    "half of the units": (
+        lambda m: m.update(units=m["units"][::2]),
+        f"irc.json: lists 2 of the model's 4 routed units, {UNIT} is not among them",
+    ),
+    "no unit": (lambda m: m["units"].clear(), "lists 0 of the model's 4 routed units"),
+    "a unit twice": (lambda m: m["units"].append(m["units"][1]), f"unit {UNIT} is listed twice"),
+    "a unit of another model": (
+        lambda m: m["units"].append({"unit": "x", "difference": "x.logit_difference"}),
+        "irc.json: unit x is none that the model routes",
+    ),
+    "a value that is no decision": (lambda m: m["units"][1].update(difference="logits"), f"unit {UNIT} is none that"),
+    "another name of a unit": (lambda m: m["units"][1].update(unit="x"), "unit x is none that the model routes"),
 }
 
 
