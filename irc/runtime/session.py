@@ -87,6 +87,7 @@ class Runtime:
             raise InputError(f"{folder}: ONNX Runtime cannot load it ({first_line(error, 300)})") from error
         self._forced = forced and bool(self.exported.decisions)
         self._layout = self._checked_cache(folder)
+        self._vocabulary = self._read_vocabulary(folder)
         self._outputs = ["logits", *([DIFFERENCES] if self.exported.decisions else [])]
         can = library is not None and library.cache_with_room and self.exported.counts_past_by_mask
         self.in_place = can and routed_attention == self._layout.layers
@@ -134,6 +135,13 @@ class Runtime:
         dtype, device = self.exported.dtype, self.provider
         return CacheLayout(past, present, cache.layers, cache.heads, cache.size, dtype, device, context)
 
+    def _read_vocabulary(self, folder: Path) -> int:
+        """Return how many ids the model knows, as many as it has logits."""
+        (shape,) = (value.shape for value in self._session.get_outputs() if value.name == "logits")
+        if len(shape) != 3 or not isinstance(shape[2], int):
+            raise InputError(f"{folder}: the model does not say how many logits a token has; export again")
+        return shape[2]
+
     @property
     def device(self) -> str:
         """Where the cache lies: `cpu` or `cuda`."""
@@ -149,8 +157,8 @@ class Runtime:
 
     def step(
         self,
-        ids: NDArray[np.int64],
-        mask: NDArray[np.int64],
+        ids: NDArray[np.integer[Any]],
+        mask: NDArray[np.integer[Any] | np.bool_],
         cache: Cache,
         execute: NDArray[np.bool_] | None = None,
         *,
@@ -160,29 +168,37 @@ class Runtime:
         """Run the model on new tokens; the cache grows in place.
 
         Args:
-            ids: [batch, tokens].
-            mask: [batch, cached + tokens], 0 on padding.
+            ids: [batch, tokens], of any type of whole numbers; the model reads them as int64.
+            mask: [batch, cached + tokens], 0 on padding; of whole numbers or bool.
             cache: Of the tokens before.
             execute: Decisions [units, batch, tokens] of a forced runtime.
             fetch: Whether results are brought to the host; otherwise they stay on the device and the step holds none.
             last: Whether logits are of the last token alone, [batch, 1, vocabulary]: the head then reads no other.
 
         Raises:
-            ValueError: The shapes do not fit the cache or the decisions, or there is no sequence or no token.
+            InputError: Ids or mask are no such arrays, an id is outside the vocabulary, the shapes do not fit the cache
+                or the decisions, or there is no sequence or no token.
         """
+        _check_whole("ids", ids, "iu", "[batch, tokens]")
+        _check_whole("mask", mask, "iub", "[batch, cached + tokens]")
         if not ids.size:
-            raise ValueError(f"ids are {list(ids.shape)}: a step needs a sequence and a token at least")
+            raise InputError(f"ids are {list(ids.shape)}: a step needs a sequence and a token at least")
         if mask.shape != (len(ids), cache.length + ids.shape[1]) or len(ids) != cache.batch:
-            raise ValueError(
+            raise InputError(
                 f"ids are {list(ids.shape)}, the mask {list(mask.shape)}; the cache holds {cache.length} tokens of "
                 f"{cache.batch} sequences"
             )
+        smallest, largest = int(ids.min()), int(ids.max())
+        if smallest < 0 or largest >= self._vocabulary:
+            wrong = smallest if smallest < 0 else largest
+            raise InputError(f"ids hold {wrong}; the model's vocabulary has the ids 0 to {self._vocabulary - 1}")
+        ids, mask = ids.astype(np.int64, copy=False), mask.astype(np.int64, copy=False)
         units = len(self.exported.decisions)
         if self._forced and (execute is None or execute.shape != (units, *ids.shape) or execute.dtype != np.bool_):
             given = "missing" if execute is None else f"{execute.dtype} {list(execute.shape)}"
-            raise ValueError(f"execute is {given}; a forced runtime is told all decisions, bool {[units, *ids.shape]}")
+            raise InputError(f"execute is {given}; a forced runtime is told all decisions, bool {[units, *ids.shape]}")
         if execute is not None and not self._forced and units:
-            raise ValueError("execute is given, but this runtime follows the routers; make it with forced=True")
+            raise InputError("execute is given, but this runtime follows the routers; make it with forced=True")
         binding = cache.bind(self._session, self._outputs, ids.shape[1], "cpu" if fetch else self.provider)
         binding.bind_cpu_input("input_ids", ids)
         binding.bind_cpu_input("attention_mask", mask)
@@ -240,6 +256,14 @@ def _additions(exported: OnnxFolder, forced: bool) -> tuple[bytes, int]:
     add_decisions(model.graph, exported.decisions, forced)
     add_first_token(model.graph)
     return model.SerializeToString(), sum(node.op_type == "RoutedAttention" for node in model.graph.node)
+
+
+def _check_whole(name: str, given: Any, kinds: str, shape: str) -> None:
+    """Refuse what is no array of two dimensions and one of NumPy's kinds of whole numbers."""
+    array = isinstance(given, np.ndarray)
+    if not array or given.ndim != 2 or given.dtype.kind not in kinds:
+        found = f"{given.dtype} {list(given.shape)}" if array else type(given).__name__
+        raise InputError(f"{name}: given {found}, expected a NumPy array of whole numbers {shape}, such as int64")
 
 
 def _float32(value: Any) -> NDArray[np.float32]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import irc
+from irc.errors import InputError
 from irc.runtime.generation import Generator, Sampling
 from irc.runtime.session import Runtime, choose_provider
 
@@ -64,7 +65,7 @@ def test_the_context_ends_the_text(exported: Path) -> None:
 def test_a_step_of_nothing_is_refused(exported: Path, shape: tuple[int, int]) -> None:
     runtime = Runtime(exported)
     nothing = np.zeros(shape, np.int64)
-    with pytest.raises(ValueError, match=r"a step needs a sequence and a token at least"):
+    with pytest.raises(InputError, match=r"a step needs a sequence and a token at least"):
         runtime.step(nothing, nothing, runtime.empty_cache(len(nothing)))
 
 

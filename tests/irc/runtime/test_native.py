@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from irc.errors import InputError
 from irc.runtime import native
 from irc.runtime.cache import Cache
 from irc.runtime.session import Runtime
@@ -65,7 +66,7 @@ def test_a_mask_that_does_not_fit_the_cache_is_an_error(exported: Path) -> None:
         cache = runtime.empty_cache(1)
         runtime.step(np.zeros((1, 5), np.int64), np.ones((1, 5), np.int64), cache)
         for ids, mask in ((1, (1, 3)), (1, (1, 7)), (2, (1, 6))):
-            with pytest.raises(ValueError, match="the cache holds 5 tokens of 1 sequences"):
+            with pytest.raises(InputError, match="the cache holds 5 tokens of 1 sequences"):
                 runtime.step(np.zeros((1, ids), np.int64), np.ones(mask, np.int64), cache)
         assert cache.length == 5
 
