@@ -113,12 +113,21 @@ class Generator:
         except UnicodeEncodeError as error:
             raise InputError(f"the prompt is not valid UTF-8 (character {error.start}); give text") from error
         ids: list[int] = self.tokenizer(prompt)["input_ids"]
+        self._room(ids, 0)
+        return ids
+
+    def _room(self, ids: Sequence[int], wanted: int) -> int:
+        """Return how many of the wanted new tokens the model's context has room for.
+
+        Raises:
+            InputError: There is no token, or there is room for none.
+        """
         if not ids:
             raise InputError("the prompt has no token; give at least one character")
         limit = self.runtime.exported.manifest.get("context_length")
         if limit and len(ids) >= limit:
             raise InputError(f"the prompt has {len(ids)} tokens, the model's context is {limit}; give a shorter prompt")
-        return ids
+        return min(wanted, limit - len(ids)) if limit else wanted
 
     def generate(
         self,
@@ -145,8 +154,7 @@ class Generator:
         sampling.check()
         ids = self.encode(prompt)
         result = Generated(prompt_tokens=len(ids))
-        limit = self.runtime.exported.manifest.get("context_length") or len(ids) + max_tokens
-        room = min(max_tokens, limit - len(ids))
+        room = self._room(ids, max_tokens)
         try:
             self._loop(ids, room, sampling, list(stop), emit, result)
         except KeyboardInterrupt:
@@ -157,9 +165,17 @@ class Generator:
         return result
 
     def continue_ids(self, ids: list[int], max_tokens: int) -> list[int]:
-        """Return the greedy continuation of ids, up to the end of text."""
+        """Return the greedy continuation of ids, up to the end of text or of the model's context.
+
+        Args:
+            ids: Of a prompt.
+            max_tokens: At most so many new tokens.
+
+        Raises:
+            InputError: There is no id, or they fill the model's context, or one is none of its vocabulary.
+        """
         result = Generated()
-        self._loop(ids, max_tokens, Sampling(), [], lambda piece: None, result)
+        self._loop(ids, self._room(ids, max_tokens), Sampling(), [], lambda piece: None, result)
         return result.tokens
 
     def _loop(
@@ -177,7 +193,7 @@ class Generator:
         started = time.monotonic()
         while len(result.tokens) < room:
             mask = np.ones((1, cache.length + len(new)), dtype=np.int64)
-            step = self.runtime.step(np.array([new], dtype=np.int64), mask, cache, last=True)
+            step = self.runtime.step(np.array([new]), mask, cache, last=True)
             result.count(step)
             result.kv_saved = cache.saved()
             token = choose(step.logits[0, -1], sampling, random)

@@ -69,6 +69,17 @@ def test_a_step_of_nothing_is_refused(exported: Path, shape: tuple[int, int]) ->
         runtime.step(nothing, nothing, runtime.empty_cache(len(nothing)))
 
 
+def test_ids_are_continued_up_to_the_context_and_no_further(exported: Path) -> None:
+    """As prompts are, which `irc generate` refuses where they leave room for nothing."""
+    generator = Generator(Runtime(exported))
+    generator.end = frozenset()
+    assert len(generator.continue_ids([1] * 60, 50)) == 4
+    assert len(generator.continue_ids([1] * 60, 3)) == 3
+    for ids, sentence in (([1] * 64, "64 tokens, the model's context is 64"), ([], "no token"), ([1, 257], "hold 257")):
+        with pytest.raises(InputError, match=sentence):
+            generator.continue_ids(ids, 3)
+
+
 def test_an_interrupt_ends_the_text_cleanly(exported: Path) -> None:
     def interrupt(piece: str) -> None:
         raise KeyboardInterrupt
