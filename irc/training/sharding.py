@@ -100,14 +100,16 @@ def same_weights(weights: Iterable[torch.Tensor]) -> None:
 
 
 def average_gradients(parameters: Iterable[torch.Tensor]) -> None:
-    """Replace gradients by their mean over all processes."""
-    gradients = []
-    for parameter in parameters:
-        if parameter.grad is None:  # here; another process may have one
-            parameter.grad = torch.zeros_like(parameter)
-        gradients.append(parameter.grad)
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    """Replace gradients by their mean over all processes; where no process has one there is none afterwards.
+
+    An optimizer leaves a weight without a gradient alone, but decays one whose gradient is zero.
+    """
+    learning = list(parameters)
+    given = [parameter.grad is not None for parameter in learning]  # here; another process may have one
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in learning]
+    flat = torch.cat([*(gradient.flatten() for gradient in gradients), torch.tensor(given).to(gradients[0])])
     torch.distributed.all_reduce(flat)
-    flat /= torch.distributed.get_world_size()
-    for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
+    *sums, holders = flat.split([*(gradient.numel() for gradient in gradients), len(learning)])
+    for parameter, gradient, total, count in zip(learning, gradients, sums, holders.tolist(), strict=True):
+        gradient.copy_(total.view_as(gradient) / torch.distributed.get_world_size())
+        parameter.grad = gradient if count else None

@@ -24,6 +24,7 @@ from irc.bundle import ADAPTER
 from irc.config import load_recipe
 from irc.errors import InputError
 from irc.pipeline import resolve
+from irc.training.master_weights import MasterAdamW
 from irc.training.sharding import check_batches, sharding_wanted
 
 pytestmark = pytest.mark.slow
@@ -52,6 +53,30 @@ def look(conversion):
 
 pipeline.PHASES = (*pipeline.PHASES, ("look", look))
 sys.exit(main(sys.argv[1:]))
+"""
+
+
+# Two weights' gradients come from all processes or from one, the third has none; then AdamW, which decays.
+AVERAGING = """
+import json, sys
+import torch
+from irc.training.master_weights import MasterAdamW
+from irc.training.sharding import average_gradients
+
+torch.distributed.init_process_group("gloo")
+rank = torch.distributed.get_rank()
+weights = {name: torch.nn.Parameter(torch.tensor([1.0, -2.0], dtype=getattr(torch, sys.argv[1]))) for name in "abc"}
+adam = MasterAdamW([{"params": list(weights.values()), "lr": 0.1}], weight_decay=0.5)
+for step in range(3):
+    loss = (2 * rank + 1) * weights["a"].square().sum() + (4 * weights["b"].sum() if rank == step % 2 else 0)
+    loss.backward()
+    adam.take_gradients()
+    average_gradients([adam.master(weight) for weight in weights.values()])
+    adam.step()
+    adam.zero_grad()
+if rank == 0:
+    print(json.dumps({name: weight.tolist() for name, weight in weights.items()}))
+torch.distributed.destroy_process_group()
 """
 
 
@@ -115,6 +140,23 @@ def test_two_processes_equal_one(
     left = {path.name for path in tmp_path.iterdir()} - {"hf", "looking.py"}
     assert left == {"b"}
     assert [name for name in one if "router" in name and float((one[name]).abs().max()) == 0] == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_weight_whose_gradient_no_process_has_is_left_alone(tmp_path: Path, dtype: str) -> None:
+    (tmp_path / "averaging.py").write_text(AVERAGING)
+    done = run([*LAUNCHERS["torchrun"], str(tmp_path / "averaging.py"), dtype], tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    weights = {name: torch.nn.Parameter(torch.tensor([1.0, -2.0], dtype=getattr(torch, dtype))) for name in "abc"}
+    adam = MasterAdamW([{"params": list(weights.values()), "lr": 0.1}], weight_decay=0.5)
+    for _ in range(3):  # one process with the mean of the two losses
+        (2 * weights["a"].square().sum() + 2 * weights["b"].sum()).backward()
+        adam.step()
+        adam.zero_grad()
+    assert found["c"] == [1.0, -2.0]
+    assert found == {name: pytest.approx(weight.tolist(), rel=1e-6) for name, weight in weights.items()}
+    assert found["a"] != [1.0, -2.0] != found["b"]
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "fsdp2"])
