@@ -121,7 +121,8 @@ def RaggedPlaces(rows, like):
     place = op.Sub(order, op.Gather(starts, flat))
     last = op.Constant(value_ints=[2])
     places = op.Concat(op.Unsqueeze(sequence, last), op.Unsqueeze(place, last), axis=2)
-    size = op.Concat(batch, op.ReduceMax(counts, keepdims=1), axis=0)
+    longest = op.ReduceMax(op.Concat(zero, counts, axis=0), keepdims=1)  # the maximum of nothing fails, or kills
+    size = op.Concat(batch, longest, axis=0)
     return places, op.ScatterND(op.Expand(zero, size), places, order)
 
 
