@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
+from transformers import Olmo2Config
 
 from irc.model.modules import RoutingControl, StoredKeys
-from passes.base import PassError, PassManager
+from passes.base import PassError, PassManager, finish
 from passes.harden_routers import HardenRouters
 from passes.lower_to_compaction import LowerToCompaction
 from passes.mask_skipped_keys import MaskSkippedKeys
@@ -17,6 +18,7 @@ from passes.printer import print_graph, print_model
 from passes.raise_attention import RaiseAttention
 from passes.raise_norms import RaiseNorms
 
+aten = torch.ops.aten
 BEFORE = (RaiseNorms(), RaiseAttention(), HardenRouters())
 FAMILIES = ["llama", "llama-mha-biased-rope3", "mistral-sliding", "qwen2", "qwen3"]
 
@@ -41,6 +43,66 @@ def test_numbers_are_those_of_the_hard_model(tiny: Callable, insertions: tuple, 
     assert PassManager([LowerToCompaction()]).run(model.graph).modified
     for got, expected in zip(model.run(ids), before, strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_what_stands_between_a_unit_and_its_add_sees_the_rows_of_the_unit(tiny_of: Callable, insertions: tuple) -> None:
+    """OLMo 2 has a norm there, behind attention and FFN."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
+    shape = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    model = tiny_of(Olmo2Config(**shape, **heads, pad_token_id=None))
+    ids = model.ids(3, 9)
+    PassManager([*insertions, *BEFORE]).run(model.graph)
+    before = model.run(ids)
+    PassManager([LowerToCompaction()]).run(model.graph)
+    for got, expected in zip(model.run(ids), before, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    units, nodes = match_units(model.graph).units, model.graph.get_submodule("model.layers.0").graph.nodes
+    whole = [node for node in nodes if node.name in [unit.add for unit in units]]
+    assert [node.args[0].target for node in whole] == [torch.ops.irc.rms_norm.default] * 2
+
+
+def _multiplied(add: fx.Node, choice: fx.Node) -> None:
+    add.target = aten.mul.Tensor
+
+
+def _doubled(add: fx.Node, choice: fx.Node) -> None:
+    add.kwargs = {"alpha": 2}
+
+
+def _added_to_a_number(add: fx.Node, choice: fx.Node) -> None:
+    add.args = (choice, 0.5)
+
+
+def _added_to_itself(add: fx.Node, choice: fx.Node) -> None:
+    add.args = (choice, choice)
+
+
+def _read_again(add: fx.Node, choice: fx.Node) -> None:
+    with add.graph.inserting_after(add):
+        more = add.graph.call_function(aten.mul.Tensor, (add, choice))
+    add.replace_all_uses_with(more, lambda user: user is not more)
+
+
+@pytest.mark.parametrize("change", [_multiplied, _doubled, _added_to_a_number, _added_to_itself, _read_again])
+@torch.no_grad()
+def test_a_choice_that_is_not_simply_added_is_made_whole(tiny: Callable, insertions: tuple, change: Callable) -> None:
+    model = tiny()
+    ids = model.ids(3, 9)
+    PassManager([*insertions, *BEFORE]).run(model.graph)
+    for unit in match_units(model.graph).units:
+        block = model.graph.get_submodule(unit.block)
+        choice = next(node for node in block.graph.nodes if node.name == unit.add)
+        (add,) = choice.users
+        change(add, choice)
+        finish(block)
+    before = model.run(ids)
+    assert PassManager([LowerToCompaction()]).run(model.graph).modified
+    for got, expected in zip(model.run(ids), before, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    nodes = [node for layer in range(2) for node in model.graph.get_submodule(f"model.layers.{layer}").graph.nodes]
+    found = [node.target for node in nodes if node.target in (torch.ops.irc.scatter.default, aten.where.self)]
+    assert found == [torch.ops.irc.scatter.default] * 8  # two for each unit
 
 
 def _rows_seen(graph: nn.Module, ids: torch.Tensor, model: Any) -> dict[str, int]:

@@ -295,6 +295,14 @@ def test_a_submodule_without_a_graph_says_so(captured_module: Callable) -> None:
     assert match_units(model).refusals[0].reason == "it was captured without a graph of its own"
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_list_of_one_result_is_that_result(captured_module: Callable, count: int) -> None:
+    model = captured_module(Machine(Stage(Grinder())), torch.randn(2, 5, WIDTH))
+    output = next(node for node in model.get_submodule("stage_0.grinder").graph.nodes if node.op == "output")
+    output.args = ((output.all_input_nodes[0],) * count,)
+    assert [unit.target for unit in match_units(model).units] == ["blender", "grinder"][: 3 - count]
+
+
 class Chained(Stage):
     """A second FFN stands between the first and the residual add."""
 

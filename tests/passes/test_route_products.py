@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -154,3 +155,40 @@ def test_a_submodule_that_is_called_twice_is_left_alone(calls: int) -> None:
     assert RouteProducts().call(model).modified == (calls == 1)
     assert len(_nodes(model, irc.routed_matmul.default)) == (calls == 1)
     torch.testing.assert_close(model(*inputs), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("results", "taken", "routed"),
+    [
+        ("y", None, 2),
+        (("y",), 0, 2),
+        (("x", "y"), 1, 2),
+        (("y", "x"), 1, 1),
+        ("x", None, 0),
+        (("x",), 0, 0),
+    ],
+)
+@torch.no_grad()
+def test_what_is_on_rows_in_a_submodule_is_on_rows_outside(results: Any, taken: int | None, routed: int) -> None:
+    """The submodule gives y, a linear of the rows, or x, of all tokens; a linear reads what is taken of that."""
+    inside = fx.Graph()
+    rows_of, all_of = inside.placeholder("rows_of"), inside.placeholder("all_of")
+    made = {"x": inside.call_function(torch.ops.aten.neg.default, (all_of,))}
+    if "y" in results:
+        made["y"] = inside.call_module("linear", (rows_of,))
+    inside.output(tuple(made[name] for name in results) if isinstance(results, tuple) else made[results])
+    inner = fx.GraphModule(nn.ModuleDict({"linear": nn.Linear(4, 4)}), inside)
+    graph = fx.Graph()
+    x, mask = graph.placeholder("x"), graph.placeholder("mask")
+    rows = graph.call_function(operator.getitem, (graph.call_function(irc.select_rows.default, (mask,)), 0))
+    compacted = graph.call_function(irc.compact.default, (x, rows))
+    call = graph.call_module("inner", (compacted, x))
+    read = call if taken is None else graph.call_function(operator.getitem, (call, taken))
+    graph.output((graph.call_module("outer", (read,)), graph.call_function(irc.scatter.default, (compacted, rows, x))))
+    model = fx.GraphModule(nn.ModuleDict({"inner": inner, "outer": nn.Linear(4, 4)}), graph)
+    inputs = torch.randn(2, 3, 4), torch.tensor([[True, False, True], [False, True, True]])
+    expected = model(*inputs)
+    assert RouteProducts().call(model).modified
+    assert len(_nodes(model, irc.routed_matmul.default)) == routed
+    for one, other in zip(expected, model(*inputs), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
