@@ -37,8 +37,7 @@ QUICK = (
     "router.teach_steps=0 eval_tokens=128 checkpoint_seconds=0 precision=fp32"
 ).split()
 HALF = (
-    "stages=[lff,router,lora] lora.steps=2 lora.batch_size=4 lora.rank=2 lora.targets=[q_proj,v_proj] "
-    "kv_policy=reduced kv_threshold=0.1 dtype=bf16"
+    "stages=[lff,router,lora] lora.steps=2 lora.batch_size=4 lora.rank=2 kv_policy=reduced kv_threshold=0.1 dtype=bf16"
 ).split()
 TWO = {"num_hidden_layers": 2}
 SLIDING = {**TWO, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
@@ -152,13 +151,20 @@ def test_convert_export_verify(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["granite", "mixtral"])  # of a factor behind each unit, of experts
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        ("granite", "q_proj,v_proj"),  # a factor behind each unit
+        ("mixtral", "q_proj,v_proj"),
+        ("qwen3_moe", "q_proj,gate,up_proj"),  # of attention, of a choice of experts, of a layer without experts
+    ],
+)
 def test_lora_reduced_keys_and_half_types(
-    name: str, save: Callable[[Case], Path], text_file: Path, tmp_path: Path, irc_main: Callable[..., Any]
+    name: str, targets: str, save: Callable[[Case], Path], text_file: Path, tmp_path: Path, irc_main: Callable[..., Any]
 ) -> None:
     """Trained in bf16 with adapters, exported in fp16, keys and values of some units stored for executed tokens."""
     bundle, onnx = tmp_path / "bundle", tmp_path / "onnx"
-    flags = [flag for setting in HALF for flag in ("--set", setting)]
+    flags = [flag for setting in [*HALF, f"lora.targets=[{targets}]"] for flag in ("--set", setting)]
     converted = irc_main(*convert_arguments(save(SUPPORTED[name]), bundle, text_file), *flags)
     assert converted.code == 0, converted.err
     assert converted.json["kv"]["reduced_units"] > 0
