@@ -251,11 +251,14 @@ def _additions(exported: OnnxFolder, forced: bool) -> tuple[bytes, int]:
 
     Its weights stay in their file.
     """
-    model = read_model(exported.model, exported.weights)
-    check_decisions(model.graph, exported.decisions, exported.folder / MANIFEST)
-    add_decisions(model.graph, exported.decisions, forced)
-    add_first_token(model.graph)
-    return model.SerializeToString(), sum(node.op_type == "RoutedAttention" for node in model.graph.node)
+    try:
+        model = read_model(exported.model, exported.weights)
+        check_decisions(model.graph, exported.decisions, exported.folder / MANIFEST)
+        add_decisions(model.graph, exported.decisions, forced)
+        add_first_token(model.graph)
+        return model.SerializeToString(), sum(node.op_type == "RoutedAttention" for node in model.graph.node)
+    except UnicodeDecodeError as error:  # names are decoded when they are read
+        raise InputError(f"{exported.model}: damaged (a name in it is no text: {error}); export again") from error
 
 
 def _check_whole(name: str, given: Any, kinds: str, shape: str) -> None:

@@ -12,6 +12,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
+from irc.bundle import file_sha256
+from irc.errors import InputError
 from irc.runtime.generation import Generator
 from irc.runtime.parity import tolerance_of
 from irc.runtime.session import Runtime
@@ -61,6 +63,19 @@ def test_a_manifest_that_was_edited(folder: Path, irc_main: Callable[..., Any], 
     outcome = irc_main("generate", folder, "def f(")
     assert (outcome.code, outcome.out) == (2, "")
     assert expected in outcome.sentence()
+
+
+@pytest.mark.parametrize("name", ["input_ids", "rms_norm", "model.lm_head.weight"], ids=["input", "value", "tensor"])
+def test_names_in_the_model_that_are_no_text(folder: Path, name: str) -> None:
+    """Protobuf decodes a name when it is read, long after the file was."""
+    content = (folder / "model.onnx").read_bytes()
+    assert name.encode() in content
+    (folder / "model.onnx").write_bytes(content.replace(name.encode(), b"\xf3" + name.encode()[1:]))
+    manifest = json.loads((folder / "irc.json").read_text())
+    manifest["sha256"]["model.onnx"] = file_sha256(folder / "model.onnx")
+    (folder / "irc.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=r"export again|cannot load it"):
+        Runtime(folder, "cpu")
 
 
 def test_a_generation_config_that_is_none(folder: Path, irc_main: Callable[..., Any]) -> None:
