@@ -6,7 +6,7 @@ import operator
 from typing import Any, cast
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from passes import dialect  # noqa: F401 - registers the operators
 from passes.base import Pass, PassResult, finish, graph_of
@@ -28,9 +28,9 @@ class RouteExperts(Pass):
             graph = graph_of(module)
             if graph is None:
                 continue
-            terms = [node for node in graph.nodes if _choice(module, node) is not None]
+            terms = [node for node in graph.nodes if _choice(node) is not None]
             for term in terms:
-                _route(module, graph, term)
+                _route(graph, term)
             if terms:
                 graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
                 finish(module)
@@ -38,7 +38,7 @@ class RouteExperts(Pass):
         return PassResult(model, modified)
 
 
-def _choice(module: nn.Module, term: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+def _choice(term: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
     """Return (call of the expert, weight [batch, tokens, 1], index == i) of a term of the sum."""
     if term.target != aten.mul.Tensor or not all(isinstance(arg, fx.Node) for arg in term.args):
         return None
@@ -52,8 +52,8 @@ def _choice(module: nn.Module, term: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node
     return call, weight, chosen
 
 
-def _route(module: nn.Module, graph: fx.Graph, term: fx.Node) -> None:
-    found = _choice(module, term)
+def _route(graph: fx.Graph, term: fx.Node) -> None:
+    found = _choice(term)
     assert found is not None
     call, weight, chosen = found
     x = cast(fx.Node, call.args[0])

@@ -192,3 +192,19 @@ def test_attention_has_to_be_raised_first(tiny: Callable, insertions: tuple) -> 
     PassManager([*insertions, HardenRouters()]).run(graph)
     with pytest.raises(PassError, match="expected a raised attention unit; run RaiseAttention first"):
         PassManager([LowerToCompaction()]).run(graph)
+
+
+def test_queries_that_mix_tokens_are_refused_by_name(tiny: Callable, insertions: tuple) -> None:
+    graph = tiny().graph
+    PassManager([*insertions, *BEFORE]).run(graph)
+    inner = graph.get_submodule("model.layers.0.self_attn").graph
+    linear = next(node for node in inner.nodes if node.target == "q_proj")
+    with inner.inserting_after(linear):
+        mixed = inner.call_function(aten.flip.default, (linear, [1]), name="mixed")
+    linear.replace_all_uses_with(mixed, lambda user: user is not mixed)
+    with pytest.raises(PassError) as caught:
+        LowerToCompaction().call(graph)
+    assert str(caught.value) == (
+        "model.layers.0.self_attn, node %mixed: queries go through aten.flip.default, which may mix tokens; "
+        "only linears, norms and rotation may stand before the scores"
+    )

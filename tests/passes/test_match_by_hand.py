@@ -300,7 +300,10 @@ def test_a_list_of_one_result_is_that_result(captured_module: Callable, count: i
     model = captured_module(Machine(Stage(Grinder())), torch.randn(2, 5, WIDTH))
     output = next(node for node in model.get_submodule("stage_0.grinder").graph.nodes if node.op == "output")
     output.args = ((output.all_input_nodes[0],) * count,)
-    assert [unit.target for unit in match_units(model).units] == ["blender", "grinder"][: 3 - count]
+    found = match_units(model)
+    assert [unit.target for unit in found.units] == ["blender", "grinder"][: 3 - count]
+    said = ["its output is made by (down, down); expected a linear"][: count - 1]
+    assert [refusal.reason for refusal in found.refusals] == said
 
 
 class Chained(Stage):

@@ -36,6 +36,20 @@ def test_numbers_are_kept(tiny: Callable, family: str) -> None:
             torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
+def test_a_mask_that_is_given_by_name_is_the_mask(tiny: Callable) -> None:
+    model = tiny()
+    ids = model.ids(2, 9)
+    before = model.run(ids)
+    for layer in range(2):
+        inner = model.graph.get_submodule(f"model.layers.{layer}.self_attn").graph
+        scores = next(node for node in inner.nodes if "scaled_dot_product" in str(node.target))
+        scores.args, scores.kwargs = scores.args[:3], {**scores.kwargs, "attn_mask": scores.args[3]}
+    PassManager(PASSES).run(model.graph)
+    for got, expected in zip(model.run(ids), before, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
 def test_golden_attention(tiny: Callable, golden: Callable[[str], str]) -> None:
     graph = tiny("qwen3").graph
     PassManager(PASSES).run(graph)

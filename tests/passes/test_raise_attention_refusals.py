@@ -234,6 +234,11 @@ def _rest_of_other_heads(graph: fx.Graph) -> None:
     rest.args = ([node for node in graph.nodes if node.target == aten.transpose.int][2], *rest.args[1:])
 
 
+def _rotated_from_outside(graph: fx.Graph) -> None:
+    joined = _rest(graph)
+    joined.args = ([next(node for node in graph.nodes if node.op == "placeholder"), joined.args[0][1]], -1)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -241,6 +246,7 @@ def _rest_of_other_heads(graph: fx.Graph) -> None:
         (_rest_that_overlaps, "heads are joined of parts that are not the rotated and the other features"),
         (_rest_that_ends_early, "heads are joined of parts that are not the rotated and the other features"),
         (_rest_of_other_heads, "heads are joined of parts that are not the rotated and the other features"),
+        (_rotated_from_outside, "heads are joined of parts that are not the rotated and the other features"),
     ],
 )
 def test_other_parts_than_rotated_and_the_rest_are_refused(partial: object, change: Callable, reason: str) -> None:

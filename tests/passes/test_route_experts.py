@@ -43,6 +43,14 @@ def test_second_run_changes_nothing(captured_module: Callable) -> None:
 aten, irc = torch.ops.aten, torch.ops.irc
 
 
+def test_a_mixture_behind_a_linear_is_found(captured_module: Callable) -> None:
+    mixture = Experts(WIDTH, 24, COUNT, EACH, True, "silu")
+    model = captured_module(nn.Sequential(nn.Linear(WIDTH, WIDTH), mixture), torch.randn(2, 7, WIDTH))
+    assert RouteExperts().call(model).modified
+    nodes = model.get_submodule("1").graph.nodes
+    assert sum(node.target == irc.scatter_add.default for node in nodes) == COUNT
+
+
 def _term(
     *,
     twice: bool = False,

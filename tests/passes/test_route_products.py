@@ -192,3 +192,19 @@ def test_what_is_on_rows_in_a_submodule_is_on_rows_outside(results: Any, taken: 
     assert len(_nodes(model, irc.routed_matmul.default)) == routed
     for one, other in zip(expected, model(*inputs), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_module_on_rows_that_is_no_linear_stays() -> None:
+    graph = fx.Graph()
+    x, mask = graph.placeholder("x"), graph.placeholder("mask")
+    rows = graph.call_function(operator.getitem, (graph.call_function(irc.select_rows.default, (mask,)), 0))
+    y = graph.call_module("act", (graph.call_function(irc.compact.default, (x, rows)),))
+    graph.output(graph.call_function(irc.scatter.default, (graph.call_module("linear", (y,)), rows, x)))
+    model = fx.GraphModule(nn.ModuleDict({"act": nn.SiLU(), "linear": nn.Linear(4, 4)}), graph)
+    inputs = torch.randn(2, 3, 4), torch.rand(2, 3) < 0.5
+    expected = model(*inputs)
+    assert RouteProducts().call(model).modified
+    assert [node.target for node in model.graph.nodes if node.op == "call_module"] == ["act"]
+    assert len(_nodes(model, irc.routed_matmul.default)) == 1
+    torch.testing.assert_close(model(*inputs), expected, rtol=0, atol=1e-6)
