@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import fx
 
 from passes.base import Pass, PassResult, finish, graph_of
 
 _ASSERTS = frozenset({torch.ops.aten._assert_tensor_metadata.default})
+_DROPOUT = torch.ops.aten.dropout.default
 
 
 class CleanUp(Pass):
-    """Removes metadata assertions: they pin the device and dtype of the capture, and compute nothing."""
+    """Removes metadata assertions, which pin the device and dtype of the capture, and dropouts that drop nothing.
+
+    A dropout captured in eval mode computes nothing, and would stand between a unit's last linear and its output.
+    """
 
     def call(self, model: fx.GraphModule) -> PassResult:
-        """Remove the assertions from every graph of the model."""
+        """Remove both from every graph of the model."""
         modified = False
         for module in model.modules():
             graph = graph_of(module)
             if graph is None:
                 continue
-            dead = [node for node in graph.nodes if node.target in _ASSERTS and not node.users]
+            idle = [node for node in graph.nodes if node.target is _DROPOUT and node.args[2] is False]
+            for node in idle:
+                node.replace_all_uses_with(cast(fx.Node, node.args[0]))
+            dead = idle + [node for node in graph.nodes if node.target in _ASSERTS and not node.users]
             for node in dead:
                 graph.erase_node(node)
             if dead:

@@ -178,9 +178,10 @@ def _carried_on(block: nn.Module, node: fx.Node) -> fx.Node | None:
     if reader.op != "call_module" or is_mux(reader):
         return None
     module = block.get_submodule(str(reader.target))
-    functions = [n for graph in _graphs(module) for n in graph.nodes if n.op == "call_function"]
+    graphs = list(_graphs(module))
+    functions = [n for graph in graphs for n in graph.nodes if n.op == "call_function"]  # none in an identity
     linears = any(isinstance(child, nn.Linear) for child in module.modules())
-    return reader if functions and not linears and all(map(is_row_wise, functions)) else None
+    return reader if graphs and not linears and all(map(is_row_wise, functions)) else None
 
 
 def after_call(nodes: dict[str, fx.Node], unit: Unit) -> list[fx.Node]:

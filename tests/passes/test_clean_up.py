@@ -49,3 +49,15 @@ def test_second_run_changes_nothing() -> None:
 
 def test_captured_models_hold_no_assertions(tiny: Callable, calls: Callable) -> None:
     assert calls(tiny().graph)["_assert_tensor_metadata"] == 0
+
+
+def test_removes_dropouts_of_eval_mode_alone() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    idle = graph.call_function(torch.ops.aten.dropout.default, (x, 0.5, False))
+    graph.output(graph.call_function(torch.ops.aten.dropout.default, (idle, 0.5, True)))
+    model = fx.GraphModule(nn.Module(), graph)
+    assert PassManager([CleanUp()]).run(model).modified
+    (left,) = (node for node in model.graph.nodes if node.op == "call_function")
+    assert left.args == (x, 0.5, True)
+    assert not PassManager([CleanUp()]).run(model).modified

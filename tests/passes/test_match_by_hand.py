@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from passes.clean_up import CleanUp
 from passes.match import after_call, match_units
 
 WIDTH = 16
@@ -46,6 +47,23 @@ class Grinder(nn.Module):
         return result
 
 
+def spoilt(name: str, **methods: Callable) -> type[Grinder]:
+    """An FFN whose `inner` or `forward` is another."""
+    return type(name, (Grinder,), methods)
+
+
+FeatureSoftmax = spoilt("FeatureSoftmax", inner=lambda self, x: self.up(x).softmax(-1))
+Cumulative = spoilt("Cumulative", inner=lambda self, x: self.up(x).cumsum(1))
+Rolled = spoilt("Rolled", inner=lambda self, x: self.up(x).roll(1, 1))
+TokenSoftmax = spoilt("TokenSoftmax", inner=lambda self, x: self.up(x).softmax(1))
+TokenMean = spoilt("TokenMean", inner=lambda self, x: self.up(x) - self.up(x).mean(1, keepdim=True))
+Scaled = spoilt("Scaled", forward=lambda self, x: Grinder.forward(self, x) * 0.5)
+# A sum of two linears, of the stream's width; a product of the wrong width; no linear reads the input as it is.
+SumOfTwo = spoilt("SumOfTwo", forward=lambda self, x: Grinder.forward(self, x) + self.down(self.up(x)))
+NarrowSum = spoilt("NarrowSum", forward=lambda self, x: Grinder.forward(self, x)[..., :1] * 0.5)
+LateLinear = spoilt("LateLinear", forward=lambda self, x: Grinder.forward(self, F.gelu(x)))
+
+
 class SplitGate(Grinder):
     """One wide linear, cut into gate and value along the features."""
 
@@ -58,36 +76,6 @@ class SplitGate(Grinder):
         return F.silu(hidden[..., : 2 * WIDTH]) * hidden[..., 2 * WIDTH :]
 
 
-class FeatureSoftmax(Grinder):
-    def inner(self, x: torch.Tensor) -> torch.Tensor:
-        return self.up(x).softmax(-1)
-
-
-class Cumulative(Grinder):
-    def inner(self, x: torch.Tensor) -> torch.Tensor:
-        return self.up(x).cumsum(1)
-
-
-class Rolled(Grinder):
-    def inner(self, x: torch.Tensor) -> torch.Tensor:
-        return self.up(x).roll(1, 1)
-
-
-class TokenSoftmax(Grinder):
-    def inner(self, x: torch.Tensor) -> torch.Tensor:
-        return self.up(x).softmax(1)
-
-
-class TokenMean(Grinder):
-    def inner(self, x: torch.Tensor) -> torch.Tensor:
-        return self.up(x) - self.up(x).mean(1, keepdim=True)
-
-
-class Scaled(Grinder):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) * 0.5
-
-
 class Narrow(Grinder):
     def __init__(self) -> None:
         super().__init__()
@@ -98,27 +86,6 @@ class TwoInputs(Grinder):
     def forward(self, x: torch.Tensor, raw: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = self.down(F.gelu(self.up(x)) * self.up(raw))
         return result
-
-
-class SumOfTwo(Grinder):
-    """What leaves it is a sum of two linears: of the stream's width, and no linear."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) + self.down(self.up(x))
-
-
-class NarrowSum(Grinder):
-    """What leaves it is a product of the wrong width."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x)[..., :1] * 0.5
-
-
-class LateLinear(Grinder):
-    """No linear of it reads its input as it is."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(F.gelu(x))
 
 
 class LooseAttention(Blender):
@@ -225,6 +192,15 @@ def test_a_norm_and_a_factor_before_the_add_belong_to_the_unit(captured_module: 
     nodes = {node.name: node for node in model.get_submodule("stage_0").graph.nodes}
     assert [str(node.target) for node in after_call(nodes, unit)] == ["calm_c", "aten.mul.Tensor"]
     assert nodes[unit.y].users == {nodes[unit.add]: None}
+
+
+def test_a_module_that_gives_what_it_is_given_does_not_stand_between(captured_module: Callable) -> None:
+    """Such as a dropout that was captured in eval mode and cleaned up."""
+    stage = PostNorm(Grinder())
+    stage.calm_c = nn.Dropout(0.5).eval()
+    model = captured_module(Machine(stage), torch.randn(2, 5, WIDTH))
+    assert CleanUp().call(model).modified
+    assert [unit.name for unit in match_units(model).units] == ["stage_0.blender", "stage_0.grinder"]
 
 
 MIXES = "it holds no attention scores, and {} may mix tokens; expected linears and row-wise operators"
