@@ -70,3 +70,17 @@ def test_files_that_are_named_exist(page: Path) -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\((?!http)([^)#]+)", page.read_text())
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_walk_from_convert_to_an_onnx_node_has_under_ten_files_and_each_leads_to_the_next() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    (walk,) = re.findall(
+        r"^From `irc convert` to an ONNX node in nine files: (.*?)\. Units", text, re.MULTILINE | re.DOTALL
+    )
+    files = re.findall(r"`([\w/]+\.py)`", walk)
+    assert len(files) == 9
+    for index, name in enumerate(files):
+        if name in ("irc/cli/convert.py", "irc/export.py"):  # where a command begins
+            continue
+        module = name.removesuffix(".py").replace("/", ".")
+        assert any(f"from {module} import" in (ROOT / before).read_text() for before in files[:index]), name
