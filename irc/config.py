@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import math
 import operator
 import types
 import typing
@@ -33,12 +34,17 @@ _LEAST = {
     "router.steps": 1,
     "router.batch_size": 1,
     "router.calibration_tokens": 1,
+    "lff.ridge": 0,
     "lff.lr": 0,
     "router.lr": 0,
     "router.forecaster_lr": 0,
     "lora.lr": 0,
     "lora.forecaster_lr": 0,
     "lora.router_lr": 0,
+    "router.temperature_start": 0.001,
+    "router.temperature_end": 0.001,
+    "router.sparsity_weight": 0,
+    "router.cosine_weight": 0,
     "router.clip": 0,
     "router.noise_end": 0,
     "router.entropy_weight": 0,
@@ -46,6 +52,7 @@ _LEAST = {
     "lora.steps": 1,
     "lora.batch_size": 1,
     "lora.rank": 1,
+    "lora.alpha": 1,
 }
 
 
@@ -72,8 +79,8 @@ class Recipe:
     eval_tokens: int = setting(32_768, "held-out tokens that the closing evaluation reads; 0 means all")
     eval_split: str = setting("heldout", "text of the closing evaluation: heldout, or validation to choose settings by")
     seed: int = setting(0, "seed of data order, noise and initial weights")
-    device: str = setting("auto", "cpu, cuda, or auto")
-    dtype: str = setting("auto", "weights' data type: fp32, bf16, or auto (bf16 for a checkpoint of over 1e9 weights)")
+    device: str = setting("auto", "cpu, cuda, cuda:N, mps, or auto")
+    dtype: str = setting("auto", "weights' data type: fp32, bf16, or auto (fp32; bf16 for checkpoints of over 2 GB)")
     precision: str = setting("auto", "autocast in training: fp32, bf16, or auto (bf16 where the processor has it)")
     activation_checkpointing: bool = setting(False, "keep only layers' inputs for the backward pass: less memory")
     checkpoint_seconds: float = setting(30.0, "seconds between checkpoints inside a stage")
@@ -90,7 +97,7 @@ class Recipe:
         if not 0.0 <= self.sparsity <= 1.0:
             raise InputError(f"sparsity is {self.sparsity}; give a share between 0 and 1, such as 0.25")
         policy = policy_named(self.policy)
-        if any(not isinstance(share, (int, float)) or not 0 <= share <= 1 for share in self.dial):
+        if any(type(share) not in (int, float) or not 0 <= share <= 1 for share in self.dial):
             raise InputError(f"dial is {shown(self.dial)}; give shares between 0 and 1, such as 0.1,0.3,0.5")
         if self.dial and (policy.capacity or not policy.learns):
             raise InputError(f"policy {self.policy} has no threshold to turn; leave --dial out")
@@ -131,6 +138,9 @@ class Recipe:
             value = operator.attrgetter(name)(self)
             if not value >= least:  # neither is NaN
                 raise InputError(f"{name} is {value}; give at least {least}")
+        for name, value, _ in recipe_fields(self):
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InputError(f"{name} is {value}; give a finite number")
 
     def rank_for(self, width: int) -> int:
         """Return the forecaster rank for a hidden size.
@@ -204,6 +214,19 @@ def override(recipe: Recipe, text: str) -> None:
     for part in parts:
         target = getattr(target, _known(target, part, key))
     _assign(target, _known(target, leaf, key), parsed, key)
+
+
+def recipe_fields(part: Any = None, prefix: str = "") -> list[tuple[str, Any, str]]:
+    """Return (name as `--set` takes it, default, help) of every field of a recipe, in order."""
+    found: list[tuple[str, Any, str]] = []
+    part = part or Recipe()
+    for entry in dataclasses.fields(part):
+        value = getattr(part, entry.name)
+        if dataclasses.is_dataclass(value):
+            found += recipe_fields(value, f"{prefix}{entry.name}.")
+        else:
+            found.append((prefix + entry.name, value, entry.metadata["help"]))
+    return found
 
 
 def text_name(split: str) -> str:

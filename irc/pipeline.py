@@ -14,6 +14,7 @@ from irc.bundle import CONFIG, write_bundle
 from irc.card import model_card
 from irc.config import Recipe, text_name
 from irc.data import Split, TextSource, load_text, pick, token_stream, windows
+from irc.dtypes import short_name
 from irc.errors import InputError, IrcError
 from irc.evaluate import Evaluation, evaluate
 from irc.key_policy import KeyPolicy, kv_facts, set_key_policy
@@ -48,7 +49,7 @@ class Conversion:
     """What the phases hand on.
 
     Attributes:
-        recipe: Resolved: no `auto` is left in it.
+        recipe: Resolved: once the inputs are read, no `auto` is left in it.
         output: Where the bundle goes.
         work: Folder beside it with the stages' checkpoints and results.
         progress: Makes progress bars.
@@ -135,7 +136,7 @@ def _check_output(output: Path) -> None:
 
 
 def resolve(recipe: Recipe) -> Recipe:
-    """Check a recipe and replace every `auto` by what it means on this machine."""
+    """Check a recipe and replace every `auto` that does not depend on the base by what it means on this machine."""
     recipe.check()
     policy = policy_named(recipe.policy)
     recipe.stages = recipe.stages or policy.stages
@@ -158,10 +159,11 @@ def read_inputs(conversion: Conversion) -> None:
     recipe = conversion.recipe
     base = conversion.base = find_base(recipe.model)
     recipe.rank = recipe.rank_for(base.config.hidden_size)
+    _ = base.shards
+    recipe.dtype = short_name(base.dtype("auto")) if recipe.dtype == "auto" else recipe.dtype
     limit = getattr(base.config, "max_position_embeddings", None)
     if limit and recipe.seq_len > limit:
         raise InputError(f"seq_len is {recipe.seq_len}, the model's context is {limit}; give a shorter --seq-len")
-    _ = base.shards
     conversion.text = load_text(recipe.data)
     for split in ("train", "calibration", recipe.eval_split):
         conversion.streams[split] = token_stream(conversion.text.split(cast(Split, split)), base.tokenizer)

@@ -69,7 +69,7 @@ class RouterRecipe:
         if self.budget not in BUDGETS:
             raise InputError(f"router.budget is '{self.budget}'; choose from {', '.join(BUDGETS)}")
         ends = self.target_range
-        numbers = all(isinstance(end, (int, float)) for end in ends)
+        numbers = all(type(end) in (int, float) for end in ends)
         if ends and not (numbers and len(ends) == 2 and 0 <= ends[0] < ends[1] <= 1):
             raise InputError(f"router.target_range is {ends}; give two shares in ascending order, such as [0.1, 0.6]")
         if ends and self.budget in ("unit", "recoverability"):

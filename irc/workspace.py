@@ -130,7 +130,7 @@ def check_same_recipe(recipe: Recipe, saved: Path) -> None:
     except (OSError, ValueError, InputError, AttributeError) as error:
         raise InputError(f"{saved}: damaged, or of another version; start over with --force") from error
     for key, value in recipe.to_dict().items():
-        automatic = key == "rank" and value == 0
+        automatic = (key, value) in (("rank", 0), ("dtype", "auto"))
         if key not in _FREE_TO_CHANGE and not automatic and before.get(key) != value:
             raise InputError(
                 f"{saved.parent}: was begun with {key} = {before.get(key)}, now it is {value}; "

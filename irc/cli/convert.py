@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,17 @@ from irc.cli.options import (
     shares,
     words,
 )
+
+
+def _list_fields(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if not value or ctx.resilient_parsing:
+        return
+    from irc import console
+    from irc.config import recipe_fields
+
+    rows = [[name, json.dumps(default), text] for name, default, text in recipe_fields()]
+    console.table("fields of a recipe", ["field", "default", "what it is"], rows)
+    ctx.exit()
 
 
 @click.command()
@@ -57,6 +69,14 @@ from irc.cli.options import (
 )
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe field, such as router.steps=500."
+)
+@click.option(
+    "--fields",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_list_fields,
+    help="List every field of a recipe with its default and what it is, and do nothing else.",
 )
 @click.option(
     "--stage-cache",

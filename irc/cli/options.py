@@ -134,7 +134,8 @@ def dtype_option(default: str = "auto") -> Decorator:
         show_default=True,
         callback=lambda ctx, parameter, value: LONG_NAMES.get(value, value),
         metavar="NAME",
-        help="auto (the checkpoint's own), float32 (fp32), float16 (fp16) or bfloat16 (bf16).",
+        help="auto (a bundle's as it was converted; else fp32, or bf16 for a checkpoint of over 2 GB), float32 (fp32), "
+        "float16 (fp16) or bfloat16 (bf16).",
     )
 
 

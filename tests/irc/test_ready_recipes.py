@@ -1,12 +1,15 @@
-"""The ready recipes are whole, by name, and give way to files."""
+"""The ready recipes are whole, by name, and give way to files; every field of a recipe has its help."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from irc.config import load_recipe
+from irc.config import Recipe, load_recipe, override, recipe_fields
 from irc.errors import InputError
 from irc.model.modules import router_hidden
 from irc.pipeline import resolve
@@ -40,3 +43,35 @@ def test_a_file_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_wrong_name_says_the_right_ones() -> None:
     with pytest.raises(InputError, match=r"no such file; the ready ones are llama-3\.1-8b, .*-25, -40, -70"):
         read_recipe(Path("llama-3.2-2b"))
+
+
+def test_every_field_is_listed_with_its_help_by_the_name_that_sets_it(irc_main: Callable[..., Any]) -> None:
+    shown = irc_main("convert", "--fields")
+    assert shown.code == 0, shown.err
+    recipe, names = Recipe(), []
+    for name, default, text in recipe_fields():
+        override(recipe, f"{name}={json.dumps(default)}")
+        assert len(text) > 5
+        line = next(line for line in shown.out.splitlines() if line.split()[:1] == [name])
+        assert text in line
+        names.append(name)
+    assert {"sparsity", "lff.ridge", "router.target_range", "lora.targets"} <= set(names)
+    assert recipe == Recipe()
+
+
+USELESS = {
+    "router.temperature_end=0": "router.temperature_end is 0.0; give at least 0.001",
+    "lff.ridge=-1": "lff.ridge is -1.0; give at least 0",
+    "lff.ridge=.nan": "lff.ridge is nan; give at least 0",
+    "router.lr=.inf": "router.lr is inf; give a finite number",
+    "router.start=-.inf": "router.start is -inf; give a finite number",
+    "lora.alpha=0": "lora.alpha is 0; give at least 1",
+    "dial=[true]": r"dial is \[True\]; give shares",
+    "router.target_range=[false, true]": "router.target_range is",
+}
+
+
+@pytest.mark.parametrize("setting", USELESS)
+def test_values_that_would_fail_only_after_training_or_mean_nothing(setting: str) -> None:
+    with pytest.raises(InputError, match=USELESS[setting]):
+        load_recipe(None, [setting]).check()
