@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import click
 import pytest
 
 from irc.bundle import save_bundle
-from irc.cli import group
+from irc.cli import group, main
+from irc.config import load_recipe
 from irc.model.routed import RoutedForCausalLM
 
 ROOT = Path(__file__).parents[2]
@@ -57,6 +59,44 @@ def test_verbs_and_options_exist(page: str, text: str) -> None:
     verb, *arguments = shlex.split(text.replace("[", " ").replace("]", " "))[1:]
     known = flags(verb)
     assert {word for word in arguments if word.startswith("-")} <= known
+
+
+def shell_lines() -> list[str]:
+    """Every command line of the blocks for a shell, continued lines joined."""
+    found = [block.replace("\\\n", " ") for language in ("console", "sh") for _, block in blocks(language)]
+    return [line.removeprefix("$ ") for block in found for line in block.splitlines()]
+
+
+SETTINGS = sorted({line for line in [*shell_lines(), *(text for _, text in commands())] if "--set " in line})
+
+
+@pytest.mark.parametrize("line", SETTINGS)
+def test_settings_and_recipes_that_are_named_are_some(line: str) -> None:
+    words = shlex.split(line)
+    pairs = list(pairwise(words))
+    recipes = [Path(value) for flag, value in pairs if flag == "--recipe" and "." in value]
+    settings = [value for flag, value in pairs if flag == "--set" and "..." not in value]
+    load_recipe(recipes[0] if recipes else None, settings).check()
+
+
+def test_targets_of_make_that_are_named_exist() -> None:
+    there = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {name for page in PAGES for name in re.findall(r"`make ([a-z]+)", page.read_text())}
+    named |= {word for line in shell_lines() for word in re.findall(r"^make ([a-z]+)", line)}
+    assert len(named) > 5
+    assert named <= there
+
+
+def test_the_commands_that_need_nothing_but_a_bundle_run(
+    make_routed: Callable[[], RoutedForCausalLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others train for minutes (`make demo` runs those of README.md), or need a server or GPUs."""
+    runnable = [line for line in shell_lines() if line.startswith("irc export build/demo-bundle")]
+    assert runnable == ["irc export build/demo-bundle -o build/triton --layout triton"]
+    save_bundle(make_routed(), tmp_path / "build" / "demo-bundle")
+    monkeypatch.chdir(tmp_path)
+    assert main(shlex.split(runnable[0])[1:]) == 0
+    assert (tmp_path / "build" / "triton" / "irc_text" / "config.pbtxt").is_file()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
