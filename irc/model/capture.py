@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_model
 
 from irc.errors import InputError
+from irc.model.architectures import SUPPORTED
 from irc.model.cache import CACHE_NAME, cache_shape
 from irc.model.experts import separate_experts, stored_name
 from irc.reading import first_line
@@ -32,26 +33,9 @@ log = logging.getLogger(__name__)
 
 _BATCH, _LENGTH, _PAST = 2, 3, 5
 _CALL_NUMBER = re.compile(r"@\d+")
-_TESTED = {
-    "llama": "Llama",
-    "mistral": "Mistral",
-    "qwen2": "Qwen2",
-    "qwen3": "Qwen3",
-    "smollm3": "SmolLM3",
-    "phi3": "Phi-3",
-    "granite": "Granite",
-    "olmo2": "OLMo 2",
-    "gemma": "Gemma",
-    "gemma3_text": "Gemma 3 (text)",
-    "mixtral": "Mixtral",
-    "qwen3_moe": "Qwen3-MoE",
-    "olmoe": "OLMoE",
-}
-*_FIRST, _LAST = _TESTED.values()
-SUPPORTED = f"a {', '.join(_FIRST)} or {_LAST} model"
-"""The architectures that are tested, for sentences."""
-
-_DYNAMIC_ROPE = frozenset({"dynamic", "longrope"})
+_NUMBERS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
+_WANTED = "convert a checkpoint of bfloat16, float16 or float32"
+_DYNAMIC_ROPE = ("dynamic", "longrope")
 
 
 @dataclass
@@ -121,10 +105,12 @@ def assign_weights(captured: Captured, weights: Mapping[str, torch.Tensor], devi
         stored = stored_name(tied.get(name, name), captured.config)
         source = weights.get(stored)
         if source is None:
-            expected = f"expected {list(parameter.shape)}{_hint(captured.config)}"
-            raise InputError(f"weight {name} is missing from the checkpoint; {expected}")
+            raise InputError(f"weight {name} is missing from the checkpoint; expected {list(parameter.shape)}")
         if source.shape != parameter.shape:
             raise InputError(f"weight {name} is {list(source.shape)}, the configuration says {list(parameter.shape)}")
+        if source.dtype not in _NUMBERS:
+            kind = str(source.dtype).removeprefix("torch.")
+            raise InputError(f"weight {name} is stored as {kind}, without its scale it means nothing; {_WANTED}")
         if stored not in shared:
             # A mixed-dtype checkpoint is converted here; the same dtype and device is no copy.
             shared[stored] = nn.Parameter(source.detach().to(device, captured.dtype), requires_grad=False)
@@ -133,21 +119,15 @@ def assign_weights(captured: Captured, weights: Mapping[str, torch.Tensor], devi
     PassManager([SetDevice(device)]).run(model)
 
 
-def _hint(config: PretrainedConfig) -> str:
-    """Say that the architecture may be the reason, where it is none of those that are tested."""
-    if config.model_type in _TESTED:
-        return ""
-    return f" ({config.model_type} is not a supported architecture; convert {SUPPORTED})"
-
-
 def _refuse_unsupported(config: PretrainedConfig) -> None:
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    kind = rope.get("rope_type", "default") if isinstance(rope, dict) else "default"
-    if kind in _DYNAMIC_ROPE:
-        raise InputError(
-            f"{config.model_type}: rope type '{kind}' changes with the text's length, which a graph cannot hold; "
-            "use a model with default, linear, yarn or llama3 rope"
-        )
+    parts = [rope, *rope.values()] if isinstance(rope, dict) else []  # one for all layers, or one for each kind
+    for kind in (part.get("rope_type") for part in parts if isinstance(part, dict)):
+        if kind in _DYNAMIC_ROPE:
+            raise InputError(
+                f"{config.model_type}: rope type '{kind}' changes with the text's length, which a graph cannot hold; "
+                "use a model with default, linear, yarn or llama3 rope"
+            )
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(f"{config.model_type}: encoder-decoder models are not supported; convert a decoder-only model")
 

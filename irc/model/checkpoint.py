@@ -16,12 +16,13 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from irc.dtypes import LONG_NAMES, torch_dtype
 from irc.errors import InputError
+from irc.model.architectures import check_architecture
 from irc.model.paging import MappedPages
 from irc.model.tokenizer import load_tokenizer
 from irc.reading import check_links, check_plain, first_line, read_json, read_text
 
+_COUNTS = ("num_hidden_layers", "num_experts", "num_local_experts")
 _SIZES = (
-    "num_hidden_layers",
     "hidden_size",
     "intermediate_size",
     "vocab_size",
@@ -47,14 +48,23 @@ class BaseModel:
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        """Configuration; code that a folder may hold is never run."""
+        """Configuration; code that a folder may hold is never run.
+
+        Raises:
+            InputError: It cannot be read, or is of an architecture or a kind of weights that is not supported.
+        """
         try:
-            read_text(self.folder / "config.json")  # of a size that can be read
+            if "configuration_files" in json.loads(read_text(self.folder / "config.json")):
+                raise ValueError("it names other configuration files, which are not read")
             config: PretrainedConfig = AutoConfig.from_pretrained(
                 self.folder, trust_remote_code=False, local_files_only=True
             )
         except Exception as error:
             raise InputError(f"{self.name}: config.json cannot be used ({first_line(error)})") from error
+        try:
+            check_architecture(config)
+        except InputError as error:
+            raise InputError(f"{self.name}: {error}") from error
         return config
 
     @cached_property
@@ -102,9 +112,9 @@ class BaseModel:
             InputError: Names the value and the largest that the checkpoint bears out.
         """
         largest = max((size for shape in weights.shapes.values() for size in shape), default=0)
-        for name in _SIZES:
+        for name in (*_COUNTS, *_SIZES):
             value = getattr(self.config, name, None)
-            most = len(weights) if name == "num_hidden_layers" else largest
+            most = len(weights) if name in _COUNTS else largest
             if value is not None and (type(value) is not int or not 0 < value <= most):
                 raise InputError(
                     f"{self.name}: config.json says {name} {str(value)[:40]}, the checkpoint's weights allow for "
@@ -118,7 +128,8 @@ class BaseModel:
             pages = MappedPages(tensors.values())
             for key, tensor in tensors.items():
                 # In pieces: what isfinite allocates for a large embedding would be the peak of a conversion.
-                pieces = tensor.flatten().split(_PIECE) if tensor.is_floating_point() else ()
+                real = tensor.is_floating_point() and tensor.itemsize > 1  # of 8 bits: refused where it is assigned
+                pieces = tensor.flatten().split(_PIECE) if real else ()
                 if not all(bool(torch.isfinite(piece).all()) for piece in pieces):
                     raise InputError(
                         f"{self.name}: weight {key} holds NaN or infinite values; the checkpoint is damaged"

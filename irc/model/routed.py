@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -15,8 +16,9 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from irc.errors import InputError
+from irc.model.architectures import SUPPORTED
 from irc.model.cache import CACHE_NAME, flat_past, updated
-from irc.model.capture import SUPPORTED, Captured, assign_weights, capture
+from irc.model.capture import Captured, assign_weights, capture
 from irc.model.checkpoint import BaseModel
 from irc.model.head import split_head
 from irc.model.modules import BottleneckRouter, Forecaster, Mux, RoutingControl
@@ -26,6 +28,8 @@ from passes.insert_forecasters import InsertForecasters
 from passes.insert_routers import InsertRouters, Reads
 from passes.match import MatchResult, Unit, match_units
 from passes.split_fused_linears import SplitFusedLinears
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -207,6 +211,9 @@ def build_routed(
     captured = _captured(base, dtype, device)
     match = match_units(captured.graph)
     _refuse_without_units(match, base)
+    if match.refusals:
+        first = match.refusals[0]
+        log.warning("%d submodules are not routed; the first: %s: %s", len(match.refusals), first.name, first.reason)
     for unit in match.units:
         if spec.rank > unit.width:
             raise InputError(

@@ -12,7 +12,10 @@ from irc.errors import InputError
 from irc.reading import check_plain, first_line, read_text
 
 _CONFIG = "tokenizer_config.json"
-_FILES = ("vocab_file", "merges_file", "spm_file", "sp_model")
+_FILES = ("_file", "_spm", "sp_model")  # how the keys end under which tokenizers name files
+_NEVER_READ = ("special_tokens_map_file",)  # such a key often holds a path of whoever made the tokenizer
+# Names that transformers follows out of the folder.
+_REFUSED = ("gguf_file", "fast_tokenizer_files", "init_inputs", "vocab", "merges")
 _READ = (_CONFIG, "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "config.json")
 
 
@@ -45,8 +48,10 @@ def load_tokenizer(folder: Path, name: str) -> Any:
 def _check_files(config: Any, path: Path) -> None:
     if not isinstance(config, dict):
         raise ValueError(f"{_CONFIG} holds no keys and values")
-    if config.get("gguf_file") is not None:
-        raise InputError(f"{path}: names a GGUF file, which is not read; leave gguf_file out")
-    for key in _FILES:
-        if config.get(key) is not None:
-            check_plain(config[key], path)
+    for key in _REFUSED:
+        if config.get(key):
+            raise InputError(f"{path}: holds {key}, which is not read; leave it out")
+    never_read = (*_NEVER_READ, *(["tokenizer_file"] if path.with_name("tokenizer.json").is_file() else []))
+    for key, value in config.items():
+        if key.endswith(_FILES) and key not in never_read and value is not None:
+            check_plain(value, path)

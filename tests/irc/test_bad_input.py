@@ -83,6 +83,12 @@ def set_nan(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
+def eight_bits(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file({**tensors, name: tensors[name].to(torch.float8_e4m3fn)}, folder / "model.safetensors", {"format": "pt"})
+
+
 def only_pickles(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     torch.save({}, folder / "pytorch_model.bin")
@@ -127,7 +133,22 @@ MODELS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         change_config(model_type="nosuch", auto_map={"AutoConfig": "x.Y"}),
         ("config.json cannot be used",),
     ),
-    "not causal": (change_config(model_type="bert", architectures=["BertModel"]), ("bert",)),
+    "not causal": (change_config(model_type="bert", architectures=["BertModel"]), ("bert is not a supported",)),
+    "other architecture": (
+        change_config(model_type="stablelm"),
+        ("stablelm is not a supported architecture",),
+    ),
+    "layers of a part": (
+        change_config(model_type="gemma3", text_config={"num_hidden_layers": 10**9}),
+        ("gemma3 is not a supported architecture",),
+    ),
+    "experts": (change_config(model_type="mixtral", num_local_experts=10**9), ("config.json says num_local_experts",)),
+    "quantized": (
+        change_config(quantization_config={"quant_method": "fp8"}),
+        ("its weights are stored as fp8 numbers with scales", "convert the checkpoint that it was made of"),
+    ),
+    "weights of 8 bits": (eight_bits, ("mlp.up_proj.weight is stored as float8_e4m3fn",)),
+    "another config": (change_config(configuration_files=["config.4.0.json"]), ("names other configuration files",)),
     "other shape": (change_config(intermediate_size=40), ("mlp",)),
     "small vocabulary": (change_config(vocab_size=100), ("vocabulary ends at 99",)),
     "no tokenizer": (

@@ -132,18 +132,38 @@ def test_shards_outside_of_the_folder(copied: Path, name: Any) -> None:
         _ = find_base(str(copied)).shards
 
 
-@pytest.mark.parametrize("key", ["vocab_file", "merges_file", "spm_file", "sp_model"])
+@pytest.mark.parametrize("key", ["vocab_file", "merges_file", "spm_file", "sp_model", "source_spm"])
 def test_tokenizer_files_outside_of_the_folder(copied: Path, key: str) -> None:
     edit(copied / "tokenizer_config.json", lambda c: c.update({key: "../secret"}))
     with pytest.raises(InputError, match=r"tokenizer_config.json: names the file '../secret', which is not beside it"):
         _ = find_base(str(copied)).tokenizer
 
 
-def test_a_gguf_file_that_a_tokenizer_names(copied: Path, tmp_path: Path) -> None:
-    """The one file name of tokenizer_config.json that transformers follows out of the folder."""
-    edit(copied / "tokenizer_config.json", lambda c: c.update(gguf_file=str(tmp_path / "x"), tokenizer_class="Qwen2"))
-    with pytest.raises(InputError, match="names a GGUF file, which is not read"):
+FOLLOWED = {
+    "gguf_file": "SECRET",
+    "fast_tokenizer_files": ["../secret/tokenizer.1.0.json"],
+    "init_inputs": ["SECRET", "SECRET"],
+    "vocab": "SECRET",
+    "merges": "SECRET",
+}
+
+
+@pytest.mark.parametrize("key", FOLLOWED)
+def test_names_that_transformers_follows_out_of_the_folder(copied: Path, key: str) -> None:
+    """A tokenizer that lies elsewhere is not opened, whether this version of transformers would or not."""
+    secret = copied.with_name("secret")
+    secret.mkdir()
+    shutil.move(copied / "tokenizer.json", secret / "tokenizer.1.0.json")
+    value = json.loads(json.dumps(FOLLOWED[key]).replace("SECRET", str(secret / "tokenizer.1.0.json")))
+    edit(copied / "tokenizer_config.json", lambda c: c.update({key: value}))
+    with pytest.raises(InputError, match=f"holds {key}, which is not read; leave it out"):
         _ = find_base(str(copied)).tokenizer
+
+
+def test_a_path_that_nothing_reads_is_no_offence(copied: Path) -> None:
+    """As tokenizers that were saved long ago have it: a path of whoever made them."""
+    edit(copied / "tokenizer_config.json", lambda c: c.update(special_tokens_map_file="/home/x/map.json"))
+    assert len(find_base(str(copied)).tokenizer) == 257
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_extra.txt"])

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import BertConfig, CLIPConfig, GPT2Config, LlamaConfig, PretrainedConfig, T5Config
+from transformers import BertConfig, CLIPConfig, Gemma3TextConfig, LlamaConfig, PretrainedConfig, T5Config
 
 from irc.errors import InputError
-from irc.model.capture import SUPPORTED, assign_weights, capture
+from irc.model.architectures import SUPPORTED
+from irc.model.capture import assign_weights, capture
 from irc.model.checkpoint import BaseModel, find_base
 
 SMALL: dict[str, Any] = {
@@ -144,6 +145,17 @@ REFUSED = {
     "encoder-decoder": (T5Config, "t5: encoder-decoder models are not supported; convert a decoder-only model"),
     "dynamic": (lambda: _dynamic_rope("dynamic"), "rope type 'dynamic' changes with the text's length"),
     "longrope": (lambda: _dynamic_rope("longrope"), "rope type 'longrope' changes with the text's length"),
+    "dynamic in some layers": (
+        lambda: Gemma3TextConfig(
+            **SMALL,
+            head_dim=4,
+            rope_parameters={
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                "full_attention": {"rope_type": "dynamic", "rope_theta": 1e6, "factor": 2.0},
+            },
+        ),
+        "rope type 'dynamic' changes with the text's length",
+    ),
     "no language model": (CLIPConfig, "clip: transformers has no causal language model for it"),
     "no cache": (
         lambda: BertConfig(hidden_size=8, num_attention_heads=2, intermediate_size=8, num_hidden_layers=1),
@@ -174,10 +186,14 @@ def test_refusal_of_torch_export_names_the_architecture(monkeypatch: pytest.Monk
     )
 
 
-def test_a_missing_weight_of_an_architecture_that_is_not_supported_says_so() -> None:
-    captured = capture(GPT2Config(vocab_size=11, n_embd=8, n_layer=1, n_head=2, n_positions=16), torch.float32)
-    with pytest.raises(InputError, match=r"gpt2 is not a supported architecture; convert a Llama"):
-        assign_weights(captured, {})
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
+def test_weights_that_need_a_scale_are_refused(dtype: torch.dtype) -> None:
+    """They have the right name and the right shape, and are not the weights."""
+    captured = capture(LlamaConfig(**SMALL), torch.float32)
+    weights = _random(captured.graph, tied=False)
+    weights["model.layers.0.mlp.up_proj.weight"] = weights["model.layers.0.mlp.up_proj.weight"].to(dtype)
+    with pytest.raises(InputError, match=rf"up_proj.weight is stored as {str(dtype)[6:]}, without its scale"):
+        assign_weights(captured, weights)
 
 
 def test_shards_give_every_weight_and_hold_one_shard(tmp_path: Path) -> None:

@@ -1,0 +1,54 @@
+"""The architectures that are supported: those that `tests/irc/test_architectures.py` takes from convert to verify."""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+
+from irc.errors import InputError
+
+TESTED = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "smollm3": "SmolLM3",
+    "ministral": "Ministral",
+    "starcoder2": "StarCoder2",
+    "stablelm": "StableLM",
+    "arcee": "Arcee",
+    "nemotron": "Nemotron",
+    "seed_oss": "Seed-OSS",
+    "exaone4": "EXAONE 4",
+    "hyperclovax": "HyperCLOVA X",
+    "phi3": "Phi-3",
+    "granite": "Granite",
+    "olmo2": "OLMo 2",
+    "olmo3": "OLMo 3",
+    "gemma": "Gemma",
+    "gemma3_text": "Gemma 3 (text)",
+    "mixtral": "Mixtral",
+    "qwen3_moe": "Qwen3-MoE",
+    "olmoe": "OLMoE",
+}
+"""Model type, as in config.json, to the name that people know."""
+
+*_FIRST, _LAST = TESTED.values()
+SUPPORTED = f"a {', '.join(_FIRST)} or {_LAST} model"
+"""All of them, for sentences."""
+
+
+def check_architecture(config: PretrainedConfig) -> None:
+    """Refuse, by name, what is not tested: it might be captured and still compute something else.
+
+    Raises:
+        InputError: Names the architecture, and all that are supported.
+    """
+    if config.model_type not in TESTED:
+        raise InputError(f"{config.model_type} is not a supported architecture; convert {SUPPORTED}")
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is not None:
+        method = quantized.get("quant_method", "quantized") if isinstance(quantized, dict) else "quantized"
+        raise InputError(
+            f"its weights are stored as {str(method)[:40]} numbers with scales, which are not read; "
+            "convert the checkpoint that it was made of"
+        )
