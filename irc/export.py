@@ -25,6 +25,7 @@ from irc.model.checkpoint import BaseModel
 from irc.model.paging import MappedPages
 from irc.model.policies import policy_named, refuse_whole_sequences
 from irc.model.routed import RoutedForCausalLM
+from irc.reading import first_line, read_json
 from irc.runtime.folder import FORMAT_VERSION, MANIFEST
 from irc.staging import cannot_write, staged
 from irc.training.lora import merge_lora
@@ -32,6 +33,7 @@ from passes.base import PassError
 
 LAYOUTS = ("onnx", "triton")
 TRITON_NAME = "irc"
+_TEXTS = (".json", ".jinja", ".model", ".txt")
 _KEPT = ("config.json", "generation_config.json", "chat_template.jinja", "merges.txt", "vocab.json")
 
 
@@ -130,11 +132,10 @@ def _write(model: RoutedForCausalLM, name: str, folder: Path, dump_dir: Path | N
     pages = MappedPages(weights)
     version = {"irc.version": __version__}
     release = partial(pages.release, weights)
+    generation = _generation(base)  # what cannot be read is refused before the work
     decisions = export_onnx(model.graph, cache, dtype, folder, version, dump_dir, provider, release)
     _copy_texts(base, folder)
-    config = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
-    generation_file = base.folder / "generation_config.json"
-    generation = json.loads(generation_file.read_text(encoding="utf-8")) if generation_file.is_file() else {}
+    config = base.config.to_dict() | json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
     if not cache.reduced:  # onnxruntime-genai knows no cache whose layers differ in length
         _dump(folder / "genai_config.json", genai_config(config, generation, cache))
     policy = key_policy_of(model)
@@ -162,6 +163,14 @@ def _write(model: RoutedForCausalLM, name: str, folder: Path, dump_dir: Path | N
     return manifest
 
 
+def _generation(base: BaseModel) -> dict[str, Any]:
+    path = base.folder / "generation_config.json"
+    try:
+        return read_json(path) if path.is_file() else {}
+    except ValueError as error:
+        raise InputError(f"{path}: cannot be used ({first_line(error)}); mend it or remove it") from error
+
+
 def _reduced_layers(model: RoutedForCausalLM) -> tuple[int, ...]:
     return tuple(unit.layer for unit in model.units if unit.name in model.control.reduced)
 
@@ -173,7 +182,8 @@ def _source(name: str) -> str:
 def _copy_texts(base: BaseModel, folder: Path) -> None:
     """Copy configuration and tokenizer; never weights, never code."""
     for path in base.folder.iterdir():
-        if path.name in _KEPT or path.name.startswith(("tokenizer", "special_tokens")):
+        of_tokenizer = path.name.startswith(("tokenizer", "special_tokens")) and path.suffix in _TEXTS
+        if path.is_file() and (path.name in _KEPT or of_tokenizer):
             shutil.copyfile(path, folder / path.name)
 
 

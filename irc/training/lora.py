@@ -100,14 +100,14 @@ def load_lora(model: RoutedForCausalLM, folder: Path, recipe: LoraRecipe) -> Non
         raise InputError(f"{path}: missing, truncated or not a safetensors file ({first_line(error)})") from error
     if any(recipe.rank not in tensor.shape for tensor in tensors.values()):
         raise InputError(f"{path}: its rank is not {recipe.rank}, as the recipe has it; it belongs to another recipe")
-    inject_lora(model, recipe, 0)
-    expected = _state(model)
+    expected = _shapes(model, recipe)
     for name in sorted(expected.keys() ^ tensors.keys()):
         missing = "misses" if name in expected else "holds an unknown"
         raise InputError(f"{path}: it {missing} weight {name}; it belongs to another model or recipe")
     for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
-            raise InputError(f"{path}: {name} is {list(tensor.shape)}, expected {list(expected[name].shape)}")
+        if list(tensor.shape) != expected[name]:
+            raise InputError(f"{path}: {name} is {list(tensor.shape)}, expected {expected[name]}")
+    inject_lora(model, recipe, 0)  # what it allocates is now known to be no more than the file holds
     set_peft_model_state_dict(model.graph, tensors)
     for parameter in lora_parameters(model).values():
         parameter.requires_grad_(False)
@@ -121,6 +121,17 @@ def merge_lora(model: RoutedForCausalLM) -> None:
             parent, _, leaf = name.rpartition(".")
             setattr(model.graph.get_submodule(parent), leaf, module.get_base_layer())
     model.facts.pop("lora", None)
+
+
+def _shapes(model: RoutedForCausalLM, recipe: LoraRecipe) -> dict[str, list[int]]:
+    """Return the shapes of the adapters that a recipe puts into a model, by their saved names."""
+    shapes: dict[str, list[int]] = {}
+    for name in lora_config(model, recipe).target_modules or ():
+        linear = model.graph.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        shapes[f"{name}.lora_A.weight"] = [recipe.rank, linear.in_features]
+        shapes[f"{name}.lora_B.weight"] = [linear.out_features, recipe.rank]
+    return shapes
 
 
 def _state(model: RoutedForCausalLM) -> dict[str, torch.Tensor]:

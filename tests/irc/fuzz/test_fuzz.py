@@ -110,6 +110,19 @@ def test_configs_that_once_passed_the_checks(bundle: Path, how: str) -> None:
         irc.load(bundle)
 
 
+def test_a_rank_of_gigabytes_that_a_tensor_of_no_bytes_bears_out(bundle: Path) -> None:
+    """Nothing is allocated by it: shapes are compared first."""
+    from safetensors.torch import load_file, save_file
+
+    path = bundle / "lora" / WEIGHTS
+    save_file({name: torch.zeros(10**9, 0) for name in load_file(path)}, path)
+    config = json.loads((bundle / CONFIG).read_text())
+    config["lora"]["rank"], config["lora_sha256"] = 10**9, file_sha256(path)
+    (bundle / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"is \[1000000000, 0\], expected"):
+        irc.load(bundle)
+
+
 def test_bundle_recipe(fuzz: Any, tmp_path: Path) -> None:
     path = tmp_path / RECIPE
     path.write_text(yaml.safe_dump(Recipe().to_dict(), sort_keys=False))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from irc import export as export_module
 from irc.runtime.folder import MANIFEST
@@ -146,3 +148,45 @@ def test_a_reduced_model_stores_less(
     assert 0 < generated["kv_saved"] < 1
     assert "of keys and values not stored" in irc_main("generate", tmp_path / "onnx", PROMPT, "-n", "4").err
     assert irc_main("generate", exported, PROMPT, "-n", "20", "--json").json["kv_saved"] == 0
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "[" * 100_000, '{"a": 1, "a": 2}'], ids=["cut", "list", "deep", "twice"]
+)
+def test_a_generation_config_that_cannot_be_used(
+    model_folder: Path, tmp_path: Path, irc_main: Callable[..., Any], content: str
+) -> None:
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    (folder / "generation_config.json").write_text(content)
+    refused = irc_main("export", folder, "-o", tmp_path / "onnx")
+    assert (refused.code, "generation_config.json: cannot be used" in refused.sentence()) == (2, True)
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_configuration_and_tokenizer_are_copied_and_no_code(
+    model_folder: Path, tmp_path: Path, irc_main: Callable[..., Any]
+) -> None:
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    for name in ("tokenizer_code.py", "tokenizer.bin", "special_tokens.pkl", "tokenizer.safetensors"):
+        (folder / name).write_text("x")
+    (folder / "tokenizer").mkdir()
+    assert irc_main("export", folder, "-o", tmp_path / "onnx").code == 0
+    there = {path.name for path in (tmp_path / "onnx").iterdir()}
+    assert there >= {"config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert not {name for name in there if name.endswith((".py", ".bin", ".pkl", ".safetensors")) or name == "tokenizer"}
+
+
+def test_what_a_configuration_leaves_to_its_default(
+    model_folder: Path, tmp_path: Path, irc_main: Callable[..., Any]
+) -> None:
+    """As configurations written by hand have it: what transformers fills in, the export knows too."""
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text()) | {"vocab_size": 32000}
+    LlamaForCausalLM(LlamaConfig(**config)).save_pretrained(folder)
+    written = json.loads((folder / "config.json").read_text())
+    del written["vocab_size"]
+    (folder / "config.json").write_text(json.dumps(written))
+    shown = irc_main("export", folder, "-o", tmp_path / "onnx")
+    assert shown.code == 0, shown.err
+    for name in (MANIFEST, "genai_config.json"):
+        assert '"vocab_size": 32000' in (tmp_path / "onnx" / name).read_text()
