@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from irc.dtypes import LONG_NAMES, torch_dtype
 from irc.errors import InputError
-from irc.model.architectures import check_architecture
+from irc.model.architectures import SUPPORTED, TESTED, check_architecture
 from irc.model.paging import MappedPages
 from irc.model.tokenizer import load_tokenizer
 from irc.reading import check_links, check_plain, first_line, read_json, read_text
@@ -30,6 +30,7 @@ _SIZES = (
     "num_key_value_heads",
     "head_dim",
 )
+_MOST_LAYERS = 10_000
 _LARGE_MODEL_BYTES = 2_000_000_000
 _PIECE = 1 << 22
 
@@ -54,13 +55,20 @@ class BaseModel:
             InputError: It cannot be read, or is of an architecture or a kind of weights that is not supported.
         """
         try:
-            if "configuration_files" in json.loads(read_text(self.folder / "config.json")):
+            raw = json.loads(read_text(self.folder / "config.json"))
+            if "configuration_files" in raw:
                 raise ValueError("it names other configuration files, which are not read")
+            # transformers makes a list as long as there are layers, of any part, before anyone can look
+            if raw.get("model_type") in CONFIG_MAPPING and raw["model_type"] not in TESTED:
+                raise ValueError(f"{raw['model_type']} is not a supported architecture; convert {SUPPORTED}")
+            layers = raw.get("num_hidden_layers", 0)
+            if not isinstance(layers, int) or layers > _MOST_LAYERS:
+                raise ValueError(f"num_hidden_layers {str(layers)[:40]}, more than any model has")
             config: PretrainedConfig = AutoConfig.from_pretrained(
                 self.folder, trust_remote_code=False, local_files_only=True
             )
         except Exception as error:
-            raise InputError(f"{self.name}: config.json cannot be used ({first_line(error)})") from error
+            raise InputError(f"{self.name}: config.json cannot be used ({first_line(error, 500)})") from error
         try:
             check_architecture(config)
         except InputError as error:

@@ -142,7 +142,8 @@ MODELS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         change_config(model_type="gemma3", text_config={"num_hidden_layers": 10**9}),
         ("gemma3 is not a supported architecture",),
     ),
-    "experts": (change_config(model_type="mixtral", num_local_experts=10**9), ("config.json says num_local_experts",)),
+    "layers": (change_config(model_type="gemma3_text", num_hidden_layers=10**9), ("more than any model has",)),
+    "experts": (change_config(model_type="mixtral", num_local_experts=10**9), ("config.json says num_experts",)),
     "quantized": (
         change_config(quantization_config={"quant_method": "fp8"}),
         ("its weights are stored as fp8 numbers with scales", "convert the checkpoint that it was made of"),
