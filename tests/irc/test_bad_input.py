@@ -135,8 +135,8 @@ MODELS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     ),
     "not causal": (change_config(model_type="bert", architectures=["BertModel"]), ("bert is not a supported",)),
     "other architecture": (
-        change_config(model_type="stablelm"),
-        ("stablelm is not a supported architecture",),
+        change_config(model_type="cohere"),
+        ("cohere is not a supported architecture",),
     ),
     "layers of a part": (
         change_config(model_type="gemma3", text_config={"num_hidden_layers": 10**9}),
