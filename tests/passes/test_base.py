@@ -132,7 +132,7 @@ def test_verifier_catches_a_pass_that_breaks_the_graph(
     sentence = str(caught.value)
     assert f"{culprit.__name__} failed: " in sentence
     assert message in sentence
-    assert "ran before: DoNothing" in sentence
+    assert sentence.endswith("; this is a fault of the pass: please report it (ran before: DoNothing)")
     assert manager.history == ["DoNothing"]
 
 

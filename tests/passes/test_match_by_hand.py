@@ -129,6 +129,17 @@ class PostNorm(Stage):
         return stream + self.calm_c(self.grinder(x)) * 0.5
 
 
+class WeightFirst(PostNorm):
+    """The factor is a weight and stands before what it scales."""
+
+    def __init__(self, grinder: nn.Module) -> None:
+        super().__init__(grinder)
+        self.factor = nn.Parameter(torch.ones(WIDTH))
+
+    def join(self, stream: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return stream + self.factor * self.calm_c(self.grinder(x))
+
+
 class PostSum(PostNorm):
     """What stands between the FFN and its residual add mixes tokens."""
 
@@ -186,8 +197,9 @@ def test_operators_along_the_features_keep_tokens_apart(captured_module: Callabl
     assert [unit.kind for unit in match_units(model).units] == ["attention", "ffn"]
 
 
-def test_a_norm_and_a_factor_before_the_add_belong_to_the_unit(captured_module: Callable) -> None:
-    model = captured_module(Machine(PostNorm(Grinder())), torch.randn(2, 5, WIDTH))
+@pytest.mark.parametrize("stage", [PostNorm, WeightFirst])
+def test_a_norm_and_a_factor_before_the_add_belong_to_the_unit(captured_module: Callable, stage: type[Stage]) -> None:
+    model = captured_module(Machine(stage(Grinder())), torch.randn(2, 5, WIDTH))
     unit = match_units(model).units[1]
     nodes = {node.name: node for node in model.get_submodule("stage_0").graph.nodes}
     assert [str(node.target) for node in after_call(nodes, unit)] == ["calm_c", "aten.mul.Tensor"]

@@ -46,12 +46,15 @@ def _is_result_of_attention(node: fx.Node) -> bool:
 VALUES = [
     (1, lambda node: node.target == irc.rms_norm.default, 5),
     (2, _is_result_of_attention, 6),
+    (2, lambda node: node.target == irc.rotary.default, 4),
     (3, lambda node: node.name.endswith("_chosen"), 4),
     (4, lambda node: node.name.endswith("_scattered"), 4),
 ]
 
 
-@pytest.mark.parametrize(("steps", "wanted", "count"), VALUES, ids=["norms", "attention", "choices", "scatters"])
+@pytest.mark.parametrize(
+    ("steps", "wanted", "count"), VALUES, ids=["norms", "attention", "rotations", "choices", "scatters"]
+)
 def test_traced_values_go_over_to_what_takes_a_place(
     tiny: Callable, insertions: tuple, steps: int, wanted: Callable, count: int
 ) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import Phi3Config
 
-from passes.base import PassManager
+from passes.base import PassManager, finish
 from passes.printer import print_model
 from passes.split_fused_linears import SplitFusedLinears
 
@@ -122,6 +122,18 @@ def test_every_kind_of_cut_gives_a_linear_a_part(
     assert {part.bias is not None for part in linears.values()} == {bias}
     assert not any(parameter.requires_grad for part in linears.values() for parameter in part.parameters())
     torch.testing.assert_close(model(x)[0], expected, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_parts_are_told_apart_by_index_not_by_place(captured_module: Callable) -> None:
+    whole, x = Parts(_split_by_sizes), torch.randn(2, 3, 8)
+    model = captured_module(whole, x)
+    cut = next(node for node in model.graph.nodes if node.target == torch.ops.aten.split_with_sizes.default)
+    for item in list(cut.users):
+        cut.append(item)
+    finish(model)
+    assert SplitFusedLinears().call(model).modified
+    torch.testing.assert_close(model(x)[0], whole(x), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(

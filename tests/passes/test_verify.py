@@ -51,6 +51,12 @@ def _feed_something_else(model: fx.GraphModule) -> None:
     add.target = fx.Node  # any other function
 
 
+def _feed_a_module_alone(model: fx.GraphModule) -> None:
+    mux = _node(model, "self_attn_mux")
+    mux.replace_all_uses_with(mux.args[0])
+    _node(model, "mlp").args = (mux,)
+
+
 def _route_by_another_input(model: fx.GraphModule) -> None:
     _node(model, "mlp_router").args = _node(model, "self_attn_router").args
 
@@ -72,6 +78,7 @@ BREAKAGES = [
     (_skip_the_mux, RULES[2][0], "not 0 nodes"),
     (_feed_two_nodes, RULES[2][0], "not 2 nodes"),
     (_feed_something_else, RULES[2][0], "not Node"),
+    (_feed_a_module_alone, RULES[2][0], "not mlp"),
     (_route_by_another_input, RULES[3][0], "reads neither"),
     (_use_before_definition, "fx lint", "before"),
     (_point_to_a_missing_weight, "fx lint", "nonexistent attribute nothing"),
