@@ -111,7 +111,7 @@ def test_second_run_changes_nothing(tiny: Callable, reduce: Callable) -> None:
 
 def test_what_cannot_be_reduced_is_refused(tiny: Callable, insertions: tuple, control: RoutingControl) -> None:
     masks = MaskSkippedKeys(UNITS[:1], lambda unit: StoredKeys(unit.name, control))
-    with pytest.raises(PassError, match="expected a router beside the unit; run InsertRouters first"):
+    with pytest.raises(PassError, match=f"^{UNITS[0]}: .*expected a router beside the unit; run InsertRouters first"):
         PassManager([insertions[0], masks]).run(tiny().graph)
     masks = MaskSkippedKeys(["model.layers.0.mlp"], lambda unit: StoredKeys(unit.name, control))
     with pytest.raises(PassError, match="expected an attention unit; choose from"):
