@@ -140,28 +140,16 @@ class WeightFirst(PostNorm):
         return stream + self.factor * self.calm_c(self.grinder(x))
 
 
-class PostSum(PostNorm):
-    """What stands between the FFN and its residual add mixes tokens."""
-
-    def join(self, stream: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return stream + self.calm_c(self.grinder(x)).cumsum(1)
+def joined(name: str, join: Callable, base: type[Stage] = Stage) -> type[Stage]:
+    """A layer whose `join` is another."""
+    return type(name, (base,), {"join": join})
 
 
-class GivesTwo(Stage):
-    def join(self, stream: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return stream + self.grinder(x, stream)
-
-
-class AddsTwice(Stage):
-    def join(self, stream: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        y = self.grinder(x)
-        return (stream + y) * (x + y)
-
-
-class ReadsTwice(Stage):
-    def join(self, stream: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        y = self.grinder(x)
-        return (stream + y) * y.tanh()
+PostSum = joined("PostSum", lambda self, h, x: h + self.calm_c(self.grinder(x)).cumsum(1), PostNorm)  # mixes tokens
+GivesTwo = joined("GivesTwo", lambda self, h, x: h + self.grinder(x, h))
+AddsTwice = joined("AddsTwice", lambda self, h, x: (h + (y := self.grinder(x))) * (x + y))
+ReadsTwice = joined("ReadsTwice", lambda self, h, x: (h + (y := self.grinder(x))) * y.tanh())
+Multiplies = joined("Multiplies", lambda self, h, x: h * self.grinder(x))
 
 
 class Machine(nn.Module):
@@ -294,22 +282,13 @@ def test_a_list_of_one_result_is_that_result(captured_module: Callable, count: i
     assert [refusal.reason for refusal in found.refusals] == said
 
 
-class Chained(Stage):
-    """A second FFN stands between the first and the residual add."""
-
+class Chained(Stage):  # a second FFN stands between the first and the residual add
     def __init__(self, grinder: nn.Module) -> None:
         super().__init__(grinder)
         self.second = Grinder()
 
     def join(self, stream: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return stream + self.second(self.grinder(x))
-
-
-class Multiplies(Stage):
-    """The FFN's output is a factor of the stream."""
-
-    def join(self, stream: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return stream * self.grinder(x)
 
 
 @pytest.mark.parametrize("stage", [Chained, Multiplies])
