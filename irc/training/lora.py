@@ -127,7 +127,8 @@ def _shapes(model: RoutedForCausalLM, recipe: LoraRecipe) -> dict[str, list[int]
     """Return the shapes of the adapters that a recipe puts into a model, by their saved names."""
     shapes: dict[str, list[int]] = {}
     for name in lora_config(model, recipe).target_modules or ():
-        linear = model.graph.get_submodule(name)
+        found = model.graph.get_submodule(name)
+        linear = found.get_base_layer() if isinstance(found, LoraLayer) else found
         assert isinstance(linear, nn.Linear)
         shapes[f"{name}.lora_A.weight"] = [recipe.rank, linear.in_features]
         shapes[f"{name}.lora_B.weight"] = [linear.out_features, recipe.rank]

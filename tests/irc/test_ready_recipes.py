@@ -45,7 +45,10 @@ def test_a_wrong_name_says_the_right_ones() -> None:
         read_recipe(Path("llama-3.2-2b"))
 
 
-def test_every_field_is_listed_with_its_help_by_the_name_that_sets_it(irc_main: Callable[..., Any]) -> None:
+def test_every_field_is_listed_with_its_help_by_the_name_that_sets_it(
+    irc_main: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)  # as in a pipe: no line is broken
     shown = irc_main("convert", "--fields")
     assert shown.code == 0, shown.err
     recipe, names = Recipe(), []
