@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -45,17 +46,15 @@ def test_a_wrong_name_says_the_right_ones() -> None:
         read_recipe(Path("llama-3.2-2b"))
 
 
-def test_every_field_is_listed_with_its_help_by_the_name_that_sets_it(
-    irc_main: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("COLUMNS", raising=False)  # as in a pipe: no line is broken
-    shown = irc_main("convert", "--fields")
-    assert shown.code == 0, shown.err
+def test_every_field_is_listed_with_its_help_by_the_name_that_sets_it() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}  # a pipe: no line is broken
+    command = [sys.executable, "-m", "irc", "convert", "--fields"]
+    shown = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     recipe, names = Recipe(), []
     for name, default, text in recipe_fields():
         override(recipe, f"{name}={json.dumps(default)}")
         assert len(text) > 5
-        line = next(line for line in shown.out.splitlines() if line.split()[:1] == [name])
+        line = next(line for line in shown.stdout.splitlines() if line.split()[:1] == [name])
         assert text in line
         names.append(name)
     assert {"sparsity", "lff.ridge", "router.target_range", "lora.targets"} <= set(names)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import resource
 import shutil
 import sys
 from collections.abc import Callable
@@ -118,7 +119,9 @@ def main() -> None:
         if total["inputs"] % 100 == 0:  # libFuzzer ends the process itself
             (folder / "total.json").write_text(json.dumps(total))
 
-    options = [f"-max_total_time={seconds}", "-timeout=20", "-rss_limit_mb=4096", f"-max_len={2 * len(original)}"]
+    # The peak that Linux says of a process counts what the one that started it held.
+    limit = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024 + 4096
+    options = [f"-max_total_time={seconds}", "-timeout=20", f"-rss_limit_mb={limit}", f"-max_len={2 * len(original)}"]
     options += ["-reduce_inputs=0", "-len_control=0", f"-seed={seed[0] if seed else 1}", "-print_final_stats=1"]
     options += [f"-dict={folder / 'words'}", f"-artifact_prefix={folder}/", str(folder / "corpus")]
     atheris.Setup([sys.argv[0], *options], feed)
