@@ -7,6 +7,7 @@ EXTRAS ?= dev,cpu,report,tasks,docs
 PYTHON ?=
 CANDIDATES = $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.14 python)
 WORKERS ?= 2
+SUITE = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 DEMO := build/demo-bundle
 ONNX := build/demo-onnx
 PACKAGE := build/package
@@ -29,10 +30,10 @@ demo: $(STAMP)  ## convert the embedded model, measure it, show its units, expor
 	$(BIN)/irc generate $(ONNX) "def read_lines(path):" --max-tokens 80
 
 test: lint native  ## lint, then run the tests, on two cores; WORKERS=8 for more
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(SUITE)
 
 coverage: $(STAMP) native  ## run the tests and say which lines and branches they reach; fails under 90 %
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --cov --cov-report=term
+	$(SUITE) --cov --cov-report=term
 
 native: $(STAMP)  ## build and install the native operator library, where there is a C++ compiler
 	@if command -v $${CXX:-c++} >/dev/null; then $(MAKE) --no-print-directory $(NATIVE); \
