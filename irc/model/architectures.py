@@ -37,14 +37,23 @@ SUPPORTED = f"a {', '.join(_FIRST)} or {_LAST} model"
 """All of them, for sentences."""
 
 
-def check_architecture(config: PretrainedConfig) -> None:
+def check_model_type(model_type: str) -> None:
     """Refuse, by name, what is not tested: it might be captured and still compute something else.
 
     Raises:
         InputError: Names the architecture, and all that are supported.
     """
-    if config.model_type not in TESTED:
-        raise InputError(f"{config.model_type} is not a supported architecture; convert {SUPPORTED}")
+    if model_type not in TESTED:
+        raise InputError(f"{model_type} is not a supported architecture; convert {SUPPORTED}")
+
+
+def check_architecture(config: PretrainedConfig) -> None:
+    """Refuse an architecture that is not tested, and weights that mean nothing without their scales.
+
+    Raises:
+        InputError: Names the architecture or the kind of weights.
+    """
+    check_model_type(config.model_type)
     quantized = getattr(config, "quantization_config", None)
     if quantized is not None:
         method = quantized.get("quant_method", "quantized") if isinstance(quantized, dict) else "quantized"

@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTraine
 
 from irc.dtypes import LONG_NAMES, torch_dtype
 from irc.errors import InputError
-from irc.model.architectures import SUPPORTED, TESTED, check_architecture
+from irc.model.architectures import check_architecture, check_model_type
 from irc.model.paging import MappedPages
 from irc.model.tokenizer import load_tokenizer
 from irc.reading import check_links, check_plain, first_line, read_json, read_text
@@ -59,8 +59,8 @@ class BaseModel:
             if "configuration_files" in raw:
                 raise ValueError("it names other configuration files, which are not read")
             # transformers makes a list as long as there are layers, of any part, before anyone can look
-            if raw.get("model_type") in CONFIG_MAPPING and raw["model_type"] not in TESTED:
-                raise ValueError(f"{raw['model_type']} is not a supported architecture; convert {SUPPORTED}")
+            if raw.get("model_type") in CONFIG_MAPPING:
+                check_model_type(raw["model_type"])
             layers = raw.get("num_hidden_layers", 0)
             if not isinstance(layers, int) or layers > _MOST_LAYERS:
                 raise ValueError(f"num_hidden_layers {str(layers)[:40]}, more than any model has")
