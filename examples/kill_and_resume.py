@@ -22,13 +22,15 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import irc.export
+import irc.pipeline  # noqa: F401
 from irc.cli import main as irc_main
 
 SETTINGS = (
     "lff.tokens=2048 lff.steps=6 lff.batch_size=4 router.steps=20 router.batch_size=4 router.calibration_tokens=4096 "
     "router.teach_steps=2 eval_tokens=1024 checkpoint_seconds=0 precision=fp32"
 ).split()
-FORK = multiprocessing.get_context("fork")  # libraries are imported once, so that kills hit what irc does
+FORK = multiprocessing.get_context("fork")  # of a process that has imported everything: kills hit what irc does
 
 
 def main() -> int:

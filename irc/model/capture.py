@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,7 @@ _CALL_NUMBER = re.compile(r"@\d+")
 _NUMBERS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 _WANTED = "convert a checkpoint of bfloat16, float16 or float32"
 _DYNAMIC_ROPE = ("dynamic", "longrope")
+_COMPUTED = ".rotary_emb.inv_freq"  # older checkpoints hold it; it follows from the configuration
 
 
 @dataclass
@@ -95,12 +96,20 @@ def assign_weights(captured: Captured, weights: Mapping[str, torch.Tensor], devi
         weights: Name to tensor, as in the original model's state dict (tied names may be missing).
         device: Where the model will run.
 
+    A warning names weights that the model does not read.
+
     Raises:
-        InputError: A weight is missing or has another shape than the configuration says.
+        InputError: A weight is missing, has another shape than the configuration says, or is tied to one that differs.
     """
     shared: dict[str, nn.Parameter] = {}
     model = captured.graph
     tied = _tied_names(captured.config)
+    for name, source in tied.items():
+        if name in weights and not torch.equal(weights[name], weights[source]):
+            raise InputError(
+                f"weight {name} is not {source}, to which the configuration ties it; where both are meant, set "
+                "tie_word_embeddings to false in config.json"
+            )
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         stored = stored_name(tied.get(name, name), captured.config)
         source = weights.get(stored)
@@ -115,6 +124,7 @@ def assign_weights(captured: Captured, weights: Mapping[str, torch.Tensor], devi
             # A mixed-dtype checkpoint is converted here; the same dtype and device is no copy.
             shared[stored] = nn.Parameter(source.detach().to(device, captured.dtype), requires_grad=False)
         _set(model, name, shared[stored])
+    _tell_unread(captured.config.model_type, weights.keys() - shared.keys() - tied.keys())
     _rebuild_buffers(captured, device)
     PassManager([SetDevice(device)]).run(model)
 
@@ -220,6 +230,19 @@ def _set(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
 
 def _tied_names(config: PretrainedConfig) -> dict[str, str]:
     return {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
+
+
+def _tell_unread(model_type: str, names: Set[str]) -> None:
+    """Warn of weights without a place, such as biases that the configuration switches off."""
+    unread = sorted(name for name in names if not name.endswith(_COMPUTED))
+    if unread:
+        log.warning(
+            "%d weights of the checkpoint are not read, the %s that config.json describes has no place for them: %s%s",
+            len(unread),
+            model_type,
+            ", ".join(unread[:3]),
+            ", ..." if len(unread) > 3 else "",
+        )
 
 
 def _rebuild_buffers(captured: Captured, device: torch.device | str) -> None:

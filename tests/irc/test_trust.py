@@ -35,8 +35,8 @@ def watch(event, arguments):
         seen.append([event, str(arguments)])
 sys.addaudithook(watch)
 from irc.cli import main
-code = main(sys.argv[2:])
-print(json.dumps({"code": code, "seen": seen}), file=sys.stderr)
+codes = [main(command) for command in json.loads(sys.argv[2])]
+print(json.dumps({"codes": codes, "seen": seen}), file=sys.stderr)
 """
 
 
@@ -57,10 +57,10 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     path.write_text(json.dumps(data))
 
 
-def watched(folder: Path, *arguments: str | Path) -> dict[str, Any]:
-    """Run the command line in a process that writes down every connection, unpickling and run of a folder's code."""
+def watched(folder: Path, *commands: list[str]) -> dict[str, Any]:
+    """Run commands in a process that writes down every connection, unpickling and run of a folder's code."""
     done = subprocess.run(
-        [sys.executable, "-c", WATCH, str(folder), *map(str, arguments)],
+        [sys.executable, "-c", WATCH, str(folder), json.dumps(commands)],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "0"},
@@ -75,8 +75,8 @@ def test_the_watch_sees_what_it_looks_for(tmp_path: Path) -> None:
     source = f"import pickle, socket\npickle.loads({pickle.dumps(Path())!r})\n"
     (tmp_path / "evil.py").write_text(source)
     code = WATCH.replace("from irc.cli import main", "sys.path.insert(0, folder)\nmain = lambda _: __import__('evil')")
-    code = code.replace("code = main(sys.argv[2:])", "main(0)\ncode = 0")
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", code, str(tmp_path), "[[]]"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     events = {event for event, _ in json.loads(done.stderr.strip().splitlines()[-1])["seen"]}
     assert {"pickle.find_class", "exec"} <= events
 
@@ -94,22 +94,18 @@ def test_local_folders_ask_no_network_unpickle_nothing_and_run_no_code(
     edit(copied / "tokenizer_config.json", lambda c: c.update(auto_map={"AutoTokenizer": [None, "modeling_evil.T"]}))
     arguments = convert_arguments(tmp_path / "b", lff__steps=1, router__steps=1)
     arguments[1] = str(copied)
-    for verb in (
-        arguments,
-        ["export", tmp_path / "b", "-o", tmp_path / "onnx"],
-        ["generate", tmp_path / "onnx", "the", "-n", "2"],
-    ):
-        done = watched(copied, *verb)
-        assert done["code"] == 0, done["err"]
-        assert done["seen"] == []
+    bundle, onnx = str(tmp_path / "b"), str(tmp_path / "onnx")
+    done = watched(copied, arguments, ["export", bundle, "-o", onnx], ["generate", onnx, "the", "-n", "2"])
+    assert done["codes"] == [0, 0, 0], done["err"]
+    assert done["seen"] == []
     assert not list((tmp_path / "onnx").glob("*.py"))
 
 
 def test_a_model_type_that_needs_the_folders_code_is_refused(copied: Path) -> None:
     (copied / "evil.py").write_text("raise SystemExit('code of the folder was run')\n")
     edit(copied / "config.json", lambda c: c.update(model_type="evil", auto_map={"AutoConfig": "evil.Config"}))
-    done = watched(copied, "eval", copied, "--data", __file__)
-    assert (done["code"], done["seen"]) == (2, [])
+    done = watched(copied, ["eval", str(copied), "--data", __file__])
+    assert (done["codes"], done["seen"]) == ([2], [])
 
 
 def test_a_bundle_that_names_a_hub_id_downloads_nothing(
@@ -117,8 +113,8 @@ def test_a_bundle_that_names_a_hub_id_downloads_nothing(
 ) -> None:
     edit(bundle / CONFIG, lambda c: c["base"].update(name="nobody/nothing"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    done = watched(bundle, "eval", bundle, "--data", __file__)
-    assert (done["code"], done["seen"]) == (2, []), done["err"]
+    done = watched(bundle, ["eval", str(bundle), "--data", __file__])
+    assert (done["codes"], done["seen"]) == ([2], []), done["err"]
     assert "what a folder names is not downloaded; name it yourself (--base" in done["err"]
 
 

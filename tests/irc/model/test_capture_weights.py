@@ -49,6 +49,10 @@ def _random(graph: torch.nn.Module, tied: bool) -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape) for name, shape in shapes.items() if not (tied and name == "lm_head.weight")}
 
 
+def _told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "irc.model.capture"]
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_weights_are_assigned_not_copied(tiny: Callable, family: str) -> None:
     model = tiny(family)
@@ -70,14 +74,41 @@ def test_tied_weights_are_one_parameter_even_if_the_checkpoint_holds_one_name() 
     assert graph.get_parameter("lm_head.weight") is graph.get_parameter("model.embed_tokens.weight")
 
 
-def test_tied_weights_are_one_parameter_if_the_checkpoint_holds_both_names() -> None:
-    """As in transformers, the embedding's values count."""
+def test_tied_weights_are_one_parameter_if_the_checkpoint_holds_both_names(caplog: pytest.LogCaptureFixture) -> None:
     captured = capture(LlamaConfig(**SMALL, tie_word_embeddings=True), torch.float32)
-    weights = _random(captured.graph, tied=False)
+    weights = _random(captured.graph, tied=True)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     assign_weights(captured, weights)
     embedding = captured.graph.get_parameter("model.embed_tokens.weight")
     assert captured.graph.get_parameter("lm_head.weight") is embedding
     assert embedding.data_ptr() == weights["model.embed_tokens.weight"].data_ptr()
+    assert _told(caplog) == []
+
+
+def test_tied_weights_that_differ_are_refused() -> None:
+    """transformers would not tie them, whatever its configuration says."""
+    captured = capture(LlamaConfig(**SMALL, tie_word_embeddings=True), torch.float32)
+    weights = _random(captured.graph, tied=False)
+    with pytest.raises(
+        InputError, match=r"lm_head.weight is not model.embed_tokens.weight.*tie_word_embeddings to fal"
+    ):
+        assign_weights(captured, weights)
+
+
+def test_weights_that_the_model_does_not_read_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    captured = capture(LlamaConfig(**SMALL), torch.float32)
+    weights = _random(captured.graph, tied=False)
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)  # as checkpoints of long ago have it
+    assign_weights(captured, weights)
+    assert _told(caplog) == []
+    captured = capture(LlamaConfig(**SMALL), torch.float32)
+    weights |= {f"model.layers.0.self_attn.{name}_proj.bias": torch.ones(8) for name in "qkvo"}
+    assign_weights(captured, weights)
+    assert _told(caplog) == [
+        "4 weights of the checkpoint are not read, the llama that config.json describes has no place for them: "
+        "model.layers.0.self_attn.k_proj.bias, model.layers.0.self_attn.o_proj.bias, "
+        "model.layers.0.self_attn.q_proj.bias, ..."
+    ]
 
 
 def test_untied_weights_stay_apart() -> None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -54,8 +52,22 @@ def look(conversion):
 pipeline.PHASES = (*pipeline.PHASES, ("look", look))
 sys.exit(main(sys.argv[1:]))
 """
+# `irc` whose first process dies, as by `kill -9`, when it puts its third checkpoint of the routers into its place.
+DYING = """
+import os, signal, sys
+from irc.cli import main
 
+written = []
 
+def watch(event, arguments):
+    if event == "os.rename" and str(arguments[1]).endswith("router.checkpoint.safetensors"):
+        written.append(event)
+        if len(written) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(watch)
+sys.exit(main(sys.argv[1:]))
+"""
 # Two weights' gradients come from all processes or from one, the third has none; then AdamW, which decays.
 AVERAGING = """
 import json, sys
@@ -65,17 +77,20 @@ from irc.training.sharding import average_gradients
 
 torch.distributed.init_process_group("gloo")
 rank = torch.distributed.get_rank()
-weights = {name: torch.nn.Parameter(torch.tensor([1.0, -2.0], dtype=getattr(torch, sys.argv[1]))) for name in "abc"}
-adam = MasterAdamW([{"params": list(weights.values()), "lr": 0.1}], weight_decay=0.5)
-for step in range(3):
-    loss = (2 * rank + 1) * weights["a"].square().sum() + (4 * weights["b"].sum() if rank == step % 2 else 0)
-    loss.backward()
-    adam.take_gradients()
-    average_gradients([adam.master(weight) for weight in weights.values()])
-    adam.step()
-    adam.zero_grad()
+found = {}
+for dtype in sys.argv[1:]:
+    weights = {name: torch.nn.Parameter(torch.tensor([1.0, -2.0], dtype=getattr(torch, dtype))) for name in "abc"}
+    adam = MasterAdamW([{"params": list(weights.values()), "lr": 0.1}], weight_decay=0.5)
+    for step in range(3):
+        loss = (2 * rank + 1) * weights["a"].square().sum() + (4 * weights["b"].sum() if rank == step % 2 else 0)
+        loss.backward()
+        adam.take_gradients()
+        average_gradients([adam.master(weight) for weight in weights.values()])
+        adam.step()
+        adam.zero_grad()
+    found[dtype] = {name: weight.tolist() for name, weight in weights.items()}
 if rank == 0:
-    print(json.dumps({name: weight.tolist() for name, weight in weights.items()}))
+    print(json.dumps(found))
 torch.distributed.destroy_process_group()
 """
 
@@ -96,95 +111,102 @@ def weights(bundle: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def single() -> dict[str, Any]:
-    """The run of one process, made once."""
-    return {}
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The folder of bundles that several tests look at, each made once, and what was said while they were."""
+    return {"folder": tmp_path_factory.mktemp("made")}
+
+
+@pytest.fixture
+def single(irc_main: Any, convert_arguments: Arguments, made: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """The bundle of one process, and its metrics."""
+    output = made["folder"] / "single"
+    if "single" not in made:
+        done = irc_main(*convert_arguments(output, **SETTINGS), *STAGES)
+        assert done.code == 0, done.err
+        made["single"] = done.json
+    return output, made["single"]
+
+
+@pytest.fixture
+def two(convert_arguments: Arguments, made: dict[str, Any]) -> Callable[..., tuple[Path, Any]]:
+    """Give `two(launcher, recomputed)`: the bundle of two processes, and the run that made it."""
+
+    def make(launcher: str, recomputed: bool = False) -> tuple[Path, Any]:
+        name = f"{launcher}-recomputed" if recomputed else launcher
+        folder = made["folder"] / name
+        if name not in made:
+            folder.mkdir()
+            (folder / "looking.py").write_text(LOOKING)
+            settings = {**SETTINGS, "activation_checkpointing": recomputed}  # of which `single` knows nothing
+            arguments = [*convert_arguments(folder / "b", **settings), *STAGES, "--debug"]
+            made[name] = run([*LAUNCHERS[launcher], str(folder / "looking.py"), *arguments], folder)
+        assert made[name].returncode == 0, made[name].stderr
+        return folder / "b", made[name]
+
+    return make
 
 
 @pytest.mark.parametrize(
     ("launcher", "recomputed"), [("torchrun", False), ("accelerate", False), ("fsdp2", False), ("fsdp2", True)]
 )
 def test_two_processes_equal_one(
-    irc_main: Any,
-    convert_arguments: Arguments,
-    single: dict[str, Any],
-    tmp_path_factory: pytest.TempPathFactory,
-    tmp_path: Path,
-    launcher: str,
-    recomputed: bool,
+    single: tuple[Path, dict[str, Any]], two: Callable[..., tuple[Path, Any]], launcher: str, recomputed: bool
 ) -> None:
-    if not single:
-        single["output"] = tmp_path_factory.mktemp("single") / "b"
-        done = irc_main(*convert_arguments(single["output"], **SETTINGS), *STAGES)
-        assert done.code == 0, done.err
-        single["metrics"] = done.json
-    settings = {**SETTINGS, "activation_checkpointing": recomputed}  # of which `single` knows nothing
-    arguments = [*convert_arguments(tmp_path / "b", **settings), *STAGES, "--debug"]
-    (tmp_path / "looking.py").write_text(LOOKING)
-    done = run([*LAUNCHERS[launcher], str(tmp_path / "looking.py"), *arguments], tmp_path)
-    assert done.returncode == 0, done.stderr
+    bundle, done = two(launcher, recomputed)
     assert done.stderr.count("converting ") == 2  # there were two
     metrics = json.loads(done.stdout)  # one object: only the first process speaks
-    one, two = weights(single["output"]), weights(tmp_path / "b")
-    assert one.keys() == two.keys()
+    alone, expected = single
+    one, found = weights(alone), weights(bundle)
+    assert one.keys() == found.keys()
     for name in one:
         # fp32: the gradients of two halves are averaged instead of summed in one batch
-        torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-5, msg=name)
+        torch.testing.assert_close(found[name], one[name], rtol=0, atol=1e-5, msg=name)
     shards = re.findall(r"the layers' (\d+) frozen weights lie in shards, (\d+) of them", done.stderr)
     assert len(shards) == (2 if launcher == "fsdp2" else 0)
     assert all(0 < int(here) <= int(whole) / 2 * 1.01 for whole, here in shards)
-    assert metrics["perplexity"]["routed"] == pytest.approx(single["metrics"]["perplexity"]["routed"], rel=1e-2)
-    assert metrics["perplexity"]["dense"] == pytest.approx(single["metrics"]["perplexity"]["dense"], rel=1e-6)
+    assert metrics["perplexity"]["routed"] == pytest.approx(expected["perplexity"]["routed"], rel=1e-2)
+    assert metrics["perplexity"]["dense"] == pytest.approx(expected["perplexity"]["dense"], rel=1e-6)
     if sys.platform.startswith("linux"):
         assert re.findall("mapped base in copies: (.*)", done.stderr) == 2 * ["['0']"]
-    left = {path.name for path in tmp_path.iterdir()} - {"hf", "looking.py"}
-    assert left == {"b"}
+    assert {path.name for path in bundle.parent.iterdir()} - {"hf", "looking.py"} == {"b"}
     assert [name for name in one if "router" in name and float((one[name]).abs().max()) == 0] == []
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_weight_whose_gradient_no_process_has_is_left_alone(tmp_path: Path, dtype: str) -> None:
+def test_a_weight_whose_gradient_no_process_has_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "averaging.py").write_text(AVERAGING)
-    done = run([*LAUNCHERS["torchrun"], str(tmp_path / "averaging.py"), dtype], tmp_path)
+    done = run([*LAUNCHERS["torchrun"], str(tmp_path / "averaging.py"), "float32", "bfloat16"], tmp_path)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    weights = {name: torch.nn.Parameter(torch.tensor([1.0, -2.0], dtype=getattr(torch, dtype))) for name in "abc"}
-    adam = MasterAdamW([{"params": list(weights.values()), "lr": 0.1}], weight_decay=0.5)
-    for _ in range(3):  # one process with the mean of the two losses
-        (2 * weights["a"].square().sum() + 2 * weights["b"].sum()).backward()
-        adam.step()
-        adam.zero_grad()
-    assert found["c"] == [1.0, -2.0]
-    assert found == {name: pytest.approx(weight.tolist(), rel=1e-6) for name, weight in weights.items()}
-    assert found["a"] != [1.0, -2.0] != found["b"]
+    averaged = json.loads(done.stdout)
+    assert list(averaged) == ["float32", "bfloat16"]
+    for dtype, found in averaged.items():
+        weights = {name: torch.nn.Parameter(torch.tensor([1.0, -2.0], dtype=getattr(torch, dtype))) for name in "abc"}
+        adam = MasterAdamW([{"params": list(weights.values()), "lr": 0.1}], weight_decay=0.5)
+        for _ in range(3):  # one process with the mean of the two losses
+            (2 * weights["a"].square().sum() + 2 * weights["b"].sum()).backward()
+            adam.step()
+            adam.zero_grad()
+        assert found["c"] == [1.0, -2.0]
+        assert found == {name: pytest.approx(weight.tolist(), rel=1e-6) for name, weight in weights.items()}
+        assert found["a"] != [1.0, -2.0] != found["b"]
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "fsdp2"])
 def test_two_killed_processes_continue_to_the_same_bits(
-    convert_arguments: Arguments, tmp_path: Path, launcher: str
+    two: Callable[..., tuple[Path, Any]], convert_arguments: Arguments, tmp_path: Path, launcher: str
 ) -> None:
-    longer = {**SETTINGS, "router__steps": 60}
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    done = run([*LAUNCHERS[launcher], "-m", "irc", *convert_arguments(whole, **longer)], tmp_path)
-    assert done.returncode == 0, done.stderr
-    command = [sys.executable, "-m", *LAUNCHERS[launcher], "-m", "irc", *convert_arguments(killed, **longer)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf")}
-    with open(os.devnull, "w") as nowhere:
-        child = subprocess.Popen(command, env=environment, stdout=nowhere, stderr=nowhere, start_new_session=True)
-    checkpoint = tmp_path / "killed.partial" / "router.checkpoint.safetensors"
-    try:
-        while child.poll() is None and not checkpoint.exists():
-            time.sleep(0.005)
-        assert child.poll() is None
-    finally:
-        os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
+    whole, _ = two(launcher)
+    killed = tmp_path / "killed"
+    (tmp_path / "dying.py").write_text(DYING)
+    arguments = [*convert_arguments(killed, **SETTINGS), *STAGES]
+    done = run([*LAUNCHERS[launcher], str(tmp_path / "dying.py"), *arguments], tmp_path)
+    assert done.returncode != 0
     assert not killed.exists()
-    done = run([*LAUNCHERS[launcher], "-m", "irc", *convert_arguments(killed, **longer), "--resume"], tmp_path)
+    assert (tmp_path / "killed.partial" / "router.checkpoint.safetensors").exists()
+    done = run([*LAUNCHERS[launcher], "-m", "irc", *arguments, "--resume"], tmp_path)
     assert done.returncode == 0, done.stderr
-    one, two = load_file(whole / ADAPTER), load_file(killed / ADAPTER)
-    assert one.keys() == two.keys()
-    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+    one, found = weights(whole), weights(killed)
+    assert one.keys() == found.keys()
+    assert [name for name in one if not torch.equal(one[name], found[name])] == []
 
 
 def test_a_batch_that_processes_cannot_share_is_refused(convert_arguments: Arguments, tmp_path: Path) -> None:
