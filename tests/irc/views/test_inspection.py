@@ -223,3 +223,16 @@ def test_why_on_a_refused_name(base: BaseModel, monkeypatch: pytest.MonkeyPatch)
         "model.layers.0.mlp",
         "model.layers.1.mlp",
     ]
+
+
+def test_units_that_are_not_routed_are_told(
+    base: BaseModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from passes import match
+
+    monkeypatch.setattr(match, "_ELEMENTWISE", match._ELEMENTWISE - {"silu"})
+    model = build_routed(base, RoutingSpec(4))
+    assert [unit.kind for unit in model.units] == ["attention", "attention"]
+    told = [record.getMessage() for record in caplog.records if record.name == "irc.model.routed"]
+    assert len(told) == 1
+    assert told[0].startswith("2 submodules are not routed; the first: model.layers.0.mlp: it holds no attention")
