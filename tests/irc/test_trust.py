@@ -74,7 +74,8 @@ def test_the_watch_sees_what_it_looks_for(tmp_path: Path) -> None:
     """The test of the tests below: an address that is looked up and a pickle are seen."""
     source = f"import pickle, socket\npickle.loads({pickle.dumps(Path())!r})\n"
     (tmp_path / "evil.py").write_text(source)
-    code = WATCH.replace("from irc.cli import main", "sys.path.insert(0, folder)\nmain = lambda _: __import__('evil').__name__")
+    evil = "sys.path.insert(0, folder)\nmain = lambda _: __import__('evil').__name__"
+    code = WATCH.replace("from irc.cli import main", evil)
     command = [sys.executable, "-c", code, str(tmp_path), "[[]]"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     events = {event for event, _ in json.loads(done.stderr.strip().splitlines()[-1])["seen"]}
