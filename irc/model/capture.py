@@ -104,10 +104,10 @@ def assign_weights(captured: Captured, weights: Mapping[str, torch.Tensor], devi
     shared: dict[str, nn.Parameter] = {}
     model = captured.graph
     tied = _tied_names(captured.config)
-    for name, source in tied.items():
-        if name in weights and not torch.equal(weights[name], weights[source]):
+    for name, other in tied.items():
+        if name in weights and other in weights and not _same(weights[name], weights[other]):
             raise InputError(
-                f"weight {name} is not {source}, to which the configuration ties it; where both are meant, set "
+                f"weight {name} is not {other}, to which the configuration ties it; where both are meant, set "
                 "tie_word_embeddings to false in config.json"
             )
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
@@ -230,6 +230,10 @@ def _set(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
 
 def _tied_names(config: PretrainedConfig) -> dict[str, str]:
     return {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
+
+
+def _same(weight: torch.Tensor, other: torch.Tensor) -> bool:
+    return weight.dtype == other.dtype and torch.equal(weight, other)
 
 
 def _tell_unread(model_type: str, names: Set[str]) -> None:

@@ -95,6 +95,22 @@ def test_tied_weights_that_differ_are_refused() -> None:
         assign_weights(captured, weights)
 
 
+def test_a_tied_weight_of_another_type_is_another_one() -> None:
+    captured = capture(LlamaConfig(**SMALL, tie_word_embeddings=True), torch.float32)
+    weights = _random(captured.graph, tied=True)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].half()
+    with pytest.raises(InputError, match=r"lm_head.weight is not model.embed_tokens.weight"):
+        assign_weights(captured, weights)
+
+
+def test_a_tied_head_without_its_embedding_is_refused() -> None:
+    captured = capture(LlamaConfig(**SMALL, tie_word_embeddings=True), torch.float32)
+    weights = _random(captured.graph, tied=False)
+    del weights["model.embed_tokens.weight"]
+    with pytest.raises(InputError, match=r"model.embed_tokens.weight is missing from the checkpoint"):
+        assign_weights(captured, weights)
+
+
 def test_weights_that_the_model_does_not_read_are_told(caplog: pytest.LogCaptureFixture) -> None:
     captured = capture(LlamaConfig(**SMALL), torch.float32)
     weights = _random(captured.graph, tied=False)
