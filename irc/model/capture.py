@@ -28,6 +28,7 @@ from irc.reading import first_line
 from passes.base import PassManager
 from passes.clean_up import CleanUp
 from passes.set_device import SetDevice
+from passes.tracing import quick_tracing
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,9 @@ def capture(config: PretrainedConfig, dtype: torch.dtype) -> Captured:
     register_cache_pytrees_for_model(twin)
     grad_mode = torch.is_grad_enabled()
     try:
-        program = export(twin, (), _example_inputs(config, dtype), dynamic_shapes=_dynamic_shapes(config), strict=False)
+        inputs, shapes = _example_inputs(config, dtype), _dynamic_shapes(config)
+        with quick_tracing():
+            program = export(twin, (), inputs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         raise InputError(
             f"{config.model_type}: torch.export cannot capture this architecture ({first_line(error)}); "
