@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -157,10 +158,11 @@ def copied_capture() -> Callable[[PretrainedConfig, torch.dtype], Captured]:
     known: dict[tuple[str, torch.dtype], Captured] = {}
 
     def copied(config: PretrainedConfig, dtype: torch.dtype) -> Captured:
-        key = (config.to_json_string(use_diff=False), dtype)
+        described = {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
+        key = (json.dumps(described, sort_keys=True, default=str), dtype)
         if key not in known:
             known[key] = capture(config, dtype)
-        return copy.deepcopy(known[key])
+        return replace(copy.deepcopy(known[key]), config=config)
 
     return copied
 

@@ -204,12 +204,19 @@ def test_links_that_lead_out_of_a_bundle(bundle: Path, tmp_path: Path, name: str
         irc.load(bundle)
 
 
-@pytest.fixture
-def dense(model_folder: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def exported(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from irc.export import export
 
-    export(str(model_folder), tmp_path / "onnx")
-    return tmp_path / "onnx"
+    folder = tmp_path_factory.mktemp("exported") / "onnx"
+    export(str(model_folder), folder)
+    return folder
+
+
+@pytest.fixture
+def dense(exported: Path, tmp_path: Path) -> Path:
+    """An ONNX folder to be altered."""
+    return Path(shutil.copytree(exported, tmp_path / "onnx"))
 
 
 def sign(folder: Path) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import irc
@@ -44,12 +45,27 @@ CONFIG = {
 }
 
 
+def write_base(folder: Path, config: LlamaConfig) -> None:
+    """Write weights that repeat 65,537 draws, no two rows alike: to draw 540 million would take longer than the test."""
+    draws = torch.randn(65_537, generator=torch.Generator().manual_seed(0)) * config.initializer_range
+    with torch.device("meta"):
+        wanted = LlamaForCausalLM(config).state_dict()
+    del wanted["lm_head.weight"]  # it is the embedding
+
+    def weight(shape: torch.Size) -> torch.Tensor:
+        count = shape.numel()
+        return draws.repeat(-(-count // len(draws)))[:count].view(shape) if len(shape) > 1 else torch.ones(shape)
+
+    weights = {name: weight(meta.shape) for name, meta in wanted.items()}
+    config.save_pretrained(folder)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
 @pytest.fixture
 def large(tmp_path: Path, model_folder: Path, shake: Callable[..., Any]) -> Path:
     """A bundle whose base is almost nothing but a tied embedding of 2.16 GB."""
     folder = tmp_path / "base"
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**CONFIG)).save_pretrained(folder)
+    write_base(folder, LlamaConfig(**CONFIG))
     for file in model_folder.glob("tokenizer*"):
         (folder / file.name).write_bytes(file.read_bytes())
     base = find_base(str(folder))
