@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import tempfile
@@ -145,3 +146,17 @@ def _check(
         raise InputError("peer static is a shallower random model; it goes with --shape, not with a bundle")
     if subject.bundle and any(share.attention != share.ffn for share in shares):
         raise InputError("a bundle's dial sets one sparsity for the model; give shares such as 0.25")
+    if subject.text is not None:
+        _check_text(len(subject.text), load)
+
+
+def _check_text(tokens: int, load: Load) -> None:
+    least = load.past + load.decode
+    read = [(batch, max(length, least)) for batch in load.batches for length in load.prefill]
+    read += [(batch, least) for batch in load.decode_batches or load.batches]
+    batch, window = max(read, key=math.prod)
+    if tokens < batch * window:
+        raise InputError(
+            f"the text has {tokens} tokens, {batch} windows of {window} are read; give more text, or "
+            "smaller --batch, --prefill, --past, --decode"
+        )

@@ -16,7 +16,6 @@ from irc.bench.ideal import dense_bytes, dense_flops, ideal_decode, ideal_prefil
 from irc.bench.measure import Timing, Work, decode_in_turns, prefill_in_turns
 from irc.bench.models import Pair, dense_export, genai_export, shallower
 from irc.bench.shapes import Shape
-from irc.errors import InputError
 from irc.model.flops import head_flops, unit_flops
 from irc.reading import first_line
 from irc.runtime.native import CHOICES
@@ -176,11 +175,6 @@ class Stage:
             gates = random.random((units, batch, length)) >= skipped
             return Work(prompt, before, tokens, gates, random.random((load.decode, units, batch, 1)) >= skipped)
         window = max(length, load.past + load.decode)
-        if len(self.text) < batch * window:
-            raise InputError(
-                f"the text has {len(self.text)} tokens, {batch} windows of {window} are read; give more text, or "
-                "smaller --batch, --prefill, --past, --decode"
-            )
         starts = np.linspace(0, len(self.text) - window, batch).astype(int)
         windows = np.stack([self.text[start : start + window] for start in starts])
         tokens = windows[:, load.past : load.past + load.decode].T[:, :, None]

@@ -46,7 +46,7 @@ CONFIG = {
 
 
 def write_base(folder: Path, config: LlamaConfig) -> None:
-    """Write weights that repeat 65,537 draws, no two rows alike: to draw 540 million would take longer than the test."""
+    """Write weights that repeat 65,537 draws, no two rows alike: drawing 540 million would outlast the test."""
     draws = torch.randn(65_537, generator=torch.Generator().manual_seed(0)) * config.initializer_range
     with torch.device("meta"):
         wanted = LlamaForCausalLM(config).state_dict()
