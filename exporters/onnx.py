@@ -38,7 +38,7 @@ from passes.raise_attention import RaiseAttention
 from passes.raise_norms import RaiseNorms
 from passes.route_experts import RouteExperts
 from passes.route_products import RouteProducts
-from passes.tracing import quick_tracing
+from passes.tracing import tracing
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +176,7 @@ def _translate(module: nn.Module, cache: CacheShape, dtype: torch.dtype) -> ir.M
     shapes = (two, two, [{0: auto, 2: auto} for _ in caches], [two for _ in slots])
     # It says that torchvision is missing, whose operators no language model has.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
-    with torch.no_grad(), warnings.catch_warnings(), quick_tracing():
+    with torch.no_grad(), warnings.catch_warnings(), tracing():
         warnings.simplefilter("ignore")
         program = torch.export.export(module, (ids, mask, caches, slots), dynamic_shapes=shapes, strict=False)
         converted = torch.onnx.export(

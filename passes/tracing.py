@@ -1,17 +1,21 @@
-"""How torch.export is run: without its cache of fake tensors."""
+"""How torch.export is run: without its cache of fake tensors, and without what PyTorch says of itself there."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch._dynamo.config
 
 
-def quick_tracing() -> AbstractContextManager[None]:
-    """Return a context in which torch.export takes two thirds of the time, or less, to capture a model.
+@contextmanager
+def tracing() -> Iterator[None]:
+    """Give a context in which torch.export takes two thirds of the time, or less, to capture a model.
 
     PyTorch remembers what an operator gives for inputs of a certain shape. Where sizes are symbols, what it would
     remember is rebuilt and compared symbol by symbol, which takes longer than to ask the operator again.
     """
-    patched: AbstractContextManager[None] = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
-    return patched
+    with warnings.catch_warnings(), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+        warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)  # its own use of it
+        yield

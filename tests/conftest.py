@@ -27,7 +27,7 @@ from transformers import (
 from irc.model import routed
 from irc.model.cache import cache_shape
 from irc.model.capture import Captured, _relink, _root, assign_weights, capture
-from passes.tracing import quick_tracing
+from passes.tracing import tracing
 
 logging.set_verbosity_error()
 torch.set_num_threads(1)  # tiny models only lose time to threads that wait for each other
@@ -144,7 +144,7 @@ def captured_module() -> Callable[..., fx.GraphModule]:
     """Give `captured_module(module, *inputs)`: any module captured in the way of `irc.model.capture`."""
 
     def make(module: nn.Module, *inputs: Any) -> fx.GraphModule:
-        with quick_tracing():
+        with tracing():
             unflattened = unflatten(export(module.eval(), inputs, strict=False))
         _relink(unflattened, module)
         return _root(unflattened)

@@ -28,7 +28,7 @@ from irc.reading import first_line
 from passes.base import PassManager
 from passes.clean_up import CleanUp
 from passes.set_device import SetDevice
-from passes.tracing import quick_tracing
+from passes.tracing import tracing
 
 log = logging.getLogger(__name__)
 
@@ -74,8 +74,9 @@ def capture(config: PretrainedConfig, dtype: torch.dtype) -> Captured:
     grad_mode = torch.is_grad_enabled()
     try:
         inputs, shapes = _example_inputs(config, dtype), _dynamic_shapes(config)
-        with quick_tracing():
+        with tracing():
             program = export(twin, (), inputs, dynamic_shapes=shapes, strict=False)
+            module = unflatten(program)
     except Exception as error:
         raise InputError(
             f"{config.model_type}: torch.export cannot capture this architecture ({first_line(error)}); "
@@ -83,7 +84,6 @@ def capture(config: PretrainedConfig, dtype: torch.dtype) -> Captured:
         ) from error
     finally:
         torch.set_grad_enabled(grad_mode)
-    module = unflatten(program)
     _relink(module, twin)
     graph = _root(module)
     _check_outputs(graph, config)

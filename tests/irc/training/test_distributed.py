@@ -68,6 +68,15 @@ def watch(event, arguments):
 sys.addaudithook(watch)
 sys.exit(main(sys.argv[1:]))
 """
+# `irc` for several commands, one after the other; how each ended.
+REFUSED = """
+import json, sys
+from irc.cli import main
+
+codes = [main(command) for command in json.loads(sys.argv[1])]
+sys.stderr.write(f"\\ncodes {codes}\\n")
+sys.exit(codes[-1])
+"""
 # Two weights' gradients come from all processes or from one, the third has none; then AdamW, which decays.
 AVERAGING = """
 import json, sys
@@ -209,12 +218,18 @@ def test_two_killed_processes_continue_to_the_same_bits(
     assert [name for name in one if not torch.equal(one[name], found[name])] == []
 
 
-def test_a_batch_that_processes_cannot_share_is_refused(convert_arguments: Arguments, tmp_path: Path) -> None:
-    arguments = convert_arguments(tmp_path / "b", lff__batch_size=3)
-    done = run([*LAUNCHERS["torchrun"], "-m", "irc", *arguments], tmp_path)
+def test_refusals_end_both_processes(convert_arguments: Arguments, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "irc_config.json").write_text("{}")
+    commands = [convert_arguments(tmp_path / "there"), convert_arguments(tmp_path / "b", lff__batch_size=3)]
+    (tmp_path / "refused.py").write_text(REFUSED)
+    done = run([*LAUNCHERS["torchrun"], str(tmp_path / "refused.py"), json.dumps(commands)], tmp_path)
     assert done.returncode != 0
+    assert re.findall(r"^codes (.*)$", done.stderr, re.MULTILINE) == 2 * ["[2, 2]"]
+    assert "exists already" in done.stderr
     assert "lff.batch_size is 3, over 2 processes; give a multiple of 2" in done.stderr
-    assert {path.name for path in tmp_path.iterdir()} <= {"hf"}  # no work was begun
+    assert done.stdout == ""
+    assert {path.name for path in tmp_path.iterdir()} <= {"there", "refused.py", "hf"}  # no work was begun
 
 
 @pytest.mark.parametrize(
@@ -249,12 +264,3 @@ def test_fsdp_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         sharding_wanted()
     monkeypatch.setenv("FSDP_VERSION", "2")
     assert sharding_wanted()
-
-
-def test_a_failure_of_two_processes_ends_both(convert_arguments: Arguments, tmp_path: Path) -> None:
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "irc_config.json").write_text("{}")
-    done = run([*LAUNCHERS["torchrun"], "-m", "irc", *convert_arguments(tmp_path / "b")], tmp_path)
-    assert done.returncode != 0
-    assert "exists already" in done.stderr
-    assert done.stdout == ""
