@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import fx, nn
 from torch.export import export, unflatten
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -174,6 +175,23 @@ def _quick_capture(copied_capture: Callable[..., Captured]) -> Iterator[None]:
     """Let commands in this process copy a capture instead of making it for each verb again."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(routed, "capture", copied_capture)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_registry() -> Iterator[None]:
+    """Let torch.onnx read its own translations once a session and not for every export, which takes 0.8 seconds."""
+    original, known = ONNXRegistry.from_torchlib, {}
+
+    def from_torchlib(opset_version: int) -> ONNXRegistry:
+        if opset_version not in known:
+            known[opset_version] = original(opset_version)
+        registry = copy.copy(known[opset_version])
+        registry.functions = {target: list(found) for target, found in registry.functions.items()}  # ours are added
+        return registry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(from_torchlib))
         yield
 
 
