@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -30,10 +31,11 @@ Arguments = Callable[..., list[str]]
 # `accelerate launch --cpu` starts several processes by mpirun alone; --multi_gpu means torchrun, the device is ours.
 _ACCELERATE = "accelerate.commands.launch --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
 LAUNCHERS = {
-    "torchrun": "torch.distributed.run --standalone --nproc-per-node 2".split(),
-    "accelerate": f"{_ACCELERATE} --main_process_port 0 --multi_gpu".split(),
-    "fsdp2": f"{_ACCELERATE} --main_process_port 0 --use_fsdp --fsdp_version 2".split(),
+    "torchrun": "-m torch.distributed.run --standalone --nproc-per-node 2".split(),
+    "accelerate": f"-m {_ACCELERATE} --main_process_port 0 --multi_gpu".split(),
+    "fsdp2": f"-m {_ACCELERATE} --main_process_port 0 --use_fsdp --fsdp_version 2".split(),
 }
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # as `accelerate launch` says it
 PACKAGE = str(Path(irc.__file__).parents[1])  # that this process tests: a script does not look where it was started
 STAGES = ["--stages", "lff,router,lora"]
 SETTINGS = {"lora__dropout": 0.0}  # each process draws its own dropout
@@ -52,10 +54,15 @@ def look(conversion):
 pipeline.PHASES = (*pipeline.PHASES, ("look", look))
 sys.exit(main(sys.argv[1:]))
 """
-# `irc` whose first process dies, as by `kill -9`, when it puts its third checkpoint of the routers into its place.
-DYING = """
+# What torchrun does, with processes forked from one that has imported everything: `irc` whose first process dies, as by
+# `kill -9`, when it puts its third checkpoint of the routers into its place; then `irc --resume`. Says how each ended.
+KILLED = """
 import os, signal, sys
+from pathlib import Path
+import irc.pipeline
 from irc.cli import main
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 written = []
 
@@ -65,8 +72,21 @@ def watch(event, arguments):
         if len(written) == 3:
             os.kill(os.getpid(), signal.SIGKILL)
 
-sys.addaudithook(watch)
-sys.exit(main(sys.argv[1:]))
+def dying(command):
+    sys.addaudithook(watch)
+    return main(command)
+
+def launch(work, command):
+    meeting = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
+    config = LaunchConfig(1, 1, 2, **meeting, start_method="fork", max_restarts=0)
+    try:
+        ended = sorted(elastic_launch(config, work)(command).values())
+    except ChildFailedError as error:
+        ended = error.get_first_failure()[1].exitcode
+    sys.stderr.write(f"\\nended {ended} {sorted(path.name for path in Path().glob('killed*'))}\\n")
+
+launch(dying, sys.argv[1:])
+launch(main, [*sys.argv[1:], "--resume"])
 """
 # `irc` for several commands, one after the other; how each ended.
 REFUSED = """
@@ -104,14 +124,16 @@ torch.distributed.destroy_process_group()
 """
 
 
-def run(module: list[str], tmp_path: Path) -> subprocess.CompletedProcess[str]:
+def run(arguments: list[str], tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    usual = {"OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": PACKAGE}
     return subprocess.run(
-        [sys.executable, "-m", *module],
+        [sys.executable, *arguments],
         capture_output=True,
         text=True,
         timeout=240,
         check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": PACKAGE},
+        env={**os.environ, **usual, **environment},
+        cwd=tmp_path,
     )
 
 
@@ -204,16 +226,15 @@ def test_two_killed_processes_continue_to_the_same_bits(
     two: Callable[..., tuple[Path, Any]], convert_arguments: Arguments, tmp_path: Path, launcher: str
 ) -> None:
     whole, _ = two(launcher)
-    killed = tmp_path / "killed"
-    (tmp_path / "dying.py").write_text(DYING)
-    arguments = [*convert_arguments(killed, **SETTINGS), *STAGES]
-    done = run([*LAUNCHERS[launcher], str(tmp_path / "dying.py"), *arguments], tmp_path)
-    assert done.returncode != 0
-    assert not killed.exists()
-    assert (tmp_path / "killed.partial" / "router.checkpoint.safetensors").exists()
-    done = run([*LAUNCHERS[launcher], "-m", "irc", *arguments, "--resume"], tmp_path)
+    (tmp_path / "kill.py").write_text(KILLED)
+    arguments = [*convert_arguments(tmp_path / "killed", **SETTINGS), *STAGES, "--debug"]
+    done = run([str(tmp_path / "kill.py"), *arguments], tmp_path, **(FSDP2 if launcher == "fsdp2" else {}))
     assert done.returncode == 0, done.stderr
-    one, found = weights(whole), weights(killed)
+    first, second = re.findall(r"^ended (.*)$", done.stderr, re.MULTILINE)
+    assert first == f"-{signal.SIGKILL} ['killed.partial', 'killed.partial.lock']"
+    assert second == "[0, 0] ['killed']", done.stderr
+    assert done.stderr.count("frozen weights lie in shards") == (4 if launcher == "fsdp2" else 0)
+    one, found = weights(whole), weights(tmp_path / "killed")
     assert one.keys() == found.keys()
     assert [name for name in one if not torch.equal(one[name], found[name])] == []
 
