@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+_MOST_BITS = 1024  # of the largest float64
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 80, 80
 
@@ -26,6 +27,16 @@ class _Loader(yaml.SafeLoader):
         if len(found) < len(node.value):
             raise ValueError(f"a key is there twice in the lines from {node.start_mark.line + 1} on")
         return found
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """Refuse a number that Python would not even write out, such as hexadecimal digits by the thousand."""
+        found: int = super().construct_yaml_int(node)
+        if found.bit_length() > _MOST_BITS:
+            raise ValueError(f"the number in line {node.start_mark.line + 1} is larger than any that is meant")
+        return found
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def parse(text: str) -> Any:
