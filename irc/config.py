@@ -208,7 +208,7 @@ def override(recipe: Recipe, text: str) -> None:
     try:
         parsed = parse(value)
     except ValueError as error:
-        raise InputError(f"--set {text}: the value is not YAML") from error
+        raise InputError(f"--set {key}={value[:40]}: the value cannot be read as YAML ({error})") from error
     target: Any = recipe
     *parts, leaf = key.split(".")
     for part in parts:
@@ -257,6 +257,8 @@ def _known(target: Any, key: str, full: str) -> str:
     names = [entry.name for entry in dataclasses.fields(target)] if dataclasses.is_dataclass(target) else []
     if key in names:
         return key
+    if not names:
+        raise InputError(f"recipe: unknown key {full}; there is nothing below {full[: full.rfind('.' + key)]}")
     near = difflib.get_close_matches(key, names, n=1)
     hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(names)}"
     raise InputError(f"recipe: unknown key {full}; {hint}")

@@ -115,6 +115,8 @@ def load_text(spec: str) -> TextSource:
         documents = list(_stdlib_documents(tests=False))
     elif spec == "stdlib-tests":
         documents = list(_stdlib_documents(tests=True))
+    elif spec == "hf:":
+        raise InputError("--data hf:: a dataset's name is missing; give hf:NAME")
     elif spec.startswith("hf:"):
         documents = _blocks(spec, "\n\n".join(hub_texts(spec[3:])))
     else:

@@ -11,6 +11,7 @@ from irc.errors import InputError
 MOST_TEXT = 1 << 26
 """Bytes of a configuration file; the largest that we know, tokenizer.json, has half as many."""
 
+_MOST_DIGITS = 400
 _LINKED_FOLDERS = ("additional_chat_templates",)
 
 
@@ -39,12 +40,18 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: It is too large, no JSON, nested too deeply, has a key twice, or holds no object.
     """
     try:
-        found = json.loads(read_text(path), object_pairs_hook=_object)
+        found = json.loads(read_text(path), object_pairs_hook=_object, parse_int=_integer)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     if not isinstance(found, dict):
         raise ValueError(f"expected an object, found {type(found).__name__}")
     return found
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
 
 
 def check_links(folder: Path) -> None:

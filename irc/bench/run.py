@@ -157,6 +157,6 @@ def _check_text(tokens: int, load: Load) -> None:
     batch, window = max(read, key=math.prod)
     if tokens < batch * window:
         raise InputError(
-            f"the text has {tokens} tokens, {batch} windows of {window} are read; give more text, or "
+            f"the held-out part of the text has {tokens} tokens, {batch} x {window} are read; give more text, or "
             "smaller --batch, --prefill, --past, --decode"
         )

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from irc.cli.options import (
+    WANTS_JSON,
     common_options,
     data_option,
     device_option,
@@ -30,8 +31,13 @@ def _list_fields(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     from irc import console
     from irc.config import recipe_fields
 
-    rows = [[name, json.dumps(default), text] for name, default, text in recipe_fields()]
-    console.table("fields of a recipe", ["field", "default", "what it is"], rows)
+    fields = recipe_fields()
+    if ctx.meta.get(WANTS_JSON):
+        keys = ("field", "default", "help")
+        console.emit_json({"fields": [dict(zip(keys, each, strict=True)) for each in fields]})
+    else:
+        rows = [[name, json.dumps(default), text] for name, default, text in fields]
+        console.table("fields of a recipe", ["field", "default", "what it is"], rows)
     ctx.exit()
 
 

@@ -6,6 +6,7 @@ no verb imports torch or transformers outside its function's body, so that help 
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import os
@@ -21,7 +22,7 @@ from difflib import get_close_matches
 import click
 
 from irc import __version__
-from irc.cli.options import Session, debug_option
+from irc.cli.options import WANTS_JSON, Session, debug_option
 from irc.errors import IrcError
 
 VERBS = {
@@ -70,6 +71,7 @@ class LazyGroup(click.Group):
         """
         name = args[0]
         if name in VERBS or name.startswith("-"):
+            ctx.meta[WANTS_JSON] = "--json" in args
             return super().resolve_command(ctx, args)
         near = get_close_matches(name, VERBS, n=1, cutoff=0.5)
         hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(VERBS)}"
@@ -133,6 +135,8 @@ def _failure(error: BaseException) -> _Failure:
         return _Failure(_one_line(error.format_message()), 2)
     if isinstance(error, OSError) and error.strerror:
         place = f"{error.filename}: " if error.filename else ""
+        if error.errno == errno.ENAMETOOLONG:
+            return _Failure(_one_line(place + error.strerror), 2)
         return _Failure(f"{_one_line(place + error.strerror)} (--debug shows the traceback)", 1)
     message = _one_line(str(error))
     name = type(error).__name__

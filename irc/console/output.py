@@ -65,12 +65,17 @@ def stream(piece: str, style: str | None = None) -> None:
     """
     console = results()
     if console.is_terminal:
-        safe = "".join(
-            letter if letter.isprintable() or letter in "\n\t" else "\N{REPLACEMENT CHARACTER}" for letter in piece
-        )
-        piece = console.get_style(style).render(safe, color_system=_colours(console)) if style else safe
+        piece = _printable(piece)
+        piece = console.get_style(style).render(piece, color_system=_colours(console)) if style else piece
     console.file.write(piece)
     console.file.flush()
+
+
+def _printable(text: str) -> str:
+    """Return a text without what could command a terminal: a name in a file that somebody else wrote may hold it."""
+    return "".join(
+        letter if letter.isprintable() or letter in "\n\t" else "\N{REPLACEMENT CHARACTER}" for letter in text
+    )
 
 
 def _colours(console: Console) -> ColorSystem | None:
@@ -84,12 +89,12 @@ def note(message: str, style: str | None = None) -> None:
 
 def warn(message: str) -> None:
     """Show a warning, on stderr."""
-    messages().print(Text.assemble(("warning: ", "bold yellow"), message), soft_wrap=True)
+    messages().print(Text.assemble(("warning: ", "bold yellow"), _printable(message)), soft_wrap=True)
 
 
 def fail(message: str) -> None:
     """Show why a command failed, on stderr; the caller chooses the exit code."""
-    messages().print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+    messages().print(Text.assemble(("error: ", "bold red"), _printable(message)), soft_wrap=True)
 
 
 def emit_json(data: Mapping[str, object]) -> None:
@@ -133,6 +138,6 @@ class ConsoleHandler(logging.Handler):
             if record.levelno >= logging.WARNING:
                 warn(message)
             else:
-                note(message, style="dim")
+                note(_printable(message), style="dim")
         except Exception:
             self.handleError(record)

@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -224,3 +225,15 @@ def test_a_closed_pipe_ends_quietly() -> None:
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
     assert done.stderr == ""
     assert done.stdout.strip() in ("0", "1")
+
+
+def test_fields_of_a_recipe_as_json(irc_main: Any) -> None:
+    for arguments in (("--fields", "--json"), ("--json", "--fields")):
+        fields = irc_main("convert", *arguments).json["fields"]
+        (steps,) = (each for each in fields if each["field"] == "router.steps")
+        assert isinstance(steps["default"], int)
+        assert steps["help"]
+
+
+def test_a_path_longer_than_any_is_wrong_input(irc_main: Any) -> None:
+    assert irc_main("eval", 300 * "a").code == 2

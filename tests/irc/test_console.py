@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pty
 import re
@@ -169,3 +170,17 @@ def test_progress_on_a_terminal_is_live_and_lines_pass_above_it(width: int) -> N
     assert "4/4" in plain
     assert "loss 0.25" in plain
     assert ("━" in plain) == (width == 120)
+
+
+def test_names_that_would_command_a_terminal_do_not(capsys: pytest.CaptureFixture[str]) -> None:
+    """They may come from files of others: names of weights, keys of configurations."""
+    record = logging.makeLogRecord(
+        {"msg": "weight %s is not read", "args": ("a\x1b[31mé",), "levelno": logging.WARNING}
+    )
+    console.ConsoleHandler().emit(record)
+    console.ConsoleHandler().emit(logging.makeLogRecord({"msg": "read \x07", "levelno": logging.INFO}))
+    console.fail("no key \x1b]0;title\x07")
+    told = capsys.readouterr().err
+    assert "a\ufffd[31mé is not read" in told
+    assert "\x1b]" not in told.replace(" ", "")
+    assert "\x07" not in told

@@ -136,6 +136,7 @@ TRAPS = {
     "day is out of range": "rank: 2001-02-31",
     "larger than any": "seed: 0x" + "f" * 200,
     "larger than any ": "lff: 0x" + "f" * 6000,  # more digits than Python writes out
+    "larger than any that is": "lff: " + "9" * 6000,
 }
 
 
