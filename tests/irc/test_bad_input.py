@@ -194,7 +194,6 @@ SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "nothing below": (["--set", "data.seq_len=5"], ("unknown key data.seq_len", "nothing below data")),
     "no YAML": (["--set", "seed={"], ("--set seed={", "cannot be read as YAML")),
     "digits": (["--set", "seed=" + 5000 * "9"], ("--set seed=9", "larger than any")),
-    "no name": (["--data", "hf:"], ("a dataset's name is missing",)),
     "no value": (["--set", "router.steps"], ("expected key=value",)),
     "wrong type": (["--set", "router.steps=many"], ("router.steps", "'many'", "expected int")),
     "whole part": (["--set", "router=5"], ("router", "5")),

@@ -234,3 +234,8 @@ def test_text_shorter_than_one_window_is_refused(tokens: int) -> None:
     assert str(caught.value) == (
         f"heldout of a.txt: {tokens} tokens are less than one window of 3; give more text or a shorter --seq-len"
     )
+
+
+def test_a_dataset_without_a_name_is_refused() -> None:
+    with pytest.raises(InputError, match="a dataset's name is missing; give hf:NAME"):
+        load_text("hf:")
