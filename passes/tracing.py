@@ -11,7 +11,7 @@ import torch._dynamo.config
 
 @contextmanager
 def tracing() -> Iterator[None]:
-    """Give a context in which torch.export takes two thirds of the time, or less, to capture a model.
+    """Give a context in which torch.export captures a model in two thirds of the time or so.
 
     PyTorch remembers what an operator gives for inputs of a certain shape. Where sizes are symbols, what it would
     remember is rebuilt and compared symbol by symbol, which takes longer than to ask the operator again.
