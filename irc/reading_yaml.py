@@ -30,10 +30,10 @@ class _Loader(yaml.SafeLoader):
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         """Refuse a number that Python would not even write out, such as hexadecimal digits by the thousand."""
-        found: int = 0 if len(node.value) > _MOST_BITS else super().construct_yaml_int(node)
-        if len(node.value) > _MOST_BITS or found.bit_length() > _MOST_BITS:
+        # Every digit is a bit or more, and Python itself reads no decimals of some thousand digits.
+        if len(node.value) > _MOST_BITS or (found := super().construct_yaml_int(node)).bit_length() > _MOST_BITS:
             raise ValueError(f"the number in line {node.start_mark.line + 1} is larger than any that is meant")
-        return found
+        return int(found)
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)

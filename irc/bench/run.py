@@ -151,9 +151,8 @@ def _check(
 
 
 def _check_text(tokens: int, load: Load) -> None:
-    least = load.past + load.decode
-    read = [(batch, max(length, least)) for batch in load.batches for length in load.prefill]
-    read += [(batch, least) for batch in load.decode_batches or load.batches]
+    read = [(batch, load.window(length)) for batch in load.batches for length in load.prefill]
+    read += [(batch, load.window(1)) for batch in load.decode_batches or load.batches]
     batch, window = max(read, key=math.prod)
     if tokens < batch * window:
         raise InputError(

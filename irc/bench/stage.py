@@ -48,6 +48,10 @@ class Load:
     decode: int = 64
     rounds: int = 7
 
+    def window(self, length: int) -> int:
+        """Return the tokens of a text that a sequence takes: a prompt of a length, or the past and what is decoded."""
+        return max(length, self.past + self.decode)
+
 
 @dataclass(frozen=True)
 class Share:
@@ -174,7 +178,7 @@ class Stage:
             tokens = random.integers(0, vocabulary, (load.decode, batch, 1))
             gates = random.random((units, batch, length)) >= skipped
             return Work(prompt, before, tokens, gates, random.random((load.decode, units, batch, 1)) >= skipped)
-        window = max(length, load.past + load.decode)
+        window = load.window(length)
         starts = np.linspace(0, len(self.text) - window, batch).astype(int)
         windows = np.stack([self.text[start : start + window] for start in starts])
         tokens = windows[:, load.past : load.past + load.decode].T[:, :, None]

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from irc.cli.options import (
-    WANTS_JSON,
+    Session,
     common_options,
     data_option,
     device_option,
@@ -32,7 +32,7 @@ def _list_fields(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     from irc.config import recipe_fields
 
     fields = recipe_fields()
-    if ctx.meta.get(WANTS_JSON):
+    if ctx.ensure_object(Session).wants_json:
         keys = ("field", "default", "help")
         console.emit_json({"fields": [dict(zip(keys, each, strict=True)) for each in fields]})
     else:

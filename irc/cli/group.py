@@ -22,7 +22,7 @@ from difflib import get_close_matches
 import click
 
 from irc import __version__
-from irc.cli.options import WANTS_JSON, Session, debug_option
+from irc.cli.options import Session, debug_option
 from irc.errors import IrcError
 
 VERBS = {
@@ -71,7 +71,7 @@ class LazyGroup(click.Group):
         """
         name = args[0]
         if name in VERBS or name.startswith("-"):
-            ctx.meta[WANTS_JSON] = "--json" in args
+            ctx.ensure_object(Session).wants_json = "--json" in args
             return super().resolve_command(ctx, args)
         near = get_close_matches(name, VERBS, n=1, cutoff=0.5)
         hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(VERBS)}"

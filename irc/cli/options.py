@@ -27,15 +27,13 @@ class Decorator(Protocol):
         """Return the function with the option added."""
 
 
-WANTS_JSON = "irc.wants_json"
-"""Key of click's `ctx.meta`: whether the arguments of the verb hold `--json`, before they are parsed."""
-
-
 @dataclass
 class Session:
     """What holds for one run of the command line, whichever verb runs; click carries it as `ctx.obj`."""
 
     debug: bool = False
+    wants_json: bool = False
+    """Whether the arguments of the verb hold `--json`, known before they are parsed."""
 
 
 def files(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:

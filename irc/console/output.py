@@ -84,7 +84,7 @@ def _colours(console: Console) -> ColorSystem | None:
 
 def note(message: str, style: str | None = None) -> None:
     """Show a line about the work (what is loaded, what is slow), on stderr."""
-    messages().print(message, style=style, soft_wrap=True)
+    messages().print(_printable(message), style=style, soft_wrap=True)
 
 
 def warn(message: str) -> None:
@@ -138,6 +138,6 @@ class ConsoleHandler(logging.Handler):
             if record.levelno >= logging.WARNING:
                 warn(message)
             else:
-                note(_printable(message), style="dim")
+                note(message, style="dim")
         except Exception:
             self.handleError(record)

@@ -134,7 +134,8 @@ TRAPS = {
     "twice": "seed: 1\nseed: 2",
     "nested too deeply": "dial: " + "[" * 5000,
     "day is out of range": "rank: 2001-02-31",
-    "larger than any": "seed: 0x" + "f" * 200,
+    "larger than any": "seed: 0x" + "f" * 6000,
+    "larger than any that can be meant": "seed: 0x" + "f" * 200,
     "larger than any ": "lff: 0x" + "f" * 6000,  # more digits than Python writes out
     "larger than any that is": "lff: " + "9" * 6000,
 }

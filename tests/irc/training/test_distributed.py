@@ -83,7 +83,8 @@ def launch(work, command):
         ended = sorted(elastic_launch(config, work)(command).values())
     except ChildFailedError as error:
         ended = error.get_first_failure()[1].exitcode
-    sys.stderr.write(f"\\nended {ended} {sorted(path.name for path in Path().glob('killed*'))}\\n")
+    there = [*Path().glob("killed*"), *Path().glob("killed.partial/router.checkpoint.safetensors")]
+    sys.stderr.write(f"\\nended {ended} {sorted(map(str, there))}\\n")
 
 launch(dying, sys.argv[1:])
 launch(main, [*sys.argv[1:], "--resume"])
@@ -231,7 +232,8 @@ def test_two_killed_processes_continue_to_the_same_bits(
     done = run([str(tmp_path / "kill.py"), *arguments], tmp_path, **(FSDP2 if launcher == "fsdp2" else {}))
     assert done.returncode == 0, done.stderr
     first, second = re.findall(r"^ended (.*)$", done.stderr, re.MULTILINE)
-    assert first == f"-{signal.SIGKILL} ['killed.partial', 'killed.partial.lock']"
+    left = ["killed.partial", "killed.partial.lock", "killed.partial/router.checkpoint.safetensors"]
+    assert first == f"-{signal.SIGKILL} {left}"
     assert second == "[0, 0] ['killed']", done.stderr
     assert done.stderr.count("frozen weights lie in shards") == (4 if launcher == "fsdp2" else 0)
     one, found = weights(whole), weights(tmp_path / "killed")
