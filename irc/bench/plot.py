@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from irc.views.svg import BLACK, BLUE, ORANGE, svg
+from irc.views.svg import BLACK, BLUE, ORANGE, legend, svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,6 +45,6 @@ def speedup_plot(result: dict[str, Any]) -> str:
                     axes.plot(xs, [row["contenders"][name]["ideal"] for row in mine], color=colour, linestyle=":")
         axes.axhline(1.0, color=BLACK, linewidth=0.8)
         axes.set(xlabel="share of (token, unit) pairs skipped (dotted: ideal)", ylabel="speed-up over dense")
-        axes.legend(frameon=False)
+        legend(axes)
 
     return svg(draw)

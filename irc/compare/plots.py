@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from irc.compare.results import Row, training_seconds
-from irc.views.svg import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, svg
+from irc.views.svg import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, legend, svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +39,7 @@ def perplexity_over_sparsity(groups: Sequence[Row], lora: bool) -> str:
         axes.axhline(1.0, color=BLACK, linewidth=0.8, linestyle=":")
         axes.set(xlabel="realized sparsity", ylabel="perplexity / dense", yscale="log")
         _plain_ticks(axes)
-        axes.legend(frameon=False)
+        legend(axes)
 
     return svg(draw)
 
@@ -67,7 +67,7 @@ def perplexity_over_seconds(rows: Sequence[Row], sparsity: float) -> str:
         axes.set(xlabel="processor seconds of all stages", ylabel="perplexity / dense", xlim=(0, None), yscale="log")
         axes.set_title(f"target {sparsity:g}", loc="left")
         _plain_ticks(axes)
-        axes.legend(frameon=False)
+        legend(axes)
 
     return svg(draw, 4.6, 3.4)
 
@@ -84,7 +84,7 @@ def skipped_by_kind(groups: Sequence[Row]) -> str:
         axes.set_xticks(list(places), labels, fontsize=8)
         axes.set(ylabel="share of tokens skipped")
         axes.grid(False, axis="x")
-        axes.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))  # not over the bars
+        legend(axes)
 
     return svg(draw, max(4.6, 0.62 * len(groups)))
 
@@ -100,7 +100,7 @@ def skipped_by_unit(row: Row) -> str:
         axes.set(xlabel="layer", ylabel="share skipped", ylim=(-0.02, 1.02))
         axes.set_xticks(range(0, len(shares), max(1, len(shares) // 8)))
         axes.set_title(f"{row['policy']}, target {row['sparsity']:g}", loc="left")
-        axes.legend(frameon=False)
+        legend(axes)
 
     return svg(draw, 4.6, 2.8)
 
@@ -147,7 +147,7 @@ def kv_trade_off(sweeps: Sequence[dict[str, Any]]) -> str:
             points = sorted((row["saved"], row["perplexity"]) for row in found["rows"])
             axes.plot([x for x, _ in points], [y for _, y in points], marker="o", label=f"target {found['sparsity']:g}")
         axes.set(xlabel="share of keys and values saved", ylabel="perplexity")
-        axes.legend(frameon=False)
+        legend(axes)
 
     return svg(draw, 4.6, 3.0)
 

@@ -9,7 +9,7 @@ import torch
 
 from irc.views.html import render
 from irc.views.routes import Routes
-from irc.views.svg import BLUE, ORANGE, svg
+from irc.views.svg import BLUE, ORANGE, legend, svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,7 +58,7 @@ def _by_position(routes: Routes) -> str:
             middles = [end.item() - len(group) / 2 for end, group in zip(ends, groups, strict=True)]
             axes.plot(middles, [group.mean().item() for group in groups], label=label, color=colour)
         axes.set(xlabel="position of the token", ylabel="share of units skipped", ylim=(0, 1))
-        axes.legend(frameon=False)
+        legend(axes)
 
     return svg(draw, 4.6, 2.8)
 
@@ -79,7 +79,7 @@ def _confidence(routes: Routes) -> str:
         sides = [routes.confidence[routes.execute].tolist(), routes.confidence[~routes.execute].tolist()]
         axes.hist(sides, bins=25, range=(0.5, 1.0), stacked=True, color=[BLUE, ORANGE], label=["executed", "skipped"])
         axes.set(xlabel="probability of the choice that was made", ylabel="(token, unit) pairs")
-        axes.legend(frameon=False)
+        legend(axes)
 
     return svg(draw, 4.6, 2.8)
 
@@ -92,6 +92,6 @@ def _error(routes: Routes) -> str:
             if values:
                 axes.hist(values, bins=40, range=(0, top), density=True, alpha=0.6, label=label, color=colour)
         axes.set(xlabel="1 - cosine of forecast and unit output", ylabel="density")
-        axes.legend(frameon=False)
+        legend(axes)
 
     return svg(draw, 4.6, 2.8)

@@ -56,3 +56,11 @@ def svg(draw: Callable[[Any], None], width: float = 6.4, height: float = 3.6) ->
         figure.savefig(written, format="svg", transparent=True, metadata={"Date": None})
     text = written.getvalue()
     return text[text.index("<svg") :]
+
+
+def legend(axes: Any) -> None:
+    """Name what was drawn, in rows above the axes: there it hides nothing."""
+    handles, labels = axes.get_legend_handles_labels()
+    inches = 0.7 + 0.085 * max(map(len, labels), default=0)  # of one name and its line
+    columns = max(1, min(len(labels), int(axes.figure.get_figwidth() / inches)))
+    axes.figure.legend(handles, labels, frameon=False, loc="outside upper left", ncols=columns)
