@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import random
-import signal
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from irc import console
+from irc.cli import main
 from irc.config import Recipe
 from irc.data import load_text, token_stream
 from irc.model.checkpoint import BaseModel, find_base
@@ -30,6 +27,7 @@ from irc.stage_recipes import LffRecipe, LoraRecipe, RouterRecipe
 from irc.training.loop import ProgressFactory
 from irc.training.lora import inject_lora, lora_parameters
 from irc.training.stages import StageContext
+from tests.irc.forked import Forked
 
 SEQ_LEN = 16
 CONFIG = {
@@ -240,7 +238,6 @@ class Outcome:
 @pytest.fixture
 def irc_main(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Outcome]]:
     """Give `irc_main(*arguments)`: the command line inside this process."""
-    from irc.cli import main
 
     def call(*arguments: str | Path) -> Outcome:
         capsys.readouterr()
@@ -272,19 +269,16 @@ def convert_arguments(model_folder: Path, text_file: Path) -> Callable[..., list
     return make
 
 
-@pytest.fixture(scope="session")
-def start_irc() -> Callable[..., subprocess.Popen[str]]:
-    """Give `start_irc(arguments, **environment)`: the command line as a process of its own."""
+@pytest.fixture
+def start_irc(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Sequence[str]], Forked]]:
+    """Give `start_irc(arguments)`: the command line in a process of its own, which ends with the test."""
+    started = []
 
-    def start(arguments: Sequence[str], **environment: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "irc", *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-            # Where the tests themselves run in the background, SIGINT is ignored, and that is inherited.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
+    def start(arguments: Sequence[str]) -> Forked:
+        started.append(Forked(main, arguments, folder=tmp_path_factory.mktemp("said")))
+        return started[-1]
 
-    return start
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()

@@ -232,14 +232,11 @@ def test_kill_9_in_the_router_stage_then_resume(
     arguments = convert_arguments(tmp_path / "b", **settings)
     process = start_irc(arguments)
     checkpoint = tmp_path / "b.partial" / "router.checkpoint.safetensors"
-    try:
-        while not checkpoint.exists():
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-    finally:
-        process.kill()
-        process.communicate()
+    while not checkpoint.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert not (tmp_path / "b").exists()
     resumed = start_irc([*arguments, "--resume"])

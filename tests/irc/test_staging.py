@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 
 from irc.errors import InputError, IrcError
 from irc.staging import cannot_write, staged
+from tests.irc.forked import Forked
 
 
 def write(folder: Path, text: str = "new") -> None:
@@ -78,7 +78,7 @@ def test_rights_are_those_of_any_new_folder(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_in_an_export_leaves_nothing(
-    tmp_path: Path, model_folder: Path, start_irc: Callable[..., subprocess.Popen[str]], number: int
+    tmp_path: Path, model_folder: Path, start_irc: Callable[..., Forked], number: int
 ) -> None:
     process = start_irc(["export", str(model_folder), "-o", str(tmp_path / "a" / "out")])
     until = time.monotonic() + 60
