@@ -24,7 +24,7 @@ from irc.model.routed import RoutedForCausalLM, RoutingSpec, build_routed
 from irc.reading import read_json
 from irc.staging import staged
 from irc.training.calibrate import dial_points
-from irc.training.loop import ProgressFactory
+from irc.training.loop import ProgressFactory, silent
 from irc.training.sharding import check_batches, own_device
 from irc.training.stage_cache import StageCache
 from irc.training.stages import StageContext, check_text, prepare, run_lff, run_lora, run_router
@@ -96,7 +96,7 @@ def convert(
     Args:
         recipe: What to do.
         output: Folder of the bundle; the work in progress lies beside it in `OUTPUT.partial`.
-        progress: Makes progress bars.
+        progress: Makes progress bars, of the first of several processes.
         force: Replace what is at `output`, and drop unfinished work.
         resume: Continue unfinished work; a finished bundle is returned as it is.
         stages: Folder of finished stages: one that was trained in just the same way is taken from there, a new one
@@ -116,7 +116,8 @@ def convert(
     _check_output(output)
     if output.exists() and not force and not resume:
         raise InputError(f"{output}: exists already; --force replaces it, --resume continues it")
-    conversion = Conversion(recipe, output, work_folder(output), progress, stages)
+    seen = progress if is_main_process() else silent
+    conversion = Conversion(recipe, output, work_folder(output), seen, stages)
     check_batches(recipe, {stage for stage in recipe.stages if resume and stage_figures(conversion.work, stage)})
     read_inputs(conversion)
     with held(conversion.work, recipe, force=force, resume=resume):

@@ -9,7 +9,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from irc.config import Recipe
 from irc.errors import IrcError
 from irc.evaluate import evaluate
 from irc.pipeline import STAGE_RUNNERS, Conversion, capture_and_rewrite, read_inputs, resolve
-from irc.training.loop import Progress, ProgressFactory
+from irc.training.loop import ProgressFactory, silent
 from irc.training.stages import StageContext
 
 _STEPS = 2
@@ -96,7 +95,7 @@ def _stages(conversion: Conversion) -> Iterator[tuple[str, float]]:
     few.lff.tokens = min(full.lff.tokens, _WINDOWS * window)
     few.router.calibration_tokens = min(full.router.calibration_tokens, _WINDOWS * window)
     context = StageContext(
-        conversion.model, few, conversion.streams["train"], conversion.streams["calibration"], conversion.work, _silent
+        conversion.model, few, conversion.streams["train"], conversion.streams["calibration"], conversion.work, silent
     )
     for stage in full.stages:
         with conversion.progress(f"rehearsal of {stage}", 1) as bar:
@@ -122,19 +121,9 @@ def _evaluate(conversion: Conversion) -> float:
     """Return the seconds of the closing evaluation, from one batch of it."""
     some = conversion.heldout[:_WINDOWS]
     started = time.monotonic()
-    with _silent("", 1) as bar:
+    with silent("", 1) as bar:
         evaluate(conversion.model, some, bar)
     return (time.monotonic() - started) * len(conversion.heldout) / len(some)
-
-
-class _Nothing:
-    def update(self, step: int, **figures: float | str) -> None:
-        """Say nothing."""
-
-
-@contextmanager
-def _silent(name: str, total: int) -> Iterator[Progress]:
-    yield _Nothing()
 
 
 def _peak(device: str) -> float:

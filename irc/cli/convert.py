@@ -119,10 +119,11 @@ def command(
     for name, value in {"model": model, **flags}.items():
         if value is not None and not (name in ("device", "dtype") and value == "auto"):
             setattr(recipe, name, value)
-    console.note(
-        f"converting {recipe.model} with {recipe.data}: sparsity {recipe.sparsity}, "
-        f"policy {recipe.policy}, seed {recipe.seed}"
-    )
+    if is_main_process():
+        console.note(
+            f"converting {recipe.model} with {recipe.data}: sparsity {recipe.sparsity}, "
+            f"policy {recipe.policy}, seed {recipe.seed}"
+        )
     if dry_run:
         from irc.cli.report import plan_report
         from irc.rehearsal import rehearse

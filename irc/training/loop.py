@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,6 +36,17 @@ class Progress(Protocol):
 
 ProgressFactory = Callable[[str, int], AbstractContextManager[Progress]]
 """Makes a progress bar from what is running and the number of steps."""
+
+
+class _Nothing:
+    def update(self, step: int, **figures: float | str) -> None:
+        """Say nothing."""
+
+
+@contextmanager
+def silent(name: str, total: int) -> Iterator[Progress]:
+    """Make a progress bar that nobody sees: of a rehearsal, or of a process that is not the first."""
+    yield _Nothing()
 
 
 class Objective(nn.Module):
