@@ -21,6 +21,7 @@ from irc import console
 from irc.cli import main
 from irc.config import Recipe
 from irc.data import load_text, token_stream
+from irc.export import export
 from irc.model.checkpoint import BaseModel, find_base
 from irc.model.routed import RoutedForCausalLM, RoutingSpec, build_routed
 from irc.stage_recipes import LffRecipe, LoraRecipe, RouterRecipe
@@ -109,6 +110,14 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(1)
     LlamaForCausalLM(LlamaConfig(vocab_size=257, **CONFIG)).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dense(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An ONNX folder of that Llama, densely. Read it, never write to it."""
+    folder = tmp_path_factory.mktemp("onnx") / "dense"
+    export(str(model_folder), folder)
     return folder
 
 

@@ -102,20 +102,16 @@ def test_local_folders_ask_no_network_unpickle_nothing_and_run_no_code(
     assert not list((tmp_path / "onnx").glob("*.py"))
 
 
-def test_a_model_type_that_needs_the_folders_code_is_refused(copied: Path) -> None:
+def test_code_of_a_model_type_is_not_run_and_a_hub_id_of_a_bundle_not_downloaded(
+    copied: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (copied / "evil.py").write_text("raise SystemExit('code of the folder was run')\n")
     edit(copied / "config.json", lambda c: c.update(model_type="evil", auto_map={"AutoConfig": "evil.Config"}))
-    done = watched(copied, ["eval", str(copied), "--data", __file__])
-    assert (done["codes"], done["seen"]) == ([2], [])
-
-
-def test_a_bundle_that_names_a_hub_id_downloads_nothing(
-    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
     edit(bundle / CONFIG, lambda c: c["base"].update(name="nobody/nothing"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    done = watched(bundle, ["eval", str(bundle), "--data", __file__])
-    assert (done["codes"], done["seen"]) == ([2], []), done["err"]
+    done = watched(copied, *(["eval", str(folder), "--data", __file__] for folder in (copied, bundle)))
+    assert (done["codes"], done["seen"]) == ([2, 2], []), done["err"]
+    assert "config.json cannot be used" in done["err"]
     assert "what a folder names is not downloaded; name it yourself (--base" in done["err"]
 
 
@@ -204,19 +200,10 @@ def test_links_that_lead_out_of_a_bundle(bundle: Path, tmp_path: Path, name: str
         irc.load(bundle)
 
 
-@pytest.fixture(scope="module")
-def exported(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from irc.export import export
-
-    folder = tmp_path_factory.mktemp("exported") / "onnx"
-    export(str(model_folder), folder)
-    return folder
-
-
 @pytest.fixture
-def dense(exported: Path, tmp_path: Path) -> Path:
+def altered(dense: Path, tmp_path: Path) -> Path:
     """An ONNX folder to be altered."""
-    return Path(shutil.copytree(exported, tmp_path / "onnx"))
+    return Path(shutil.copytree(dense, tmp_path / "onnx"))
 
 
 def sign(folder: Path) -> None:
@@ -224,44 +211,44 @@ def sign(folder: Path) -> None:
     edit(folder / MANIFEST, lambda m: m["sha256"].update({n: file_sha256(folder / n) for n in m["sha256"]}))
 
 
-def test_weights_outside_of_an_onnx_folder(dense: Path, tmp_path: Path) -> None:
-    original = (dense / "model.onnx").read_bytes()
-    shutil.copy(dense / "model.onnx.data", tmp_path / "model.onnx.data")
-    Runtime(dense)
+def test_weights_outside_of_an_onnx_folder(altered: Path, tmp_path: Path) -> None:
+    original = (altered / "model.onnx").read_bytes()
+    shutil.copy(altered / "model.onnx.data", tmp_path / "model.onnx.data")
+    Runtime(altered)
     places = ("../model.onnx.data", str(tmp_path / "model.onnx.data"), "./../model.onnx.data", "config.json", "")
     for place in places:
         model = onnx.load_from_string(original)
         moved = next(tensor for tensor in model.graph.initializer if tensor.external_data)
         next(entry for entry in moved.external_data if entry.key == "location").value = place
-        (dense / "model.onnx").write_bytes(model.SerializeToString())
-        sign(dense)
+        (altered / "model.onnx").write_bytes(model.SerializeToString())
+        sign(altered)
         with pytest.raises(InputError, match=r"which is not beside it|none of this folder's weights"):
-            Runtime(dense)
+            Runtime(altered)
 
 
 @pytest.mark.parametrize("key", ["offset", "length"])
 @pytest.mark.parametrize("value", ["-4", "999999999999999", "x", "9" * 5000])
-def test_weights_larger_than_their_file(dense: Path, key: str, value: str) -> None:
-    model = onnx.load(dense / "model.onnx", load_external_data=False)
+def test_weights_larger_than_their_file(altered: Path, key: str, value: str) -> None:
+    model = onnx.load(altered / "model.onnx", load_external_data=False)
     entries = next(tensor for tensor in model.graph.initializer if tensor.external_data).external_data
     next(entry for entry in entries if entry.key == key).value = value
-    (dense / "model.onnx").write_bytes(model.SerializeToString())
-    sign(dense)
+    (altered / "model.onnx").write_bytes(model.SerializeToString())
+    sign(altered)
     with pytest.raises(InputError, match=r"which has \d+; export again|is no number"):
-        Runtime(dense)
+        Runtime(altered)
 
 
-def test_links_that_lead_out_of_an_onnx_folder(dense: Path, tmp_path: Path) -> None:
+def test_links_that_lead_out_of_an_onnx_folder(altered: Path, tmp_path: Path) -> None:
     for name in ("model.onnx", "model.onnx.data", "tokenizer.json"):
-        shutil.move(dense / name, tmp_path / name)
-        (dense / name).symlink_to(tmp_path / name)
+        shutil.move(altered / name, tmp_path / name)
+        (altered / name).symlink_to(tmp_path / name)
         with pytest.raises(InputError, match=f"{name}: is a link that leads out of its folder"):
-            open_folder(dense)
-        (dense / name).unlink()
-        shutil.move(tmp_path / name, dense / name)
-    open_folder(dense)
-    (dense / "a" / "b").mkdir(parents=True)
-    shutil.move(dense / "model.onnx", tmp_path / "model.onnx")
-    (dense / "a" / "1").symlink_to(tmp_path)
+            open_folder(altered)
+        (altered / name).unlink()
+        shutil.move(tmp_path / name, altered / name)
+    open_folder(altered)
+    (altered / "a" / "b").mkdir(parents=True)
+    shutil.move(altered / "model.onnx", tmp_path / "model.onnx")
+    (altered / "a" / "1").symlink_to(tmp_path)
     with pytest.raises(InputError, match="is a link that leads out of its folder"):
-        open_folder(dense)
+        open_folder(altered)

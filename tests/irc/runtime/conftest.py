@@ -1,4 +1,4 @@
-"""A tiny routed bundle and ONNX folders of it and of its base. Read them, never write to them."""
+"""A tiny routed bundle and its ONNX folder. Read them, never write to them."""
 
 from __future__ import annotations
 
@@ -31,13 +31,6 @@ def bundle(base: BaseModel, shake: Callable[..., Any], tmp_path_factory: pytest.
 def exported(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("onnx") / "routed"
     export(str(bundle), folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def dense(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("onnx") / "dense"
-    export(str(model_folder), folder)
     return folder
 
 
