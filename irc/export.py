@@ -15,7 +15,7 @@ from exporters.onnx import LEAST_ORT, MODEL, PAST_FROM, PROVIDERS, CacheShape, e
 from exporters.onnx_ops import OPSET, VERSION
 from exporters.triton import write_repository
 from irc import __version__
-from irc.bundle import file_sha256
+from irc.bundle import RECIPE, file_sha256
 from irc.dtypes import short_name
 from irc.errors import InputError
 from irc.evaluation_run import open_model
@@ -135,6 +135,8 @@ def _write(model: RoutedForCausalLM, name: str, folder: Path, dump_dir: Path | N
     generation = _generation(base)  # what cannot be read is refused before the work
     decisions = export_onnx(model.graph, cache, dtype, folder, version, dump_dir, provider, release)
     _copy_texts(base, folder)
+    if (bundle := model.facts.get("bundle")) and (bundle / RECIPE).is_file():  # how it was made
+        shutil.copyfile(bundle / RECIPE, folder / RECIPE)
     config = base.config.to_dict() | json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
     if not cache.reduced:  # onnxruntime-genai knows no cache whose layers differ in length
         _dump(folder / "genai_config.json", genai_config(config, generation, cache))

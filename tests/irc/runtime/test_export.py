@@ -14,6 +14,7 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from irc import export as export_module
+from irc.bundle import RECIPE
 from irc.runtime.folder import MANIFEST
 from irc.runtime.session import Runtime
 
@@ -29,6 +30,7 @@ def test_what_export_writes_and_says(bundle: Path, tmp_path: Path, irc_main: Cal
     assert result["dtype"] == "fp32"
     assert {path.name for path in (tmp_path / "onnx").iterdir()} >= FILES
     assert {path.name for path in tmp_path.iterdir()} == {"onnx"}
+    assert (tmp_path / "onnx" / RECIPE).read_text() == (bundle / RECIPE).read_text()
     genai = json.loads((tmp_path / "onnx" / "genai_config.json").read_text())
     assert genai["model"]["decoder"]["num_hidden_layers"] == 2
     again = irc_main("export", bundle, "-o", tmp_path / "onnx")
