@@ -1,4 +1,4 @@
-"""Tracing without the cache of fake tensors gives the same graph, and leaves PyTorch as it was."""
+"""Tracing without the cache of fake tensors and lines of Python gives the same graph, and leaves PyTorch as it was."""
 
 from __future__ import annotations
 
@@ -38,24 +38,29 @@ def test_the_graph_is_the_same() -> None:
     with tracing():
         quick = exported()
     assert str(quick.graph) == str(usual.graph)
+    for program, traced in ((usual, True), (quick, False)):
+        (softmax,) = (node for node in program.graph.nodes if "softmax" in node.name)
+        assert ("stack_trace" in softmax.meta) is traced
     x, past = torch.randn(4, 7, 8), torch.randn(4, 2, 8)
     assert torch.equal(quick.module()(x, past), usual.module()(x, past))
     assert str(quick.range_constraints) == str(usual.range_constraints)
 
 
-def test_the_cache_is_off_inside_alone() -> None:
+def test_both_are_off_inside_alone() -> None:
     assert config.fake_tensor_cache_enabled
+    assert not torch.fx.config.do_not_emit_stack_traces
     found = []
 
     def fail() -> None:
         with tracing():
-            found.append(config.fake_tensor_cache_enabled)
+            found.append((config.fake_tensor_cache_enabled, torch.fx.config.do_not_emit_stack_traces))
             raise KeyError
 
     with pytest.raises(KeyError):
         fail()
-    assert found == [False]
+    assert found == [(False, True)]
     assert config.fake_tensor_cache_enabled
+    assert not torch.fx.config.do_not_emit_stack_traces
 
 
 def test_other_warnings_are_shown() -> None:
