@@ -17,9 +17,7 @@ from pathlib import Path
 from typing import Any
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    ["irc.pipeline", "irc.export", "irc.training.lora", "transformers.models.llama.modeling_llama", "accelerate"]
-)
+SERVER.set_forkserver_preload(["irc.export", "irc.training.lora", "tests.irc.loaded"])
 
 
 class Forked:
@@ -52,7 +50,8 @@ class Forked:
     def returncode(self) -> int | None:
         return self._process.exitcode
 
-    poll = returncode.fget
+    def poll(self) -> int | None:
+        return self.returncode
 
     def send_signal(self, number: int) -> None:
         with suppress(ProcessLookupError):
