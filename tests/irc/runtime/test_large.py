@@ -37,7 +37,7 @@ CONFIG = {
 
 
 def export_and_say_the_peak(*arguments: str) -> int:
-    """Run the command line; then the process says its own peak: what a parent is told of a child begins with its own."""
+    """Run the command line; then say this process's own peak: what its parent is told begins with the parent's."""
     code = main(arguments)
     status = Path("/proc/self/status")
     sys.stderr.write(status.read_text() if status.exists() else "")
