@@ -22,15 +22,21 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import LlamaConfig
+
 import irc.export
 import irc.pipeline  # noqa: F401
 from irc.cli import main as irc_main
+from irc.model.capture import capture
 
 SETTINGS = (
     "lff.tokens=2048 lff.steps=6 lff.batch_size=4 router.steps=20 router.batch_size=4 router.calibration_tokens=4096 "
     "router.teach_steps=2 eval_tokens=1024 checkpoint_seconds=0 precision=fp32"
 ).split()
-FORK = multiprocessing.get_context("fork")  # of a process that has imported everything: kills hit what irc does
+FORK = multiprocessing.get_context(
+    "fork"
+)  # of a process that has imported everything and captured once: kills hit what irc does
 
 
 def main() -> int:
@@ -42,6 +48,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=Path("build/kill"), help="A folder of its own; it is emptied.")
     arguments = parser.parse_args()
+    small = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    capture(small, torch.float32)
     shutil.rmtree(arguments.work, ignore_errors=True)
     arguments.work.mkdir(parents=True)
     settings = [part for setting in SETTINGS for part in ("--set", setting)]

@@ -37,6 +37,7 @@ QUICK = (
     "lff.tokens=512 lff.steps=1 lff.batch_size=4 router.steps=2 router.batch_size=4 router.calibration_tokens=1024 "
     "router.teach_steps=0 eval_tokens=128 checkpoint_seconds=0 precision=fp32"
 ).split()
+VERIFY = "--tokens 128 --seq-len 16 --prompts 2 --new-tokens 12 --json".split()
 HALF = (
     "stages=[lff,router,lora] lora.steps=2 lora.batch_size=4 lora.rank=2 kv_policy=reduced kv_threshold=0.1 dtype=bf16"
 ).split()
@@ -153,8 +154,7 @@ def test_convert_export_verify(
     exported = irc_main("export", bundle, "-o", onnx, "--json")
     assert exported.code == 0, exported.err
     assert exported.json["routed_units"] == len(routed.units)
-    window = ["--tokens", "128", "--seq-len", "16", "--json"]
-    verified = irc_main("verify", onnx, "--data", text_file, *window)
+    verified = irc_main("verify", onnx, "--data", text_file, *VERIFY)
     assert verified.code == 0, verified.err
     assert verified.json["max_abs_diff"] <= 1e-4
     assert verified.json["routing_agreement"] > 0.99
@@ -181,7 +181,7 @@ def test_lora_reduced_keys_and_half_types(
 
     exported = irc_main("export", bundle, "-o", onnx, "--dtype", "fp16", "--json")
     assert exported.code == 0, exported.err
-    verified = irc_main("verify", onnx, "--data", text_file, "--tokens", "128", "--seq-len", "16", "--json")
+    verified = irc_main("verify", onnx, "--data", text_file, *VERIFY)
     assert verified.code == 0, verified.err
 
 

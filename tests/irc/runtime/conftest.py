@@ -50,7 +50,7 @@ def installed(request: pytest.FixtureRequest) -> Callable[..., Path]:
         stamp = folder / "installed"
         if stamp.is_file() and stamp.read_text() == wanted:
             return folder
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--upgrade", "--target", str(folder)]
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", "--upgrade", "--target", str(folder)]
         commands = [[*pip, "--no-deps", *packages], *([[*pip, *dependencies]] if dependencies else [])]
         for command in commands:
             done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -22,30 +22,30 @@ PROMPT = "def parse(text):\n    "
 FILES = {"config.json", "genai_config.json", MANIFEST, "model.onnx", "model.onnx.data", "tokenizer.json"}
 
 
-def test_what_export_writes_and_says(bundle: Path, tmp_path: Path, irc_main: Callable[..., Any]) -> None:
-    shown = irc_main("export", bundle, "-o", tmp_path / "onnx", "--json")
+def test_what_export_writes_and_says(bundle: Path, copied: Path, tmp_path: Path, irc_main: Callable[..., Any]) -> None:
+    refused = irc_main("export", bundle, "-o", copied)
+    assert refused.code == 2
+    assert "exists already; --force replaces it" in refused.sentence()
+    (copied / "model.onnx").write_bytes(b"")
+    shown = irc_main("export", bundle, "-o", copied, "--force", "--json")
     assert shown.code == 0, shown.err
     result = shown.json
     assert result["routed_units"] == 4
     assert result["dtype"] == "fp32"
-    assert {path.name for path in (tmp_path / "onnx").iterdir()} >= FILES
-    assert {path.name for path in tmp_path.iterdir()} == {"onnx"}
-    assert (tmp_path / "onnx" / RECIPE).read_text() == (bundle / RECIPE).read_text()
-    genai = json.loads((tmp_path / "onnx" / "genai_config.json").read_text())
+    assert {path.name for path in copied.iterdir()} >= FILES
+    assert (copied / "model.onnx").stat().st_size > 0
+    assert {path.name for path in tmp_path.iterdir()} == {"copied"}
+    assert (copied / RECIPE).read_text() == (bundle / RECIPE).read_text()
+    genai = json.loads((copied / "genai_config.json").read_text())
     assert genai["model"]["decoder"]["num_hidden_layers"] == 2
-    again = irc_main("export", bundle, "-o", tmp_path / "onnx")
-    assert again.code == 2
-    assert "exists already; --force replaces it" in again.sentence()
-    assert irc_main("export", bundle, "-o", tmp_path / "onnx", "--force").code == 0
 
 
 def test_a_folder_for_cuda_says_so_and_runs_on_the_cpu(
-    bundle: Path, tmp_path: Path, irc_main: Callable[..., Any]
+    bundle: Path, exported: Path, tmp_path: Path, irc_main: Callable[..., Any]
 ) -> None:
+    assert irc_main("export", bundle, "-o", tmp_path / "cuda", "--provider", "cuda").code == 0
     made = {}
-    for provider in ("cpu", "cuda"):
-        folder = tmp_path / provider
-        assert irc_main("export", bundle, "-o", folder, "--provider", provider).code == 0
+    for provider, folder in (("cpu", exported), ("cuda", tmp_path / "cuda")):
         assert json.loads((folder / MANIFEST).read_text())["provider"] == provider
         operators = {node.op_type for node in onnx.load(folder / "model.onnx", load_external_data=False).graph.node}
         assert ("RoutedMatMul" in operators) == (provider == "cuda")
