@@ -32,8 +32,10 @@ from irc.model.capture import Captured, _relink, _root, assign_weights, capture
 from passes.tracing import tracing
 
 logging.set_verbosity_error()
-# pytest listens to every logger that hands nothing on; PyTorch would write each symbol and guard of a capture to it.
-loggers.getLogger("torch.__trace").propagate = True
+# pytest listens to loggers that hand nothing on; PyTorch would tell this one every symbol and guard of a capture.
+_trace = loggers.getLogger("torch.__trace")
+_trace.handlers.clear()
+_trace.propagate = True
 torch.set_num_threads(1)  # tiny models only lose time to threads that wait for each other
 gc.set_threshold(50_000, 20, 50)  # libraries fill the memory that is looked through: it took a tenth of the time
 
