@@ -64,10 +64,11 @@ class Forked:
         """Wait for the end; return what was said.
 
         Raises:
-            subprocess.TimeoutExpired: It has not ended in that time, in seconds.
+            subprocess.TimeoutExpired: It has not ended in that time, in seconds; it is killed.
         """
         self._process.join(timeout)
         if self.returncode is None:
+            self.kill()  # pytest would wait for it
             raise subprocess.TimeoutExpired(self._process.name, timeout or 0)
         out, err = (path.read_text() if path.exists() else "" for path in self.said)
         return out, err
