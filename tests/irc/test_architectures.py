@@ -37,7 +37,7 @@ QUICK = (
     "lff.tokens=512 lff.steps=1 lff.batch_size=4 router.steps=2 router.batch_size=4 router.calibration_tokens=1024 "
     "router.teach_steps=0 eval_tokens=128 checkpoint_seconds=0 precision=fp32"
 ).split()
-VERIFY = "--tokens 128 --seq-len 16 --prompts 2 --new-tokens 12 --json".split()
+VERIFY = "--tokens 128 --seq-len 16 --json".split()
 HALF = (
     "stages=[lff,router,lora] lora.steps=2 lora.batch_size=4 lora.rank=2 kv_policy=reduced kv_threshold=0.1 dtype=bf16"
 ).split()

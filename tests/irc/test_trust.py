@@ -109,7 +109,7 @@ def test_code_of_a_model_type_is_not_run_and_a_hub_id_of_a_bundle_not_downloaded
     edit(copied / "config.json", lambda c: c.update(model_type="evil", auto_map={"AutoConfig": "evil.Config"}))
     edit(bundle / CONFIG, lambda c: c["base"].update(name="nobody/nothing"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    done = watched(copied, *(["eval", str(folder), "--data", __file__] for folder in (copied, bundle)))
+    done = watched(tmp_path, *(["eval", str(folder), "--data", __file__] for folder in (copied, bundle)))
     assert (done["codes"], done["seen"]) == ([2, 2], []), done["err"]
     assert "config.json cannot be used" in done["err"]
     assert "what a folder names is not downloaded; name it yourself (--base" in done["err"]

@@ -65,6 +65,11 @@ def several(commands: list[list[str]]) -> list[int]:
     return [main(command) for command in commands]
 
 
+def ending(command: list[str]) -> None:
+    """Run `irc` and end as its process does."""
+    sys.exit(main(command))
+
+
 def averaging(dtype: str) -> dict[str, list[float]]:
     """Take steps of AdamW; two weights' gradients come from all processes or from one, the third has none."""
     torch.distributed.init_process_group("gloo")

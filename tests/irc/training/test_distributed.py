@@ -28,7 +28,7 @@ from irc.training.master_weights import MasterAdamW
 from irc.training.sharding import check_batches, sharding_wanted
 from tests.irc.forked import Forked
 from tests.irc.training import pairs
-from tests.irc.training.pairs import averaging, dying, launched, looking, several
+from tests.irc.training.pairs import averaging, dying, ending, launched, looking, several
 
 pytestmark = pytest.mark.slow
 Arguments = Callable[..., list[str]]
@@ -182,6 +182,7 @@ def test_refusals_end_both_processes(convert_arguments: Arguments, tmp_path: Pat
     assert "exists already" in err
     assert "lff.batch_size is 3, over 2 processes; give a multiple of 2" in err
     assert out == ""
+    assert fork(tmp_path, ending, commands[0])[2] == 2
     assert [path.name for path in work.iterdir()] == ["there"]  # no work was begun
 
 
