@@ -34,9 +34,8 @@ SETTINGS = (
     "lff.tokens=2048 lff.steps=6 lff.batch_size=4 router.steps=20 router.batch_size=4 router.calibration_tokens=4096 "
     "router.teach_steps=2 eval_tokens=1024 checkpoint_seconds=0 precision=fp32"
 ).split()
-FORK = multiprocessing.get_context(
-    "fork"
-)  # of a process that has imported everything and captured once: kills hit what irc does
+# Of a process that has imported everything and captured once: kills hit what irc does.
+FORK = multiprocessing.get_context("fork")
 
 
 def main() -> int:
@@ -49,7 +48,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path("build/kill"), help="A folder of its own; it is emptied.")
     arguments = parser.parse_args()
     small = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
-    capture(small, torch.float32)
+    capture(small, torch.float32)  # for which PyTorch imports much that it imports late
     shutil.rmtree(arguments.work, ignore_errors=True)
     arguments.work.mkdir(parents=True)
     settings = [part for setting in SETTINGS for part in ("--set", setting)]

@@ -27,7 +27,6 @@ class Forked:
         function: Of a module that can be imported; what it returns is the exit code.
         *arguments: Of the function.
         folder: For what the process says; made if need be.
-        cwd: Where the process runs.
         environment: Added to that of the fork server, which is this process's.
     """
 
@@ -36,13 +35,12 @@ class Forked:
         function: Callable[..., int],
         *arguments: Any,
         folder: Path,
-        cwd: Path | None = None,
         environment: dict[str, str] | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.said = (folder / "stdout", folder / "stderr")
-        where = str(cwd or Path.cwd())
-        self._process = SERVER.Process(target=_run, args=(function, arguments, self.said, where, environment or {}))
+        here = (str(Path.cwd()), environment or {})  # the fork server may have been started elsewhere
+        self._process = SERVER.Process(target=_run, args=(function, arguments, self.said, *here))
         self._process.start()
         self.pid: int = self._process.pid or 0
 
