@@ -22,6 +22,7 @@ import yaml
 from safetensors.torch import load_file
 
 from irc.bundle_config import CONFIG, FORMAT_VERSION, read_config
+from irc.devices import find_device
 from irc.errors import InputError
 from irc.key_policy import KeyPolicy, calibrated_keep, key_policy_of, set_key_policy
 from irc.model.checkpoint import BaseModel, find_base
@@ -57,15 +58,17 @@ def load(
         base: Where the base model is, when it has moved; its weights must have the recorded hash. A hub id given
             here may be downloaded, one that the bundle names is looked for in the local cache alone.
         dtype: `auto`, `fp32` or `bf16`.
-        device: Where the model will run.
+        device: Where the model will run: `cpu`, `cuda`, `cuda:N`, `mps`, or `auto` for a GPU where there is one.
         sparsity: Another share to skip than the bundle's own, within its dial (see `irc.model.dial`).
 
     Returns:
         A transformers model in eval mode: `model(input_ids, attention_mask)`, `model.generate(...)`.
 
     Raises:
-        InputError: The bundle is damaged, of a newer format, or the base is another one.
+        InputError: The bundle is damaged, of a newer format, or the base is another one; the device is not there, or
+            the dial does not reach the sparsity.
     """
+    device = find_device(device)
     folder = Path(path)
     config = read_config(folder)
     for part in (folder, folder / LORA):

@@ -26,10 +26,14 @@ def read_config(folder: Path) -> dict[str, Any]:
         InputError: It is missing, damaged, or of a newer format.
     """
     path = folder / CONFIG
-    old = None if folder.exists() else replaced(folder)
+    try:
+        old = None if folder.exists() else replaced(folder)
+        missing = not path.is_file()
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read ({error.strerror or error}); give another folder") from error
     if old is not None:
         raise InputError(f"{folder}: a save was killed while it replaced this bundle; the whole one before is {old}")
-    if not path.is_file():
+    if missing:
         raise InputError(f"{folder}: not a bundle ({CONFIG} is missing); make one with irc convert")
     try:
         config = read_json(path)

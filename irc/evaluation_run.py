@@ -11,6 +11,7 @@ import torch
 from irc.bundle import CONFIG, RECIPE, load
 from irc.config import Recipe, check_key_policy, load_recipe
 from irc.data import Split, TextSource, load_text, pick, token_stream, windows
+from irc.devices import find_device
 from irc.errors import InputError
 from irc.evaluate import evaluate, evaluate_routed
 from irc.key_policy import KeyPolicy, calibrated_keep, key_policy_of, set_key_policy
@@ -37,10 +38,7 @@ def open_model(
 
     Without `ask_hub`, for a name that a folder gave and not the user, nothing is downloaded.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"device is '{device}', but torch sees no CUDA device; use --device cpu")
+    device = find_device(device)
     if (Path(name) / CONFIG).is_file():
         made_with = _saved_recipe(Path(name)).dtype  # so that its figures come out again
         model = load(name, base=base, dtype=made_with if dtype == "auto" else dtype, device=device, sparsity=sparsity)

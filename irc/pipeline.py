@@ -14,6 +14,7 @@ from irc.bundle import CONFIG, write_bundle
 from irc.card import model_card
 from irc.config import Recipe, text_name
 from irc.data import Split, TextSource, load_text, pick, token_stream, windows
+from irc.devices import find_device
 from irc.dtypes import short_name
 from irc.errors import InputError, IrcError
 from irc.evaluate import Evaluation, evaluate
@@ -144,10 +145,7 @@ def resolve(recipe: Recipe) -> Recipe:
     if recipe.router.teach_steps < 0 or not policy.learns:
         # What is taught is the cost of a forecast while the rest executes: no guide where most is skipped.
         recipe.router.teach_steps = policy.teach_steps if recipe.sparsity <= 0.5 else 0
-    if recipe.device == "auto":
-        recipe.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if recipe.device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"device is '{recipe.device}', but torch sees no CUDA device; use --device cpu")
+    recipe.device = find_device(recipe.device)
     own_device(recipe.device)
     if recipe.precision == "auto":
         fast = recipe.device != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16", False)

@@ -6,7 +6,6 @@ A verb stacks them over its function, `@common_options` last; each says which ar
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
+from irc.devices import NAMES, is_device
 from irc.dtypes import LONG_NAMES
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any] | click.Command)
@@ -105,8 +105,8 @@ def device_option(default: str = "auto") -> Decorator:
 
 
 def _check_device(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
-        raise click.BadParameter(f"'{value}' is no device; use auto, cpu, cuda, cuda:N or mps", ctx, parameter)
+    if not is_device(value):
+        raise click.BadParameter(f"'{value}' is no device; use {NAMES}", ctx, parameter)
     return value
 
 

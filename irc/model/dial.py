@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import numbers
 from typing import Any, cast
 
 import torch
@@ -52,6 +53,8 @@ def dial_round(model: RoutedForCausalLM, sparsity: float) -> list[dict[str, Any]
             f"{where}: it keeps thresholds for its own sparsity alone; convert with --dial 0.1,0.2,0.3,0.4,0.5,0.6"
         )
     low, high = points[0]["sparsity"], points[-1]["sparsity"]
+    if not isinstance(sparsity, numbers.Real):
+        raise InputError(f"{where}: sparsity {sparsity!r} is no number; give one from {low:g} to {high:g}")
     if not low <= sparsity <= high:
         raise InputError(f"{where}: sparsity {sparsity:g} is outside its dial, which goes from {low:g} to {high:g}")
     return points

@@ -121,6 +121,8 @@ def test_what_cannot_be_turned_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=r"outside its dial, which goes from 0\.1 to 0\.6"):
         irc.load(converted, sparsity=0.7)
+    with pytest.raises(InputError, match=r"sparsity '0\.3' is no number; give one from 0\.1 to 0\.6"):
+        irc.load(converted, sparsity="0.3")  # type: ignore[arg-type]
     for flags in (("--sparsity", "0.3"), ("--sparsity-sweep", "0.1,0.3")):
         outcome = irc_main("eval", model_folder, *flags)
         assert (outcome.code, "its sparsity cannot be set" in outcome.sentence()) == (2, True)

@@ -85,7 +85,7 @@ def test_sparsity_term_and_its_gradient(model: RoutedForCausalLM, ids: torch.Ten
     plain, _ = without(ids, 2)
     gap = (1 - figures["sparsity"]) - (1 - sparsity)
     assert gap != 0
-    assert float(loss - plain) == pytest.approx(weight * abs(gap), abs=1e-5)
+    assert float((loss - plain).detach()) == pytest.approx(weight * abs(gap), abs=1e-5)
     found = [
         a - b for a, b in zip(torch.autograd.grad(loss, routers), torch.autograd.grad(plain, routers), strict=True)
     ]
