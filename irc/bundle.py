@@ -57,7 +57,7 @@ def load(
         path: Bundle folder.
         base: Where the base model is, when it has moved; its weights must have the recorded hash. A hub id given
             here may be downloaded, one that the bundle names is looked for in the local cache alone.
-        dtype: `auto`, `fp32` or `bf16`.
+        dtype: `auto` (fp32, for checkpoints of over 2 GB bf16), `fp32`, `fp16` or `bf16`.
         device: Where the model will run: `cpu`, `cuda`, `cuda:N`, `mps`, or `auto` for a GPU where there is one.
         sparsity: Another share to skip than the bundle's own, within its dial (see `irc.model.dial`).
 

@@ -204,7 +204,7 @@ def build_routed(
     Args:
         base: Model on disk.
         spec: What to insert.
-        dtype: `auto`, `fp32` or `bf16`.
+        dtype: `auto` (fp32, for checkpoints of over 2 GB bf16), `fp32`, `fp16` or `bf16`.
         device: Where it will run.
         seed: Of the inserted modules' initial weights.
     """
