@@ -89,9 +89,10 @@ def correctness(work: Path, native: bool) -> dict[str, Any]:
 
     from irc.bench.models import bundle_pair
     from irc.bundle import save_bundle
+    from irc.model.build import build_routed
     from irc.model.checkpoint import find_base
     from irc.model.modules import default_rank
-    from irc.model.routed import RoutingSpec, build_routed
+    from irc.model.routed import RoutingSpec
     from irc.runtime.session import Runtime
 
     base = find_base("demo")

@@ -31,9 +31,10 @@ def main() -> None:
     arguments = parser.parse_args()
     from irc import console
     from irc.config import Recipe
+    from irc.model.build import build_plain, build_routed
     from irc.model.checkpoint import find_base
     from irc.model.modules import default_rank
-    from irc.model.routed import RoutingSpec, build_plain, build_routed
+    from irc.model.routed import RoutingSpec
     from irc.training.objectives import RoutingObjective
 
     base = find_base(arguments.model)

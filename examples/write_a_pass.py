@@ -16,8 +16,8 @@ import torch
 from tiny_llama import model_and_text
 from torch import fx, nn
 
+from irc.model.build import build_plain
 from irc.model.checkpoint import find_base
-from irc.model.routed import build_plain
 from passes.base import Pass, PassError, PassManager, PassResult, graph_of, rewrite_nodes
 
 SILU, HARD_SWISH = torch.ops.aten.silu.default, torch.ops.aten.hardswish.default

@@ -25,9 +25,10 @@ from irc.bundle_config import CONFIG, FORMAT_VERSION, read_config
 from irc.devices import find_device
 from irc.errors import InputError
 from irc.key_policy import KeyPolicy, calibrated_keep, key_policy_of, set_key_policy
+from irc.model.build import build_routed
 from irc.model.checkpoint import BaseModel, find_base
 from irc.model.dial import turn_dial
-from irc.model.routed import RoutedForCausalLM, RoutingSpec, build_routed
+from irc.model.routed import RoutedForCausalLM, RoutingSpec
 from irc.reading import check_links, first_line
 from irc.stage_recipes import LoraRecipe
 from irc.staging import staged

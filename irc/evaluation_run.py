@@ -16,10 +16,11 @@ from irc.errors import InputError
 from irc.evaluate import evaluate, evaluate_routed
 from irc.key_policy import KeyPolicy, calibrated_keep, key_policy_of, set_key_policy
 from irc.kv_sweep import kv_sweep
+from irc.model.build import build_plain
 from irc.model.checkpoint import BaseModel, find_base
 from irc.model.dial import dial_round, turn_dial
 from irc.model.flops import flops_ratio
-from irc.model.routed import RoutedForCausalLM, build_plain
+from irc.model.routed import RoutedForCausalLM
 from irc.pipeline import result_metrics
 from irc.training.loop import ProgressFactory
 

@@ -19,9 +19,10 @@ from irc.dtypes import short_name
 from irc.errors import InputError, IrcError
 from irc.evaluate import Evaluation, evaluate
 from irc.key_policy import KeyPolicy, kv_facts, set_key_policy
+from irc.model.build import build_routed
 from irc.model.checkpoint import BaseModel, find_base
 from irc.model.policies import policy_named
-from irc.model.routed import RoutedForCausalLM, RoutingSpec, build_routed
+from irc.model.routed import RoutedForCausalLM, RoutingSpec
 from irc.reading import read_json
 from irc.staging import staged
 from irc.training.calibrate import dial_points

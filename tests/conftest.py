@@ -26,7 +26,7 @@ from transformers import (
     logging,
 )
 
-from irc.model import routed
+from irc.model import build
 from irc.model.cache import cache_shape
 from irc.model.capture import Captured, _relink, _root, assign_weights, capture
 from passes.tracing import tracing
@@ -179,7 +179,7 @@ def copied_capture() -> Callable[[PretrainedConfig, torch.dtype], Captured]:
 def _quick_capture(copied_capture: Callable[..., Captured]) -> Iterator[None]:
     """Let commands in this process copy a capture instead of making it for each verb again."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(routed, "capture", copied_capture)
+        patch.setattr(build, "capture", copied_capture)
         yield
 
 

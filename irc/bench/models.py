@@ -14,10 +14,11 @@ from irc.bundle import load, save_bundle
 from irc.dtypes import torch_dtype
 from irc.errors import InputError
 from irc.export import export
+from irc.model.build import build_routed
 from irc.model.checkpoint import BaseModel, find_base
 from irc.model.modules import default_rank
 from irc.model.policies import policy_named, refuse_whole_sequences
-from irc.model.routed import RoutedForCausalLM, RoutingSpec, build_routed
+from irc.model.routed import RoutedForCausalLM, RoutingSpec
 
 
 @dataclass

@@ -20,19 +20,21 @@ Logits = Callable[[torch.Tensor], torch.Tensor]
 PartLoss = Callable[[torch.Tensor, slice], torch.Tensor]
 
 
-def split_head(graph: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule | None]:
+def split_head(graph: fx.GraphModule, *, with_cache: bool = False) -> tuple[fx.GraphModule, fx.GraphModule | None]:
     """Cut a captured model before its head; both parts share the model's modules.
 
     Args:
         graph: As in `irc.model.capture.Captured`.
+        with_cache: Whether the body returns keys and values too.
 
     Returns:
-        The body, with the inputs of `graph`, that returns what the head reads, [batch, tokens, d]; and the head, from
+        The body, with the inputs of `graph`, that returns what the head reads, [batch, tokens, d], or with the cache a
+        tuple of that and of what `graph` returns beside the logits; and the head, from
         there to the logits (a factor or a soft cap behind the linear included). Where no linear makes the logits the
         body returns them, and there is no head.
     """
     output = next(iter(graph.graph.find_nodes(op="output")))
-    logits = cast(fx.Node, cast(Any, output.args[0])[0])
+    logits, *present = cast(list[fx.Node], output.args[0])
     head = _linear_behind(graph, logits)
     body = fx.Graph()
     inside: dict[fx.Node, fx.Node] = {}
@@ -40,7 +42,7 @@ def split_head(graph: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule | 
         if node.op != "output":
             inside[node] = body.node_copy(node, inside.__getitem__)
     states = logits if head is None else head.all_input_nodes[0]
-    body.output(inside[states])
+    body.output((inside[states], *map(inside.__getitem__, present)) if with_cache else inside[states])
     made = _made(graph, body, "Body")
     if head is None:
         return made, None

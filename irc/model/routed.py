@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -16,20 +16,16 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from irc.errors import InputError
-from irc.model.architectures import SUPPORTED
 from irc.model.cache import CACHE_NAME, flat_past, updated
-from irc.model.capture import Captured, assign_weights, capture
-from irc.model.checkpoint import BaseModel
+from irc.model.capture import Captured
 from irc.model.head import split_head
-from irc.model.modules import BottleneckRouter, Forecaster, Mux, RoutingControl
-from irc.model.policies import Policy, make_forecaster, make_router, policy_named, refuse_whole_sequences
+from irc.model.modules import RoutingControl
+from irc.model.policies import policy_named, refuse_whole_sequences
 from passes.base import PassManager
-from passes.insert_forecasters import InsertForecasters
-from passes.insert_routers import InsertRouters, Reads
-from passes.match import MatchResult, Unit, match_units
-from passes.split_fused_linears import SplitFusedLinears
+from passes.match import MatchResult, Unit
+from passes.set_device import SetDevice
 
-log = logging.getLogger(__name__)
+_REFUSED = ("inputs_embeds", "output_attentions", "output_hidden_states")
 
 
 @dataclass(frozen=True)
@@ -76,8 +72,8 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         self.control = control
         self.spec = spec
         self.facts: dict[str, Any] = {}
-        # In a tuple: no submodules, so that no parameter has two names.
-        self._apart: tuple[fx.GraphModule, fx.GraphModule | None] | None = None
+        # In a dictionary: no submodules, so that no parameter has two names.
+        self._apart: dict[bool, tuple[fx.GraphModule, fx.GraphModule | None]] = {}
         self.generation_config = GenerationConfig.from_model_config(captured.config)
 
     @property
@@ -106,9 +102,11 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        return_dict: bool | None = None,
         cache: Cache | None = None,
-        **ignored: Any,
-    ) -> CausalLMOutputWithPast:
+        **others: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Compute next-token logits.
 
         Args:
@@ -118,22 +116,38 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values: Cache of earlier tokens; updated and returned.
             labels: int64 [batch, tokens], -100 where no loss counts; shifted inside.
             use_cache: Whether to return the cache; True when None and not training.
+            logits_to_keep: Compute logits of the last so many tokens alone, or of the tokens at these indices [kept]; 0
+                for all.
+            return_dict: False for a plain tuple.
             cache: The name of `past_key_values` since transformers 5.24.
-            **ignored: Options of transformers' generation that mean nothing here.
+            **others: Options of transformers' generation that mean nothing here.
 
         Returns:
-            Logits [batch, tokens, vocabulary], the loss when labels are given, the cache.
+            Logits [batch, tokens or kept, vocabulary], the loss (over all tokens) when labels are given, the cache.
+
+        Raises:
+            InputError: An input has another shape, or what is asked for is not in the graph: embeddings as input,
+                hidden states or attention weights as output.
         """
+        self._refuse(others)
         cache = past_key_values if cache is None else cache
-        logits, *present = self.graph(*self.graph_inputs(input_ids, attention_mask, position_ids, cache))
+        inputs = self.graph_inputs(input_ids, attention_mask, position_ids, cache)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        if labels is None and (isinstance(logits_to_keep, torch.Tensor) or logits_to_keep > 0):
+            states, *present = self._parts(with_cache=True)[0](*inputs)
+            logits = self.logits(states[:, kept])
+        else:
+            logits, *present = self.graph(*inputs)
         if use_cache is None:
             use_cache = not self.training
-        kept: dict[str, Any] = {CACHE_NAME: updated(cache, present) if use_cache else None}
+        returned: dict[str, Any] = {CACHE_NAME: updated(cache, present) if use_cache else None}
         loss = None
         if labels is not None:
             flat = logits[:, :-1].float().flatten(0, 1)
             loss = F.cross_entropy(flat, labels[:, 1:].flatten(), ignore_index=-100)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, **kept)
+            logits = logits[:, kept]
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **returned)
+        return output.to_tuple() if return_dict is False else output
 
     def graph_inputs(
         self,
@@ -142,15 +156,29 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         position_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
     ) -> list[torch.Tensor]:
-        """Return what the graph takes, from the arguments of `forward`; tells the control what is padding."""
+        """Return what the graph takes, from the arguments of `forward`; tells the control what is padding.
+
+        Raises:
+            InputError: An argument has another shape.
+        """
+        if input_ids.ndim != 2 or 0 in input_ids.shape or input_ids.dtype not in (torch.int64, torch.int32):
+            raise InputError(
+                f"input_ids is {str(input_ids.dtype).removeprefix('torch.')} {list(input_ids.shape)}; give int64 "
+                "[batch, tokens], at least one token"
+            )
         batch, tokens = input_ids.shape
         if self.control.capacity is not None:
             self.control.real = None if attention_mask is None else attention_mask[:, -tokens:].bool()
         past = flat_past(self.config, cache, batch, self.dtype, input_ids.device)
+        length = past[0].shape[2] + tokens
         if attention_mask is None:
-            attention_mask = input_ids.new_ones(batch, past[0].shape[2] + tokens)
+            attention_mask = input_ids.new_ones(batch, length)
+        _check_shape("attention_mask", attention_mask, batch, length)
         if position_ids is None:
             position_ids = positions(attention_mask)[:, -tokens:]
+        if position_ids.shape == (1, tokens):
+            position_ids = position_ids.expand(batch, tokens)
+        _check_shape("position_ids", position_ids, batch, tokens)
         return [input_ids, attention_mask, position_ids, *past]
 
     def states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -163,112 +191,82 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         head = self._parts()[1]
         return states if head is None else cast(torch.Tensor, head(states))
 
-    def _parts(self) -> tuple[fx.GraphModule, fx.GraphModule | None]:
-        if self._apart is None:
-            self._apart = split_head(self.graph)
-        return self._apart
+    def _parts(self, with_cache: bool = False) -> tuple[fx.GraphModule, fx.GraphModule | None]:
+        if with_cache not in self._apart:
+            self._apart[with_cache] = split_head(self.graph, with_cache=with_cache)
+        return self._apart[with_cache]
+
+    def _refuse(self, options: dict[str, Any]) -> None:
+        for name in _REFUSED:
+            if options.get(name) is not None and options[name] is not False:
+                raise InputError(f"{name} is not in the captured graph; leave it out, or ask the base model")
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Continue text, by transformers' own generation.
 
         Raises:
-            InputError: The policy's routes depend on tokens that are not there yet.
+            InputError: The policy's routes depend on tokens that are not there yet, or what is asked for is not in the
+                graph (see `forward`).
         """
+        self._refuse(kwargs)
         if self.spec is not None:
             refuse_whole_sequences(policy_named(self.spec.policy), "generate text")
         return super().generate(*args, **kwargs)
 
     def save_pretrained(self, save_directory: str | PathLike[Any], *args: Any, **kwargs: Any) -> None:
-        """Save as a bundle (see `irc.bundle.save_bundle`)."""
+        """Save as a bundle (see `irc.bundle.save_bundle`).
+
+        Raises:
+            InputError: `push_to_hub` is asked for; upload the folder once it is there.
+        """
         from irc.bundle import save_bundle
 
+        if kwargs.get("push_to_hub"):
+            raise InputError("push_to_hub: a bundle is saved to a folder; upload that, as with `hf upload NAME FOLDER`")
         save_bundle(self, Path(save_directory))
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> RoutedForCausalLM:
+        """Load a bundle: `irc.load`, with its arguments."""
+        from irc.bundle import load
+
+        return load(*args, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the embedding: token ids [batch, tokens] to [batch, tokens, d]."""
+        return self.graph.get_submodule("model.embed_tokens")
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Refuse: a bundle lies beside its base, whose vocabulary it has.
+
+        Raises:
+            InputError: Always.
+        """
+        raise InputError("the vocabulary of a routed model is its base's; resize the base and convert that")
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RoutedForCausalLM:
+        """Move the model, and its graphs, which name their device; they are of the data type of their capture."""
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        if probe.dtype != self.dtype:
+            raise InputError(
+                f"the graph was captured in {str(self.dtype).removeprefix('torch.')} and stays in it; "
+                f"load the model with dtype='{str(probe.dtype).removeprefix('torch.')}'"
+            )
+        moved = probe.device != self.device
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if moved:
+            PassManager([SetDevice(probe.device)]).run(self.graph)
+            self._apart.clear()
+        return self
+
+
+def _check_shape(name: str, tensor: torch.Tensor, batch: int, length: int) -> None:
+    if tensor.shape != (batch, length):
+        raise InputError(
+            f"{name} is {list(tensor.shape)}, expected {[batch, length]} for these input_ids and this cache"
+        )
 
 
 def positions(attention_mask: torch.Tensor) -> torch.Tensor:
     """Count positions from an attention mask [batch, length]: padding takes none; int64, same shape."""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-
-
-def build_plain(base: BaseModel, dtype: str = "auto", device: str = "cpu") -> RoutedForCausalLM:
-    """Capture a base model without inserting anything."""
-    captured = _captured(base, dtype, device)
-    return _ready(RoutedForCausalLM(captured, match_units(captured.graph), RoutingControl(), None))
-
-
-def build_routed(
-    base: BaseModel, spec: RoutingSpec, dtype: str = "auto", device: str = "cpu", seed: int = 0
-) -> RoutedForCausalLM:
-    """Capture a base model and insert untrained forecasters, routers and muxes round every unit.
-
-    Args:
-        base: Model on disk.
-        spec: What to insert.
-        dtype: `auto` (fp32, for checkpoints of over 2 GB bf16), `fp32`, `fp16` or `bf16`.
-        device: Where it will run.
-        seed: Of the inserted modules' initial weights.
-    """
-    captured = _captured(base, dtype, device)
-    match = match_units(captured.graph)
-    _refuse_without_units(match, base)
-    if match.refusals:
-        first = match.refusals[0]
-        log.warning("%d submodules are not routed; the first: %s: %s", len(match.refusals), first.name, first.reason)
-    for unit in match.units:
-        if spec.rank > unit.width:
-            raise InputError(
-                f"rank is {spec.rank}, {unit.name} has hidden size {unit.width}; give a rank of at most {unit.width}"
-            )
-    policy = policy_named(spec.policy)
-    control = RoutingControl(capacity=1 - spec.sparsity if policy.capacity else None)
-    seeds = {unit.name: spec.seed * 100_003 + index for index, unit in enumerate(match.units)}
-
-    def forecaster(unit: Unit) -> nn.Module:
-        return make_forecaster(policy, unit.width, spec.rank, spec.forecaster).to(device, captured.dtype)
-
-    def router(unit: Unit) -> nn.Module:
-        if spec.reads == "bottleneck" and policy.learns:
-            beside = captured.graph.get_submodule(f"{unit.name}_forecaster")
-            return BottleneckRouter(cast(Forecaster, beside), max(8, unit.width // 4)).to(device, captured.dtype)
-        made = make_router(policy, unit.width, spec.rank, spec.sparsity, seeds[unit.name])
-        return made.to(device, captured.dtype)
-
-    passes = PassManager(
-        [
-            InsertForecasters(forecaster, lambda unit: Mux(unit.name, control)),
-            InsertRouters(router, _source(spec, policy)),
-        ]
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        passes.run(captured.graph)
-    return _ready(RoutedForCausalLM(captured, match, control, spec))
-
-
-def _refuse_without_units(match: MatchResult, base: BaseModel) -> None:
-    if not match.units:
-        near = f" ({match.refusals[0].name}: {match.refusals[0].reason})" if match.refusals else ""
-        raise InputError(
-            f"{base.name}: {base.config.model_type} has no attention or FFN unit that can be routed{near}; "
-            f"convert {SUPPORTED}"
-        )
-
-
-def _source(spec: RoutingSpec, policy: Policy) -> Reads:
-    if spec.reads == "bottleneck":  # its own router takes it from there
-        return "unit"
-    return cast(Reads, spec.reads) if spec.reads else policy.reads
-
-
-def _ready(model: RoutedForCausalLM) -> RoutedForCausalLM:
-    model.train(False)
-    return model
-
-
-def _captured(base: BaseModel, dtype: str, device: str) -> Captured:
-    weights = base.weights()
-    base.check_sizes(weights)
-    captured = capture(base.config, base.dtype(dtype))
-    assign_weights(captured, weights, device)
-    PassManager([SplitFusedLinears()]).run(captured.graph)
-    return captured

@@ -8,10 +8,11 @@ from torch import fx, nn
 
 from irc.config import Recipe
 from irc.errors import InputError
+from irc.model.build import build_plain
 from irc.model.checkpoint import BaseModel
 from irc.model.flops import UnitFlops, flops_ratio, head_flops, unit_flops
 from irc.model.modules import Forecaster, Router
-from irc.model.routed import RoutedForCausalLM, build_plain
+from irc.model.routed import RoutedForCausalLM
 from passes.match import Unit
 from passes.printer import named_lines, unified_diff
 

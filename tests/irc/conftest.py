@@ -22,8 +22,9 @@ from irc.cli import main
 from irc.config import Recipe
 from irc.data import load_text, token_stream
 from irc.export import export
+from irc.model.build import build_routed
 from irc.model.checkpoint import BaseModel, find_base
-from irc.model.routed import RoutedForCausalLM, RoutingSpec, build_routed
+from irc.model.routed import RoutedForCausalLM, RoutingSpec
 from irc.stage_recipes import LffRecipe, LoraRecipe, RouterRecipe
 from irc.training.loop import ProgressFactory
 from irc.training.lora import inject_lora, lora_parameters

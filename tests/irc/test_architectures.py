@@ -150,6 +150,7 @@ def test_convert_export_verify(
     expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
     with torch.no_grad(), routed.control.using(mode="execute"):
         torch.testing.assert_close(routed(ids).logits, expected(ids).logits, rtol=0, atol=2e-5)
+        assert torch.equal(routed.get_input_embeddings()(ids), expected.get_input_embeddings()(ids))
 
     exported = irc_main("export", bundle, "-o", onnx, "--json")
     assert exported.code == 0, exported.err

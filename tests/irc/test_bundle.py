@@ -15,7 +15,8 @@ import torch
 import irc
 from irc.bundle import ADAPTER, CONFIG, save_bundle
 from irc.errors import InputError, IrcError
-from irc.model.routed import RoutedForCausalLM, build_plain
+from irc.model.build import build_plain
+from irc.model.routed import RoutedForCausalLM
 
 Make = Callable[..., RoutedForCausalLM]
 

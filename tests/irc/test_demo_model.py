@@ -9,8 +9,8 @@ import torch
 
 from irc.data import load_text, pick, token_stream, windows
 from irc.evaluate import evaluate
+from irc.model.build import build_plain
 from irc.model.checkpoint import find_base
-from irc.model.routed import build_plain
 
 
 class Silent:

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from irc.evaluate import Evaluation, evaluate
+from irc.model.build import build_plain
 from irc.model.checkpoint import BaseModel
 from irc.model.flops import flops_ratio, head_flops, unit_flops
 from irc.model.modules import Record
-from irc.model.routed import RoutedForCausalLM, build_plain
+from irc.model.routed import RoutedForCausalLM
 
 Make = Callable[..., RoutedForCausalLM]
 WIDTH, INNER, HEADS, KV_HEADS, SIZE, VOCABULARY, RANK, ROUTER = 32, 48, 4, 2, 8, 257, 4, 8

@@ -16,8 +16,9 @@ from irc.errors import InputError
 from irc.evaluate import evaluate_routed
 from irc.key_policy import KeyPolicy, calibrated_keep, kv_saved, set_key_policy
 from irc.kv_sweep import kv_sweep
+from irc.model.build import build_plain
 from irc.model.flops import unit_flops
-from irc.model.routed import RoutedForCausalLM, build_plain
+from irc.model.routed import RoutedForCausalLM
 
 FIRST, SECOND = "model.layers.0.self_attn", "model.layers.1.self_attn"
 KEEP = {FIRST: 0.25, "model.layers.0.mlp": 0.0, SECOND: 0.6, "model.layers.1.mlp": 1.0}

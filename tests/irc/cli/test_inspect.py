@@ -19,8 +19,9 @@ from irc.bundle import save_bundle
 from irc.cli import main
 from irc.cli.inspect import _short
 from irc.console import output
+from irc.model.build import build_routed
 from irc.model.checkpoint import BaseModel
-from irc.model.routed import RoutingSpec, build_routed
+from irc.model.routed import RoutingSpec
 
 KEYS = "model base architecture policy forecaster layers seq_len parameters sparsity flops flops_ratio units refusals"
 UNIT_KEYS = "name kind layer hidden rank router_hidden keep_ratio recoverability flops parameters"

@@ -63,7 +63,8 @@ def copied(model_folder: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def routed_onnx(base: BaseModel, shake: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from irc.model.routed import RoutingSpec, build_routed
+    from irc.model.build import build_routed
+    from irc.model.routed import RoutingSpec
 
     model = shake(build_routed(base, RoutingSpec(4), "fp32"))
     model.facts["base"] = base
@@ -189,7 +190,7 @@ def test_checkpoint_index(fuzz: Any, copied: Path) -> None:
 
 
 def test_model_config(fuzz: Any, copied: Path) -> None:
-    from irc.model.routed import build_plain
+    from irc.model.build import build_plain
 
     few = Few(2)
 

@@ -14,8 +14,9 @@ import pytest
 
 from irc.bundle import save_bundle
 from irc.export import export
+from irc.model.build import build_routed
 from irc.model.checkpoint import BaseModel
-from irc.model.routed import RoutingSpec, build_routed
+from irc.model.routed import RoutingSpec
 
 
 @pytest.fixture(scope="session")

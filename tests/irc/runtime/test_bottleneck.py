@@ -14,9 +14,10 @@ import torch
 import irc
 from irc.bundle import save_bundle
 from irc.export import export
+from irc.model.build import build_routed
 from irc.model.checkpoint import BaseModel
 from irc.model.flops import unit_flops
-from irc.model.routed import RoutingSpec, build_routed
+from irc.model.routed import RoutingSpec
 from irc.runtime.native import installed_library
 from irc.runtime.session import Runtime
 

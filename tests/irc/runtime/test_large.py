@@ -18,8 +18,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import irc
 from irc.bundle import save_bundle
 from irc.cli import main
+from irc.model.build import build_routed
 from irc.model.checkpoint import find_base
-from irc.model.routed import RoutingSpec, build_routed
+from irc.model.routed import RoutingSpec
 from irc.runtime.session import Runtime
 from tests.irc.forked import Forked
 

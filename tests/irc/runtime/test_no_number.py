@@ -16,8 +16,9 @@ import torch
 from irc.bundle import file_sha256, save_bundle
 from irc.errors import InputError
 from irc.export import export
+from irc.model.build import build_routed
 from irc.model.checkpoint import BaseModel
-from irc.model.routed import RoutingSpec, build_routed
+from irc.model.routed import RoutingSpec
 from irc.runtime.native import installed_library
 from irc.runtime.session import Runtime
 

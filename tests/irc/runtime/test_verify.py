@@ -10,8 +10,9 @@ import onnx
 import pytest
 
 from irc.bundle import save_bundle
+from irc.model.build import build_routed
 from irc.model.checkpoint import BaseModel
-from irc.model.routed import RoutingSpec, build_routed
+from irc.model.routed import RoutingSpec
 
 PROMPT = "def parse(text):\n    "
 

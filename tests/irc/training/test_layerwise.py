@@ -10,9 +10,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from irc.model.build import build_routed
 from irc.model.checkpoint import BaseModel
 from irc.model.paging import MappedPages, released
-from irc.model.routed import RoutedForCausalLM, RoutingSpec, build_routed
+from irc.model.routed import RoutedForCausalLM, RoutingSpec
 from irc.training.closed_form import UnitStatistics, gathering
 from irc.training.layerwise import layer_by_layer, outermost
 

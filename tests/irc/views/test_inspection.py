@@ -14,9 +14,10 @@ from torch import fx
 from irc.bundle import CONFIG, METRICS, save_bundle
 from irc.errors import InputError
 from irc.evaluation_run import open_model
+from irc.model.build import build_plain, build_routed
 from irc.model.checkpoint import BaseModel
 from irc.model.flops import flops_ratio
-from irc.model.routed import RoutedForCausalLM, RoutingSpec, build_plain, build_routed
+from irc.model.routed import RoutedForCausalLM, RoutingSpec
 from irc.views.inspection import inspection, layer_diff, layer_graph, why
 
 # The fixture's Llama: d 32, FFN 48, 4 heads of 8 (2 for keys and values), 61 words, 2 layers, tied head.
@@ -233,6 +234,6 @@ def test_units_that_are_not_routed_are_told(
     monkeypatch.setattr(match, "_ELEMENTWISE", match._ELEMENTWISE - {"silu"})
     model = build_routed(base, RoutingSpec(4))
     assert [unit.kind for unit in model.units] == ["attention", "attention"]
-    told = [record.getMessage() for record in caplog.records if record.name == "irc.model.routed"]
+    told = [record.getMessage() for record in caplog.records if record.name == "irc.model.build"]
     assert len(told) == 1
     assert told[0].startswith("2 submodules are not routed; the first: model.layers.0.mlp: it holds no attention")

@@ -1,0 +1,108 @@
+"""Models from a base on disk: captured, and with untrained routers and forecasters round every unit."""
+
+from __future__ import annotations
+
+import logging
+from typing import cast
+
+import torch
+from torch import nn
+
+from irc.errors import InputError
+from irc.model.architectures import SUPPORTED
+from irc.model.capture import Captured, assign_weights, capture
+from irc.model.checkpoint import BaseModel
+from irc.model.modules import BottleneckRouter, Forecaster, Mux, RoutingControl
+from irc.model.policies import Policy, make_forecaster, make_router, policy_named
+from irc.model.routed import RoutedForCausalLM, RoutingSpec
+from passes.base import PassManager
+from passes.insert_forecasters import InsertForecasters
+from passes.insert_routers import InsertRouters, Reads
+from passes.match import MatchResult, Unit, match_units
+from passes.split_fused_linears import SplitFusedLinears
+
+log = logging.getLogger(__name__)
+
+
+def build_plain(base: BaseModel, dtype: str = "auto", device: str = "cpu") -> RoutedForCausalLM:
+    """Capture a base model without inserting anything."""
+    captured = _captured(base, dtype, device)
+    return _ready(RoutedForCausalLM(captured, match_units(captured.graph), RoutingControl(), None))
+
+
+def build_routed(
+    base: BaseModel, spec: RoutingSpec, dtype: str = "auto", device: str = "cpu", seed: int = 0
+) -> RoutedForCausalLM:
+    """Capture a base model and insert untrained forecasters, routers and muxes round every unit.
+
+    Args:
+        base: Model on disk.
+        spec: What to insert.
+        dtype: `auto` (fp32, for checkpoints of over 2 GB bf16), `fp32`, `fp16` or `bf16`.
+        device: Where it will run.
+        seed: Of the inserted modules' initial weights.
+    """
+    captured = _captured(base, dtype, device)
+    match = match_units(captured.graph)
+    _refuse_without_units(match, base)
+    if match.refusals:
+        first = match.refusals[0]
+        log.warning("%d submodules are not routed; the first: %s: %s", len(match.refusals), first.name, first.reason)
+    for unit in match.units:
+        if spec.rank > unit.width:
+            raise InputError(
+                f"rank is {spec.rank}, {unit.name} has hidden size {unit.width}; give a rank of at most {unit.width}"
+            )
+    policy = policy_named(spec.policy)
+    control = RoutingControl(capacity=1 - spec.sparsity if policy.capacity else None)
+    seeds = {unit.name: spec.seed * 100_003 + index for index, unit in enumerate(match.units)}
+
+    def forecaster(unit: Unit) -> nn.Module:
+        return make_forecaster(policy, unit.width, spec.rank, spec.forecaster).to(device, captured.dtype)
+
+    def router(unit: Unit) -> nn.Module:
+        if spec.reads == "bottleneck" and policy.learns:
+            beside = captured.graph.get_submodule(f"{unit.name}_forecaster")
+            return BottleneckRouter(cast(Forecaster, beside), max(8, unit.width // 4)).to(device, captured.dtype)
+        made = make_router(policy, unit.width, spec.rank, spec.sparsity, seeds[unit.name])
+        return made.to(device, captured.dtype)
+
+    passes = PassManager(
+        [
+            InsertForecasters(forecaster, lambda unit: Mux(unit.name, control)),
+            InsertRouters(router, _source(spec, policy)),
+        ]
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        passes.run(captured.graph)
+    return _ready(RoutedForCausalLM(captured, match, control, spec))
+
+
+def _refuse_without_units(match: MatchResult, base: BaseModel) -> None:
+    if not match.units:
+        near = f" ({match.refusals[0].name}: {match.refusals[0].reason})" if match.refusals else ""
+        raise InputError(
+            f"{base.name}: {base.config.model_type} has no attention or FFN unit that can be routed{near}; "
+            f"convert {SUPPORTED}"
+        )
+
+
+def _source(spec: RoutingSpec, policy: Policy) -> Reads:
+    if spec.reads == "bottleneck":  # its own router takes it from there
+        return "unit"
+    return cast(Reads, spec.reads) if spec.reads else policy.reads
+
+
+def _ready(model: RoutedForCausalLM) -> RoutedForCausalLM:
+    model.train(False)
+    return model
+
+
+def _captured(base: BaseModel, dtype: str, device: str) -> Captured:
+    weights = base.weights()
+    base.check_sizes(weights)
+    captured = capture(base.config, base.dtype(dtype))
+    assign_weights(captured, weights, device)
+    PassManager([SplitFusedLinears()]).run(captured.graph)
+    return captured

@@ -1,0 +1,148 @@
+"""The rewritten model where transformers' users meet it: arguments, outputs, moves, and refusals in a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+
+from irc.bundle import load
+from irc.errors import InputError
+from irc.model.cache import CACHE_NAME
+from irc.model.routed import RoutedForCausalLM
+
+
+@pytest.fixture
+def model(make_routed: Callable[..., RoutedForCausalLM], shake: Any) -> RoutedForCausalLM:
+    routed: RoutedForCausalLM = shake(make_routed())
+    return routed
+
+
+@pytest.mark.parametrize("kept", [1, 5, torch.tensor([0, 7, 3])], ids=["last", "last five", "by index"])
+def test_logits_of_some_tokens_are_those_of_all(
+    model: RoutedForCausalLM, ids: torch.Tensor, kept: int | torch.Tensor
+) -> None:
+    mask = torch.ones_like(ids)
+    mask[1, :6] = 0
+    with torch.no_grad():
+        every, some = model(ids, mask), model(ids, mask, logits_to_keep=kept)
+        with_loss = model(ids, mask, labels=ids, logits_to_keep=kept)
+    index = kept if isinstance(kept, torch.Tensor) else slice(-kept, None)
+    torch.testing.assert_close(some.logits, every.logits[:, index], rtol=0, atol=1e-6)
+    assert torch.equal(with_loss.logits, every.logits[:, index])
+    assert with_loss.loss == model(ids, mask, labels=ids).loss  # of all tokens
+    for one, other in zip(some[CACHE_NAME].layers, every[CACHE_NAME].layers, strict=True):
+        assert torch.equal(one.keys, other.keys)
+        assert torch.equal(one.values, other.values)
+
+
+def test_generation_computes_logits_of_the_last_token_alone(
+    model: RoutedForCausalLM, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, ...]] = []
+    head = model.logits
+    monkeypatch.setattr(model, "logits", lambda states: (asked.append(tuple(states.shape)), head(states))[1])
+    made = model.generate(ids, max_new_tokens=3, do_sample=False)
+    assert asked == [(len(ids), 1, model.config.hidden_size)] * 3
+    with torch.no_grad():
+        for length in range(ids.shape[1], made.shape[1]):
+            assert torch.equal(model(made[:, :length]).logits[:, -1].argmax(-1), made[:, length])
+
+
+def test_a_tuple_where_one_is_asked_for(model: RoutedForCausalLM, ids: torch.Tensor) -> None:
+    loss, logits, cache = model(ids, labels=ids, return_dict=False)
+    output = model(ids, labels=ids)
+    assert (loss == output.loss, torch.equal(logits, output.logits)) == (True, True)
+    assert cache.get_seq_length() == ids.shape[1]
+    assert len(model(ids, use_cache=False, return_dict=False)) == 1
+
+
+def test_positions_of_one_row_are_those_of_every_row(model: RoutedForCausalLM, ids: torch.Tensor) -> None:
+    row = torch.arange(3, 3 + ids.shape[1])[None]
+    assert torch.equal(model(ids, position_ids=row).logits, model(ids, position_ids=row.expand_as(ids)).logits)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "one dimension": ({"input_ids": torch.tensor([1, 2])}, r"input_ids is int64 \[2\]; give int64 \[batch, tokens\]"),
+    "no token": ({"input_ids": torch.ones(1, 0, dtype=torch.int64)}, r"int64 \[1, 0\]; .* at least one token"),
+    "floats": ({"input_ids": torch.ones(1, 2)}, r"input_ids is float32 \[1, 2\]"),
+    "short mask": ({"attention_mask": torch.ones(2, 3)}, r"attention_mask is \[2, 3\], expected \[2, 4\]"),
+    "mask of scores": ({"attention_mask": torch.ones(2, 1, 4, 4)}, r"attention_mask is \[2, 1, 4, 4\], expected"),
+    "other positions": ({"position_ids": torch.ones(2, 3).long()}, r"position_ids is \[2, 3\], expected \[2, 4\]"),
+    "embeddings": ({"inputs_embeds": torch.ones(2, 4, 16)}, "inputs_embeds is not in the captured graph"),
+    "hidden states": ({"output_hidden_states": True}, "output_hidden_states is not in the captured graph"),
+    "attention weights": ({"output_attentions": True}, "output_attentions is not in the captured graph"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_the_graph_cannot_take_or_give_is_refused(model: RoutedForCausalLM, case: str) -> None:
+    given, sentence = REFUSED[case]
+    with pytest.raises(InputError, match=sentence):
+        model(**{"input_ids": torch.ones(2, 4, dtype=torch.int64)} | given)
+
+
+@pytest.mark.parametrize("options", [{"output_hidden_states": True}, {"inputs_embeds": torch.ones(1, 2, 16)}])
+def test_generation_refuses_it_too(model: RoutedForCausalLM, ids: torch.Tensor, options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="is not in the captured graph"):
+        model.generate(ids, max_new_tokens=2, **options)
+
+
+def test_what_is_not_asked_for_is_not_refused(model: RoutedForCausalLM, ids: torch.Tensor) -> None:
+    unasked = {"output_hidden_states": False, "output_attentions": None, "inputs_embeds": None}
+    assert torch.equal(model(ids, **unasked).logits, model(ids).logits)
+
+
+def test_another_data_type_is_refused_and_changes_nothing(model: RoutedForCausalLM, ids: torch.Tensor) -> None:
+    before = model(ids).logits
+    for change in (model.half, model.bfloat16, lambda: model.to(torch.float64), lambda: model.to("cpu", torch.half)):
+        with pytest.raises(InputError, match=r"captured in float32 and stays in it; load the model with dtype='"):
+            change()
+    assert torch.equal(model.float().to("cpu", torch.float32)(ids).logits, before)
+
+
+def test_a_move_takes_the_graphs_along(model: RoutedForCausalLM, ids: torch.Tensor) -> None:
+    def devices(graph: fx.GraphModule) -> set[torch.device]:
+        named = [
+            value
+            for module in graph.modules()
+            for node in (getattr(module, "graph", None) or fx.Graph()).nodes
+            for value in (*node.args, *node.kwargs.values())
+        ]
+        return {value for value in named if isinstance(value, torch.device)}
+
+    model.states(ids)  # a part that was cut before
+    assert devices(model.graph) == {torch.device("cpu")}
+    assert model.to("meta") is model
+    assert devices(model.graph) == {torch.device("meta")}
+    assert model(ids.to("meta"), logits_to_keep=1).logits.shape == (len(ids), 1, model.config.vocab_size)
+    assert model.states(ids.to("meta")).device == torch.device("meta")
+
+
+def test_the_vocabulary_is_the_base_s(model: RoutedForCausalLM, ids: torch.Tensor) -> None:
+    weight = model.graph.get_parameter("model.embed_tokens.weight")
+    assert torch.equal(model.get_input_embeddings()(ids), weight[ids])
+    with pytest.raises(InputError, match="resize the base"):
+        model.resize_token_embeddings(300)
+
+
+def test_a_bundle_is_not_pushed_while_it_is_saved(model: RoutedForCausalLM, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="push_to_hub"):
+        model.save_pretrained(tmp_path / "b", push_to_hub=True)
+    assert not (tmp_path / "b").exists()
+    model.save_pretrained(tmp_path / "b", push_to_hub=False)
+    assert load(tmp_path / "b").spec == model.spec
+
+
+def test_from_pretrained_loads_what_save_pretrained_saves(
+    model: RoutedForCausalLM, ids: torch.Tensor, tmp_path: Path
+) -> None:
+    model.save_pretrained(tmp_path / "b")
+    again = RoutedForCausalLM.from_pretrained(tmp_path / "b", dtype="fp32")
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    with pytest.raises(InputError, match="not a bundle"):
+        RoutedForCausalLM.from_pretrained(tmp_path)
