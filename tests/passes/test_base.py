@@ -39,7 +39,11 @@ class ReplaceModel(Pass):
 
     def __init__(self, result: fx.GraphModule) -> None:
         self.result = result
+        self.given: list[fx.GraphModule] = []
         self.checked: list[fx.GraphModule] = []
+
+    def requires(self, model: fx.GraphModule) -> None:
+        self.given.append(model)
 
     def call(self, model: fx.GraphModule) -> PassResult:
         return PassResult(self.result, True)
@@ -106,10 +110,11 @@ def test_failure_of_the_first_pass_says_that_none_ran(model: fx.GraphModule) -> 
         PassManager([NeedTheMoon()]).run(model)
 
 
-def test_ensures_and_later_passes_see_the_result(model: fx.GraphModule) -> None:
+def test_requires_sees_the_input_ensures_and_later_passes_the_result(model: fx.GraphModule) -> None:
     other = fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2)))
     step = ReplaceModel(other)
     result = PassManager([step, DoNothing()]).run(model)
+    assert step.given == [model]
     assert step.checked == [other]
     assert result.model is other
 

@@ -51,6 +51,52 @@ def test_a_mask_may_be_given_by_name_and_a_scale_left_out(tiny: Callable) -> Non
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("last", [3, -1])
+@torch.no_grad()
+def test_dimensions_may_be_counted_from_either_end(tiny: Callable, last: int) -> None:
+    """Heads are transposed by 1 and 2 or -3 and -2, their halves sliced of dimension 3 or -1."""
+    model = tiny()
+    ids = model.ids(2, 9)
+    before = model.run(ids)
+    changed = {torch.ops.aten.transpose.int: 0, torch.ops.aten.slice.Tensor: 0}
+    for node in _attention(model.graph).nodes:
+        if node.target == torch.ops.aten.slice.Tensor and node.args[0].target == torch.ops.aten.transpose.int:
+            node.args = (node.args[0], last, *node.args[2:])
+        elif node.target == torch.ops.aten.transpose.int:
+            node.args = (node.args[0], *((-3, -2) if last < 0 else (2, 1)))
+        else:
+            continue
+        changed[node.target] += 1
+    assert changed == {torch.ops.aten.transpose.int: 4, torch.ops.aten.slice.Tensor: 4}
+    PassManager(PASSES).run(model.graph)
+    for got, expected in zip(model.run(ids), before, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_heads_may_be_normed_behind_the_transposition(tiny: Callable) -> None:
+    """As they are normed before it in Qwen3: each head by itself."""
+    model = tiny("qwen3")
+    ids = model.ids(2, 9)
+    before = model.run(ids)
+    PassManager([RaiseNorms()]).run(model.graph)
+    graph = _attention(model.graph)
+    norms = [node for node in graph.nodes if node.target == torch.ops.irc.rms_norm.default]
+    assert len(norms) == 2
+    for norm in norms:
+        (turned,) = norm.users
+        source = norm.args[0]
+        turned.args = (source, *turned.args[1:])
+        with graph.inserting_after(turned):
+            behind = graph.call_function(norm.target, (turned, *norm.args[1:]))
+        behind.meta["val"] = turned.meta["val"]
+        turned.replace_all_uses_with(behind, delete_user_cb=lambda user, behind=behind: user is not behind)
+        graph.erase_node(norm)
+    assert PassManager([RaiseAttention()]).run(model.graph).modified
+    for got, expected in zip(model.run(ids), before, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
 def test_golden_attention(tiny: Callable, golden: Callable[[str], str]) -> None:
     graph = tiny("qwen3").graph
     PassManager(PASSES).run(graph)

@@ -145,11 +145,11 @@ def _result_of_scores_read_twice(graph: fx.Graph) -> None:
         graph.call_function(aten.neg.default, (scores,))
 
 
-def _no_output_linear(graph: fx.Graph) -> None:
-    linear = _first(graph, "o_proj")
-    source = linear.args[0]
-    linear.replace_all_uses_with(source)
-    graph.erase_node(linear)
+def _result_of_scores_beside_the_output_linear(graph: fx.Graph) -> None:
+    """The linear reads what the queries read, and the scores' result is one of the unit's own."""
+    linear, output = _first(graph, "o_proj"), next(iter(graph.find_nodes(op="output")))
+    output.args = ([*output.args[0], linear.args[0]],)
+    linear.args = _first(graph, "q_proj").args
 
 
 CHANGES = [
@@ -173,6 +173,7 @@ CHANGES = [
     (_halves_of_tokens, "its rotation takes other halves of 8 features than 0 and 4"),
     (_angles_of_heads, "cosines and sines are not"),
     (_result_of_scores_scaled, "the result of its scores goes through aten.mul.Tensor"),
+    (_result_of_scores_beside_the_output_linear, "the result of its scores does not reach an output linear"),
     (_result_of_scores_read_twice, "the result of its scores goes through aten.scaled_dot_product_attention.default"),
 ]
 

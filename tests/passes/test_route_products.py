@@ -160,17 +160,20 @@ def test_a_submodule_that_is_called_twice_is_left_alone(calls: int) -> None:
 @pytest.mark.parametrize(
     ("results", "taken", "routed"),
     [
-        ("y", None, 2),
-        (("y",), 0, 2),
-        (("x", "y"), 1, 2),
-        (("y", "x"), 1, 1),
-        ("x", None, 0),
-        (("x",), 0, 0),
+        ("y", None, 3),
+        (("y",), 0, 3),
+        (("x", "y"), 1, 3),
+        (("y", "x"), 1, 2),
+        ("x", None, 1),
+        (("x",), 0, 1),
     ],
 )
 @torch.no_grad()
 def test_what_is_on_rows_in_a_submodule_is_on_rows_outside(results: Any, taken: int | None, routed: int) -> None:
-    """The submodule gives y, a linear of the rows, or x, of all tokens; a linear reads what is taken of that."""
+    """The submodule gives y, a linear of the rows, or x, of all tokens; a linear reads what is taken of that.
+
+    Another one, behind it, reads the rows themselves.
+    """
     inside = fx.Graph()
     rows_of, all_of = inside.placeholder("rows_of"), inside.placeholder("all_of")
     made = {"x": inside.call_function(torch.ops.aten.neg.default, (all_of,))}
@@ -184,8 +187,10 @@ def test_what_is_on_rows_in_a_submodule_is_on_rows_outside(results: Any, taken: 
     compacted = graph.call_function(irc.compact.default, (x, rows))
     call = graph.call_module("inner", (compacted, x))
     read = call if taken is None else graph.call_function(operator.getitem, (call, taken))
-    graph.output((graph.call_module("outer", (read,)), graph.call_function(irc.scatter.default, (compacted, rows, x))))
-    model = fx.GraphModule(nn.ModuleDict({"inner": inner, "outer": nn.Linear(4, 4)}), graph)
+    outer, late = graph.call_module("outer", (read,)), graph.call_module("late", (compacted,))
+    graph.output((outer, graph.call_function(irc.scatter.default, (late, rows, x))))
+    linears = {"outer": nn.Linear(4, 4), "late": nn.Linear(4, 4)}
+    model = fx.GraphModule(nn.ModuleDict({"inner": inner, **linears}), graph)
     inputs = torch.randn(2, 3, 4), torch.tensor([[True, False, True], [False, True, True]])
     expected = model(*inputs)
     assert RouteProducts().call(model).modified
