@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from irc.model.build import build_routed
 from irc.model.checkpoint import BaseModel, find_base
 from irc.model.dial import turn_dial
 from irc.model.routed import RoutedForCausalLM, RoutingSpec
-from irc.reading import check_links, first_line
+from irc.reading import check_links, first_line, read_text
 from irc.stage_recipes import LoraRecipe
 from irc.staging import staged
 from irc.training.loop import write_safetensors
@@ -42,6 +43,8 @@ ADAPTER, LORA, METRICS, RECIPE, CARD = (
     "recipe.yaml",
     "README.md",
 )
+
+_UNTITLED = "# An informed-routing bundle\n"
 
 
 def load(
@@ -76,7 +79,7 @@ def load(
         if part.is_dir():
             check_links(part)
     named = config["base"]
-    model_base = find_base(base or named["name"], named.get("revision"), ask_hub=base is not None)
+    model_base = find_base(named["name"] if base is None else base, named.get("revision"), ask_hub=base is not None)
     found = model_base.sha256()
     if found != config["base"]["sha256"]:
         raise InputError(
@@ -90,7 +93,7 @@ def load(
     set_adapter(model, adapter, str(folder))
     if config.get("lora"):
         load_lora(model, folder / LORA, LoraRecipe(**config["lora"]))
-    model.facts.update(base=model_base, bundle=folder, config=config)
+    model.facts.update(base=model_base, bundle=folder, config=config, saved=_made_by(folder))
     if sparsity is not None:
         turn_dial(model, sparsity)
     if config.get("kv_policy", "full") != "full":
@@ -100,6 +103,25 @@ def load(
             calibrated_keep(model),
         )
     return model
+
+
+def check_replaceable(folder: Path) -> None:
+    """Refuse to ever replace what is not a bundle: a mistyped path must not cost a folder.
+
+    Raises:
+        InputError: Something else is there.
+    """
+    if folder.exists() and not (folder / CONFIG).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise InputError(f"{folder}: exists and is not a bundle; give another --output")
+
+
+def _made_by(folder: Path) -> dict[str, str]:
+    """Return what a bundle says of its making, as it stands in its files: recipe, figures, card."""
+    found = {}
+    for name in (RECIPE, METRICS, CARD):
+        with suppress(OSError, ValueError):
+            found[name] = read_text(folder / name)
+    return found
 
 
 def set_adapter(model: RoutedForCausalLM, tensors: dict[str, torch.Tensor], where: str) -> None:
@@ -150,19 +172,43 @@ def save_bundle(
     Args:
         model: Rewritten model with its base in `facts["base"]`.
         folder: Where the bundle goes; a bundle there stays whole until the new one is complete.
-        metrics: Measured figures.
-        recipe: The resolved recipe.
+        metrics: Measured figures; None for those that a loaded bundle came with, while they are of these weights.
+        recipe: The resolved recipe; of a loaded bundle it is that bundle's own.
         card: Text of README.md.
+
+    Raises:
+        InputError: The model is a plain one, or what lies at `folder` is no bundle.
     """
     if model.spec is None:
         raise InputError("a plain model has nothing to save; convert it first")
     config = model.facts.get("config", {})
-    if metrics is None and config:  # of a loaded bundle: what is known of its units stays known
+    again = metrics is None and bool(config)
+    if again:  # of a loaded bundle: what is known of its units stays known
         metrics = {"calibration_keep": {unit["name"]: unit.get("calibration_keep") for unit in config["units"]}}
         metrics["sparsity"] = config.get("sparsity", {})
+    check_replaceable(folder)
     dial = [] if "dial" in model.facts else config.get("dial", [])  # shifts are relative to the thresholds before
     with staged(folder) as staging:
-        write_bundle(model, staging, metrics or {}, recipe or {}, card, dial)
+        written = write_bundle(model, staging, metrics or {}, recipe or {}, card, dial)
+        if again:
+            _write_again(model, staging, written)
+
+
+def _write_again(model: RoutedForCausalLM, folder: Path, written: dict[str, Any]) -> None:
+    """Give the bundle of a loaded model the recipe of the one before, and its figures where nothing has changed."""
+    before, saved = model.facts["config"], model.facts.get("saved", {})
+    parts = ("adapter_sha256", "lora_sha256", "kv_policy", "kv_threshold")
+    changed = "dial" in model.facts or any(written[part] != before.get(part, written[part]) for part in parts)
+    if changed:
+        known = {"data": before.get("data", {}), "seed": before.get("seed")}
+        card = f"{_UNTITLED}\nChanged since its conversion, whose recipe is `{RECIPE}`; not measured.\n"
+        texts = {RECIPE: saved.get(RECIPE), CARD: card}
+    else:
+        known, texts = before | {"base": written["base"]}, saved
+    for name, text in texts.items():
+        if text is not None:
+            _write(folder / name, text)
+    _write(folder / CONFIG, json.dumps(written | known, indent=2) + "\n")
 
 
 def write_bundle(
@@ -172,8 +218,8 @@ def write_bundle(
     recipe: dict[str, Any],
     card: str,
     dial: Sequence[dict[str, Any]] = (),
-) -> None:
-    """Write the files of a bundle into an existing folder."""
+) -> dict[str, Any]:
+    """Write the files of a bundle into an existing folder; returns what its irc_config.json holds."""
     assert model.spec is not None
     base: BaseModel = model.facts["base"]
     key_policy = key_policy_of(model)
@@ -207,8 +253,9 @@ def write_bundle(
     }
     _write(folder / METRICS, json.dumps(metrics, indent=2) + "\n")
     _write(folder / RECIPE, yaml.safe_dump(recipe, sort_keys=False))
-    _write(folder / CARD, card or "# An informed-routing bundle\n")
+    _write(folder / CARD, card or _UNTITLED)
     _write(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    return config
 
 
 def file_sha256(path: Path) -> str:

@@ -14,6 +14,7 @@ from irc.staging import replaced
 
 FORMAT_VERSION = 1  # a bundle of every version up to it loads: tests/data holds one of each
 CONFIG = "irc_config.json"
+_LARGEST = 1e30
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -69,15 +70,21 @@ def _check(config: dict[str, Any]) -> None:
     for unit in config["units"]:
         _texts(unit["name"])
         names.add(unit["name"])
-        for key in ("calibration_keep", "keep_ratio", "recoverability"):
-            if unit.get(key) is not None:
-                _numbers(unit[key])
+        _shares(*(unit[key] for key in ("calibration_keep", "keep_ratio") if unit.get(key) is not None))
+        if unit.get("recoverability") is not None:
+            _numbers(unit["recoverability"])
     for part in ("sparsity", "data"):
         if not isinstance(config.get(part) or {}, dict):
             raise TypeError(f"{part} holds no keys and values")
+    _shares(*(value for value in (config.get("sparsity") or {}).values() if value is not None))
+    data = config.get("data") or {}
+    _texts(*(data[key] for key in ("name", "fingerprint") if key in data))
+    if "seq_len" in data and (type(data["seq_len"]) is not int or data["seq_len"] < 2):
+        raise ValueError(f"data.seq_len is {str(data['seq_len'])[:80]}")
     before = -math.inf
     for point in config.get("dial") or []:
-        _numbers(point["sparsity"], *point["shift"].values(), *point["keep"].values())
+        _numbers(*point["shift"].values())
+        _shares(point["sparsity"], *point["keep"].values())
         if point["sparsity"] < before or not names == point["shift"].keys() == point["keep"].keys():
             raise ValueError("dial is out of order, or of other units")
         before = point["sparsity"]
@@ -91,5 +98,12 @@ def _texts(*values: Any) -> None:
 
 def _numbers(*values: Any) -> None:
     for value in values:
-        if type(value) not in (int, float):
-            raise TypeError(f"{str(value)[:80]} is no number")
+        if type(value) not in (int, float) or not abs(value) < _LARGEST:  # neither is NaN
+            raise TypeError(f"{str(value)[:80]} is no number that can be meant")
+
+
+def _shares(*values: Any) -> None:
+    _numbers(*values)
+    for value in values:
+        if not 0 <= value <= 1:
+            raise ValueError(f"{value:g} is no share between 0 and 1")

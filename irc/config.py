@@ -186,7 +186,7 @@ def load_recipe(path: Path | None, overrides: typing.Sequence[str] = ()) -> Reci
     Raises:
         InputError: The file cannot be read, a key is unknown, or a value has the wrong type.
     """
-    recipe = recipe_from({} if path is None else read_recipe(path))
+    recipe = Recipe() if path is None else recipe_from(read_recipe(path), f"recipe {path}")
     for text in overrides:
         override(recipe, text)
     return recipe
@@ -203,17 +203,20 @@ def override(recipe: Recipe, text: str) -> None:
         InputError: There is no such field, or the value does not fit it.
     """
     key, separator, value = (part.strip() for part in text.partition("="))
-    if not separator:
-        raise InputError(f"--set {text}: expected key=value, such as router.steps=500")
+    if not (key and separator):
+        missing = "the key before = is missing; " if separator else ""
+        raise InputError(f"--set {text}: {missing}expected key=value, such as router.steps=500")
     try:
         parsed = parse(value)
     except ValueError as error:
         raise InputError(f"--set {key}={value[:40]}: the value cannot be read as YAML ({error})") from error
     target: Any = recipe
+    prefix = ""
     *parts, leaf = key.split(".")
-    for part in parts:
-        target = getattr(target, _known(target, part, key))
-    _assign(target, _known(target, leaf, key), parsed, key)
+    with _naming("recipe"):
+        for part in parts:
+            target, prefix = getattr(target, _known(target, part, prefix, key)), f"{prefix}{part}."
+        _assign(target, _known(target, leaf, prefix, key), parsed, key)
 
 
 def recipe_fields(part: Any = None, prefix: str = "") -> list[tuple[str, Any, str]]:
@@ -234,16 +237,26 @@ def text_name(split: str) -> str:
     return "held-out text" if split == "heldout" else f"{split} text"
 
 
-def recipe_from(data: dict[str, Any]) -> Recipe:
-    """Build a recipe from plain data; unknown keys are refused with the nearest right one."""
+def recipe_from(data: dict[str, Any], source: str = "recipe") -> Recipe:
+    """Build a recipe from plain data; unknown keys are refused with the nearest right one, in the name of `source`."""
     recipe = Recipe()
-    _fill(recipe, data, "")
+    with _naming(source):
+        _fill(recipe, data, "")
     return recipe
+
+
+@contextlib.contextmanager
+def _naming(source: str) -> typing.Iterator[None]:
+    """Begin what is refused inside with where it was read."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
 
 
 def _fill(target: Any, data: dict[str, Any], prefix: str) -> None:
     for key, value in data.items():
-        name = _known(target, str(key), prefix + str(key))
+        name = _known(target, str(key), prefix, prefix + str(key))
         current = getattr(target, name)
         if dataclasses.is_dataclass(current):
             if not isinstance(value, dict):
@@ -253,30 +266,34 @@ def _fill(target: Any, data: dict[str, Any], prefix: str) -> None:
             _assign(target, name, value, prefix + str(key))
 
 
-def _known(target: Any, key: str, full: str) -> str:
+def _known(target: Any, key: str, prefix: str, full: str) -> str:
     names = [entry.name for entry in dataclasses.fields(target)] if dataclasses.is_dataclass(target) else []
     if key in names:
         return key
     if not names:
-        raise InputError(f"recipe: unknown key {full}; there is nothing below {full[: full.rfind('.' + key)]}")
+        raise InputError(f"unknown key {full}; there is nothing below {prefix[:-1]}")
     near = difflib.get_close_matches(key, names, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(names)}"
-    raise InputError(f"recipe: unknown key {full}; {hint}")
+    below = f" below {prefix[:-1]}" if prefix else ""
+    hint = f"did you mean {prefix}{near[0]}?" if near else f"known{below} are {', '.join(names)}"
+    raise InputError(f"unknown key {full}; {hint}")
 
 
 def _assign(target: Any, name: str, value: Any, full: str) -> None:
     wanted = typing.get_type_hints(type(target))[name]
     origin: Any = wanted.__origin__ if isinstance(wanted, types.GenericAlias) else wanted
+    if dataclasses.is_dataclass(origin):
+        raise InputError(
+            f"{full} is {shown(value)}, but it is a group of fields; set one of them, such as {full}.steps"
+        )
     if origin is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         with contextlib.suppress(ValueError, OverflowError):
             value = float(value)
     if isinstance(value, int) and abs(value) > _LARGEST_INTEGER:
-        raise InputError(f"recipe: {full} is larger than any that can be meant; give a smaller number")
+        raise InputError(f"{full} is larger than any that can be meant; give a smaller number")
     if (
-        dataclasses.is_dataclass(origin)
-        or not isinstance(value, origin)
+        not isinstance(value, origin)
         or (isinstance(value, bool) and origin is not bool)
         or (wanted == list[str] and not all(isinstance(part, str) for part in value))
     ):
-        raise InputError(f"recipe: {full} is {shown(value)}; expected {getattr(origin, '__name__', origin)}")
+        raise InputError(f"{full} is {shown(value)}; expected {getattr(origin, '__name__', origin)}")
     setattr(target, name, value)

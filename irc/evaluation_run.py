@@ -22,6 +22,7 @@ from irc.model.dial import dial_round, turn_dial
 from irc.model.flops import flops_ratio
 from irc.model.routed import RoutedForCausalLM
 from irc.pipeline import result_metrics
+from irc.reading import check_links
 from irc.training.loop import ProgressFactory
 
 
@@ -41,6 +42,7 @@ def open_model(
     """
     device = find_device(device)
     if (Path(name) / CONFIG).is_file():
+        check_links(Path(name))
         made_with = _saved_recipe(Path(name)).dtype  # so that its figures come out again
         model = load(name, base=base, dtype=made_with if dtype == "auto" else dtype, device=device, sparsity=sparsity)
         if key_policy:
@@ -87,6 +89,8 @@ def run_evaluation(
     for share in sparsities:
         dial_round(model, share)  # likewise
     recipe = _recipe(model)
+    if data is None and model.facts.get("config", {}).get("data") and recipe == Recipe():
+        raise InputError(f"{name}: its {RECIPE} is missing or says nothing, so its text is not known; give --data")
     text = load_text(data or recipe.data)
     if split == "auto":
         known = model.facts.get("config", {}).get("data", {}).get("fingerprint")
@@ -99,7 +103,7 @@ def run_evaluation(
     chosen = pick(windows(stream, length, text.name), recipe.eval_tokens if tokens is None else tokens)
     with progress("evaluate", len(chosen)) as bar:
         result = evaluate(model, chosen, bar)
-    target = model.facts.get("dial", recipe.sparsity) if model.spec else None
+    target = model.facts.get("config", {}).get("sparsity", {}).get("target") if model.spec else None
     figures = result_metrics(model, result, target)
     if kv_thresholds:
         figures["kv_sweep"] = kv_sweep(model, chosen, kv_thresholds, progress)
@@ -140,7 +144,14 @@ def _recipe(model: RoutedForCausalLM) -> Recipe:
 
 def _saved_recipe(folder: Path) -> Recipe:
     path = folder / RECIPE
-    return load_recipe(path if path.is_file() else None)
+    if not path.exists():
+        return Recipe()
+    recipe = load_recipe(path)
+    try:
+        recipe.check()
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    return recipe
 
 
 def _documents(text: TextSource, split: str) -> list[Any]:

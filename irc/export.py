@@ -77,6 +77,8 @@ def export(
         _check_output(output, force)
     except OSError as error:
         raise cannot_write(output, error) from error
+    if dump_dir is not None and dump_dir.resolve().is_relative_to(output.resolve()):
+        raise InputError(f"--dump-dir {dump_dir}: lies in the output, which is replaced; give a folder beside it")
     if layout not in LAYOUTS:
         raise InputError(f"layout is '{layout}'; choose from {', '.join(LAYOUTS)}")
     if ops_library is not None and layout != "triton":

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 
-from irc.bundle import CONFIG, write_bundle
+from irc.bundle import check_replaceable, write_bundle
 from irc.card import model_card
 from irc.config import Recipe, text_name
 from irc.data import Split, TextSource, load_text, pick, token_stream, windows
@@ -19,19 +19,19 @@ from irc.dtypes import short_name
 from irc.errors import InputError, IrcError
 from irc.evaluate import Evaluation, evaluate
 from irc.key_policy import KeyPolicy, kv_facts, set_key_policy
+from irc.memory import enough_memory
 from irc.model.build import build_routed
 from irc.model.checkpoint import BaseModel, find_base
 from irc.model.policies import policy_named
 from irc.model.routed import RoutedForCausalLM, RoutingSpec
-from irc.reading import read_json
-from irc.staging import staged
+from irc.resuming import check_same_inputs, finished, located
+from irc.staging import check_place, staged
 from irc.training.calibrate import dial_points
 from irc.training.loop import ProgressFactory, silent
 from irc.training.sharding import check_batches, own_device
 from irc.training.stage_cache import StageCache
 from irc.training.stages import StageContext, check_text, prepare, run_lff, run_lora, run_router
 from irc.workspace import (
-    check_same_recipe,
     drop,
     held,
     is_main_process,
@@ -108,14 +108,12 @@ def convert(
         The metrics, as written to metrics.json.
     """
     recipe = resolve(recipe)
+    check_place(output)
     if resume and (output / "metrics.json").is_file() and not work_folder(output).exists():
-        check_same_recipe(recipe, output / "recipe.yaml")
-        drop(work_folder(output))
-        try:
-            return read_json(output / "metrics.json")
-        except ValueError as error:
-            raise InputError(f"{output / 'metrics.json'}: damaged ({error}); start over with --force") from error
-    _check_output(output)
+        measured = finished(recipe, output)
+        drop(work_folder(output))  # what a killed removal left
+        return measured
+    check_replaceable(output)
     if output.exists() and not force and not resume:
         raise InputError(f"{output}: exists already; --force replaces it, --resume continues it")
     seen = progress if is_main_process() else silent
@@ -123,19 +121,16 @@ def convert(
     check_batches(recipe, {stage for stage in recipe.stages if resume and stage_figures(conversion.work, stage)})
     read_inputs(conversion)
     with held(conversion.work, recipe, force=force, resume=resume):
+        if is_main_process():
+            check_same_inputs(conversion.work, conversion.base, conversion.text)
         for name, phase in PHASES:
             started = time.monotonic()
-            phase(conversion)
+            with enough_memory(recipe):
+                phase(conversion)
             conversion.seconds[name] = time.monotonic() - started
             log.debug("phase %s ended after %.1f s", name, conversion.seconds[name])
         finish(conversion)
     return conversion.metrics
-
-
-def _check_output(output: Path) -> None:
-    """Refuse to ever replace what is not a bundle: a mistyped path must not cost a folder."""
-    if output.exists() and not (output / CONFIG).is_file() and not (output.is_dir() and not any(output.iterdir())):
-        raise InputError(f"{output}: exists and is not a bundle; give another --output")
 
 
 def resolve(recipe: Recipe) -> Recipe:
@@ -243,11 +238,12 @@ def finish(conversion: Conversion) -> None:
         return
     try:
         with staged(conversion.output) as staging:
-            recipe = conversion.recipe.to_dict()
+            recipe = located(conversion.recipe).to_dict()
             card = model_card(conversion.metrics, conversion.recipe)
             write_bundle(conversion.model, staging, conversion.metrics, recipe, card, conversion.dial)
     except IrcError as error:
-        raise type(error)(f"{error}, with --resume: the work is kept") from error
+        said = str(error).removesuffix("; give another --output")
+        raise type(error)(f"{said}; then --resume finishes it, with the same --output: the work is kept") from error
     drop(conversion.work)
 
 

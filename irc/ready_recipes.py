@@ -11,7 +11,7 @@ import yaml
 
 from irc.errors import InputError
 from irc.reading import read_text
-from irc.reading_yaml import parse
+from irc.reading_yaml import parse, shown
 
 SHARES = (25, 40, 70)
 
@@ -31,20 +31,28 @@ def read_recipe(name: Path) -> dict[str, Any]:
         InputError: There is no such recipe or file, or it holds no keys and values.
     """
     stem, share = _split(str(name))
-    if stem in _stems() and not name.exists():
+    if stem in _stems() and not name.is_file():
         text = (resources.files("irc") / "recipes" / f"{stem}.yaml").read_text(encoding="utf-8")
         found: dict[str, Any] = yaml.safe_load(text)
         return found if share is None else {**found, "sparsity": share / 100}
     try:
-        data = parse(read_text(name)) or {}
+        data = parse(read_text(name))
     except FileNotFoundError as error:
-        ready = f"the ready ones are {', '.join(_stems())}, each with -{', -'.join(map(str, SHARES))}"
-        raise InputError(f"recipe {name}: cannot be read: there is no such file; {ready}") from error
+        raise InputError(f"recipe {name}: cannot be read: there is no such file; {_ready()}") from error
+    except IsADirectoryError as error:
+        raise InputError(f"recipe {name}: it is a folder; give a YAML file or a ready recipe; {_ready()}") from error
     except (OSError, ValueError) as error:
         raise InputError(f"recipe {name}: cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(data, dict):
-        raise InputError(f"recipe {name}: expected keys and values, found {type(data).__name__}")
+        instead = "it is empty" if data is None else f"found {shown(data)}"
+        raise InputError(
+            f"recipe {name}: holds no keys and values ({instead}); expected keys and values, such as sparsity: 0.25"
+        )
     return data
+
+
+def _ready() -> str:
+    return f"the ready ones are {', '.join(_stems())}, each with -{', -'.join(map(str, SHARES))}"
 
 
 def _split(name: str) -> tuple[str, int | None]:

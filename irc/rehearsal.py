@@ -15,8 +15,10 @@ from typing import Any
 import torch
 
 from irc.config import Recipe
+from irc.dtypes import BYTES
 from irc.errors import IrcError
 from irc.evaluate import evaluate
+from irc.memory import enough_memory, less_of_it
 from irc.pipeline import STAGE_RUNNERS, Conversion, capture_and_rewrite, read_inputs, resolve
 from irc.training.loop import ProgressFactory, silent
 from irc.training.stages import StageContext
@@ -47,16 +49,15 @@ def rehearse(recipe: Recipe, output: Path, progress: ProgressFactory) -> dict[st
         conversion = Conversion(recipe, output, Path(folder), progress)
         read_inputs(conversion)
         free = _free_memory(recipe.device)
+        _refuse_hopeless(conversion, free)
         started = time.monotonic()
-        try:
+        with enough_memory(recipe):
             capture_and_rewrite(conversion)
             phases = [
                 ("capture", time.monotonic() - started),
                 *_stages(conversion),
                 ("evaluate", _evaluate(conversion)),
             ]
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            raise IrcError(f"{recipe.model}: does not fit into memory; {_less(recipe)}") from error
     weights = sum(
         p.numel() * p.element_size() for p in conversion.model.adapter_parameters("router", "forecaster").values()
     )
@@ -76,6 +77,19 @@ def rehearse(recipe: Recipe, output: Path, progress: ProgressFactory) -> dict[st
             for kind in needed
         },
     }
+
+
+def _refuse_hopeless(conversion: Conversion, free: float) -> None:
+    """Refuse batches whose states alone, that every layer keeps for the backward pass, take more than there is."""
+    recipe, config = conversion.recipe, conversion.base.config
+    for stage in ("router", "lora"):
+        batch = getattr(recipe, stage).batch_size
+        states = batch * recipe.seq_len * config.hidden_size * config.num_hidden_layers * BYTES[recipe.dtype] / 2**20
+        if stage in recipe.stages and states > free:
+            raise IrcError(
+                f"{recipe.model}: does not fit into memory: {stage}.batch_size {batch} takes {states:,.0f} MiB at "
+                f"least, {free:,.0f} are free; {less_of_it(recipe)}"
+            )
 
 
 def _states(conversion: Conversion) -> float:
@@ -148,10 +162,3 @@ def _free_memory(device: str) -> float:
 def _existing(path: Path) -> Path:
     path = path.absolute()
     return path if path.exists() else _existing(path.parent)
-
-
-def _less(recipe: Recipe) -> str:
-    wishes = ["smaller router.batch_size and lff.batch_size", "a shorter --seq-len"]
-    if not recipe.activation_checkpointing:
-        wishes.append("activation_checkpointing=true")
-    return "try " + ", ".join(wishes)

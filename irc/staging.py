@@ -31,8 +31,7 @@ def staged(folder: Path) -> Iterator[Path]:
         IrcError: The disk is full.
     """
     place = folder.resolve()
-    if Path.cwd().is_relative_to(place):
-        raise InputError(f"{folder}: is the working folder or holds it; give a folder inside it by --output")
+    check_place(folder)
     made = [parent for parent in place.parents if not parent.exists()]
     # Named before it is made, so that a signal at any moment finds what to remove; no two names are alike.
     staging = place.with_name(f".{place.name[:80]}.{secrets.token_hex(8)}.new")
@@ -48,6 +47,16 @@ def staged(folder: Path) -> Iterator[Path]:
         if isinstance(error, OSError):
             raise cannot_write(folder, error) from error
         raise
+
+
+def check_place(folder: Path) -> None:
+    """Refuse the working folder, and what holds it, as a place that is replaced.
+
+    Raises:
+        InputError: It is.
+    """
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise InputError(f"{folder}: is the working folder or holds it; give a folder inside it by --output")
 
 
 def replace_folder(staging: Path, folder: Path) -> None:

@@ -15,16 +15,14 @@ import yaml
 from safetensors.torch import load_file
 
 from irc.bundle import adapter_tensors, set_adapter
-from irc.config import Recipe, recipe_from
+from irc.config import Recipe
 from irc.errors import InputError
 from irc.model.routed import RoutedForCausalLM
-from irc.reading import first_line, read_json, read_text
-from irc.reading_yaml import parse
+from irc.reading import first_line, read_json
+from irc.resuming import INPUTS, check_same_recipe, located
 from irc.staging import cannot_write, write_whole
 from irc.training.loop import write_safetensors
 from irc.training.lora import load_lora, save_lora
-
-_FREE_TO_CHANGE = frozenset({"checkpoint_seconds"})
 
 
 def is_main_process() -> bool:
@@ -67,11 +65,11 @@ def held(work: Path, recipe: Recipe, *, force: bool, resume: bool) -> Iterator[N
             work.mkdir(exist_ok=True)
             if resume and saved.exists():
                 check_same_recipe(recipe, saved)
-            write_whole(saved, yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+            write_whole(saved, yaml.safe_dump(located(recipe).to_dict(), sort_keys=False))
             try:
                 yield
             except BaseException:
-                if work.is_dir() and [path.name for path in work.iterdir()] == [saved.name]:
+                if work.is_dir() and {path.name for path in work.iterdir()} <= {saved.name, INPUTS}:
                     shutil.rmtree(work)  # nothing to continue
                 raise
     except OSError as error:
@@ -121,21 +119,6 @@ def _lock(opened: TextIO, path: Path) -> None:
             f"{path.name}: another irc convert{f' (process {who})' if who else ''} is writing to this output; wait "
             "for it, or end it"
         ) from error
-
-
-def check_same_recipe(recipe: Recipe, saved: Path) -> None:
-    """Refuse to continue work that was begun with other settings, naming the first that differs."""
-    try:
-        before = recipe_from(parse(read_text(saved))).to_dict()
-    except (OSError, ValueError, InputError, AttributeError) as error:
-        raise InputError(f"{saved}: damaged, or of another version; start over with --force") from error
-    for key, value in recipe.to_dict().items():
-        automatic = (key, value) in (("rank", 0), ("dtype", "auto"))
-        if key not in _FREE_TO_CHANGE and not automatic and before.get(key) != value:
-            raise InputError(
-                f"{saved.parent}: was begun with {key} = {before.get(key)}, now it is {value}; "
-                "give the same settings with --resume, or start over with --force"
-            )
 
 
 def stage_figures(work: Path, stage: str) -> dict[str, Any] | None:

@@ -38,10 +38,14 @@ def command(folder: Path, prompt: str, as_json: bool, max_tokens: int, stop: tup
     sampling.check()
     generator = Generator(Runtime(folder, provider, ops=ops))
     generator.encode(prompt)  # refuses what cannot be continued before anything is printed
-    if not as_json:
-        console.stream(prompt, style="dim")
     emit: Callable[[str], None] = (lambda _: None) if as_json else console.stream
-    result = generator.generate(prompt, max_tokens=max_tokens, sampling=sampling, stop=stop, emit=emit)
+    try:
+        if not as_json:
+            console.stream(prompt, style="dim")
+        result = generator.generate(prompt, max_tokens=max_tokens, sampling=sampling, stop=stop, emit=emit)
+    except BaseException:
+        emit("\n")  # the error is a line of its own
+        raise
     figures = {
         "provider": generator.runtime.provider,
         "ops": generator.runtime.ops,

@@ -103,6 +103,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from irc import console
 
     console.set_json_mode(False)
+    if sys.stderr is None:  # the caller closed it (2>&-)
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (for as long as the process lives)
+    if sys.stdout is None:
+        console.fail("stdout is closed, so there is nowhere to write; send it to a file, or to /dev/null")
+        return 1
     _quiet_libraries()
     session = Session()
     _end_cleanly()

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,15 +24,16 @@ from irc import __version__
 from irc.bundle import METRICS, RECIPE
 from irc.compare.cells import Cell, Plan, plan_facts
 from irc.compare.results import summarize
+from irc.compare.saved import check_same, read_figures
 from irc.config import Recipe
 from irc.data import load_text
 from irc.errors import InputError, IrcError
 from irc.evaluation_run import run_evaluation
 from irc.model.checkpoint import find_base
 from irc.pipeline import convert, resolve
+from irc.resuming import check_same_recipe
 from irc.staging import write_whole
 from irc.training.loop import ProgressFactory
-from irc.workspace import check_same_recipe
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ def compare(
     with progress("cells", len(cells)) as bar:
         for done, name in enumerate(_made(cells, recipes, output, progress, jobs), start=1):
             bar.update(done, newest=name)
-    rows = [_row(cell, output) for cell in cells]
+    rows = [_row(cell, output, recipes[cell.name].stages) for cell in cells]
     sweeps = _sweeps(plan, cells, output, recipe.eval_split, progress, kv_thresholds)
     results = {
         **facts,
@@ -108,27 +109,13 @@ _PER_CELL = ("policy", "sparsity", "seed", "stages", "checkpoint_seconds")
 def _open(output: Path, facts: dict[str, Any], *, resume: bool, force: bool) -> None:
     """Make the folder, or check that it holds a comparison of the same model, text and recipe."""
     path = output / MANIFEST
-    if output.exists() and any(output.iterdir()):
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         if not path.is_file():
             raise InputError(f"{output}: exists and is not a comparison; give another --output")
         if not (resume or force):
             raise InputError(f"{output}: a comparison lies here; --resume continues it, --force starts over")
     if path.is_file() and resume:
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-            known = {key: before[key] for key in ("base_identity", "data", "recipe")}
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: damaged; start over with --force") from error
-        if known["base_identity"] != facts["base_identity"]:
-            raise InputError(f"{output}: compares {before.get('model')}, another model; give another --output")
-        if known["data"]["fingerprint"] != facts["data"]["fingerprint"]:
-            raise InputError(f"{output}: was made on another text ({known['data']['name']}); give another --output")
-        for key, value in facts["recipe"].items():
-            if known["recipe"].get(key) != value:
-                raise InputError(
-                    f"{output}: was begun with {key} = {known['recipe'].get(key)}, now it is {value}; give the same "
-                    "settings with --resume, or another --output"
-                )
+        check_same(path, facts)
     try:
         if force and not resume:
             _remove(output)
@@ -218,25 +205,19 @@ def _convert_apart(recipe: Recipe, folder: Path, jobs: int, running: set[subproc
     written.unlink(missing_ok=True)
 
 
-def _row(cell: Cell, output: Path) -> dict[str, Any]:
+def _row(cell: Cell, output: Path, stages: Sequence[str]) -> dict[str, Any]:
     """Return a cell's figures from its bundle."""
-    path = _folder(output, cell) / METRICS
-    try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
-        wanted = ("perplexity", "sparsity", "flops_ratio", "units", "seconds", "stages")
-        return {
-            "name": cell.name,
-            "policy": cell.policy,
-            "sparsity": cell.sparsity,
-            "seed": cell.seed,
-            "lora": cell.lora,
-            "variant": cell.variant,
-            "swept": cell.swept,
-            "changes": list(cell.changes),
-            "figures": {key: metrics[key] for key in wanted} | {"tokens": metrics["data"]["tokens"]},
-        }
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: damaged; delete {_folder(output, cell)} and use --resume") from error
+    return {
+        "name": cell.name,
+        "policy": cell.policy,
+        "sparsity": cell.sparsity,
+        "seed": cell.seed,
+        "lora": cell.lora,
+        "variant": cell.variant,
+        "swept": cell.swept,
+        "changes": list(cell.changes),
+        "figures": read_figures(_folder(output, cell) / METRICS, stages),
+    }
 
 
 def _sweeps(

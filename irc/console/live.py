@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.console import Console
+from rich.measure import Measurement
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Column
+from rich.text import Text
 
 from irc.console.layout import cell_text
 from irc.console.output import messages, note
@@ -15,7 +19,8 @@ from irc.console.output import messages, note
 LOG_INTERVAL = 10.0
 """Least seconds between two lines of a running loop where stderr is no terminal."""
 
-_ROOM_FOR_BAR = 90
+_ROOM_FOR_BAR = 100
+_ROOM_FOR_TIME = 10
 
 
 class ProgressBar(Protocol):
@@ -29,8 +34,9 @@ class ProgressBar(Protocol):
 def progress(description: str, total: int) -> Iterator[ProgressBar]:
     """Show how far a loop is, on stderr.
 
-    A terminal gets a live bar with the newest figures and the time left (in a narrow one the bar is
-    left out); anything else one plain line at most every 10 s and one when the loop ends well.
+    A terminal gets a live bar with the newest figures and the time left; in a narrow one the bar is left
+    out, then figures from the end, then the time, never the name and the count. Anything else gets one
+    plain line at most every 10 s and one when the loop ends well.
 
     Args:
         description: What is running.
@@ -42,12 +48,56 @@ def progress(description: str, total: int) -> Iterator[ProgressBar]:
         yield lines
         lines.close()
         return
-    columns: list[ProgressColumn] = [TextColumn("{task.description}", markup=False)]
+    live = Progress(*_columns(console, description, total), console=console)
+    with _shown(live):
+        yield _LiveProgress(live, description, total)
+
+
+@contextmanager
+def _shown(live: Progress) -> Iterator[None]:
+    """Show a display; the cursor is back however it ends, also by Ctrl-C amid its start, which rich forgets."""
+    try:
+        live.start()
+        yield
+        live.stop()
+    except BaseException:
+        try:
+            with suppress(IndexError):  # rich takes back what an unfinished start may not have done
+                live.stop()
+        finally:
+            live.console.show_cursor(True)
+        raise
+
+
+def _columns(console: Console, description: str, total: int) -> list[ProgressColumn]:
+    """Return what a line shows in a terminal of this width; a name too long for it is broken."""
+    columns: list[ProgressColumn] = [TextColumn("{task.description}", markup=False, table_column=Column())]
     if console.width >= _ROOM_FOR_BAR:
         columns.append(BarColumn(bar_width=20))
-    columns += [MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[figures]}", markup=False)]
-    with Progress(*columns, console=console) as live:
-        yield _LiveProgress(live, description, total)
+    columns.append(MofNCompleteColumn(table_column=Column(no_wrap=True)))
+    if console.width >= len(f"{description} {total}/{total}") + _ROOM_FOR_TIME:
+        columns.append(TimeRemainingColumn(table_column=Column(no_wrap=True)))
+    return [*columns, _FiguresColumn(console, columns)]
+
+
+class _FiguresColumn(ProgressColumn):
+    """The newest figures, as many as the line has room for beside other columns."""
+
+    def __init__(self, console: Console, others: Sequence[ProgressColumn]) -> None:
+        super().__init__(table_column=Column(no_wrap=True))
+        self._console, self._others = console, others
+
+    def render(self, task: Task) -> Text:
+        """Show figures from the first on."""
+        options = self._console.options
+        taken = sum(Measurement.get(self._console, options, column(task)).maximum + 1 for column in self._others)
+        shown = Text()
+        for figure in task.fields["figures"]:
+            longer = Text("  ").join([shown, Text(figure)]) if shown else Text(figure)
+            if taken + longer.cell_len > options.max_width:
+                break
+            shown = longer
+        return shown
 
 
 class _LiveProgress:
@@ -55,10 +105,10 @@ class _LiveProgress:
 
     def __init__(self, live: Progress, description: str, total: int) -> None:
         self._live = live
-        self._task = live.add_task(description, total=total, figures="")
+        self._task = live.add_task(description, total=total, figures=[])
 
     def update(self, step: int, **figures: float | str) -> None:
-        self._live.update(self._task, completed=step, figures="  ".join(_figures(figures)))
+        self._live.update(self._task, completed=step, figures=_figures(figures))
 
 
 class _LineProgress:

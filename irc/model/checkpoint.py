@@ -145,7 +145,11 @@ class BaseModel:
                 pages.release([tensor])
 
     def sha256(self) -> str:
-        """Return the SHA-256 over all shards in order."""
+        """Return the SHA-256 over all shards in order, as they are when it is asked for first."""
+        return self._sha256
+
+    @cached_property
+    def _sha256(self) -> str:
         digest = hashlib.sha256()
         for shard in self.shards:
             with shard.open("rb") as opened:

@@ -17,6 +17,13 @@ ELEMENTS = {
     "fp16": onnx.TensorProto.FLOAT16,
     "bf16": onnx.TensorProto.BFLOAT16,
 }
+# As a session calls the types of its inputs, and as we do.
+TYPE_NAMES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(bfloat16)": "bfloat16",
+    "tensor(int64)": "int64",
+}
 _STEP = 64  # places are reserved in multiples of it
 
 

@@ -45,6 +45,8 @@ class Sampling:
             raise InputError(f"top_k is {self.top_k}; give 0 (all) or more")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p is {self.top_p}; give a share above 0, at most 1")
+        if self.seed < 0:
+            raise InputError(f"seed is {self.seed}; give 0 or more")
 
 
 @dataclass
@@ -106,7 +108,7 @@ class Generator:
         """Return the ids of a prompt.
 
         Raises:
-            InputError: It is no valid text, has no token, or fills the model's context.
+            InputError: It is no valid text, has no token or one that the model does not know, or fills its context.
         """
         try:
             prompt.encode("utf-8")
@@ -114,6 +116,11 @@ class Generator:
             raise InputError(f"the prompt is not valid UTF-8 (character {error.start}); give text") from error
         ids: list[int] = self.tokenizer(prompt)["input_ids"]
         self._room(ids, 0)
+        if max(ids) >= self.runtime.vocabulary:
+            raise InputError(
+                f"{self.runtime.exported.folder}: the tokenizer makes the id {max(ids)} of the prompt, the model's "
+                f"vocabulary ends at {self.runtime.vocabulary - 1}: it is another model's; export again"
+            )
         return ids
 
     def _room(self, ids: Sequence[int], wanted: int) -> int:

@@ -12,10 +12,11 @@ import onnx
 from numpy.typing import NDArray
 
 from exporters.onnx import PAST, PRESENT
+from irc.dtypes import LONG_NAMES
 from irc.errors import InputError
 from irc.reading import first_line
 from irc.runtime.additions import DIFFERENCES, FIRST, FORCED, add_decisions, add_first_token
-from irc.runtime.cache import PROVIDERS, Cache, CacheLayout, PlacedCache, onnxruntime, session_options
+from irc.runtime.cache import PROVIDERS, TYPE_NAMES, Cache, CacheLayout, PlacedCache, onnxruntime, session_options
 from irc.runtime.check import check_decisions, read_model
 from irc.runtime.folder import MANIFEST, OnnxFolder, open_folder
 from irc.runtime.native import CHOICES, NativeLibrary, choose_library, load_library
@@ -87,7 +88,7 @@ class Runtime:
             raise InputError(f"{folder}: ONNX Runtime cannot load it ({first_line(error, 300)})") from error
         self._forced = forced and bool(self.exported.decisions)
         self._layout = self._checked_cache(folder)
-        self._vocabulary = self._read_vocabulary(folder)
+        self.vocabulary = self._read_vocabulary(folder)
         self._outputs = ["logits", *([DIFFERENCES] if self.exported.decisions else [])]
         can = library is not None and library.cache_with_room and self.exported.counts_past_by_mask
         self.in_place = can and routed_attention == self._layout.layers
@@ -113,8 +114,9 @@ class Runtime:
 
     def _checked_cache(self, folder: Path) -> CacheLayout:
         """Hold the model's cache against what `irc.json` says of it."""
-        cache = self.exported.cache
-        found = {value.name: value.shape for value in self._session.get_inputs() if value.name.startswith(PAST)}
+        cache, dtype = self.exported.cache, self.exported.dtype
+        inputs = [value for value in self._session.get_inputs() if value.name.startswith(PAST)]
+        found = {value.name: value.shape for value in inputs}
         described = 2 * cache.layers + len(cache.reduced)
         if len(found) != described:
             raise InputError(
@@ -131,9 +133,15 @@ class Runtime:
             or any(len(shape) != 4 or [shape[1], shape[3]] != [cache.heads, cache.size] for shape in shapes)
         ):
             raise InputError(f"{folder}: the model's cache is not the one that irc.json describes; export again")
+        expected = dict.fromkeys(past[: 2 * cache.layers], LONG_NAMES[dtype])
+        for value in inputs:
+            name, taken = value.name, TYPE_NAMES.get(value.type, value.type)
+            if taken != expected.get(name, "int64"):
+                raise InputError(
+                    f"{folder / MANIFEST}: says {dtype}, the model takes {taken} for {name}: damaged; export again"
+                )
         context = self.exported.manifest.get("context_length")
-        dtype, device = self.exported.dtype, self.provider
-        return CacheLayout(past, present, cache.layers, cache.heads, cache.size, dtype, device, context)
+        return CacheLayout(past, present, cache.layers, cache.heads, cache.size, dtype, self.provider, context)
 
     def _read_vocabulary(self, folder: Path) -> int:
         """Return how many ids the model knows, as many as it has logits."""
@@ -189,9 +197,9 @@ class Runtime:
                 f"{cache.batch} sequences"
             )
         smallest, largest = int(ids.min()), int(ids.max())
-        if smallest < 0 or largest >= self._vocabulary:
+        if smallest < 0 or largest >= self.vocabulary:
             wrong = smallest if smallest < 0 else largest
-            raise InputError(f"ids hold {wrong}; the model's vocabulary has the ids 0 to {self._vocabulary - 1}")
+            raise InputError(f"ids hold {wrong}; the model's vocabulary has the ids 0 to {self.vocabulary - 1}")
         ids, mask = ids.astype(np.int64, copy=False), mask.astype(np.int64, copy=False)
         units = len(self.exported.decisions)
         if self._forced and (execute is None or execute.shape != (units, *ids.shape) or execute.dtype != np.bool_):

@@ -240,7 +240,10 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: di
     """Write a safetensors file whole or not at all: a temporary file beside it, synced, then renamed."""
     partial = path.with_name(path.name + ".tmp")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode  # as of every file: safetensors makes its own for nobody else to read
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial, metadata)
+        partial.chmod(mode)
         with partial.open("rb") as opened:
             os.fsync(opened.fileno())
         os.replace(partial, path)

@@ -189,7 +189,7 @@ SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "negative rank": (["--rank", "-1"], ("rank is -1",)),
     "context": (["--seq-len", "65"], ("65", "context is 64")),
     "one token": (["--seq-len", "1"], ("--seq-len",)),
-    "unknown key": (["--set", "router.stepps=5"], ("unknown key router.stepps", "did you mean steps?")),
+    "unknown key": (["--set", "router.stepps=5"], ("unknown key router.stepps", "did you mean router.steps?")),
     "unknown part": (["--set", "routr.steps=5"], ("unknown key routr.steps", "did you mean router?")),
     "nothing below": (["--set", "data.seq_len=5"], ("unknown key data.seq_len", "nothing below data")),
     "no YAML": (["--set", "seed={"], ("--set seed={", "cannot be read as YAML")),

@@ -152,6 +152,19 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "wrong base": (lambda b: edit(b, lambda c: c["base"].update(sha256="0" * 64)), "point --base to the right model"),
     "base has gone": (lambda b: edit(b, lambda c: c["base"].update(name="/nowhere/x")), "no such model folder"),
+    "a share of 1e390": (
+        lambda b: edit(b, lambda c: c["units"][0].update(keep_ratio=10**390)),
+        "is no number that can be meant",
+    ),
+    "a share that is no number": (
+        lambda b: edit(b, lambda c: c["units"][0].update(keep_ratio=float("nan"))),
+        "nan is no number",
+    ),
+    "a share of two": (lambda b: edit(b, lambda c: c["units"][0].update(keep_ratio=2)), "2 is no share"),
+    "target is text": (lambda b: edit(b, lambda c: c.update(sparsity={"target": "x"})), "x is no number"),
+    "window is text": (lambda b: edit(b, lambda c: c.update(data={"seq_len": "abc"})), "data.seq_len is abc"),
+    "window of one": (lambda b: edit(b, lambda c: c.update(data={"seq_len": 1})), "data.seq_len is 1"),
+    "text is a number": (lambda b: edit(b, lambda c: c.update(data={"name": 3})), "3 is no text"),
     "unknown lora key": (lambda b: edit(b, lambda c: c.update(lora={"odd": 1})), "damaged"),
     "lora has gone": (lambda b: edit(b, lambda c: c.update(lora={"rank": 2})), "lora"),
 }

@@ -227,6 +227,26 @@ def test_a_closed_pipe_ends_quietly() -> None:
     assert done.stdout.strip() in ("0", "1")
 
 
+def with_closed(stream: str, arguments: str) -> subprocess.CompletedProcess[str]:
+    command = f'"{sys.executable}" -c "{START}sys.exit(code)" {arguments} {stream}>&-'
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize("arguments", ["env --json", "--help", "inspect nowhere"])
+def test_a_closed_stdout_is_one_sentence(arguments: str) -> None:
+    done = with_closed("1", arguments)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "error: stdout is closed, so there is nowhere to write; send it to a file, or to /dev/null\n"
+    )
+
+
+def test_a_closed_stderr_costs_no_result() -> None:
+    done = with_closed("2", "--help")
+    assert done.returncode == 0
+    assert done.stdout.startswith("Usage: irc ")
+
+
 def test_fields_of_a_recipe_as_json(irc_main: Any) -> None:
     for arguments in (("--fields", "--json"), ("--json", "--fields")):
         fields = irc_main("convert", *arguments).json["fields"]

@@ -172,6 +172,50 @@ def test_progress_on_a_terminal_is_live_and_lines_pass_above_it(width: int) -> N
     assert ("━" in plain) == (width == 120)
 
 
+@pytest.mark.parametrize(
+    ("width", "figures"),
+    [
+        (80, r" +[-\d:]+ +loss 1\.409  cosine 0\.8055  tokens/s 5,123"),
+        (60, r" +[-\d:]+ +loss 1\.409  cosine 0\.8055"),
+        (45, r" +[-\d:]+ +loss 1\.409"),
+        (40, r" +[-\d:]+"),
+        (25, ""),
+    ],
+)
+def test_progress_in_a_narrow_terminal_keeps_name_and_count(width: int, figures: str) -> None:
+    code = (
+        "with progress('lff statistics', 200) as p:\n    p.update(99, loss=1.409, cosine=0.8055, tokens_per_s=5123.0)"
+    )
+    shown = in_terminal(code, COLUMNS=str(width), NO_COLOR="1")
+    last = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", shown).split("\r")[-1].rstrip()
+    assert re.fullmatch(rf"lff statistics +99/200{figures}", last), last
+    assert len(last) <= width
+
+
+@pytest.mark.parametrize(
+    "moment",
+    ["console.Console.set_live", "live.Live._enable_redirect_io", "live.Live.refresh", "live._RefreshThread.start"],
+)
+def test_an_interrupt_as_the_bar_starts_or_ends_leaves_the_cursor_shown(moment: str) -> None:
+    owner, _, name = moment.rpartition(".")
+    code = f"""
+import rich.console, rich.live
+right = rich.{moment}
+def interrupted(*arguments, **options):
+    rich.{owner}.{name} = right
+    raise KeyboardInterrupt
+rich.{moment} = interrupted
+try:
+    with progress('train', 4) as running:
+        running.update(1)
+except KeyboardInterrupt:
+    fail('interrupted')
+"""
+    shown = in_terminal(code, NO_COLOR="1")
+    assert shown.endswith("interrupted\n")
+    assert shown.rfind(f"{ESCAPE}?25h") > shown.rfind(f"{ESCAPE}?25l")
+
+
 def test_names_that_would_command_a_terminal_do_not(capsys: pytest.CaptureFixture[str]) -> None:
     """They may come from files of others: names of weights, keys of configurations."""
     record = logging.makeLogRecord(

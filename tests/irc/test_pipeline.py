@@ -174,7 +174,7 @@ def test_resume_with_other_settings_is_refused(
     with pytest.raises(killed):
         pipeline.convert(recipe_of(convert_arguments(output)), output, bars(("lff", 2)))
     before = files_of(tmp_path)
-    with pytest.raises(InputError, match=f"was begun with {setting.partition('__')[0]} = .*--resume, or .*--force"):
+    with pytest.raises(InputError, match=f"was begun with {setting.replace('__', '.')} = .*--resume, or .*--force"):
         pipeline.convert(recipe_of(convert_arguments(output, **{setting: value})), output, bars(), resume=True)
     assert files_of(tmp_path) == before
     metrics = pipeline.convert(recipe_of(convert_arguments(output, checkpoint_seconds=9)), output, bars(), resume=True)

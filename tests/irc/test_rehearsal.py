@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from irc import rehearsal
 
@@ -71,3 +72,34 @@ def test_memory_that_runs_out_is_an_error_of_one_sentence(
     assert shown.code == 1
     assert "does not fit into memory; try smaller router.batch_size" in shown.err
     assert "Traceback" not in shown.err
+
+
+def test_pytorch_s_own_allocator_that_runs_out_is_told_alike(
+    irc_main: Callable[..., Any],
+    convert_arguments: Arguments,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def starves(context: Any) -> Any:
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+    def fails(context: Any) -> Any:
+        raise RuntimeError("something else")
+
+    monkeypatch.setitem(rehearsal.STAGE_RUNNERS, "router", starves)
+    for more in (["--dry-run"], []):
+        shown = irc_main(*convert_arguments(tmp_path / "b"), *more)
+        assert (shown.code, "does not fit into memory; try smaller router.batch_size" in shown.err) == (1, True)
+    assert (tmp_path / "b.partial/lff.json").is_file(), "the work is kept"
+    monkeypatch.setitem(rehearsal.STAGE_RUNNERS, "router", fails)
+    assert "RuntimeError: something else" in irc_main(*convert_arguments(tmp_path / "c"), "--dry-run").err
+
+
+@pytest.mark.parametrize("stage", ["router", "lora"])
+def test_a_batch_beyond_hope_is_not_tried(
+    irc_main: Callable[..., Any], convert_arguments: Arguments, tmp_path: Path, stage: str
+) -> None:
+    huge = ["--set", f"{stage}.batch_size={2**50}", "--stages", "lff,router,lora", "--dry-run"]
+    shown = irc_main(*convert_arguments(tmp_path / "b"), *huge)
+    assert shown.code == 1
+    assert f"does not fit into memory: {stage}.batch_size {2**50} takes" in shown.err

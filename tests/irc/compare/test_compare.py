@@ -20,19 +20,6 @@ from irc.errors import InputError
 Main = Callable[..., Any]
 
 
-@pytest.fixture
-def arguments(convert_arguments: Callable[..., list[str]]) -> Callable[..., list[str]]:
-    """Give `arguments(output, *more)`: a comparison whose cells take a second each."""
-
-    def make(output: Path, *more: str) -> list[str]:
-        made = convert_arguments(output, rank=4, seq_len=16, eval_tokens=256, router__calibration_tokens=512)
-        drop = {"--rank", "--seq-len"}
-        kept = [a for i, a in enumerate(made) if a not in drop and (i == 0 or made[i - 1] not in drop)]
-        return ["compare", *kept[1:], *more]
-
-    return make
-
-
 def test_a_whole_comparison(irc_main: Main, arguments: Callable[..., list[str]], tmp_path: Path) -> None:
     out = tmp_path / "c"
     more = "--policies informed,skipgpt,mod,random,static --sparsities 0.25,0.5 --seeds 2 --budgets 0.5 --lora".split()

@@ -29,6 +29,10 @@ def folder(exported: Path, tmp_path: Path) -> Path:
 
 EDITS: dict[str, tuple[Edit, str]] = {
     "dtype": (lambda m: m.update(dtype="int4"), "dtype is 'int4'"),
+    "another dtype": (
+        lambda m: m.update(dtype="fp16"),
+        "irc.json: says fp16, the model takes float32 for past_key_values.0.key: damaged; export again",
+    ),
     "layers": (lambda m: m["cache"].update(layers=1), "the model has 4 cache inputs, irc.json describes 2"),
     "layers as text": (lambda m: m["cache"].update(layers="x"), "not of whole numbers"),
     "context": (lambda m: m.update(context_length="many"), "context_length is no whole number"),
@@ -112,6 +116,16 @@ def test_options_out_of_range(
     outcome = irc_main(*(argument.format(folder=exported) for argument in arguments))
     assert (outcome.code, outcome.out) == (2, "")
     assert expected in outcome.sentence()
+
+
+def test_a_tokenizer_of_more_ids_than_the_model_has(folder: Path, irc_main: Callable[..., Any]) -> None:
+    """It is refused before the prompt is shown: an error would stand on its line."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    outcome = irc_main("generate", folder, "def <more>")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "makes the id 257 of the prompt, the model's vocabulary ends at 256" in outcome.sentence()
 
 
 def test_verify_says_where_to_look_for_a_bundle_that_moved(folder: Path, irc_main: Callable[..., Any]) -> None:

@@ -106,10 +106,18 @@ def test_prompts_that_cannot_be_continued(
 
 
 @pytest.mark.parametrize(
-    "flags", [("--temperature", "-1"), ("--top-p", "0"), ("--top-p", "1.5"), ("--top-k", "-1"), ("-n", "0")]
+    "flags",
+    [("--temperature", "-1"), ("--top-p", "0"), ("--top-p", "1.5"), ("--top-k", "-1"), ("--seed", "-1"), ("-n", "0")],
 )
 def test_sampling_out_of_range_is_refused(exported: Path, flags: tuple[str, str], irc_main: Callable[..., Any]) -> None:
     assert irc_main("generate", exported, PROMPT, *flags).code == 2
+
+
+def test_a_negative_seed_is_refused(exported: Path) -> None:
+    """Greedily too, as Triton's clients may ask for it."""
+    generator = Generator(Runtime(exported))
+    with pytest.raises(InputError, match="seed is -1; give 0 or more"):
+        generator.generate(PROMPT, max_tokens=1, sampling=Sampling(seed=-1))
 
 
 def test_cuda_that_does_not_load_is_an_error(exported: Path, irc_main: Callable[..., Any]) -> None:

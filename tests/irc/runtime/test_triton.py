@@ -164,6 +164,7 @@ def test_it_stops_and_samples(server: Server, exported: Path, expected: Any) -> 
         ({"prompt": "x" * 500}, "the model's context is 64"),
         ({"prompt": "x", "max_tokens": 0}, "max_tokens is 0; give 1 or more"),
         ({"prompt": "x", "temperature": -1.0}, "temperature is -1.0; give 0 (greedy)"),
+        ({"prompt": "x", "seed": -1}, "seed is -1; give 0 or more"),
         ({"prompt": "x", "tokens": 1}, "tokens is not an option; choose from max_tokens"),
         ({}, "prompt"),
     ],

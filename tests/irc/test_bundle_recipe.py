@@ -1,0 +1,73 @@
+"""The recipe in a bundle: evaluated by it, checked before it is used, missed where it is not there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Arguments = Callable[..., list[str]]
+
+
+@pytest.fixture
+def bundle(irc_main: Callable[..., Any], convert_arguments: Arguments, tmp_path: Path) -> Path:
+    made = irc_main(*convert_arguments(tmp_path / "b"), "--sparsity", "0.4")
+    assert made.code == 0, made.err
+    return tmp_path / "b"
+
+
+def test_the_target_is_that_of_the_bundle(bundle: Path, irc_main: Callable[..., Any], text_file: Path) -> None:
+    assert irc_main("eval", bundle, "--json").json["sparsity"]["target"] == 0.4
+    (bundle / "recipe.yaml").unlink()
+    given = ("--data", text_file, "--seq-len", "16", "--json")
+    assert irc_main("eval", bundle, *given).json["sparsity"]["target"] == 0.4
+
+
+@pytest.mark.parametrize("content", [None, "{}"])
+def test_without_it_the_text_must_be_named(bundle: Path, irc_main: Callable[..., Any], content: str | None) -> None:
+    (bundle / "recipe.yaml").unlink()
+    if content is not None:
+        (bundle / "recipe.yaml").write_text(content)
+    shown = irc_main("eval", bundle)
+    assert shown.code == 2
+    assert "its recipe.yaml is missing or says nothing, so its text is not known; give --data" in shown.sentence()
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("seq_len: 0", "seq_len is 0"),
+        ("seq_len: -5", "seq_len is -5"),
+        ("eval_tokens: -3", "eval_tokens is -3"),
+        ("sparsity: .nan", "sparsity is nan"),
+    ],
+)
+def test_values_that_cannot_be_are_refused(bundle: Path, irc_main: Callable[..., Any], setting: str, said: str) -> None:
+    path = bundle / "recipe.yaml"
+    key = setting.partition(":")[0]
+    path.write_text("\n".join(setting if line.startswith(f"{key}:") else line for line in path.read_text().split("\n")))
+    shown = irc_main("eval", bundle)
+    assert shown.code == 2
+    assert f"recipe.yaml: {said}" in shown.sentence()
+
+
+def test_a_link_out_of_the_bundle_is_not_read(bundle: Path, irc_main: Callable[..., Any], tmp_path: Path) -> None:
+    secret = tmp_path / "secret.txt"
+    secret.write_text("- whatever")
+    (bundle / "recipe.yaml").unlink()
+    (bundle / "recipe.yaml").symlink_to(secret)
+    for verb in ("eval", "inspect"):
+        shown = irc_main(verb, bundle)
+        assert (shown.code, "is a link that leads out of its folder" in shown.sentence()) == (2, True)
+
+
+def test_passes_are_not_dumped_into_what_is_replaced(
+    bundle: Path, irc_main: Callable[..., Any], tmp_path: Path
+) -> None:
+    onnx = tmp_path / "onnx"
+    for place in (onnx, onnx / "dump", onnx / ".." / "onnx" / "x"):
+        shown = irc_main("export", bundle, "-o", onnx, "--dump-dir", place)
+        assert (shown.code, "lies in the output" in shown.sentence()) == (2, True)
+    assert not onnx.exists()
