@@ -30,6 +30,7 @@ _SIZES = (
     "num_key_value_heads",
     "head_dim",
 )
+_OURS = {"irc_config.json": "a bundle", "irc.json": "an ONNX folder"}
 _MOST_LAYERS = 10_000
 _LARGE_MODEL_BYTES = 2_000_000_000
 _PIECE = 1 << 22
@@ -196,11 +197,16 @@ def find_base(name: str, revision: str | None = None, *, ask_hub: bool = True) -
     if name == "demo":
         return BaseModel(name, Path(str(resources.files("irc"))) / "demo")
     folder = Path(name)
-    if _is_folder(folder):
+    if name.strip() and _is_folder(folder):
+        for ours, what in _OURS.items():
+            if (folder / ours).is_file():
+                raise InputError(f"{name}: is {what}, not a model; give the model that it was made from")
         if not (folder / "config.json").is_file():
             raise InputError(f"{name}: no config.json in this folder; give a Hugging Face model folder")
         check_links(folder)
         return BaseModel(name, folder)
+    if not name.strip():
+        raise InputError("the model's name is empty; give a folder, a hub id such as org/name, or demo")
     if len(name) > 200 or folder.exists() or name.startswith((".", "/")) or name.count("/") != 1:
         raise InputError(
             f"{name[:200]}: there is no such model folder; give a folder, a hub id such as org/name, or demo"

@@ -261,6 +261,11 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def _check_shape(name: str, tensor: torch.Tensor, batch: int, length: int) -> None:
+    if tensor.ndim == 4:
+        raise InputError(
+            f"{name} has 4 dimensions, as for a cache of fixed size (cache_implementation='static'), which the graph "
+            "does not take; leave that out, and give 0 and 1 [batch, past + tokens]"
+        )
     if tensor.shape != (batch, length):
         raise InputError(
             f"{name} is {list(tensor.shape)}, expected {[batch, length]} for these input_ids and this cache"

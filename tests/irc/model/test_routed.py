@@ -71,7 +71,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no token": ({"input_ids": torch.ones(1, 0, dtype=torch.int64)}, r"int64 \[1, 0\]; .* at least one token"),
     "floats": ({"input_ids": torch.ones(1, 2)}, r"input_ids is float32 \[1, 2\]"),
     "short mask": ({"attention_mask": torch.ones(2, 3)}, r"attention_mask is \[2, 3\], expected \[2, 4\]"),
-    "mask of scores": ({"attention_mask": torch.ones(2, 1, 4, 4)}, r"attention_mask is \[2, 1, 4, 4\], expected"),
+    "mask of scores": (
+        {"attention_mask": torch.ones(2, 1, 4, 4)},
+        r"attention_mask has 4 dimensions, as for a cache of fixed size",
+    ),
     "other positions": ({"position_ids": torch.ones(2, 3).long()}, r"position_ids is \[2, 3\], expected \[2, 4\]"),
     "embeddings": ({"inputs_embeds": torch.ones(2, 4, 16)}, "inputs_embeds is not in the captured graph"),
     "hidden states": ({"output_hidden_states": True}, "output_hidden_states is not in the captured graph"),
@@ -84,6 +87,13 @@ def test_what_the_graph_cannot_take_or_give_is_refused(model: RoutedForCausalLM,
     given, sentence = REFUSED[case]
     with pytest.raises(InputError, match=sentence):
         model(**{"input_ids": torch.ones(2, 4, dtype=torch.int64)} | given)
+
+
+def test_a_cache_of_fixed_size_is_refused(model: RoutedForCausalLM, ids: torch.Tensor) -> None:
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    with pytest.raises(InputError, match="cache_implementation='static'"):
+        model.generate(ids, attention_mask=mask, max_new_tokens=2, cache_implementation="static")
 
 
 @pytest.mark.parametrize("options", [{"output_hidden_states": True}, {"inputs_embeds": torch.ones(1, 2, 16)}])
