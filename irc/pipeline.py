@@ -154,6 +154,9 @@ def read_inputs(conversion: Conversion) -> None:
     recipe = conversion.recipe
     base = conversion.base = find_base(recipe.model)
     recipe.rank = recipe.rank_for(base.config.hidden_size)
+    if "lora" in recipe.stages and recipe.lora.rank > base.config.hidden_size:
+        width = base.config.hidden_size
+        raise InputError(f"lora.rank is {recipe.lora.rank}, the model's hidden size is {width}; give at most {width}")
     _ = base.shards
     recipe.dtype = short_name(base.dtype("auto")) if recipe.dtype == "auto" else recipe.dtype
     limit = getattr(base.config, "max_position_embeddings", None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,11 @@ def check_same(path: Path, facts: dict[str, Any]) -> None:
         raise InputError(f"{output}: compares {_shown(before.get('model'))}, another model; give another --output")
     if fingerprint != facts["data"]["fingerprint"]:
         raise InputError(f"{output}: was made on another text ({_shown(data.get('name'))}); give another --output")
-    for key, value in facts["recipe"].items():
-        if recipe.get(key) != value:
-            raise InputError(
-                f"{output}: was begun with {key} = {_shown(recipe.get(key))}, now it is {value}; give the same "
-                "settings with --resume, or another --output"
-            )
+    for key, old, new in _differing(recipe, facts["recipe"]):
+        raise InputError(
+            f"{output}: was begun with {key} = {_shown(old)}, now it is {new}; give the same settings with "
+            "--resume, or another --output"
+        )
 
 
 def read_figures(path: Path, stages: Sequence[str]) -> dict[str, Any]:
@@ -86,6 +85,16 @@ def _check_figures(figures: dict[str, Any], stages: Sequence[str]) -> None:
         _number(unit, "keep_ratio", 0, 1)
         if unit["recoverability"] == unit["recoverability"]:  # no number where a forecast was none
             _number(unit, "recoverability", -2, 2)
+
+
+def _differing(before: Any, now: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield the name of every setting that differs, as `--set` takes it, and what it was and is."""
+    for key, value in now.items():
+        old = before.get(key) if isinstance(before, dict) else None
+        if isinstance(value, dict):
+            yield from _differing(old, value, f"{prefix}{key}.")
+        elif old != value:
+            yield f"{prefix}{key}", old, value
 
 
 def _object(holder: dict[str, Any], key: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +52,14 @@ def test_a_manifest_of_other_types(
     path.write_text(json.dumps(json.loads(path.read_text()) | change if isinstance(change, dict) else change))
     outcome = irc_main(*arguments(made, *PLAN, "--resume"))
     assert (outcome.code, outcome.sentence()) == (2, f"{path}: damaged; start over with --force")
+
+
+def test_a_setting_that_differs_is_named_as_it_is_set(
+    irc_main: Main, arguments: Callable[..., list[str]], made: Path
+) -> None:
+    outcome = irc_main(*arguments(made, *PLAN, "--resume", "--set", "router.steps=9"))
+    assert outcome.code == 2
+    assert re.search(r"was begun with router\.steps = \d+, now it is 9; give the same", outcome.sentence())
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"perplexity": 1}', "{", "[" * 100_000])

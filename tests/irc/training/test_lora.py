@@ -152,3 +152,12 @@ def test_without_adapters_the_model_is_the_base(make_routed: Make, lora_on: Any,
     assert not torch.allclose(adapted, plain, atol=1e-3)
     torch.testing.assert_close(again, plain)
     assert not torch.allclose(after, plain, atol=1e-3)
+
+
+def test_a_rank_beyond_the_width_is_refused_before_any_work(
+    irc_main: Callable[..., Any], convert_arguments: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    wide = ("--stages", "lff,router,lora", "--set", "lora.rank=33")
+    refused = irc_main(*convert_arguments(tmp_path / "b"), *wide)
+    assert (refused.code, "lora.rank is 33, the model's hidden size is 32" in refused.sentence()) == (2, True)
+    assert not (tmp_path / "b.partial").exists()
