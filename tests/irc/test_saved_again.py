@@ -16,6 +16,7 @@ from irc.bundle import CONFIG, save_bundle
 from irc.errors import InputError
 from irc.key_policy import KeyPolicy, set_key_policy
 from irc.model.routed import RoutedForCausalLM
+from tests.irc.test_bundle import edit, files_of
 
 
 @pytest.fixture
@@ -28,16 +29,6 @@ def model(make_routed: Callable[..., RoutedForCausalLM], shake: Any) -> RoutedFo
 def bundle(model: RoutedForCausalLM, tmp_path: Path) -> Path:
     save_bundle(model, tmp_path / "bundle")
     return tmp_path / "bundle"
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    config = json.loads((folder / CONFIG).read_text())
-    change(config)
-    (folder / CONFIG).write_text(json.dumps(config))
 
 
 def texts(bundle: Path) -> dict[str, Any]:
