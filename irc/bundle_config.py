@@ -15,6 +15,7 @@ from irc.staging import replaced
 FORMAT_VERSION = 1  # a bundle of every version up to it loads: tests/data holds one of each
 CONFIG = "irc_config.json"
 _LARGEST = 1e30
+_SLACK = 1e-6  # a share is a mean, and sums are rounded
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -105,5 +106,5 @@ def _numbers(*values: Any) -> None:
 def _shares(*values: Any) -> None:
     _numbers(*values)
     for value in values:
-        if not 0 <= value <= 1:
+        if not -_SLACK <= value <= 1 + _SLACK:
             raise ValueError(f"{value:g} is no share between 0 and 1")

@@ -13,6 +13,7 @@ from irc.reading import first_line, read_json
 _FIGURES = ("perplexity", "sparsity", "flops_ratio", "units", "seconds", "stages")
 _MOST = 1e306  # a perplexity is at most exp(700), over another's
 _DEEPEST = 8
+_SLACK = 1e-6  # a share is a mean, and sums are rounded
 _UNIT = re.compile(r"[A-Za-z0-9_.]{1,200}")  # plots draw the name of one
 
 
@@ -70,7 +71,7 @@ def _check_figures(figures: dict[str, Any], stages: Sequence[str]) -> None:
     for key, least in (("dense", 0.5), ("routed", 0.5), ("ratio", 1 / _MOST)):
         _number(_object(figures, "perplexity"), key, least, _MOST)
     for key in ("realized", "attention", "ffn"):
-        _number(_object(figures, "sparsity"), key, 0, 1)
+        _number(_object(figures, "sparsity"), key, -_SLACK, 1 + _SLACK)
     _number(figures, "flops_ratio", 0, _MOST)
     if type(figures["tokens"]) is not int:
         raise TypeError("tokens are no whole number")
@@ -82,7 +83,7 @@ def _check_figures(figures: dict[str, Any], stages: Sequence[str]) -> None:
         if not _UNIT.fullmatch(name):
             raise ValueError("units hold a name that is none")
         unit = _object(figures["units"], name)
-        _number(unit, "keep_ratio", 0, 1)
+        _number(unit, "keep_ratio", -_SLACK, 1 + _SLACK)
         if unit["recoverability"] == unit["recoverability"]:  # no number where a forecast was none
             _number(unit, "recoverability", -2, 2)
 

@@ -181,6 +181,12 @@ def test_a_damaged_bundle_is_refused_in_one_sentence(bundle: Path, how: str, irc
     assert files_of(tmp_path) == before
 
 
+def test_a_share_may_be_off_by_rounding(bundle: Path) -> None:
+    edit(bundle, lambda c: c["units"][0].update(keep_ratio=1 + 1e-12, calibration_keep=-1e-17))
+    edit(bundle, lambda c: c.update(sparsity={"target": 0.25, "realized": -2e-16}))
+    assert irc.load(bundle).facts["config"]["units"][0]["keep_ratio"] > 1
+
+
 def test_changed_lora_weights_are_refused(model: RoutedForCausalLM, lora_on: Any, tmp_path: Path) -> None:
     save_bundle(lora_on(model), tmp_path / "b")
     path = tmp_path / "b" / "lora" / "adapter_model.safetensors"
