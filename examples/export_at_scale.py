@@ -29,7 +29,7 @@ sys.exit(code)
 
 def write_random_bundle(base: Path, bundle: Path) -> None:
     """Insert untrained routers and forecasters into a checkpoint."""
-    from irc.bundle import save_bundle
+    from irc.bundle.loading import save_bundle
     from irc.model.build import build_routed
     from irc.model.checkpoint import find_base
     from irc.model.modules import default_rank

@@ -16,7 +16,7 @@ import onnx
 import pytest
 
 import irc
-from irc.bundle import CONFIG, file_sha256, save_bundle
+from irc.bundle.loading import CONFIG, file_sha256, save_bundle
 from irc.errors import InputError
 from irc.model.checkpoint import find_base
 from irc.model.routed import RoutedForCausalLM
