@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +20,20 @@ from onnx_ir.passes.common import (
 from torch import fx, nn
 from torch.export import Dim
 
-from exporters.onnx_ops import DOMAIN, OPSET, VERSION, function_protos
+from exporters.onnx_format import (
+    DATA,
+    DOMAIN,
+    LEAST_ORT,
+    MODEL,
+    OPSET,
+    PAST,
+    PRESENT,
+    VERSION,
+    CacheShape,
+    Decision,
+)
+from exporters.onnx_interface import complete_interface
+from exporters.onnx_ops import function_protos
 from exporters.onnx_table import translations
 from exporters.onnx_weights import store_transposed
 from passes.base import Pass, PassManager
@@ -42,12 +54,6 @@ from passes.tracing import tracing
 
 log = logging.getLogger(__name__)
 
-MODEL, DATA = "model.onnx", "model.onnx.data"
-PAST, PRESENT = "past_key_values", "present"
-PAST_FROM = "attention_mask"  # what says how many tokens came before: caches may have room for more
-PROVIDERS = ("cpu", "cuda")
-LEAST_ORT = "1.24"  # the first whose Attention of opset 23 takes a past of no token
-
 
 def lowering(provider: str = "cpu") -> list[Pass]:
     """Return the passes that prepare a captured model for export to run on one of `PROVIDERS`, in order."""
@@ -55,42 +61,6 @@ def lowering(provider: str = "cpu") -> list[Pass]:
     routed = [FoldDifferences(), FuseRouters(), LowerToCompaction(), FuseDecisions(), FuseForecasts()]
     cuda: list[Pass] = [RouteProducts(), FuseGates()] if provider == "cuda" else []
     return [*raised, *routed, RouteExperts(), *cuda, CleanUp()]
-
-
-@dataclass(frozen=True)
-class CacheShape:
-    """Shape of a model's key/value cache.
-
-    Attributes:
-        layers: Decoder layers.
-        heads: Key/value heads.
-        size: Features of a head.
-        reduced: Layers that store executed tokens only; their cache has a length and slots of its own.
-    """
-
-    layers: int
-    heads: int
-    size: int
-    reduced: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Decision:
-    """Where a routed model says what it decided.
-
-    Attributes:
-        unit: Name of the unit.
-        difference: Name of the value that holds its logit differences, float32 [batch, tokens]: below 0 the unit is
-            approximated, everything else, NaN too, executes.
-    """
-
-    unit: str
-    difference: str
-
-    @classmethod
-    def of(cls, unit: str) -> Decision:
-        """Return the decision of a unit, whose value has a name that follows from the unit's."""
-        return cls(unit, f"{unit}.logit_difference")
 
 
 class _Deployed(nn.Module):
@@ -147,6 +117,7 @@ def export_onnx(
     store_transposed(model)
     for cleaning in (RemoveUnusedNodesPass(), RemoveUnusedOpsetsPass(), ClearMetadataAndDocStringPass()):
         cleaning(model)
+    complete_interface(model, decisions, cache.layers)
     if any(node.domain == DOMAIN for node in model.graph):
         model.opset_imports[DOMAIN] = VERSION
         operators = {node.op_type for node in model.graph if node.domain == DOMAIN}

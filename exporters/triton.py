@@ -10,23 +10,13 @@ from pathlib import Path
 
 import onnx
 
-from exporters.onnx import DATA, MODEL
+from exporters.onnx_format import DATA, MODEL, REQUEST_OPTIONS
 
 _TYPES = {
     onnx.TensorProto.FLOAT: "TYPE_FP32",
     onnx.TensorProto.FLOAT16: "TYPE_FP16",
     onnx.TensorProto.BFLOAT16: "TYPE_BF16",
     onnx.TensorProto.INT64: "TYPE_INT64",
-}
-# What a request for text says, beside its prompt; all of it may be left out. As `irc generate` has it.
-OPTIONS = {
-    "max_tokens": "TYPE_INT32",
-    "temperature": "TYPE_FP32",
-    "top_k": "TYPE_INT32",
-    "top_p": "TYPE_FP32",
-    "seed": "TYPE_INT32",
-    "stop": "TYPE_STRING",
-    "stream": "TYPE_BOOL",
 }
 _MOST_WAITING, _LONGEST_WAIT = 64, 60_000_000  # requests; microseconds
 _TEXT_MODEL = '''"""Found here by Triton's Python backend, in whose Python irc is installed."""
@@ -78,7 +68,7 @@ def text_config(name: str) -> str:
     """Return `config.pbtxt` of the model on text: one text at a time, a bounded queue, streamed where asked."""
     lines = [f'name: "{name}"', 'backend: "python"', "max_batch_size: 1"]
     lines.append('input [ { name: "prompt" data_type: TYPE_STRING dims: [ 1 ] } ]')
-    for option, kind in OPTIONS.items():
+    for option, kind in REQUEST_OPTIONS.items():
         size = -1 if option == "stop" else 1
         lines.append(f'input [ {{ name: "{option}" data_type: {kind} dims: [ {size} ] optional: true }} ]')
     for output, kind in (("text", "TYPE_STRING"), ("stopped", "TYPE_STRING"), ("skipped", "TYPE_FP32")):

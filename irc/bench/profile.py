@@ -10,6 +10,7 @@ from typing import Any
 from irc.bench.measure import Work, begun
 from irc.bench.scenario import Load, Stage
 from irc.bench.timed_models import OurModel
+from irc.deployment.forced import open_forced
 from irc.runtime.session import Runtime
 
 _REPEATS = 3
@@ -34,7 +35,8 @@ def where_time_goes(stage: Stage, load: Load, ops: str) -> list[dict[str, Any]]:
         for name, folder in (("dense", stage.pair.dense), ("routed", stage.pair.routed)):
             forced = stage.forced and name == "routed"
             trace = stage.work / f"profile-{name}-{phase}"
-            runtime = Runtime(folder, stage.provider, forced=forced, ops=ops, profile=trace)
+            opened = open_forced if forced else Runtime
+            runtime = opened(folder, stage.provider, ops=ops, profile=trace)
             runs = _run(OurModel(runtime, forced), work, phase)
             share = None if stage.share is None else stage.share.mean
             place = {"model": name, "phase": phase, "sparsity": share}

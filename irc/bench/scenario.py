@@ -16,6 +16,7 @@ from irc.bench.measure import Timing, Work, decode_in_turns, prefill_in_turns
 from irc.bench.models import Pair, dense_export, genai_export, shallower
 from irc.bench.shapes import Shape
 from irc.bench.timed_models import Contender, GenaiFolder, OurModel, Transformers
+from irc.deployment.forced import open_forced
 from irc.files.untrusted import first_line
 from irc.model.flops import head_flops, unit_flops
 from irc.runtime.native import CHOICES
@@ -97,7 +98,8 @@ class Stage:
 
     def routed(self, ops: str) -> OurModel:
         """Return the routed model on some kernels."""
-        return OurModel(Runtime(self.pair.routed, self.provider, forced=self.forced, ops=ops), self.forced)
+        opened = open_forced if self.forced else Runtime
+        return OurModel(opened(self.pair.routed, self.provider, ops=ops), self.forced)
 
     def contenders(
         self,

@@ -9,8 +9,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from exporters.onnx_format import ELEMENTS
 from irc.dtypes import torch_dtype
-from irc.runtime.cache import ELEMENTS, PROVIDERS, onnxruntime, session_options
+from irc.runtime.provider import PROVIDERS, onnxruntime, session_options
 from irc.runtime.session import Runtime
 
 Ids = NDArray[np.int64]

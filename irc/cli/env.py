@@ -65,7 +65,7 @@ def _show(environment: Environment) -> None:
         "CPU": {
             "cores": f"{cpu.usable} usable of {cpu.total}",
             "memory": f"{_gib(cpu.memory_total)}, {_gib(cpu.memory_available)} available",
-            "torch threads": cpu.torch_threads,
+            "torch threads": "unknown" if cpu.torch_threads is None else cpu.torch_threads,
         },
     }
     console.tree("environment", content)

@@ -11,8 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from exporters.genai import genai_config
-from exporters.onnx import LEAST_ORT, MODEL, PAST_FROM, PROVIDERS, CacheShape, export_onnx
-from exporters.onnx_ops import OPSET, VERSION
+from exporters.onnx import export_onnx
+from exporters.onnx_format import (
+    FORMAT_VERSION,
+    LEAST_ORT,
+    MANIFEST,
+    MODEL,
+    OPSET,
+    PAST_FROM,
+    PROVIDERS,
+    VERSION,
+    CacheShape,
+)
 from exporters.triton import write_repository
 from irc import __version__
 from irc.bundle.key_policy import KeyPolicy, key_policy_of
@@ -27,7 +37,6 @@ from irc.model.checkpoint import BaseModel
 from irc.model.paging import MappedPages
 from irc.model.routed import RoutedForCausalLM
 from irc.recipe.policies import policy_named, refuse_whole_sequences
-from irc.runtime.folder import FORMAT_VERSION, MANIFEST
 from irc.training.lora import merge_lora
 from passes.base import PassError
 

@@ -7,48 +7,11 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-import onnx
+from exporters.onnx_format import ELEMENTS, INT64
+from irc.runtime.one_node import one_node_model
+from irc.runtime.provider import PROVIDERS, onnxruntime, session_options
 
-from irc.errors import InputError
-
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-ELEMENTS = {
-    "fp32": onnx.TensorProto.FLOAT,
-    "fp16": onnx.TensorProto.FLOAT16,
-    "bf16": onnx.TensorProto.BFLOAT16,
-}
-# As a session calls the types of its inputs, and as we do.
-TYPE_NAMES = {
-    "tensor(float)": "float32",
-    "tensor(float16)": "float16",
-    "tensor(bfloat16)": "bfloat16",
-    "tensor(int64)": "int64",
-}
 _STEP = 64  # places are reserved in multiples of it
-
-
-def onnxruntime() -> Any:
-    """Import ONNX Runtime, or say how to get it."""
-    try:
-        import onnxruntime as ort
-    except ImportError as error:
-        raise InputError(
-            "ONNX Runtime is not installed; pip install 'informed-routing-compiler[cpu]' or, for NVIDIA GPUs, [gpu]"
-        ) from error
-    return ort
-
-
-def session_options(threads: int = 0) -> Any:
-    """Return options of a session that says nothing but errors.
-
-    Args:
-        threads: Of one operator; 0 leaves it to ONNX Runtime.
-    """
-    options = onnxruntime().SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 3
-    # Threads wait in a loop within a call, which is fast, and stop when it ends, which leaves the cores to others.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    return options
 
 
 @dataclass(frozen=True)
@@ -85,7 +48,7 @@ class CacheLayout:
             for _ in range(2 * self.layers)
         ]
         reduced = len(self.past) - len(values)
-        return values + [make([batch, places], onnx.TensorProto.INT64, self.device) for _ in range(reduced)]
+        return values + [make([batch, places], INT64, self.device) for _ in range(reduced)]
 
 
 def lengthen(values: Sequence[Any], larger: Sequence[Any], dtype: str, device: str) -> None:
@@ -115,14 +78,8 @@ def lengthen(values: Sequence[Any], larger: Sequence[Any], dtype: str, device: s
 @cache
 def _joining(dtype: str, device: str) -> Any:
     """Return a session of one node, which joins tensors [batch, heads, places, size] along the places."""
-    names = ["front", "behind", "joined"]
-    values = [onnx.helper.make_tensor_value_info(name, ELEMENTS[dtype], [None] * 4) for name in names]
-    node = onnx.helper.make_node("Concat", names[:2], names[2:], axis=2)
-    graph = onnx.helper.make_graph([node], "join", values[:2], values[2:])
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 13)], ir_version=8)
-    return onnxruntime().InferenceSession(
-        model.SerializeToString(), session_options(threads=1), providers=[PROVIDERS[device]]
-    )
+    model = one_node_model("Concat", ("front", "behind"), "joined", ELEMENTS[dtype], 4, {"axis": 2})
+    return onnxruntime().InferenceSession(model, session_options(threads=1), providers=[PROVIDERS[device]])
 
 
 class Cache:

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from irc.errors import InputError, IrcError
-from irc.files.untrusted import read_text
-from irc.model.tokenizer import load_tokenizer
+from irc.files.untrusted import first_line, read_json
 from irc.runtime.session import Runtime, Step
+from irc.text.tokenizer import TextTokenizer, open_tokenizer
 
 _COLDEST = 1e-3
 _TAIL = 16
@@ -101,8 +101,8 @@ class Generator:
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
         folder = runtime.exported.folder
-        self.tokenizer: Any = load_tokenizer(folder, str(folder))
-        self.end = _end_tokens(folder, self.tokenizer)
+        self.tokenizer: TextTokenizer = open_tokenizer(folder)
+        self.end = _end_tokens(folder, self.tokenizer.eos_token_id)
 
     def encode(self, prompt: str) -> list[int]:
         """Return the ids of a prompt.
@@ -114,7 +114,7 @@ class Generator:
             prompt.encode("utf-8")
         except UnicodeEncodeError as error:
             raise InputError(f"the prompt is not valid UTF-8 (character {error.start}); give text") from error
-        ids: list[int] = self.tokenizer(prompt)["input_ids"]
+        ids = self.tokenizer.encode(prompt)
         self._room(ids, 0)
         if max(ids) >= self.runtime.vocabulary:
             raise InputError(
@@ -226,12 +226,12 @@ class Generator:
 
     def _text_after(self, before: list[int], new: list[int]) -> str:
         """Return the text of new tokens as it stands after others: some tokenizers drop a space that begins a text."""
-        start: str = self.tokenizer.decode(before, skip_special_tokens=True)
-        whole: str = self.tokenizer.decode(before + new, skip_special_tokens=True)
+        start = self.tokenizer.decode(before, skip_special_tokens=True)
+        whole = self.tokenizer.decode(before + new, skip_special_tokens=True)
         if whole.startswith(start):
             return whole[len(start) :]
-        alone: str = self.tokenizer.decode(new, skip_special_tokens=True)
-        return alone  # the last character of the prompt was half a character
+        # The last character of the prompt was half a character.
+        return self.tokenizer.decode(new, skip_special_tokens=True)
 
 
 def choose(logits: NDArray[np.float32], sampling: Sampling, random: np.random.Generator) -> int:
@@ -241,7 +241,7 @@ def choose(logits: NDArray[np.float32], sampling: Sampling, random: np.random.Ge
         IrcError: A logit is no number, or infinite.
     """
     if not math.isfinite(logits.max()):
-        raise IrcError("the model's logits are not finite; hold it against PyTorch by irc verify")
+        raise IrcError("the model's logits are not finite; run irc verify to compare it with PyTorch")
     if sampling.temperature == 0:
         return int(logits.argmax())
     scaled = logits.astype(np.float64) / sampling.temperature
@@ -267,16 +267,16 @@ def _sure(text: str, stop: Sequence[str]) -> int:
     return sure
 
 
-def _end_tokens(folder: Path, tokenizer: Any) -> frozenset[int]:
-    from transformers import GenerationConfig
-
-    ends: list[Any] = [tokenizer.eos_token_id]
-    if (folder / "generation_config.json").is_file():
+def _end_tokens(folder: Path, eos: int | None) -> frozenset[int]:
+    """Return the tokens that end a text: the tokenizer's, and those of generation_config.json."""
+    path = folder / "generation_config.json"
+    stated: Any = None
+    if path.is_file():
         try:
-            read_text(folder / "generation_config.json")  # of a size that can be read
-            stated = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
-            ends += stated if isinstance(stated, list) else [stated]
-            return frozenset(int(end) for end in ends if end is not None)
-        except Exception as error:
-            raise InputError(f"{folder / 'generation_config.json'}: damaged; export again") from error
-    return frozenset() if tokenizer.eos_token_id is None else frozenset([int(tokenizer.eos_token_id)])
+            stated = read_json(path).get("eos_token_id")
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: damaged ({first_line(error)}); export again") from error
+    ends = [end for end in (eos, *(stated if isinstance(stated, list) else [stated])) if end is not None]
+    if any(type(end) is not int for end in ends):
+        raise InputError(f"{path}: damaged (eos_token_id is {str(stated)[:80]}); export again")
+    return frozenset(ends)

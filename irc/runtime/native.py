@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from exporters.onnx_ops import VERSION
+from exporters.onnx_format import VERSION
 from irc.errors import InputError
 
 log = logging.getLogger(__name__)

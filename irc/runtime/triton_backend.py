@@ -1,7 +1,7 @@
 """Text on Triton Inference Server: what its Python backend runs for the model `irc_text` of an exported repository.
 
 Triton itself bounds the queue, rejects what waited too long, and ends what its client gave up. A request's inputs are
-the prompt and, as they are wanted, the options of `irc generate` (`exporters.triton.OPTIONS`).
+the prompt and, as they are wanted, the options of `irc generate` (`REQUEST_OPTIONS`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from exporters.triton import OPTIONS
+from exporters.onnx_format import REQUEST_OPTIONS
 from irc.errors import InputError
 from irc.runtime.generation import Generated, Generator, Sampling
 from irc.runtime.session import Runtime
@@ -51,7 +51,7 @@ class TritonPythonModel:
     def _answer(self, request: Any, sender: Any) -> None:
         for name in json.loads(request.parameters() or "{}"):
             if not name.startswith("triton_"):
-                raise InputError(f"{name} is not an option; choose from {', '.join(OPTIONS)}")
+                raise InputError(f"{name} is not an option; choose from {', '.join(REQUEST_OPTIONS)}")
         given = {tensor.name(): _values(tensor) for tensor in request.inputs()}
         prompt, stop = given.pop("prompt")[0], given.pop("stop", [])
         options = {name: values[0] for name, values in given.items()}

@@ -14,11 +14,12 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor
 
-from exporters.onnx_ops import DOMAIN, VERSION, function_protos
+from exporters.onnx_format import DOMAIN, VERSION
+from exporters.onnx_ops import function_protos
 from irc.bench.kernels.attention import draw_attention
 from irc.bench.kernels.products import PRODUCTS, draw_products
 from irc.files.untrusted import first_line
-from irc.runtime.cache import onnxruntime
+from irc.runtime.provider import onnxruntime
 from passes import dialect  # noqa: F401 - registers the operators
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -13,6 +13,7 @@ from lm_eval import evaluate, utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 
+from exporters.onnx_format import MANIFEST
 from irc.bundle.key_policy import KeyPolicy
 from irc.errors import InputError
 from irc.evaluation.run import open_model
@@ -20,7 +21,6 @@ from irc.evaluation.tasks.local import LOCAL, RECALL_TOKENS, write_tasks
 from irc.evaluation.tasks.scorers import OnnxScorer, Scorer, TorchScorer
 from irc.files.untrusted import first_line
 from irc.progress import ProgressFactory
-from irc.runtime.folder import MANIFEST
 from irc.runtime.generation import Generator
 from irc.runtime.session import Runtime
 from irc.text.source import load_text
@@ -58,7 +58,7 @@ class HarnessModel(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Return the ids of a text."""
-        ids: list[int] = self.tokenizer(string, add_special_tokens=bool(add_special_tokens))["input_ids"]
+        ids: list[int] = self.tokenizer.encode(string, add_special_tokens=bool(add_special_tokens))
         return ids
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -182,7 +182,7 @@ def run_tasks(
             text = load_text(data)
             documents = text.split("heldout") or list(text.documents)
             count = _QUESTIONS if limit is None else limit
-            write_tasks(tasks, documents, lambda piece: len(first(piece)["input_ids"]), Path(made), count)
+            write_tasks(tasks, documents, lambda piece: len(first.encode(piece)), Path(made), count)
             manager = _manager(tasks, task_path, Path(made))
         results: dict[str, dict[str, Any]] = {}
         sparsity = None

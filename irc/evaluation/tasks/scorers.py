@@ -102,7 +102,7 @@ class OnnxScorer:
 
     def continue_text(self, prompt: str, stop: Sequence[str], most: int) -> str:
         """See `Scorer`."""
-        ids = self.tokenizer(prompt)["input_ids"]
+        ids = self.tokenizer.encode(prompt)
         room = self.context - most
         if len(ids) > room:
             prompt = self.tokenizer.decode(ids[-room:])
