@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -27,6 +29,7 @@ from exporters.triton import write_repository
 from irc import __version__
 from irc.bundle.key_policy import KeyPolicy, key_policy_of
 from irc.bundle.loading import RECIPE
+from irc.deployment.tokenizer_files import write_tokenizer
 from irc.dtypes import short_name
 from irc.errors import InputError
 from irc.evaluation.run import open_model
@@ -87,11 +90,11 @@ def export(
     except OSError as error:
         raise cannot_write(output, error) from error
     if dump_dir is not None and dump_dir.resolve().is_relative_to(output.resolve()):
-        raise InputError(f"--dump-dir {dump_dir}: lies in the output, which is replaced; give a folder beside it")
+        raise InputError(f"{dump_dir}: the folder for graph dumps is in the output folder, which is replaced; choose another")
     if layout not in LAYOUTS:
         raise InputError(f"layout is '{layout}'; choose from {', '.join(LAYOUTS)}")
     if ops_library is not None and layout != "triton":
-        raise InputError("--ops-library is written into a Triton repository; give --layout triton with it")
+        raise InputError(f"ops_library is '{ops_library}', but only layout triton names a library; set layout to triton")
     if provider not in PROVIDERS:
         raise InputError(f"provider is '{provider}'; choose from {', '.join(PROVIDERS)}")
     started = time.monotonic()
@@ -101,7 +104,7 @@ def export(
             refuse_whole_sequences(policy_named(model.spec.policy), "be exported")
         merge_lora(model)
         try:
-            manifest = _write(model, name, staging, dump_dir, provider)
+            manifest = _write(model, relative_source(name, output), staging, dump_dir, provider)
         except PassError as error:
             raise InputError(f"{name}: {error}") from error
         if layout == "triton":
@@ -128,12 +131,12 @@ def _check_output(output: Path, force: bool) -> None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not (output / MANIFEST).is_file():
-        raise InputError(f"{output}: exists and is not an ONNX folder of irc; give another --output")
+        raise InputError(f"{output}: exists and is not an ONNX folder of irc; choose another output folder")
     if not force:
-        raise InputError(f"{output}: exists already; --force replaces it")
+        raise InputError(f"{output}: exists already; set force to replace it")
 
 
-def _write(model: RoutedForCausalLM, name: str, folder: Path, dump_dir: Path | None, provider: str) -> dict[str, Any]:
+def _write(model: RoutedForCausalLM, source: str, folder: Path, dump_dir: Path | None, provider: str) -> dict[str, Any]:
     base: BaseModel = model.facts["base"]
     cache = CacheShape(*cache_shape(model.config), reduced=_reduced_layers(model))
     facts = model.facts.get("config", {})
@@ -143,9 +146,10 @@ def _write(model: RoutedForCausalLM, name: str, folder: Path, dump_dir: Path | N
     pages = MappedPages(weights)
     version = {"irc.version": __version__}
     release = partial(pages.release, weights)
-    generation = _generation(base)  # what cannot be read is refused before the work
+    generation = _generation(base)  # refused before the work, if it cannot be read
     decisions = export_onnx(model.graph, cache, dtype, folder, version, dump_dir, provider, release)
     _copy_texts(base, folder)
+    write_tokenizer(base.folder, base.name, folder)
     if (bundle := model.facts.get("bundle")) and (bundle / RECIPE).is_file():  # how it was made
         shutil.copyfile(bundle / RECIPE, folder / RECIPE)
     config = base.config.to_dict() | json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
@@ -160,9 +164,10 @@ def _write(model: RoutedForCausalLM, name: str, folder: Path, dump_dir: Path | N
         "least_onnxruntime": LEAST_ORT,
         "dtype": short_name(dtype),
         "provider": provider,
-        "source": _source(name),
-        "sparsity": model.facts.get("dial"),
-        "base": facts.get("base", {"name": base.name}),
+        "source": source,
+        "sparsity": realized_sparsity(list(measured.values())),
+        "dial": model.facts.get("dial"),
+        "base": without_folders(facts.get("base", {"name": base.name})),
         "kv_policy": policy.name,
         "kv_threshold": policy.threshold,
         "context_length": config.get("max_position_embeddings"),
@@ -181,15 +186,36 @@ def _generation(base: BaseModel) -> dict[str, Any]:
     try:
         return read_json(path) if path.is_file() else {}
     except ValueError as error:
-        raise InputError(f"{path}: cannot be used ({first_line(error)}); mend it or remove it") from error
+        raise InputError(f"{path}: cannot be used ({first_line(error)}); fix or delete it") from error
 
 
 def _reduced_layers(model: RoutedForCausalLM) -> tuple[int, ...]:
     return tuple(unit.layer for unit in model.units if unit.name in model.control.reduced)
 
 
-def _source(name: str) -> str:
-    return str(Path(name).resolve()) if Path(name).is_dir() else name
+def relative_source(name: str, output: Path) -> str:
+    """Return the name of what is exported; a path becomes relative to the output, so that both can move together."""
+    if not (Path(name).is_dir() or Path(name).is_absolute()):
+        return name
+    path = os.path.relpath(Path(name).resolve(), output.resolve())
+    return path if path.startswith("..") else f"./{path}"
+
+
+def without_folders(base: dict[str, Any]) -> dict[str, Any]:
+    """Return the description of a base model without the folders above it, which tell about this machine alone."""
+    path = Path(str(base.get("name", "")))
+    return base | {"name": path.name} if path.is_absolute() else base
+
+
+def realized_sparsity(units: Sequence[dict[str, Any]]) -> float | None:
+    """Return the share of (token, unit) pairs that was approximated where it was measured last.
+
+    That is held-out text or, if the dial was turned, the text of the calibration; None if a unit was not measured.
+    """
+    kept = [unit.get("keep_ratio") for unit in units]
+    if None in kept:
+        kept = [unit.get("calibration_keep") for unit in units]
+    return 1 - sum(kept) / len(kept) if kept and None not in kept else None
 
 
 def _copy_texts(base: BaseModel, folder: Path) -> None:

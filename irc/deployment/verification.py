@@ -68,7 +68,7 @@ def verify(
         What `irc verify --json` prints; `ok` says whether the gate is passed.
     """
     if tolerance is not None and not 0 <= tolerance < math.inf:
-        raise InputError(f"--tolerance is {tolerance}; give 0 or more")
+        raise InputError(f"tolerance is {tolerance}; give 0 or more")
     runtime = Runtime(folder, provider, ops=ops)
     _check_lengths(runtime.exported.manifest.get("context_length"), seq_len, new_tokens if prompts else 0)
     dtype = runtime.exported.dtype
@@ -110,28 +110,28 @@ def _check_lengths(context: int | None, seq_len: int, new_tokens: int) -> None:
     if context is None:
         return
     if seq_len > context:
-        raise InputError(f"--seq-len is {seq_len}, the model's context is {context}; give at most {context}")
+        raise InputError(f"seq_len is {seq_len}, the model's context is {context}; give at most {context}")
     if new_tokens and seq_len // 2 + new_tokens > context:
         most = context - seq_len // 2
-        raise InputError(f"--new-tokens is {new_tokens}, which leaves the model's context; give at most {most}")
+        raise InputError(f"new_tokens is {new_tokens}, which leaves the model's context; give at most {most}")
 
 
 def _source(folder: Path, exported: OnnxFolder, bundle: str | None, base: str | None) -> tuple[str, RoutedForCausalLM]:
     """Open what a folder was exported from; return its name too."""
-    source = bundle or exported.manifest["source"]
+    source = bundle or exported.source
     if bundle is None and Path(source).is_absolute() and not Path(source).exists():
-        raise InputError(f"{folder}: was exported from {source}, which is not there; name where it is by --bundle")
+        raise InputError(f"{folder}: was exported from {source}, which is not there; set bundle to its new path")
     model = open_model(
         source,
         base=base,
         dtype=exported.dtype,
         device="cpu",
         key_policy=_key_policy(exported),
-        sparsity=exported.manifest.get("sparsity"),
+        sparsity=exported.manifest.get("dial"),
         ask_hub=bundle is not None,
     )
     if bool(model.spec) != bool(exported.decisions):
-        raise InputError(f"{folder}: exported from another kind of model than {source}")
+        raise InputError(f"{folder}: was not exported from {source}: only one of the two routes tokens")
     return source, model
 
 

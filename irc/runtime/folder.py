@@ -163,6 +163,6 @@ def _check_types(manifest: dict[str, Any], hashes: Iterable[Any]) -> None:
         raise TypeError("a hash is not text")
     if not isinstance(manifest["source"], str) or not isinstance(manifest["base"], dict):
         raise TypeError("source or base has another type")
-    for key in ("kv_threshold", "sparsity"):
+    for key in ("kv_threshold", "sparsity", "dial"):
         if manifest.get(key) is not None and type(manifest[key]) not in (int, float):
             raise TypeError(f"{key} is not a number")
