@@ -10,14 +10,9 @@ from pathlib import Path
 
 import onnx
 
-from exporters.onnx_format import DATA, MODEL, REQUEST_OPTIONS
+from exporters.onnx_format import BFLOAT16, DATA, FLOAT, FLOAT16, INT64, MODEL, REQUEST_OPTIONS
 
-_TYPES = {
-    onnx.TensorProto.FLOAT: "TYPE_FP32",
-    onnx.TensorProto.FLOAT16: "TYPE_FP16",
-    onnx.TensorProto.BFLOAT16: "TYPE_BF16",
-    onnx.TensorProto.INT64: "TYPE_INT64",
-}
+_TYPES = {FLOAT: "TYPE_FP32", FLOAT16: "TYPE_FP16", BFLOAT16: "TYPE_BF16", INT64: "TYPE_INT64"}
 _MOST_WAITING, _LONGEST_WAIT = 64, 60_000_000  # requests; microseconds
 _TEXT_MODEL = '''"""Found here by Triton's Python backend, in whose Python irc is installed."""
 
@@ -48,11 +43,15 @@ def write_repository(folder: Path, name: str, ops_library: str | None = None) ->
 def config_text(name: str, model: Path, ops_library: str | None = None) -> str:
     """Return `config.pbtxt`, read off the model's own inputs and outputs; sizes that vary are -1.
 
+    Inputs that have a default are left out: Triton asks for a value of every input that it knows.
+
     Triton counts no batch of its own here (max_batch_size 0), because the cache's batch is part of every shape.
     """
     graph = onnx.load(str(model), load_external_data=False).graph
     lines = [f'name: "{name}"', 'backend: "onnxruntime"', "max_batch_size: 0"]
-    for side, values in (("input", graph.input), ("output", graph.output)):
+    optional = {tensor.name for tensor in graph.initializer}
+    inputs = [value for value in graph.input if value.name not in optional]
+    for side, values in (("input", inputs), ("output", graph.output)):
         for value in values:
             kind = value.type.tensor_type
             sizes = ", ".join(str(dim.dim_value) if dim.HasField("dim_value") else "-1" for dim in kind.shape.dim)

@@ -38,7 +38,7 @@ def _show(environment: Environment) -> None:
 
     installed = {name: number or "not installed" for name, number in environment.versions.items()}
     runtimes = dict(environment.onnxruntime) or {"onnxruntime": "not installed"}
-    usable = {True: "usable", False: "not usable", None: "not tried"}
+    usable = {True: "usable", False: "not usable"}
     providers = {
         each.name: f"{usable[each.usable]}{f' ({each.reason})' if each.reason else ''}"
         for each in environment.providers

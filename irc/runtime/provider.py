@@ -27,12 +27,12 @@ class Provider:
 
     Attributes:
         name: Its name in ONNX Runtime.
-        usable: Whether it ran a node; None where that was not tried.
-        reason: Why it is not usable, or was not tried.
+        usable: Whether it ran a node.
+        reason: Why it is not usable.
     """
 
     name: str
-    usable: bool | None
+    usable: bool
     reason: str = ""
 
 

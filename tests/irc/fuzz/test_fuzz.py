@@ -29,7 +29,8 @@ from irc.model.capture import Captured, assign_weights
 from irc.model.checkpoint import BaseModel, find_base
 from irc.model.routed import RoutedForCausalLM
 from irc.recipe.recipe import Recipe, load_recipe
-from irc.runtime.folder import MANIFEST, open_folder
+from exporters.onnx_format import MANIFEST
+from irc.runtime.folder import open_folder
 from irc.runtime.generation import Generator
 from irc.runtime.session import Runtime
 from irc.training.lora import WEIGHTS

@@ -9,7 +9,8 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from irc.runtime.cache import ELEMENTS, CacheLayout, PlacedCache, lengthen
+from exporters.onnx_format import ELEMENTS
+from irc.runtime.cache import CacheLayout, PlacedCache, lengthen
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PAST, PRESENT = ("past.key", "past.value"), ("present.key", "present.value")
