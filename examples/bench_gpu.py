@@ -89,11 +89,11 @@ def correctness(work: Path, native: bool) -> dict[str, Any]:
 
     from irc.bench.models import bundle_pair
     from irc.bundle.loading import save_bundle
+    from irc.deployment.forced import open_forced
     from irc.model.build import build_routed
     from irc.model.checkpoint import find_base
     from irc.model.routed import RoutingSpec
     from irc.recipe.recipe import default_rank
-    from irc.deployment.forced import open_forced
 
     base = find_base("demo")
     model = build_routed(base, RoutingSpec(default_rank(base.config.hidden_size)))

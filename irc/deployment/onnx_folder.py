@@ -90,11 +90,15 @@ def export(
     except OSError as error:
         raise cannot_write(output, error) from error
     if dump_dir is not None and dump_dir.resolve().is_relative_to(output.resolve()):
-        raise InputError(f"{dump_dir}: the folder for graph dumps is in the output folder, which is replaced; choose another")
+        raise InputError(
+            f"{dump_dir}: the folder for graph dumps is in the output folder, which is replaced; choose another"
+        )
     if layout not in LAYOUTS:
         raise InputError(f"layout is '{layout}'; choose from {', '.join(LAYOUTS)}")
     if ops_library is not None and layout != "triton":
-        raise InputError(f"ops_library is '{ops_library}', but only layout triton names a library; set layout to triton")
+        raise InputError(
+            f"ops_library is '{ops_library}', but only layout triton names a library; set layout to triton"
+        )
     if provider not in PROVIDERS:
         raise InputError(f"provider is '{provider}'; choose from {', '.join(PROVIDERS)}")
     started = time.monotonic()

@@ -1,4 +1,4 @@
-"""The tokenizer of an exported folder: `tokenizer.json` as transformers applies it, and the special tokens beside it."""
+"""The tokenizer of an exported folder: `tokenizer.json` as transformers applies it, and special tokens beside it."""
 
 from __future__ import annotations
 

@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from irc.errors import InputError
-from irc.files.untrusted import first_line
 from irc.runtime.native import installed_library
 from irc.runtime.provider import Provider, Run, probe_provider, run_command
 
@@ -47,6 +46,7 @@ ORT_DISTRIBUTIONS = (
 Lookup = Callable[[str], str]
 """From a distribution's name to its version; raises PackageNotFoundError."""
 
+
 @dataclass(frozen=True)
 class CudaDevice:
     """One GPU that torch sees; memory in bytes."""
@@ -69,7 +69,7 @@ class Cuda:
 
 @dataclass(frozen=True)
 class Cpu:
-    """CPUs that this process may use and those of the machine, memory in bytes, torch's threads (None without torch)."""
+    """CPUs for this process and of the machine, memory in bytes, torch's threads (None without torch)."""
 
     usable: int
     total: int

@@ -130,7 +130,9 @@ class Runtime:
             self._session = onnxruntime().InferenceSession(model, options, providers=[how])
             signature = _Signature.of(self._session)
         except Exception as error:
-            raise InputError(f"{folder}: ONNX Runtime cannot load it ({first_line(error, 300)}); export again") from error
+            raise InputError(
+                f"{folder}: ONNX Runtime cannot load it ({first_line(error, 300)}); export again"
+            ) from error
         _check_units(self.exported, signature)
         self._forced = forced_model is not None and bool(self.exported.decisions)
         self._layout = _cache_layout(self.exported, signature, self.provider)

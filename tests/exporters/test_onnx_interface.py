@@ -1,4 +1,4 @@
-"""What export adds to the standard inputs and outputs: the first token with logits, logit differences, forced routes."""
+"""What export adds to the standard inputs and outputs: first token with logits, logit differences, forced routes."""
 
 from __future__ import annotations
 
@@ -149,5 +149,5 @@ def test_forced_decisions_take_the_place_of_the_routers_which_report_their_own()
 
 
 def test_a_decision_without_its_value_is_an_error() -> None:
-    with pytest.raises(ValueError, match="c.logit_difference"):
+    with pytest.raises(ValueError, match=r"c\.logit_difference"):
         _completed(_routed(), (*DECISIONS, Decision.of("c")))

@@ -17,12 +17,12 @@ import onnx
 import pytest
 
 import irc
+from exporters.onnx_format import MANIFEST
 from irc.bundle.loading import CONFIG, save_bundle
 from irc.errors import InputError
 from irc.files.atomic import file_sha256
 from irc.model.checkpoint import find_base
 from irc.model.routed import RoutedForCausalLM
-from exporters.onnx_format import MANIFEST
 from irc.runtime.folder import open_folder
 from irc.runtime.session import Runtime
 

@@ -16,9 +16,9 @@ from irc.bench.ideal_speedup import ideal_decode
 from irc.bench.profile import summed
 from irc.bench.shapes import Shape, shape_named
 from irc.bench.text import heldout_tokens
+from irc.deployment.forced import open_forced
 from irc.errors import InputError
 from irc.model.flops import head_flops, unit_flops
-from irc.deployment.forced import open_forced
 from irc.runtime.native import installed_library
 from irc.runtime.session import Runtime
 

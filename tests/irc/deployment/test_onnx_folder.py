@@ -13,9 +13,9 @@ import onnx
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from exporters.onnx_format import MANIFEST
 from irc.bundle.loading import RECIPE
 from irc.deployment import onnx_folder as export_module
-from exporters.onnx_format import MANIFEST
 from irc.runtime.session import Runtime
 
 PROMPT = "def parse(text):\n    "

@@ -98,7 +98,9 @@ def test_the_runtime_names_the_command(version_2: Path, irc_main: Callable[..., 
     assert contents(version_2) == before
 
 
-def test_a_folder_of_version_2_gives_what_it_gave(version_2: Path, tmp_path: Path, irc_main: Callable[..., Any]) -> None:
+def test_a_folder_of_version_2_gives_what_it_gave(
+    version_2: Path, tmp_path: Path, irc_main: Callable[..., Any]
+) -> None:
     before = contents(version_2)
     shown = irc_main("export", "--upgrade", version_2, "--json")
     assert shown.code == 0, shown.err

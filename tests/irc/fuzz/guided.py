@@ -65,8 +65,8 @@ def model_config(folder: Path) -> Target:
 
 
 def manifest(folder: Path) -> Target:
-    from irc.deployment.onnx_folder import export
     from exporters.onnx_format import MANIFEST
+    from irc.deployment.onnx_folder import export
     from irc.runtime.folder import open_folder
 
     onnx = folder / "onnx"
@@ -75,8 +75,8 @@ def manifest(folder: Path) -> Target:
 
 
 def onnx_model(folder: Path) -> Target:
-    from irc.deployment.onnx_folder import export
     from irc.deployment.model_file import read_model
+    from irc.deployment.onnx_folder import export
 
     onnx = folder / "onnx"
     export(str(MODEL), onnx)

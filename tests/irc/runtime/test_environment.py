@@ -69,7 +69,7 @@ def test_a_hollow_onnxruntime_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_probe_s_model_is_what_its_comment_says() -> None:
     """It is written down as bytes: neither the runtime nor the probe imports onnx."""
-    assert provider_probe._MODEL == one_node_model("Add", ("x", "x"), "y", FLOAT, 1, {})
+    assert one_node_model("Add", ("x", "x"), "y", FLOAT, 1, {}) == provider_probe._MODEL
     model = onnx.load_from_string(provider_probe._MODEL)
     onnx.checker.check_model(model, full_check=True)
     assert [node.op_type for node in model.graph.node] == ["Add"]
@@ -88,7 +88,11 @@ def test_torch_is_asked_in_a_process_of_its_own() -> None:
 
 @pytest.mark.parametrize(
     ("run", "reason"),
-    [(answers("", "ImportError: libtorch.so\n", 1), "libtorch.so"), (answers("", "", -11), "-11"), (answers("[]"), "0")],
+    [
+        (answers("", "ImportError: libtorch.so\n", 1), "libtorch.so"),
+        (answers("", "", -11), "-11"),
+        (answers("[]"), "0"),
+    ],
     ids=["broken", "crashed", "spoke"],
 )
 def test_torch_that_does_not_run_is_a_reason(run: Callable[[Sequence[str]], Result], reason: str) -> None:

@@ -98,7 +98,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_server_without_the_trainer(server: Path, exported: Path, tmp_path: Path) -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [str(server), *arguments], capture_output=True, text=True, env=clean_environment(), cwd=tmp_path, check=False
+            [str(server), *arguments],
+            capture_output=True,
+            text=True,
+            env=clean_environment(),
+            cwd=tmp_path,
+            check=False,
         )
 
     looked = f"import importlib.util as u; print([n for n in {TRAINER} if u.find_spec(n)], u.find_spec('irc').origin)"

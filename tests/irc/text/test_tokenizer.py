@@ -21,8 +21,22 @@ from irc.text.tokenizer import open_tokenizer
 
 ROOT = Path(__file__).parents[3]
 TEXTS = [
-    *("", " ", "the router", "  two  spaces\n\tand a tab\r\n", "def f(x):\n    return x'y", "caf\u00e9 \u65e5\u672c\u8a9e \U0001f600"),
-    *("it 's n't so , is it ? no . yes ! a ' b", "<s>the</s>", "<|end|>", "a<|end|>b", "a <more> b<more>", "un<unk>known"),
+    *(
+        "",
+        " ",
+        "the router",
+        "  two  spaces\n\tand a tab\r\n",
+        "def f(x):\n    return x'y",
+        "caf\u00e9 \u65e5\u672c\u8a9e \U0001f600",
+    ),
+    *(
+        "it 's n't so , is it ? no . yes ! a ' b",
+        "<s>the</s>",
+        "<|end|>",
+        "a<|end|>b",
+        "a <more> b<more>",
+        "un<unk>known",
+    ),
 ]
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
 
@@ -150,7 +164,8 @@ folder = Path(sys.argv[1])
 model = proto.ModelProto()
 words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
 kinds = [2, 3, 3, *[6] * 256]
-words += ["\\u2581t", "he", "\\u2581the", "er", "\\u2581ro", "ut", "\\u2581rout", "\\u2581router", "\\u2581", *"the rout."]
+words += ["\\u2581t", "he", "\\u2581the", "er", "\\u2581ro"]
+words += ["ut", "\\u2581rout", "\\u2581router", "\\u2581", *"the rout."]
 for index, word in enumerate(dict.fromkeys(words)):
     kind = kinds[index] if index < len(kinds) else 1
     model.pieces.add(piece=word, score=-float(index), type=kind)
