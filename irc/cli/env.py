@@ -1,4 +1,4 @@
-"""`irc env`: what this machine and its installation can do."""
+"""`irc env`: what this machine and this installation can do."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 def command(as_json: bool) -> None:
     """Show versions, devices and execution providers, and whether they really work.
 
-    Each execution provider of ONNX Runtime runs a one-node model, since a provider that is listed may
-    still fail to load and be replaced by the CPU without a word.
+    Each execution provider of ONNX Runtime runs a model of one node, because a provider that is listed may
+    still fail to load and silently be replaced by the CPU.
     """
     from irc import console
     from irc.runtime.environment import inspect_environment

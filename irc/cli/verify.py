@@ -13,7 +13,7 @@ from irc.cli.options import common_options, data_option, ops_option, provider_op
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @data_option()
-@click.option("--bundle", metavar="PATH", help="What the folder was exported from, if it has moved.")
+@click.option("--bundle", metavar="PATH", help="The bundle the folder was exported from, if it has moved.")
 @click.option("--base", metavar="MODEL", help="Where the bundle's base model is, if it has moved.")
 @provider_option()
 @ops_option()
@@ -30,10 +30,10 @@ from irc.cli.options import common_options, data_option, ops_option, provider_op
 @click.option("--tolerance", type=float, metavar="X", help="Largest difference of logits. [default: by data type]")
 @common_options
 def command(folder: Path, as_json: bool, **options: Any) -> int:
-    """Verify FOLDER, what irc export wrote, against PyTorch on held-out text.
+    """Verify FOLDER, the output of irc export, against PyTorch on held-out text.
 
-    Logits, perplexity, every unit's routes and greedy continuations are compared. The exit code is 3 where
-    they differ by more than rounding.
+    It compares logits, perplexity, the routes of every unit, and greedy continuations. The exit code is 3 if
+    they differ by more than rounding explains.
     """
     from irc import console
     from irc.deployment.verification import verify
@@ -49,13 +49,13 @@ def command(folder: Path, as_json: bool, **options: Any) -> int:
 
 
 def _what_differs(result: dict[str, Any]) -> str:
-    """Say in one sentence which of the gates was missed."""
+    """Say in one sentence which comparison failed."""
     generated, flips = result["generated"], result.get("flips", {}).get("other", 0)
     found = []
     if result["max_abs_diff"] > result["tolerance"]:
         found.append(f"logits by {result['max_abs_diff']:.3g}, the tolerance is {result['tolerance']:.3g}")
     if flips:
-        found.append(f"the routes of {flips} windows, where no near tie explains it")
+        found.append(f"the routes of {flips} windows, which no near tie explains")
     if generated["identical"] < generated["prompts"]:
         found.append(f"{generated['prompts'] - generated['identical']} of {generated['prompts']} continuations")
     return f"ONNX Runtime and PyTorch differ: {'; '.join(found)}"

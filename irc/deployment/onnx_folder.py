@@ -1,4 +1,4 @@
-"""export(): from a bundle or a plain model to an ONNX folder, written beside and renamed."""
+"""Exports a bundle or a plain model as an ONNX folder, which is written beside its place and then renamed."""
 
 from __future__ import annotations
 
@@ -67,17 +67,17 @@ def export(
 
     Args:
         name: Bundle, model folder, hub id, or demo.
-        output: Folder to write; complete or not there at all.
-        base: Where a bundle's base model is, if it has moved.
+        output: Folder to write; it appears complete or not at all.
+        base: Where the bundle's base model is, if it has moved.
         dtype: `auto` (as `irc.load` resolves it), `fp32`, `fp16` or `bf16`.
         layout: `onnx`, or `triton` for a Triton model repository.
         force: Replace an ONNX folder at `output`.
-        dump_dir: Where every pass leaves its before, after and diff.
+        dump_dir: Where every pass writes its before, after and diff.
         key_policy: Whose keys and values are stored; the bundle's own policy when None.
-        sparsity: Another share to skip than the bundle's own, within its dial.
+        sparsity: Share to skip, within the bundle's dial; the bundle's own when None.
         ops_library: Layout `triton`: path, on the server, of the native operator library to register.
-        provider: `cpu`, or `cuda` for a model whose native CUDA kernels need no count of rows when it decodes; either
-            runs the other's.
+        provider: `cpu`, or `cuda` for a model whose native CUDA kernels need no count of rows when it decodes; each
+            provider runs both.
 
     Returns:
         What `irc export --json` prints.
@@ -223,7 +223,7 @@ def realized_sparsity(units: Sequence[dict[str, Any]]) -> float | None:
 
 
 def _copy_texts(base: BaseModel, folder: Path) -> None:
-    """Copy configuration and tokenizer; never weights, never code."""
+    """Copy configuration and tokenizer, never weights or code."""
     for path in base.folder.iterdir():
         of_tokenizer = path.name.startswith(("tokenizer", "special_tokens")) and path.suffix in _TEXTS
         if path.is_file() and (path.name in _KEPT or of_tokenizer):

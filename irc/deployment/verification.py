@@ -1,4 +1,4 @@
-"""Holds an ONNX folder against the PyTorch bundle that it came from: logits, perplexity, routes, generated tokens."""
+"""Compares an ONNX folder with the PyTorch bundle it came from: logits, perplexity, routes, generated tokens."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from irc.runtime.session import Runtime
 from irc.text.source import load_text, pick, token_stream, windows
 
 TOLERANCE = 1e-4
-"""Largest difference of logits that fp32's rounding explains; 16-bit types have `tolerance_of`."""
+"""Largest difference of logits that the rounding of fp32 explains; for 16-bit types see `tolerance_of`."""
 
 _ROUNDINGS = 8
 _EPSILON = {"fp16": 2.0**-10, "bf16": 2.0**-7}
 
 NEAR = 1e-4
-"""A route may differ where a router's two logits are nearer than this (fp32; rounding decides there)."""
+"""A route may differ if the two logits of a router are closer than this (fp32); rounding decides there."""
 
 _NEAR = {"fp32": NEAR, "fp16": 2e-2, "bf16": 2e-1}
 
@@ -51,21 +51,21 @@ def verify(
     """Compare an ONNX folder with PyTorch on real text.
 
     Args:
-        folder: What `irc export` wrote.
+        folder: The output of `irc export`.
         progress: Makes progress bars.
-        bundle: What it was exported from; by default what the folder remembers.
+        bundle: What it was exported from; by default the source that the folder names.
         base: Where the bundle's base model is, if it has moved.
         data: Text, as for `irc eval`; its held-out part is read.
-        provider: Of ONNX Runtime.
-        ops: Kernels of our operators, as for `Runtime`.
-        tokens: To compare logits on.
-        seq_len: Tokens a window.
-        prompts: Texts to continue greedily with both.
+        provider: Execution provider of ONNX Runtime.
+        ops: Kernels of the operators of domain `irc`, as for `Runtime`.
+        tokens: Number of tokens to compare logits on.
+        seq_len: Tokens per window.
+        prompts: Number of texts to continue greedily with both.
         new_tokens: Tokens of each continuation.
-        tolerance: Largest absolute difference of logits; by default what `tolerance_of` says.
+        tolerance: Largest absolute difference of logits; by default `tolerance_of`.
 
     Returns:
-        What `irc verify --json` prints; `ok` says whether the gate is passed.
+        What `irc verify --json` prints; `ok` says whether both agree.
     """
     if tolerance is not None and not 0 <= tolerance < math.inf:
         raise InputError(f"tolerance is {tolerance}; give 0 or more")
@@ -101,7 +101,7 @@ def verify(
 
 
 def _larger(known: float, values: torch.Tensor) -> float:
-    """Return the largest absolute value, infinity where one is no number."""
+    """Return the largest absolute value; infinity if one is NaN."""
     largest = values.abs().max().item()
     return max(known, math.inf if math.isnan(largest) else largest)
 
@@ -117,7 +117,7 @@ def _check_lengths(context: int | None, seq_len: int, new_tokens: int) -> None:
 
 
 def _source(folder: Path, exported: OnnxFolder, bundle: str | None, base: str | None) -> tuple[str, RoutedForCausalLM]:
-    """Open what a folder was exported from; return its name too."""
+    """Open the source of a folder; return its name too."""
     source = bundle or exported.source
     if bundle is None and Path(source).is_absolute() and not Path(source).exists():
         raise InputError(f"{folder}: was exported from {source}, which is not there; set bundle to its new path")
@@ -139,8 +139,8 @@ def tolerance_of(dtype: str, largest: float) -> float:
     """Return the largest difference of logits that rounding explains.
 
     Args:
-        dtype: `fp32`: 1e-4. `fp16`, `bf16`: eight units in the last place of the largest logit, for rounding adds up
-            over the layers.
+        dtype: `fp32`: 1e-4. `fp16`, `bf16`: eight units in the last place of the largest logit, because rounding adds
+            up over the layers.
         largest: Largest absolute logit.
     """
     if dtype == "fp32":
@@ -149,7 +149,7 @@ def tolerance_of(dtype: str, largest: float) -> float:
 
 
 def _key_policy(exported: OnnxFolder) -> KeyPolicy | None:
-    """Return the policy that a folder was exported under; None where every token's keys are stored."""
+    """Return the policy that a folder was exported under; None if the keys of every token are stored."""
     if not exported.cache.reduced:
         return None
     return KeyPolicy("reduced", float(exported.manifest["kv_threshold"]))
@@ -181,7 +181,7 @@ class _Totals:
         self.tokens += ids.numel()
         self.predicted += ids.numel() - 1
         self.windows += 1
-        first = ids.shape[1]  # the first token whose route differs; what comes before it must agree
+        first = ids.shape[1]  # the first token whose route differs; all before it must agree
         for index, unit in enumerate(self.units):
             record = tape[unit]
             same = record.execute == torch.from_numpy(step.execute[index])

@@ -1,4 +1,4 @@
-"""Keys and values on ONNX Runtime: caches that grow by a copy at each step, and caches that are written in place."""
+"""Keys and values on ONNX Runtime: caches that are copied as they grow, and caches that are written in place."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class CacheLayout:
         size: Features of a head.
         dtype: fp32, fp16 or bf16.
         device: `cpu` or `cuda`.
-        context: Most tokens of a text, None where the model does not say.
-        spare: Memory of the last cache that is no longer used, for the next: (places, values), one at most.
+        context: Maximum number of tokens of a text, None if the model does not say.
+        spare: Memory of the last cache that is no longer used, for the next one: at most one (places, values).
     """
 
     past: Sequence[str]
@@ -41,7 +41,7 @@ class CacheLayout:
     spare: list[tuple[int, list[Any]]] = field(default_factory=list, compare=False)
 
     def empty(self, batch: int, places: int) -> list[Any]:
-        """Return values with room for so many tokens; what they hold is undefined."""
+        """Return values with room for `places` tokens; their content is undefined."""
         make = onnxruntime().OrtValue.ortvalue_from_shape_and_type
         values = [
             make([batch, self.heads, places, self.size], ELEMENTS[self.dtype], self.device)
@@ -52,14 +52,14 @@ class CacheLayout:
 
 
 def lengthen(values: Sequence[Any], larger: Sequence[Any], dtype: str, device: str) -> None:
-    """Copy keys and values to the front of memory with more places, without a way over the host.
+    """Copy keys and values to the front of memory with more places, without passing through the host.
 
-    ONNX Runtime itself does it, by a node that takes every type on every provider: numpy has no bf16, and no memory of
-    a GPU.
+    ONNX Runtime copies them, with a node that takes every type on every provider; NumPy has neither bf16 nor the memory
+    of a GPU.
 
     Args:
         values: ONNX Runtime's own [batch, heads, places, size].
-        larger: As many, with more places. What comes to stand behind the copies is undefined.
+        larger: As many, with more places. What follows the copies is undefined.
         dtype: fp32, fp16 or bf16.
         device: `cpu` or `cuda`.
     """
@@ -86,9 +86,9 @@ class Cache:
     """Keys and values of all layers (and slots of reduced ones) on the model's device; each step makes new ones.
 
     Attributes:
-        layout: Of the model.
-        batch: Sequences.
-        values: ONNX Runtime's own, in the order of the model's inputs.
+        layout: Layout of the model's caches.
+        batch: Number of sequences.
+        values: ONNX Runtime's values, in the order of the model's inputs.
         length: Tokens that the model has read; reduced layers store fewer.
     """
 
@@ -99,7 +99,7 @@ class Cache:
         self.length = 0
 
     def bind(self, session: Any, outputs: Sequence[str], tokens: int, device: str = "cpu") -> Any:
-        """Return a binding of `outputs`, left on `device`, then of past and present, for a step of so many tokens."""
+        """Return a binding of `outputs`, left on `device`, then of past and present, for a step of `tokens` tokens."""
         binding = session.io_binding()
         for name in outputs:
             binding.bind_output(name, device)
@@ -110,12 +110,12 @@ class Cache:
         return binding
 
     def advance(self, present: Sequence[Any], tokens: int) -> None:
-        """Take what a step gave for `present`."""
+        """Take the `present` values of a step."""
         self.values = list(present)
         self.length += tokens
 
     def saved(self) -> float:
-        """Return the share of keys that reduced layers do not store; of the longest sequence where there are many."""
+        """Return the share of keys that reduced layers do not store; in a batch, that of the longest sequence."""
         layers = self.layout.layers
         stored = sum(int(value.shape()[2]) for value in self.values[: 2 * layers : 2])
         return 1 - stored / (layers * self.length) if self.length else 0.0
@@ -124,18 +124,18 @@ class Cache:
 class PlacedCache(Cache):
     """A cache with room for more tokens than it holds: a step writes the new ones and moves nothing.
 
-    Past and present are the same memory, which only native RoutedAttention can write to. Where the room is used up it
-    doubles, up to the model's context.
+    Past and present are the same memory, which only the native RoutedAttention can write to. When the room is used up
+    it doubles, up to the model's context.
 
     Attributes:
-        places: Tokens that there is room for.
+        places: Number of tokens that fit.
     """
 
     places = 0
     _binding: Any = None
 
     def bind(self, session: Any, outputs: Sequence[str], tokens: int, device: str = "cpu") -> Any:
-        """Return the binding of this cache's memory, made anew only where the memory is."""
+        """Return the binding of this cache's memory; a new one only if the memory is new."""
         if self.length + tokens > self.places:
             self._reserve(self.length + tokens)
             self._binding = None
@@ -179,6 +179,6 @@ class PlacedCache(Cache):
         self.values, self.places = larger, places
 
     def __del__(self) -> None:
-        """Leave the memory to the next cache: memory that is new to the process is slow at its first touch."""
+        """Leave the memory to the next cache: memory that is new to the process is slow when first touched."""
         if self.places:
             self.layout.spare[:] = [(self.places, self.values)]

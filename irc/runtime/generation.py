@@ -29,7 +29,7 @@ class Sampling:
         temperature: 0 takes the likeliest token; above, logits are divided by it and sampled.
         top_k: Sample among the k likeliest; 0 among all.
         top_p: Sample among the likeliest that together have this probability.
-        seed: Of the sampling.
+        seed: Seed of the random numbers.
     """
 
     temperature: float = 0.0
@@ -38,7 +38,7 @@ class Sampling:
     seed: int = 0
 
     def check(self) -> None:
-        """Refuse values that mean nothing."""
+        """Refuse values out of range."""
         if self.temperature != 0 and not _COLDEST <= self.temperature < math.inf:
             raise InputError(f"temperature is {self.temperature}; give 0 (greedy), or {_COLDEST} or more")
         if self.top_k < 0:
@@ -56,12 +56,12 @@ class Generated:
     Attributes:
         text: Without the prompt, up to a stop string.
         tokens: Ids that were generated.
-        stopped: `end` (end of text), `stop` (a stop string), `length`, `context` or `interrupted`.
+        stopped: Why the text ended: `end` (end of text), `stop` (a stop string), `length`, `context` or `interrupted`.
         prompt_tokens: Tokens of the prompt.
-        prefill_seconds: Until the first token.
-        decode_seconds: From the first token on.
-        executed: Executed (token, unit) pairs.
-        pairs: All (token, unit) pairs.
+        prefill_seconds: Seconds until the first token.
+        decode_seconds: Seconds after the first token.
+        executed: Number of executed (token, unit) pairs.
+        pairs: Number of all (token, unit) pairs.
         kv_saved: Share of keys and values that were not stored.
     """
 
@@ -108,7 +108,7 @@ class Generator:
         """Return the ids of a prompt.
 
         Raises:
-            InputError: It is no valid text, has no token or one that the model does not know, or fills its context.
+            InputError: It is not valid text, has no token or one that the model does not know, or fills the context.
         """
         try:
             prompt.encode("utf-8")
@@ -119,15 +119,15 @@ class Generator:
         if max(ids) >= self.runtime.vocabulary:
             raise InputError(
                 f"{self.runtime.exported.folder}: the tokenizer makes the id {max(ids)} of the prompt, the model's "
-                f"vocabulary ends at {self.runtime.vocabulary - 1}: it is another model's; export again"
+                f"vocabulary ends at {self.runtime.vocabulary - 1}: it belongs to another model; export again"
             )
         return ids
 
     def _room(self, ids: Sequence[int], wanted: int) -> int:
-        """Return how many of the wanted new tokens the model's context has room for.
+        """Return how many of the wanted new tokens fit in the model's context.
 
         Raises:
-            InputError: There is no token, or there is room for none.
+            InputError: There is no token, or none fits.
         """
         if not ids:
             raise InputError("the prompt has no token; give at least one character")
@@ -149,10 +149,10 @@ class Generator:
 
         Args:
             prompt: Text.
-            max_tokens: At most so many new tokens.
-            sampling: Greedy when None.
+            max_tokens: Maximum number of new tokens.
+            sampling: How tokens are chosen; greedily when None.
             stop: Strings that end the text; they are not part of it.
-            emit: Told each piece of text as soon as it is sure.
+            emit: Called with each piece of text as soon as it is final.
 
         Returns:
             The text and its figures; an interrupt (Ctrl-C) ends the text, it does not raise.
@@ -175,11 +175,11 @@ class Generator:
         """Return the greedy continuation of ids, up to the end of text or of the model's context.
 
         Args:
-            ids: Of a prompt.
-            max_tokens: At most so many new tokens.
+            ids: Ids of a prompt.
+            max_tokens: Maximum number of new tokens.
 
         Raises:
-            InputError: There is no id, or they fill the model's context, or one is none of its vocabulary.
+            InputError: There is no id, they fill the model's context, or one is outside its vocabulary.
         """
         result = Generated()
         self._loop(ids, self._room(ids, max_tokens), Sampling(), [], lambda piece: None, result)
@@ -225,7 +225,7 @@ class Generator:
         emit(result.text[sent:])
 
     def _text_after(self, before: list[int], new: list[int]) -> str:
-        """Return the text of new tokens as it stands after others: some tokenizers drop a space that begins a text."""
+        """Return the text of new tokens after others: some tokenizers drop a space that begins a text."""
         start = self.tokenizer.decode(before, skip_special_tokens=True)
         whole = self.tokenizer.decode(before + new, skip_special_tokens=True)
         if whole.startswith(start):
@@ -238,7 +238,7 @@ def choose(logits: NDArray[np.float32], sampling: Sampling, random: np.random.Ge
     """Choose a token from logits [vocabulary].
 
     Raises:
-        IrcError: A logit is no number, or infinite.
+        IrcError: A logit is NaN or infinite.
     """
     if not math.isfinite(logits.max()):
         raise IrcError("the model's logits are not finite; run irc verify to compare it with PyTorch")
@@ -257,7 +257,7 @@ def choose(logits: NDArray[np.float32], sampling: Sampling, random: np.random.Ge
 
 
 def _sure(text: str, stop: Sequence[str]) -> int:
-    """Return how much of a text cannot change any more: no half character, no beginning of a stop string at its end."""
+    """Return how much of a text is final: it ends neither in half a character nor in the beginning of a stop string."""
     sure = len(text.rstrip("\N{REPLACEMENT CHARACTER}"))
     for mark in stop:
         for size in range(min(len(mark) - 1, sure), 0, -1):

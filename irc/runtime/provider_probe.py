@@ -1,8 +1,8 @@
-"""Whether one ONNX Runtime execution provider really runs a node: `python -P provider_probe.py NAME`.
+"""Tests whether an ONNX Runtime execution provider really runs a node: `python -P provider_probe.py NAME`.
 
-A process of its own, because a provider that cannot load may end the process, and says why on stderr
-below Python's level only. It imports nothing of `irc`. The last line of stdout is a JSON object with
-`usable` and `reason`.
+It runs in a process of its own, because a provider that cannot load may end the process, and writes the
+reason to stderr from outside Python. It imports nothing of `irc`. The last line of stdout is a JSON object
+with `usable` and `reason`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Text on Triton Inference Server: what its Python backend runs for the model `irc_text` of an exported repository.
+"""Text on Triton Inference Server: its Python backend runs this for the model `irc_text` of an exported repository.
 
-Triton itself bounds the queue, rejects what waited too long, and ends what its client gave up. A request's inputs are
-the prompt and, as they are wanted, the options of `irc generate` (`REQUEST_OPTIONS`).
+Triton itself bounds the queue, rejects requests that waited too long, and ends those whose client has gone. A request's
+inputs are the prompt and any of the options of `irc generate` (`REQUEST_OPTIONS`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class TritonPythonModel:
     """One instance: a session and its tokenizer. Triton makes it and calls its methods, whose names are Triton's."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Open the ONNX folder, which is the repository that the model lies in.
+        """Open the ONNX folder, which is the repository that holds this model.
 
         Raises:
             InputError: The folder is damaged; Triton prints it and does not load the model.
@@ -37,7 +37,7 @@ class TritonPythonModel:
         self._generator = Generator(Runtime(Path(args["model_repository"]).resolve().parent))
 
     def execute(self, requests: Sequence[Any]) -> None:
-        """Answer each request: piece by piece where it has `stream`, else once."""
+        """Answer each request: piece by piece if it sets `stream`, else once."""
         for request in requests:
             sender = request.get_response_sender()
             try:
