@@ -316,6 +316,6 @@ def _float32(value: Any) -> NDArray[np.float32]:
     if value.element_type() == BFLOAT16:  # NumPy has no such type; its bits are the upper half of a float32's
         shape = value.shape()
         halves = (ctypes.c_uint16 * int(np.prod(shape))).from_address(value.data_ptr())
-        return (np.frombuffer(halves, np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(shape)
+        return (np.ctypeslib.as_array(halves).astype(np.uint32) << 16).view(np.float32).reshape(shape)
     array: NDArray[np.float32] = value.numpy().astype(np.float32, copy=False)
     return array

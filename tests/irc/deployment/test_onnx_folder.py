@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from exporters.onnx_format import MANIFEST
 from irc.bundle.loading import RECIPE
 from irc.deployment import onnx_folder as export_module
+from irc.runtime.folder import open_folder
 from irc.runtime.session import Runtime
 
 PROMPT = "def parse(text):\n    "
@@ -38,6 +39,19 @@ def test_what_export_writes_and_says(bundle: Path, copied: Path, tmp_path: Path,
     assert (copied / RECIPE).read_text() == (bundle / RECIPE).read_text()
     genai = json.loads((copied / "genai_config.json").read_text())
     assert genai["model"]["decoder"]["num_hidden_layers"] == 2
+
+
+def test_the_manifest_names_no_place_of_this_machine(exported: Path, dense: Path, bundle: Path) -> None:
+    """The bundle is found as long as it and the folder move together."""
+    for folder in (exported, dense):
+        values = [json.loads((folder / MANIFEST).read_text())]
+        while values:
+            value = values.pop()
+            assert not (isinstance(value, str) and value.startswith("/")), value
+            values += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    assert open_folder(exported).source == str(bundle.resolve())
+    assert json.loads((exported / MANIFEST).read_text())["sparsity"] == pytest.approx(0.6)
+    assert json.loads((dense / MANIFEST).read_text())["sparsity"] is None
 
 
 def test_a_folder_for_cuda_says_so_and_runs_on_the_cpu(
@@ -171,10 +185,12 @@ def test_configuration_and_tokenizer_are_copied_and_no_code(
     folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
     for name in ("tokenizer_code.py", "tokenizer.bin", "special_tokens.pkl", "tokenizer.safetensors"):
         (folder / name).write_text("x")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
     (folder / "tokenizer").mkdir()
     assert irc_main("export", folder, "-o", tmp_path / "onnx").code == 0
     there = {path.name for path in (tmp_path / "onnx").iterdir()}
     assert there >= {"config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert (tmp_path / "onnx" / "chat_template.jinja").read_text() == "{{ messages }}"
     assert not {name for name in there if name.endswith((".py", ".bin", ".pkl", ".safetensors")) or name == "tokenizer"}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from exporters.onnx_format import ELEMENTS
 from irc.runtime.cache import CacheLayout, PlacedCache, lengthen
+from irc.runtime.session import _float32
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PAST, PRESENT = ("past.key", "past.value"), ("present.key", "present.value")
@@ -58,3 +60,13 @@ def test_lengthening_goes_by_no_host_copy(dtype: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(ort.OrtValue, "numpy", None)
     lengthen([old], [new], dtype, "cpu")
     assert torch.equal(_view(new)[:, :, :5], _view(old))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_logits_of_every_type_are_brought_to_the_host_as_float32(dtype: str) -> None:
+    """NumPy has no bf16."""
+    value = ort.OrtValue.ortvalue_from_shape_and_type([2, 3, 5], ELEMENTS[dtype], "cpu")
+    _view(value)[:] = torch.randn(2, 3, 5)
+    found = _float32(value)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, _view(value).float().numpy())
