@@ -11,8 +11,9 @@ from typing import Any, cast
 import torch
 
 from irc.bundle.card import model_card
-from irc.bundle.key_policy import KeyPolicy, set_key_policy
-from irc.bundle.loading import check_replaceable, write_bundle
+from irc.bundle.config import DialPoint
+from irc.bundle.key_policy import set_key_policy
+from irc.bundle.saving import check_replaceable, write_bundle
 from irc.conversion.memory import enough_memory
 from irc.conversion.resume import check_same_inputs, finished, located
 from irc.conversion.stage_cache import StageCache
@@ -35,6 +36,7 @@ from irc.model.build import build_routed
 from irc.model.checkpoint import BaseModel, find_base
 from irc.model.routed import RoutedForCausalLM, RoutingSpec
 from irc.progress import ProgressFactory, silent
+from irc.recipe.key_policy import KeyPolicy
 from irc.recipe.policies import policy_named
 from irc.recipe.recipe import Recipe, text_name
 from irc.text.source import Split, TextSource, load_text, pick, token_stream, windows
@@ -80,7 +82,7 @@ class Conversion:
     seconds: dict[str, float] = field(default_factory=dict)
     stage_figures: dict[str, dict[str, Any]] = field(default_factory=dict)
     keep: dict[str, float] = field(default_factory=dict)
-    dial: list[dict[str, Any]] = field(default_factory=list)
+    dial: tuple[DialPoint, ...] = ()
     evaluation: Evaluation = field(init=False)
     metrics: dict[str, Any] = field(default_factory=dict)
 
@@ -185,7 +187,6 @@ def capture_and_rewrite(conversion: Conversion) -> None:
     conversion.base.check_finite()
     spec = RoutingSpec(recipe.rank, recipe.forecaster, recipe.policy, recipe.sparsity, recipe.seed, recipe.router.reads)
     conversion.model = build_routed(conversion.base, spec, recipe.dtype, recipe.device, recipe.seed)
-    conversion.model.facts["base"] = conversion.base
 
 
 def run_stages(conversion: Conversion) -> None:
@@ -218,7 +219,8 @@ def run_stages(conversion: Conversion) -> None:
         log.debug("phase %s ended after %.1f s", stage, figures["seconds"])
     keep = conversion.keep = conversion.stage_figures[recipe.stages[-1]].pop("calibration_keep")
     if recipe.dial:
-        conversion.dial = dial_points(conversion.model, context.calibration_windows(), recipe.dial, conversion.progress)
+        points = dial_points(conversion.model, context.calibration_windows(), recipe.dial, conversion.progress)
+        conversion.dial = tuple(DialPoint(**point) for point in points)
     set_key_policy(conversion.model, KeyPolicy(recipe.kv_policy, recipe.kv_threshold), keep)
 
 

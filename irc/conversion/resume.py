@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from irc.bundle.config import read_config
-from irc.bundle.loading import METRICS, RECIPE
+from irc.bundle.layout import METRICS, RECIPE
 from irc.errors import InputError
 from irc.files.atomic import write_whole
 from irc.files.strict_yaml import parse

@@ -14,7 +14,8 @@ from typing import Any, TextIO
 import yaml
 from safetensors.torch import load_file
 
-from irc.bundle.loading import adapter_tensors, set_adapter
+from irc.bundle.loading import set_adapter
+from irc.bundle.saving import adapter_tensors
 from irc.conversion.resume import INPUTS, check_same_recipe, located
 from irc.errors import InputError
 from irc.files.atomic import cannot_write, write_whole
@@ -135,7 +136,7 @@ def stage_figures(work: Path, stage: str) -> dict[str, Any] | None:
 def save_stage(model: RoutedForCausalLM, work: Path, stage: str, figures: dict[str, Any]) -> None:
     """Write a finished stage's weights, then mark it finished, then drop its checkpoint."""
     write_safetensors(work / f"{stage}.safetensors", adapter_tensors(model), {"format": "pt"})
-    if "lora" in model.facts:
+    if model.lora is not None:
         save_lora(model, work / "lora")
     write_whole(work / f"{stage}.json", json.dumps(figures))
     (work / f"{stage}.checkpoint.safetensors").unlink(missing_ok=True)
@@ -149,5 +150,5 @@ def load_stage(model: RoutedForCausalLM, work: Path, stage: str, recipe: Recipe)
     except Exception as error:
         raise InputError(f"{saved}: damaged ({first_line(error)}); start over with --force") from error
     set_adapter(model, tensors, str(work))
-    if stage == "lora" and "lora" not in model.facts:
+    if stage == "lora" and model.lora is None:
         load_lora(model, work / "lora", recipe.lora)

@@ -54,7 +54,7 @@ def inject_lora(model: RoutedForCausalLM, recipe: LoraRecipe, seed: int) -> None
         torch.manual_seed(seed)
         inject_adapter_in_model(lora_config(model, recipe), model.graph)
     model.train(model.training)  # peft's dropouts are born in training mode
-    model.facts["lora"] = recipe
+    model.lora = recipe
 
 
 def lora_parameters(model: RoutedForCausalLM) -> dict[str, nn.Parameter]:
@@ -79,7 +79,8 @@ def adapters_off(model: RoutedForCausalLM) -> Iterator[None]:
 def save_lora(model: RoutedForCausalLM, folder: Path) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`, as peft's own loaders read them."""
     folder.mkdir(parents=True, exist_ok=True)
-    recipe = model.facts["lora"]
+    recipe = model.lora
+    assert recipe is not None
     config = lora_config(model, recipe)
     config.inference_mode = True
     config.save_pretrained(str(folder))
@@ -120,7 +121,7 @@ def merge_lora(model: RoutedForCausalLM) -> None:
             module.merge(safe_merge=True)
             parent, _, leaf = name.rpartition(".")
             setattr(model.graph.get_submodule(parent), leaf, module.get_base_layer())
-    model.facts.pop("lora", None)
+    model.lora = None
 
 
 def _shapes(model: RoutedForCausalLM, recipe: LoraRecipe) -> dict[str, list[int]]:

@@ -65,7 +65,7 @@ def read_routes(model: RoutedForCausalLM, spec: str, limit: int) -> Routes:
     """Run a bundle on the beginning of a text and note every decision.
 
     Args:
-        model: Rewritten model with its base in `facts["base"]`.
+        model: Rewritten model.
         spec: What `irc.text.source.load_text` reads.
         limit: Tokens to read at most.
 
@@ -74,7 +74,7 @@ def read_routes(model: RoutedForCausalLM, spec: str, limit: int) -> Routes:
     """
     if model.spec is None:
         raise InputError("a plain model routes nothing, so there are no decisions to show; convert it first")
-    tokenizer: Any = model.facts["base"].tokenizer
+    tokenizer: Any = model.base.tokenizer
     ids: list[int] = []
     for document in load_text(spec).documents:
         ids += tokenizer(document.text, add_special_tokens=False)["input_ids"]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from irc.bundle.loading import ADAPTER
+from irc.bundle.layout import ADAPTER
 from irc.conversion import pipeline
 from irc.errors import InputError
 from irc.recipe.recipe import Recipe, load_recipe

@@ -19,7 +19,7 @@ from accelerate import PartialState
 from safetensors.torch import load_file
 
 import irc
-from irc.bundle.loading import ADAPTER
+from irc.bundle.layout import ADAPTER
 from irc.cli import main
 from irc.conversion.pipeline import resolve
 from irc.errors import InputError
