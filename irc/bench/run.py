@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from exporters.onnx_dtypes import of_weights
 from irc.bench.models import Pair, bundle_pair, random_pair
 from irc.bench.profile import where_time_goes
 from irc.bench.scenario import PEERS, Load, Share, Stage, TextTokens
@@ -141,8 +142,8 @@ def _check(subject: Subject, shares: Sequence[Share], load: Load, options: Bench
             raise InputError(f"{name} is empty; give at least one")
     if dtype not in BYTES:
         raise InputError(f"--dtype is '{dtype}'; choose from {', '.join(BYTES)}")
-    if dtype == "bf16" and provider == "cpu":
-        raise InputError("--dtype is bf16, which ONNX Runtime's CPU provider cannot run; give fp32 or fp16")
+    if provider == "cpu" and not of_weights(dtype).on_cpu:
+        raise InputError(f"--dtype is {dtype}, which ONNX Runtime's CPU provider cannot run; give fp32 or fp16")
     for each in options.ops:
         choose_library(each, provider, dtype)  # refuses what does not load before anything is made
     for peer in options.peers:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from exporters.onnx_dtypes import of_weights
 from irc.bundle.loading import open_model
 from irc.bundle.source import ModelSource
 from irc.errors import InputError
@@ -27,7 +28,6 @@ TOLERANCE = 1e-4
 """Largest difference of logits that fp32's rounding explains; 16-bit types have `tolerance_of`."""
 
 _ROUNDINGS = 8
-_EPSILON = {"fp16": 2.0**-10, "bf16": 2.0**-7}
 
 NEAR = 1e-4
 """A route may differ where a router's two logits are nearer than this (fp32; rounding decides there)."""
@@ -161,7 +161,9 @@ def tolerance_of(dtype: str, largest: float) -> float:
     """
     if dtype == "fp32":
         return TOLERANCE
-    return _ROUNDINGS * _EPSILON[dtype] * 2.0 ** math.floor(math.log2(max(1.0, largest)))
+    rounding = of_weights(dtype).rounding
+    assert rounding is not None
+    return _ROUNDINGS * rounding * 2.0 ** math.floor(math.log2(max(1.0, largest)))
 
 
 def _key_policy(exported: OnnxFolder) -> KeyPolicy | None:
