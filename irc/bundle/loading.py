@@ -246,7 +246,7 @@ def write_bundle(
         "kv_policy": key_policy.name,
         "kv_threshold": key_policy.threshold,
         "seed": recipe.get("seed"),
-        "lora": asdict(model.facts["lora"]) if "lora" in model.facts else None,
+        "lora": model.facts["lora"].model_dump() if "lora" in model.facts else None,
         "lora_sha256": file_sha256(folder / LORA / WEIGHTS) if "lora" in model.facts else None,
         "adapter_sha256": file_sha256(folder / ADAPTER),
     }

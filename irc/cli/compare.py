@@ -20,6 +20,7 @@ from irc.cli.options import (
     shares,
     words,
 )
+from irc.cli.recipe_options import recipe_of, recipe_option, set_option, without_defaults
 
 
 @click.command()
@@ -56,12 +57,8 @@ from irc.cli.options import (
     "--kv-sweep", default="", callback=shares, metavar="LIST", help="Thresholds of the key/value policy reduced."
 )
 @data_option(None)
-@click.option(
-    "--recipe", "recipe_file", type=click.Path(path_type=Path), metavar="FILE", help="Recipe (YAML) to start from."
-)
-@click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe field, such as router.steps=500."
-)
+@recipe_option("Recipe to start from: a YAML file or a ready one.")
+@set_option()
 @click.option(
     "--jobs",
     type=click.IntRange(min=1),
@@ -86,14 +83,10 @@ def command(model: str | None, output: Path, as_json: bool, **options: Any) -> N
     from irc.compare.cells import Plan, read_variants
     from irc.compare.report import check_tools, write_report
     from irc.compare.run import REPORT, compare
-    from irc.recipe.recipe import load_recipe
 
     check_tools()
-    recipe = load_recipe(options["recipe_file"], options["overrides"])
-    for name in ("device", "dtype"):
-        if options[name] != "auto":
-            setattr(recipe, name, options[name])
-    recipe.model, recipe.data = model or recipe.model, options["data"] or recipe.data
+    flags = {"model": model or None} | {name: options[name] or None for name in ("data", "device", "dtype")}
+    recipe = recipe_of(options["recipe_file"], options["overrides"], without_defaults(flags))
     plan = Plan(
         policies=options["policies"],
         sparsities=options["sparsities"],

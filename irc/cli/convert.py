@@ -23,6 +23,7 @@ from irc.cli.options import (
     shares,
     words,
 )
+from irc.cli.recipe_options import recipe_of, recipe_option, set_option, without_defaults
 
 
 def _list_fields(ctx: click.Context, _: click.Parameter, value: bool) -> None:
@@ -66,16 +67,11 @@ def _list_fields(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     metavar="LIST",
     help="Comma-separated stages of lff, router, lora. [default: as the policy needs]",
 )
-@click.option(
-    "--recipe",
-    "recipe_file",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Recipe to start from: a YAML file, or a ready one such as llama-3.2-1b-25 (also 3.2-3b, 3.1-8b; -40, -70).",
+@recipe_option(
+    "Recipe to start from: a YAML file, or a ready one: llama-3.2-1b, llama-3.2-3b or llama-3.1-8b, each with -25, -40 "
+    "or -70 (percent to skip)."
 )
-@click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe field, such as router.steps=500."
-)
+@set_option()
 @click.option(
     "--fields",
     is_flag=True,
@@ -109,16 +105,10 @@ def command(
     from irc.cli.report import conversion_report
     from irc.conversion.pipeline import convert
     from irc.conversion.work_folder import is_main_process
-    from irc.recipe.recipe import load_recipe
 
-    recipe = load_recipe(flags.pop("recipe_file"), flags.pop("overrides"))
-    stages, cache = flags.pop("stages"), flags.pop("stages_folder")
-    if stages is not None:
-        recipe.stages = stages
-    recipe.dial = flags.pop("dial") or recipe.dial
-    for name, value in {"model": model, **flags}.items():
-        if value is not None and not (name in ("device", "dtype") and value == "auto"):
-            setattr(recipe, name, value)
+    recipe_file, overrides, cache = (flags.pop(name) for name in ("recipe_file", "overrides", "stages_folder"))
+    flags |= {"model": model, "dial": flags["dial"] or None}
+    recipe = recipe_of(recipe_file, overrides, without_defaults(flags))
     if is_main_process():
         console.note(
             f"converting {recipe.model} with {recipe.data}: sparsity {recipe.sparsity}, "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import re
 from collections.abc import Iterable, Sequence
@@ -10,8 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from irc.errors import InputError
+from irc.recipe.layers import Layer, build, setting_layer
 from irc.recipe.policies import policy_named
-from irc.recipe.recipe import Recipe, override
+from irc.recipe.recipe import Recipe
+from irc.recipe.stages import required_stages
 
 DENSE = "dense"
 _FIXED = frozenset(
@@ -54,14 +55,12 @@ class Cell:
         Raises:
             InputError: A change names no field of the recipe, or its value does not fit.
         """
-        recipe = copy.deepcopy(base)
-        recipe.policy = "static" if self.policy == DENSE else self.policy
-        recipe.sparsity, recipe.seed = self.sparsity, self.seed
-        recipe.stages = [*policy_named(recipe.policy).stages, *(["lora"] if self.lora else [])]
-        for change in self.changes:
-            override(recipe, change)
-        recipe.check()
-        return recipe
+        policy = "static" if self.policy == DENSE else self.policy
+        stages = [*required_stages(policy_named(policy)), *(["lora"] if self.lora else [])]
+        own = {"policy": policy, "sparsity": self.sparsity, "seed": self.seed, "stages": stages}
+        source = f"cell {self.name}"
+        changes = (setting_layer(Recipe, change, source) for change in self.changes)
+        return build(Recipe, [Layer("", base.to_dict()), Layer(source, own), *changes])
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,16 @@ from statistics import mean, stdev
 from typing import Any
 
 from irc.compare.cells import DENSE
+from irc.recipe.stages import STAGE_NAMES
 
 Row = dict[str, Any]
-_TRAINING = ("lff", "router", "lora")
 _BUDGET = frozenset({"lff.tokens", "lff.steps", "router.steps", "router.calibration_tokens"})
 
 
 def training_seconds(row: Row, kind: str = "seconds") -> float:
     """Return what a cell's stages took, in seconds of wall-clock time (or `cpu_seconds`, of all processors)."""
     stages: dict[str, dict[str, float]] = row["figures"]["stages"]
-    return sum(stages[stage][kind] for stage in _TRAINING if stage in stages)
+    return sum(stages[stage][kind] for stage in STAGE_NAMES if stage in stages)
 
 
 def summarize(rows: Sequence[Row], sparsities: Sequence[float]) -> dict[str, Any]:

@@ -146,12 +146,7 @@ def _saved_recipe(folder: Path) -> Recipe:
     path = folder / RECIPE
     if not path.exists():
         return Recipe()
-    recipe = load_recipe(path)
-    try:
-        recipe.check()
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    return recipe
+    return load_recipe(path)
 
 
 def _documents(text: TextSource, split: str) -> list[Any]:

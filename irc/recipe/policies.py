@@ -11,6 +11,9 @@ from typing import Literal
 
 from irc.errors import InputError
 
+PolicyName = Literal["informed", "skipgpt", "mod", "random", "static"]
+"""The policies' names, for fields that take one; `POLICIES` says what each is."""
+
 Reads = Literal["unit", "stream", "layer"]
 """What a router reads: the unit's normed input, the residual stream before the unit, or the layer's input."""
 
@@ -32,7 +35,7 @@ class Policy:
             recipe says otherwise.
     """
 
-    name: str
+    name: PolicyName
     summary: str
     forecasts: bool
     reads: Reads
@@ -41,13 +44,8 @@ class Policy:
     capacity: bool = False
     teach_steps: int = 0
 
-    @property
-    def stages(self) -> list[str]:
-        """The stages that the policy needs."""
-        return ["lff", "router"] if self.forecasts else ["router"]
 
-
-POLICIES = {
+POLICIES: dict[str, Policy] = {
     policy.name: policy
     for policy in (
         Policy("informed", "execute or forecast, by a router of the unit's input", True, "unit", teach_steps=30),
