@@ -1,4 +1,4 @@
-"""`irc compare`: routing policies against each other on one model and one text."""
+"""`irc compare`: compares routing policies on one model and one text."""
 
 from __future__ import annotations
 
@@ -25,22 +25,33 @@ from irc.cli.recipe_options import recipe_of, recipe_option, set_option, without
 
 @click.command()
 @click.argument("model", required=False, shell_complete=files)
-@output_option("Folder of the comparison: its cells, results.json and report.html.", required=True)
+@output_option("Folder for the cells, results.json and report.html.", required=True)
 @click.option(
     "--policies",
     default="informed,skipgpt,mod,random,static",
     show_default=True,
     callback=words,
     metavar="LIST",
-    help="Routing policies (docs/method.md).",
+    help="Routing policies to compare (see docs/method.md).",
 )
 @click.option(
-    "--sparsities", default="0.25,0.4,0.7", show_default=True, callback=shares, metavar="LIST", help="Targets."
+    "--sparsities",
+    default="0.25,0.4,0.7",
+    show_default=True,
+    callback=shares,
+    metavar="LIST",
+    help="Target sparsities.",
 )
-@click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, metavar="N", help="Seeds a cell.")
-@click.option("--lora", is_flag=True, help="Every cell with a LoRA stage too, and the dense model under that budget.")
+@click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, metavar="N", help="Seeds per cell.")
 @click.option(
-    "--budgets", default="", callback=shares, metavar="LIST", help="Shares of the router stage's steps to try too."
+    "--lora", is_flag=True, help="Also run every cell with a LoRA stage, and the dense model with the same LoRA budget."
+)
+@click.option(
+    "--budgets",
+    default="",
+    callback=shares,
+    metavar="LIST",
+    help="Also train with these fractions of the router stage's steps.",
 )
 @click.option("--ranks", default="", callback=numbers, metavar="LIST", help="Forecaster ranks to sweep.")
 @click.option(
@@ -51,13 +62,13 @@ from irc.cli.recipe_options import recipe_of, recipe_option, set_option, without
     "variants",
     multiple=True,
     metavar="NAME:KEY=VALUE,...",
-    help="An option of policy informed to try beside the plain method, such as frozen:router.forecaster_lr=0.",
+    help="Also run policy informed with other settings, such as frozen:router.forecaster_lr=0. Repeatable.",
 )
 @click.option(
-    "--kv-sweep", default="", callback=shares, metavar="LIST", help="Thresholds of the key/value policy reduced."
+    "--kv-sweep", default="", callback=shares, metavar="LIST", help="Thresholds of key/value policy reduced to sweep."
 )
 @data_option(None)
-@recipe_option("Recipe to start from: a YAML file or a ready one.")
+@recipe_option("Recipe to start from: a YAML file or a ready one (see irc convert).")
 @set_option()
 @click.option(
     "--jobs",
@@ -65,7 +76,7 @@ from irc.cli.recipe_options import recipe_of, recipe_option, set_option, without
     default=1,
     show_default=True,
     metavar="N",
-    help="Conversions at a time, each in a process with its share of the cores.",
+    help="Conversions to run at a time, each in a process with its share of the cores.",
 )
 @device_option()
 @dtype_option()
@@ -73,10 +84,10 @@ from irc.cli.recipe_options import recipe_of, recipe_option, set_option, without
 @force_option()
 @common_options
 def command(model: str | None, output: Path, as_json: bool, **options: Any) -> None:
-    """Train and evaluate policies on MODEL (a folder, a hub id, or demo) under one budget, and write a report.
+    """Train and evaluate routing policies on MODEL (a folder, a Hub id, or demo) and write a report.
 
-    Every cell is a conversion: same text, same steps, same seeds. A killed comparison goes on with --resume. Figures
-    are taken on held-out text; choose settings with --set eval_split=validation.
+    Every cell is one conversion; all use the same text, steps and seeds. Continue an interrupted comparison with
+    --resume. Figures are measured on held-out text; to choose settings, use --set eval_split=validation.
     """
     from irc import console
     from irc.cli.compare_tables import comparison_tables
