@@ -165,7 +165,7 @@ class BundleConfig:
             "kv_policy": self.key_policy.name,
             "kv_threshold": self.key_policy.threshold,
             "seed": self.seed,
-            "lora": None if self.lora is None else asdict(self.lora),
+            "lora": None if self.lora is None else self.lora.model_dump(),
             "lora_sha256": self.lora_sha256,
             "adapter_sha256": self.adapter_sha256,
         }
@@ -225,7 +225,6 @@ def _checked(config: dict[str, Any]) -> BundleConfig:
         | {"router": {"reads": spec.reads}, "lora": lora or {}}
         | {key: config[key] for key in ("kv_policy", "kv_threshold") if key in config}
     )
-    recipe.check()
     units = {_name(unit): _unit_figures(unit) for unit in config["units"]}
     return BundleConfig(
         base=SavedBase(base["name"], base["sha256"], base.get("revision"), base.get("architecture")),

@@ -59,12 +59,7 @@ class Bundle:
         if not isinstance(data, dict):
             found = "it is empty" if data is None else f"found {shown(data)}"
             raise InputError(f"recipe {path}: expected keys and values such as sparsity: 0.25 ({found})")
-        recipe = recipe_from(data, f"recipe {path}")
-        try:
-            recipe.check()
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from error
-        return recipe
+        return recipe_from(data, f"recipe {path}")
 
 
 def read_bundle(folder: Path) -> Bundle:

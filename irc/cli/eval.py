@@ -1,4 +1,4 @@
-"""`irc eval`: perplexity and realized sparsity of a bundle or a plain model on text."""
+"""`irc eval`: measures perplexity and realized sparsity of a bundle or a plain model on text."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
     type=click.Choice(["auto", "all", "train", "calibration", "validation", "heldout"]),
     default="auto",
     show_default=True,
-    help="Part of the text; auto is heldout for the text of the conversion and for stdlib, else all.",
+    help="Part of the text to read; auto means heldout for the text of the conversion and for stdlib, otherwise all.",
 )
 @click.option(
     "--tokens",
     type=click.IntRange(min=0),
     metavar="N",
-    help="Tokens to read, spread evenly; 0 reads all. [default: as in convert]",
+    help="Tokens to read, spread evenly; 0 reads all. [default: as in the conversion]",
 )
-@click.option("--base", metavar="MODEL", help="Where the bundle's base model is, if it has moved.")
+@click.option("--base", metavar="MODEL", help="The bundle's base model, if it has moved.")
 @device_option()
 @dtype_option()
 @seq_len_option(None)
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     default="",
     callback=shares,
     metavar="LIST",
-    help="Comma-separated sparsities within the bundle's dial: perplexity and FLOPs at each.",
+    help="Also measure perplexity and FLOPs at these sparsities, within the range of the bundle's dial.",
 )
 @key_policy_options
 @click.option(
@@ -59,20 +59,20 @@ if TYPE_CHECKING:
     default="",
     callback=shares,
     metavar="LIST",
-    help="Comma-separated thresholds of the key/value policy reduced: memory saved against perplexity.",
+    help="Also measure memory and perplexity at these thresholds of key/value policy reduced.",
 )
 @click.option(
     "--tasks",
     callback=words,
     metavar="LIST",
-    help="Tasks of lm-evaluation-harness in place of perplexity; without a network: code_continuation, code_closing, "
-    "code_recall (made of --data). MODEL may be an ONNX folder too.",
+    help="Run tasks of lm-evaluation-harness instead of measuring perplexity. code_continuation, code_closing and "
+    "code_recall are built from --data and need no network. MODEL may also be an ONNX folder.",
 )
 @click.option(
-    "--limit", type=click.IntRange(min=1), metavar="N", help="Questions a task. [default: all; 200 of code_...]"
+    "--limit", type=click.IntRange(min=1), metavar="N", help="Questions per task. [default: all; 200 for code_...]"
 )
 @click.option(
-    "--task-path", type=click.Path(path_type=Path), metavar="DIR", help="Folder of further task files of the harness."
+    "--task-path", type=click.Path(path_type=Path), metavar="DIR", help="Folder with more task files for the harness."
 )
 @common_options
 def command(
@@ -91,7 +91,7 @@ def command(
     sparsities: list[float],
     **opening: Any,
 ) -> None:
-    """Evaluate MODEL, a bundle or a plain model (folder, hub id, or demo)."""
+    """Evaluate MODEL: a bundle or a plain model (folder, Hub id, or demo)."""
     from irc import console
     from irc.bundle.source import ModelSource
     from irc.cli.report import figures_table, kv_report, sparsity_report
@@ -105,7 +105,7 @@ def command(
         given |= {"--seq-len": seq_len, "--split": split != "auto"}
         for flag, value in given.items():
             if value:
-                raise InputError(f"{flag} is for perplexity; --tasks read whole questions, so leave one of them out")
+                raise InputError(f"{flag} applies to perplexity only; leave it or --tasks out")
         _evaluate_tasks(source, tasks, data or "stdlib", limit, task_path, as_json)
         return
     choice = TextChoice(data, split, tokens, seq_len)
@@ -142,7 +142,7 @@ def _evaluate_tasks(
             "pip install 'informed-routing-compiler[tasks]'"
         ) from error
     if not tasks:
-        raise InputError("--tasks names no task; give some such as code_continuation,code_recall")
+        raise InputError("--tasks is empty; give for example code_continuation,code_recall")
     results = run_tasks(source, tasks, console.progress, data=data, limit=limit, task_path=task_path)
     if as_json:
         console.emit_json(results)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import resource
 import shutil
@@ -15,13 +14,13 @@ from typing import Any
 import torch
 
 from irc.conversion.memory import enough_memory, less_of_it
-from irc.conversion.pipeline import STAGE_RUNNERS, Conversion, capture_and_rewrite, read_inputs, resolve
+from irc.conversion.pipeline import Conversion, capture_and_rewrite, read_inputs, resolve
 from irc.dtypes import BYTES
 from irc.errors import IrcError
 from irc.evaluation.perplexity import evaluate
 from irc.progress import ProgressFactory, silent
 from irc.recipe.recipe import Recipe
-from irc.training.stages import StageContext
+from irc.training.stages import STAGE_RUNNERS, StageContext
 
 _STEPS = 2
 _WINDOWS = 16  # as many as calibration and evaluation read at once
@@ -102,7 +101,7 @@ def _states(conversion: Conversion) -> float:
 def _stages(conversion: Conversion) -> Iterator[tuple[str, float]]:
     """Run the stages with few steps; yield what each would take with all of its own."""
     full = conversion.recipe
-    few = copy.deepcopy(full)
+    few = full.model_copy(deep=True)
     window = few.seq_len
     few.lff.steps, few.router.steps, few.lora.steps = min(_STEPS, full.lff.steps), _STEPS, _STEPS
     few.router.teach_steps = min(_STEPS, full.router.teach_steps)

@@ -6,7 +6,7 @@ import logging
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -39,14 +39,13 @@ from irc.progress import ProgressFactory, silent
 from irc.recipe.key_policy import KeyPolicy
 from irc.recipe.policies import policy_named
 from irc.recipe.recipe import Recipe, text_name
-from irc.text.source import Split, TextSource, load_text, pick, token_stream, windows
+from irc.recipe.stages import required_stages
+from irc.text.source import TextSource, load_text, pick, token_stream, windows
 from irc.training.calibrate import dial_points
 from irc.training.sharding import check_batches, own_device
-from irc.training.stages import StageContext, check_text, prepare, run_lff, run_lora, run_router
+from irc.training.stages import STAGE_RUNNERS, StageContext, check_text, prepare
 
 log = logging.getLogger(__name__)
-
-STAGE_RUNNERS = {"lff": run_lff, "router": run_router, "lora": run_lora}
 
 
 @dataclass
@@ -137,10 +136,10 @@ def convert(
 
 
 def resolve(recipe: Recipe) -> Recipe:
-    """Check a recipe and replace every `auto` that does not depend on the base by what it means on this machine."""
-    recipe.check()
+    """Return a checked copy of a recipe without any `auto` that does not depend on the base."""
+    recipe = recipe.validated()
     policy = policy_named(recipe.policy)
-    recipe.stages = recipe.stages or policy.stages
+    recipe.stages = recipe.stages or required_stages(policy)
     if recipe.router.teach_steps < 0 or not policy.learns:
         # What is taught is the cost of a forecast while the rest executes: no guide where most is skipped.
         recipe.router.teach_steps = policy.teach_steps if recipe.sparsity <= 0.5 else 0
@@ -167,7 +166,7 @@ def read_inputs(conversion: Conversion) -> None:
         raise InputError(f"seq_len is {recipe.seq_len}, the model's context is {limit}; give a shorter --seq-len")
     conversion.text = load_text(recipe.data)
     for split in ("train", "calibration", recipe.eval_split):
-        conversion.streams[split] = token_stream(conversion.text.split(cast(Split, split)), base.tokenizer)
+        conversion.streams[split] = token_stream(conversion.text.split(split), base.tokenizer)
     check_text(recipe, conversion.streams)
     vocabulary = base.config.vocab_size
     largest = max(int(stream.max()) for stream in conversion.streams.values() if stream.numel())

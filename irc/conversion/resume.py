@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from pathlib import Path
@@ -24,7 +23,7 @@ _FREE_TO_CHANGE = frozenset({"checkpoint_seconds"})
 
 def located(recipe: Recipe) -> Recipe:
     """Return a recipe that says the same from any folder: the paths of model and text are whole."""
-    return dataclasses.replace(recipe, model=_whole(recipe.model), data=_whole(recipe.data))
+    return recipe.model_copy(update={"model": _whole(recipe.model), "data": _whole(recipe.data)})
 
 
 def _whole(name: str) -> str:

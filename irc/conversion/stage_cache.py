@@ -12,10 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from irc.recipe.recipe import Recipe
-
-_COMMON = ("policy", "rank", "forecaster", "seq_len", "seed", "device", "dtype", "precision", "lff")
-_FIELDS = {"lff": _COMMON, "router": (*_COMMON, "sparsity", "router")}
-"""The recipe's fields that decide the result of each stage; LoRA, which nothing follows, is not kept."""
+from irc.recipe.stages import stage_named
 
 
 @dataclass(frozen=True)
@@ -65,10 +62,11 @@ class StageCache:
                     raise
 
     def _place(self, recipe: Recipe, stage: str) -> Path | None:
-        if stage not in _FIELDS:
+        fields = stage_named(stage).depends_on
+        if not fields:
             return None
         everything = recipe.to_dict()
-        parts: dict[str, Any] = {field: everything[field] for field in _FIELDS[stage]}
+        parts: dict[str, Any] = {field: everything[field] for field in fields}
         parts["reads"] = recipe.router.reads  # decides the shape of the routers, which every stage saves
         text = json.dumps({"stage": stage, "base": self.base, "text": self.text, **parts}, sort_keys=True)
         return self.folder / hashlib.sha256(text.encode()).hexdigest()[:24]
