@@ -241,8 +241,7 @@ def windows(stream: torch.Tensor, length: int, what: str = "text") -> torch.Tens
     count = stream.numel() // length
     if count == 0:
         raise InputError(
-            f"{what}: {stream.numel()} tokens do not fill one window of {length}; "
-            "give more text or a smaller seq_len"
+            f"{what}: {stream.numel()} tokens do not fill one window of {length}; give more text or a smaller seq_len"
         )
     return stream[: count * length].view(count, length)
 
