@@ -247,7 +247,7 @@ def finish(conversion: Conversion) -> None:
             card = model_card(conversion.metrics, conversion.recipe)
             write_bundle(conversion.model, staging, conversion.metrics, recipe, card, conversion.dial)
     except IrcError as error:
-        said = str(error).removesuffix("; give another --output")
+        said = str(error).removesuffix("; choose another output path")
         raise type(error)(f"{said}; then --resume finishes it, with the same --output: the work is kept") from error
     drop(conversion.work)
 

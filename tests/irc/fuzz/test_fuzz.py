@@ -133,20 +133,20 @@ def test_bundle_recipe(fuzz: Any, tmp_path: Path) -> None:
 
 TRAPS = {
     "aliases": "a: &a [x, x]\ndial: [*a, *a]",
-    "twice": "seed: 1\nseed: 2",
-    "nested too deeply": "dial: " + "[" * 5000,
-    "day is out of range": "rank: 2001-02-31",
-    "larger than any": "seed: 0x" + "f" * 6000,
-    "seed is ": "seed: 0x" + "f" * 200,
-    "larger than any ": "lff: 0x" + "f" * 6000,  # more digits than Python writes out
-    "larger than any that is": "lff: " + "9" * 6000,
+    "duplicate key": "seed: 1\nseed: 2",
+    "deep nesting": "dial: " + "[" * 5000,
+    "impossible date": "rank: 2001-02-31",
+    "huge hexadecimal number": "seed: 0x" + "f" * 6000,
+    "number larger than a float": "seed: 0x" + "f" * 200,
+    "more digits than Python prints": "lff: 0x" + "f" * 6000,
+    "more digits than Python reads": "lff: " + "9" * 6000,
 }
 
 
-@pytest.mark.parametrize("reason", TRAPS)
-def test_recipes_that_are_traps(tmp_path: Path, reason: str) -> None:
-    (tmp_path / RECIPE).write_text(TRAPS[reason])
-    with pytest.raises(InputError, match=reason):
+@pytest.mark.parametrize("trap", TRAPS)
+def test_recipes_that_are_traps(tmp_path: Path, trap: str) -> None:
+    (tmp_path / RECIPE).write_text(TRAPS[trap])
+    with pytest.raises(InputError, match=RECIPE):
         load_recipe(tmp_path / RECIPE)
 
 

@@ -14,7 +14,7 @@ from irc.model.build import build_routed
 from irc.model.checkpoint import BaseModel
 from irc.model.paging import MappedPages, released
 from irc.model.routed import RoutedForCausalLM, RoutingSpec
-from irc.training.closed_form import UnitStatistics, gathering
+from irc.training.closed_form import UnitStatistics, gather_statistics
 from irc.training.layerwise import layer_by_layer, outermost
 
 Make = Callable[..., RoutedForCausalLM]
@@ -24,14 +24,14 @@ def test_statistics_are_those_of_batches(make_routed: Make, ids: torch.Tensor) -
     model = make_routed()
     batches = [ids[:3], ids[3:]]
     with torch.no_grad(), model.control.using(mode="execute"):
-        with gathering(model) as expected:
+        with gather_statistics(model) as expected:
             for batch in batches:
                 model(input_ids=batch, use_cache=False)
         found: dict[str, UnitStatistics] = {}
         layers, told = [], []
         for units, compute in layer_by_layer(model, batches):
             layers.append({unit.layer for unit in units})
-            with gathering(model, units=units) as statistics:
+            with gather_statistics(model, units=units) as statistics:
                 compute(told.append)
             found |= statistics
     assert layers == [{0}, {1}]
