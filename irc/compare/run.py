@@ -148,7 +148,8 @@ def _make(
     if jobs == 1:
         for cell in waiting:
             log.info("cell %s", cell.name)
-            convert(recipes[cell.name], _folder(output, cell), progress, resume=True, stages=output / _STAGES)
+            folder = _folder(output, cell)
+            convert(recipes[cell.name], folder, progress, resume=True, stage_cache_folder=output / _STAGES)
             yield cell.name
         return
     with _processes(jobs) as (pool, running):
