@@ -160,9 +160,11 @@ def _failure(error: BaseException, flags: Mapping[str, str]) -> _Failure:
 
 def _flag_of(name: str, flags: Mapping[str, str]) -> str:
     """Return how the running command sets a parameter or a recipe field; empty if it cannot."""
-    if name in flags:
-        return flags[name]
-    return f"--set {name}=..." if "overrides" in flags else ""
+    if name in flags or "overrides" not in flags:
+        return flags.get(name, "")
+    from irc.recipe.recipe import recipe_fields
+
+    return f"--set {name}=..." if name in [field for field, _, _ in recipe_fields()] else ""
 
 
 def _one_line(message: str) -> str:
