@@ -1,4 +1,4 @@
-"""The command line: one lazily imported file a verb. It parses and shows; the library works."""
+"""The command line: one file per command, imported only when needed. Commands parse and print; the library does the work."""
 
 from irc.cli.group import main
 

@@ -36,8 +36,8 @@ def _restore_process_state() -> Iterator[None]:
         log.setLevel(logging.NOTSET)
 
 
-def verb(monkeypatch: pytest.MonkeyPatch, error: BaseException | None = None) -> None:
-    """Replace every verb by one that fails with `error`, or shows one result of each kind."""
+def replace_commands(monkeypatch: pytest.MonkeyPatch, error: BaseException | None = None) -> None:
+    """Replace every command by one that fails with `error`, or shows one result of each kind."""
 
     @click.command()
     @options.common_options
@@ -67,33 +67,33 @@ def fastest(*arguments: str) -> float:
     return min(times)
 
 
-@pytest.mark.parametrize("arguments", [("--help",), *((name, "--help") for name in group.VERBS)], ids=" ".join)
+@pytest.mark.parametrize("arguments", [("--help",), *((name, "--help") for name in group.COMMANDS)], ids=" ".join)
 def test_help_is_immediate(arguments: tuple[str, ...]) -> None:
     assert fastest(*arguments) < HELP_SECONDS
 
 
-@pytest.mark.parametrize("arguments", [("--help",), *((name, "--help") for name in group.VERBS)], ids=" ".join)
+@pytest.mark.parametrize("arguments", [("--help",), *((name, "--help") for name in group.COMMANDS)], ids=" ".join)
 def test_help_imports_nothing_heavy(arguments: tuple[str, ...]) -> None:
     done = run(*arguments, after=f"print('loaded', [name for name in {HEAVY} if name in sys.modules])")
     assert done.stdout.startswith("Usage: irc ")
     assert done.stdout.splitlines()[-1] == "loaded []"
 
 
-def test_group_help_imports_no_verb_and_lists_each_in_one_line() -> None:
+def test_group_help_imports_no_command_and_lists_each_in_one_line() -> None:
     done = run("--help", after="print('loaded', [name for name in sys.modules if name == 'irc.cli.env'])")
     assert done.stdout.splitlines()[-1] == "loaded []"
-    width = max(map(len, group.VERBS))
-    for name, summary in group.VERBS.items():
+    width = max(map(len, group.COMMANDS))
+    for name, summary in group.COMMANDS.items():
         assert f"  {name:<{width}}  {summary}" in done.stdout.splitlines()
 
 
-def test_every_verb_has_a_file_and_every_file_a_verb() -> None:
+def test_every_command_has_a_file_and_every_file_a_command() -> None:
     files = Path(group.__file__).parent.glob("*.py")
-    assert {path.stem for path in files if "\ndef command(" in path.read_text()} == set(group.VERBS)
+    assert {path.stem for path in files if "\ndef command(" in path.read_text()} == set(group.COMMANDS)
 
 
-@pytest.mark.parametrize("name", group.VERBS)
-def test_every_verb_takes_json_and_debug(name: str) -> None:
+@pytest.mark.parametrize("name", group.COMMANDS)
+def test_every_command_takes_json_and_debug(name: str) -> None:
     command = group.group.get_command(click.Context(group.group), name)
     assert command is not None
     assert {"--json", "--debug"} <= {flag for parameter in command.params for flag in parameter.opts}
@@ -128,7 +128,7 @@ def test_a_failure_is_one_line_and_its_exit_code(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    verb(monkeypatch, error)
+    replace_commands(monkeypatch, error)
     assert main(["env", *flags]) == code
     shown = capsys.readouterr()
     assert shown.out == ""
@@ -139,7 +139,7 @@ def test_a_failure_is_one_line_and_its_exit_code(
 def test_debug_shows_the_traceback_then_the_message(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    verb(monkeypatch, IrcError("the sentence"))
+    replace_commands(monkeypatch, IrcError("the sentence"))
     assert main(arguments) == 1
     shown = capsys.readouterr()
     assert shown.out == ""
@@ -148,7 +148,7 @@ def test_debug_shows_the_traceback_then_the_message(
 
 
 def test_json_leaves_one_object_on_stdout(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    verb(monkeypatch)
+    replace_commands(monkeypatch)
     assert main(["env", "--json"]) == 0
     shown = capsys.readouterr()
     assert json.loads(shown.out) == {"n": 1}
@@ -157,7 +157,7 @@ def test_json_leaves_one_object_on_stdout(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_json_mode_does_not_outlive_a_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    verb(monkeypatch)
+    replace_commands(monkeypatch)
     main(["env", "--json"])
     capsys.readouterr()
     main(["env"])
@@ -167,7 +167,7 @@ def test_json_mode_does_not_outlive_a_run(monkeypatch: pytest.MonkeyPatch, capsy
 @pytest.mark.parametrize(
     ("given", "suggested"), [("evl", "'eval'"), ("inspct", "'inspect'"), ("convertt", "'convert'"), ("xyzzy", None)]
 )
-def test_an_unknown_verb_suggests_the_nearest(
+def test_an_unknown_command_suggests_the_nearest(
     given: str, suggested: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([given]) == 2
@@ -175,10 +175,10 @@ def test_an_unknown_verb_suggests_the_nearest(
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert f"'{given}'" in error
-    assert (suggested or ", ".join(group.VERBS)) in error
+    assert (suggested or ", ".join(group.COMMANDS)) in error
 
 
-def test_a_wrong_option_names_the_verbs_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_option_names_the_commands_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["env", "--bogus"]) == 2
     error = capsys.readouterr().err
     assert "--bogus" in error
