@@ -20,6 +20,7 @@ from irc.errors import IrcError
 from irc.evaluation.perplexity import evaluate
 from irc.progress import ProgressFactory, silent
 from irc.recipe.recipe import Recipe
+from irc.recipe.stages import stage_named
 from irc.training.stages import STAGE_RUNNERS, StageContext
 
 _STEPS = 2
@@ -81,12 +82,12 @@ def rehearse(recipe: Recipe, output: Path, progress: ProgressFactory) -> dict[st
 def _refuse_hopeless(conversion: Conversion, free: float) -> None:
     """Refuse batches whose states alone, that every layer keeps for the backward pass, take more than there is."""
     recipe, config = conversion.recipe, conversion.base.config
-    for stage in ("router", "lora"):
-        batch = getattr(recipe, stage).batch_size
+    for stage in map(stage_named, recipe.stages):
+        batch = stage.settings_in(recipe).batch_size
         states = batch * recipe.seq_len * config.hidden_size * config.num_hidden_layers * BYTES[recipe.dtype] / 2**20
-        if stage in recipe.stages and states > free:
+        if stage.through_layers and states > free:
             raise IrcError(
-                f"{recipe.model}: does not fit into memory: {stage}.batch_size {batch} takes {states:,.0f} MiB at "
+                f"{recipe.model}: does not fit into memory: {stage.name}.batch_size {batch} takes {states:,.0f} MiB at "
                 f"least, {free:,.0f} are free; {less_of_it(recipe)}"
             )
 

@@ -19,6 +19,9 @@ from irc import console
 from irc.cli import group, main, options
 from irc.cli.recipe_options import recipe_of, set_option
 from irc.errors import GateMissed, InputError, IrcError
+from irc.recipe.policies import POLICIES
+from irc.recipe.presets import ready_names
+from irc.recipe.stages import STAGE_NAMES
 
 START = "import sys; from irc.cli import main; code = main(sys.argv[1:]); "
 HELP_SECONDS = 0.6  # the promise is 0.3 s on an idle machine; torch alone takes over 1 s, transformers more
@@ -250,6 +253,15 @@ def test_a_closed_stderr_costs_no_result() -> None:
     done = with_closed("2", "--help")
     assert done.returncode == 0
     assert done.stdout.startswith("Usage: irc ")
+
+
+def test_the_help_of_convert_names_every_policy_and_stage() -> None:
+    command = group.group.get_command(click.Context(group.group), "convert")
+    assert command is not None
+    texts = {each.name: each.help or "" for each in command.params if isinstance(each, click.Option)}
+    assert ", ".join(STAGE_NAMES) in texts["stages"]
+    assert ", ".join(list(POLICIES)[:-1]) in texts["policy"]
+    assert all(name in texts["recipe_file"] for name in {name.rpartition("-")[0] for name in ready_names()})
 
 
 def test_fields_of_a_recipe_as_json(irc_main: Any) -> None:
