@@ -1,4 +1,4 @@
-"""Runs lm-evaluation-harness on our models: `irc eval MODEL --tasks ...`."""
+"""Runs lm-evaluation-harness on our models, for `irc eval MODEL --tasks ...`."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from irc.runtime.session import Runtime
 from irc.text.source import load_text
 
 _BATCH_TOKENS = 4_096
-_MOST_NEW_TOKENS = 256
+_MAX_NEW_TOKENS = 256
 _QUESTIONS = 200
 _BOOTSTRAP = 1_000
 
 
 class HarnessModel(TemplateLM):
-    """A scorer as lm-evaluation-harness wants it. Requests of like length share a batch, padded on the right.
+    """Adapts a scorer to lm-evaluation-harness. Requests of similar length share a batch, padded on the right.
 
     Args:
-        scorer: What gives logits.
+        scorer: The model.
         progress: Makes progress bars.
-        side: What the bars call the model.
+        side: Name of the model in the progress bars, `dense` or `routed`.
     """
 
     def __init__(self, scorer: Scorer, progress: ProgressFactory, side: str) -> None:
@@ -50,11 +50,11 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends a text; it conditions requests without a context."""
+        """The token that ends a text. It is the context of requests that have none."""
         for token in (self.tokenizer.eos_token_id, self.tokenizer.bos_token_id):
             if token is not None:
                 return int(token)
-        raise InputError("the model's tokenizer has neither an end nor a beginning of text; tasks need one")
+        raise InputError("the model's tokenizer has no end-of-text and no beginning-of-text token; tasks need one")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Return the ids of a text."""
@@ -62,14 +62,14 @@ class HarnessModel(TemplateLM):
         return ids
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Return log-likelihood, and whether it is the greedy choice, of each (context, continuation)."""
-        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
-        return found
+        """Return the log-likelihood of each (context, continuation), and whether it is the greedy choice."""
+        scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return scores
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        scores: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         texts = [(context + answer)[-(self.max_length + 1) :] for _, context, answer in requests]
         order = sorted(range(len(requests)), key=lambda index: -len(texts[index]))
         done = 0
@@ -81,12 +81,12 @@ class HarnessModel(TemplateLM):
                 for row, index in enumerate(batch):
                     answer = torch.tensor(requests[index][2][-self.max_length :])
                     end = len(texts[index]) - 1
-                    chances = logits[row, end - len(answer) : end].log_softmax(-1)
-                    total = chances.gather(1, answer[:, None]).double().sum().item()
-                    found[index] = (total, bool((chances.argmax(-1) == answer).all()))
+                    log_probabilities = logits[row, end - len(answer) : end].log_softmax(-1)
+                    total = log_probabilities.gather(1, answer[:, None]).double().sum().item()
+                    scores[index] = (total, bool((log_probabilities.argmax(-1) == answer).all()))
                 done += len(batch)
                 bar.update(done)
-        return found
+        return scores
 
     def _batch_logits(self, texts: list[list[int]]) -> torch.Tensor:
         longest = max(len(text) for text in texts)
@@ -98,8 +98,8 @@ class HarnessModel(TemplateLM):
         return self.scorer.logits(ids, mask)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Return the log-likelihood of whole texts, in windows of the model's context."""
-        owners: list[int] = []
+        """Return the log-likelihood of whole texts, computed in windows of the model's context."""
+        request_of_window: list[int] = []
         pairs: list[tuple[Any, list[int], list[int]]] = []
         for index, request in enumerate(requests):
             windows = utils.get_rolling_token_windows(
@@ -108,28 +108,28 @@ class HarnessModel(TemplateLM):
                 max_seq_len=self.max_length,
                 context_len=1,
             )
-            made = [(None, *utils.make_disjoint_window(window)) for window in windows]
-            owners += [index] * len(made)
-            pairs += made
+            disjoint = [(None, *utils.make_disjoint_window(window)) for window in windows]
+            request_of_window += [index] * len(disjoint)
+            pairs += disjoint
         totals = [0.0] * len(requests)
-        for index, (value, _) in zip(owners, self._loglikelihood_tokens(pairs), strict=True):
+        for index, (value, _) in zip(request_of_window, self._loglikelihood_tokens(pairs), strict=True):
             totals[index] += value
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Return greedy continuations up to each request's stop strings."""
-        made = []
+        """Return the greedy continuation of each request, up to its stop strings."""
+        texts = []
         with self.progress(f"{self.side}: texts", len(requests)) as bar:
             for done, request in enumerate(requests, start=1):
                 prompt, options = request.args
                 if options.get("do_sample"):
-                    raise InputError("this task samples its answers; only tasks with greedy generation are supported")
+                    raise InputError("the task samples its answers (do_sample); choose a task with greedy generation")
                 stop = options.get("until") or []
                 stop = [stop] if isinstance(stop, str) else stop
-                most = min(int(options.get("max_gen_toks", _MOST_NEW_TOKENS)), self.max_length // 2)
-                made.append(self.scorer.continue_text(prompt, stop, most))
+                max_tokens = min(int(options.get("max_gen_toks", _MAX_NEW_TOKENS)), self.max_length // 2)
+                texts.append(self.scorer.continue_text(prompt, stop, max_tokens))
                 bar.update(done)
-        return made
+        return texts
 
 
 def run_tasks(
@@ -206,19 +206,19 @@ def _scorers(source: ModelSource) -> dict[str, Scorer]:
 
 
 def _manager(tasks: Sequence[str], task_path: Path | None, made: Path) -> TaskManager:
-    """Return a task manager that knows the tasks; the harness's own files are read only where they are needed."""
+    """Return a task manager that knows the tasks. The harness's own task files are read only if they are needed."""
     if task_path is not None and not task_path.is_dir():
-        raise InputError(f"--task-path {task_path}: there is no such folder")
+        raise InputError(f"task path {task_path}: no such folder")
     paths = [str(path) for path in (made, task_path) if path is not None]
-    foreign = [task for task in tasks if task not in LOCAL]
+    not_local = [task for task in tasks if task not in LOCAL]
     manager = TaskManager(include_path=paths, include_defaults=False)
-    if any(task not in manager.all_tasks for task in foreign):
+    if any(task not in manager.all_tasks for task in not_local):
         manager = TaskManager(include_path=paths, include_defaults=True)
-    unknown = [task for task in foreign if task not in manager.all_tasks]
+    unknown = [task for task in not_local if task not in manager.all_tasks]
     if unknown:
         raise InputError(
-            f"--tasks: lm-evaluation-harness knows no task '{unknown[0]}'; local ones are {', '.join(LOCAL)}, "
-            "further ones can be given by --task-path"
+            f"unknown task '{unknown[0]}'; choose a task of lm-evaluation-harness, a local one ({', '.join(LOCAL)}), "
+            "or give the folder of its files as task path"
         )
     return manager
 
@@ -228,15 +228,17 @@ def _evaluate(
 ) -> dict[str, dict[str, float]]:
     try:
         loaded = manager.load(list(tasks))
-        found = evaluate(model, loaded, limit=limit, bootstrap_iters=_BOOTSTRAP, log_samples=False)
+        output = evaluate(model, loaded, limit=limit, bootstrap_iters=_BOOTSTRAP, log_samples=False)
     except InputError:
         raise
     except (OSError, ConnectionError, ValueError, KeyError) as error:
-        reason = first_line(error)
-        raise InputError(f"--tasks {','.join(tasks)}: the harness failed ({reason}); is their data at hand?") from error
-    counts = found["n-samples"]
-    return {
-        task: {"questions": counts.get(task, {}).get("effective")}
-        | {key.removesuffix(",none"): value for key, value in figures.items() if isinstance(value, float)}
-        for task, figures in found["results"].items()
-    }
+        raise InputError(
+            f"tasks {','.join(tasks)}: the harness failed ({first_line(error)}); check that their data is available"
+        ) from error
+    results: dict[str, dict[str, float]] = {}
+    for task, figures in output["results"].items():
+        results[task] = {"questions": output["n-samples"].get(task, {}).get("effective")}
+        for key, value in figures.items():
+            if isinstance(value, float):
+                results[task][key.removesuffix(",none")] = value
+    return results
