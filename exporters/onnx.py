@@ -22,18 +22,12 @@ from torch import fx, nn
 from torch.export import Dim
 
 from exporters.onnx_ops import DOMAIN, OPSET, VERSION, function_protos
-from exporters.onnx_table import translations
+from exporters.onnx_table import UNIT, translations
 from exporters.onnx_weights import store_transposed
 from passes.base import Pass, PassManager
 from passes.clean_up import CleanUp
-from passes.fold_differences import FoldDifferences
-from passes.fuse_decisions import FuseDecisions
-from passes.fuse_forecasts import FuseForecasts
 from passes.fuse_gates import FuseGates
-from passes.fuse_routers import FuseRouters
-from passes.harden_routers import HardenRouters
-from passes.lower_to_compaction import LowerToCompaction
-from passes.match import match_units
+from passes.lower_units import LowerUnits
 from passes.raise_attention import RaiseAttention
 from passes.raise_norms import RaiseNorms
 from passes.route_experts import RouteExperts
@@ -51,10 +45,8 @@ LEAST_ORT = "1.24"  # the first whose Attention of opset 23 takes a past of no t
 
 def lowering(provider: str = "cpu") -> list[Pass]:
     """Return the passes that prepare a captured model for export to run on one of `PROVIDERS`, in order."""
-    raised: list[Pass] = [RaiseNorms(), RaiseAttention(), HardenRouters()]
-    routed = [FoldDifferences(), FuseRouters(), LowerToCompaction(), FuseDecisions(), FuseForecasts()]
     cuda: list[Pass] = [RouteProducts(), FuseGates()] if provider == "cuda" else []
-    return [*raised, *routed, RouteExperts(), *cuda, CleanUp()]
+    return [RaiseNorms(), RaiseAttention(), LowerUnits(), RouteExperts(), *cuda, CleanUp()]
 
 
 @dataclass(frozen=True)
@@ -139,10 +131,9 @@ def export_onnx(
     Raises:
         PassError: A unit cannot be lowered.
     """
-    names = [unit.name for unit in match_units(graph).units]
     PassManager(lowering(provider), dump_dir).run(graph)
     model = _translate(_Deployed(graph), cache, dtype)
-    decisions = _name_decisions(model, names)
+    decisions = _name_decisions(model)
     _name_interface(model, cache)
     store_transposed(model)
     for cleaning in (RemoveUnusedNodesPass(), RemoveUnusedOpsetsPass(), ClearMetadataAndDocStringPass()):
@@ -212,12 +203,12 @@ def _name_interface(model: ir.Model, cache: CacheShape) -> None:
             value.shape = ir.Shape(shape)
 
 
-def _name_decisions(model: ir.Model, units: list[str]) -> list[Decision]:
-    """Name the logit differences of all routed units: what each DecideRows reads."""
+def _name_decisions(model: ir.Model) -> list[Decision]:
+    """Name the logit differences of all routed units, in order: what the DecideRows of each unit reads."""
     found: list[Decision] = []
     for node in model.graph:
         if node.domain == DOMAIN and node.op_type == "DecideRows":
-            difference, decision = node.inputs[0], Decision.of(units[len(found)])
+            difference, decision = node.inputs[0], Decision.of(node.metadata_props[UNIT])
             assert difference is not None
             difference.name = decision.difference
             found.append(decision)

@@ -12,6 +12,8 @@ from exporters.onnx_ops import irc
 from exporters.onnx_schemas import register_schemas
 from passes import dialect  # noqa: F401 - registers the operators
 
+UNIT = "irc.unit"
+"""Key of a DecideRows node's metadata under which the name of its unit travels to the end of the export."""
 _MASKED = {"FLOAT": -1e30, "FLOAT16": -3e4, "BFLOAT16": -1e30}
 
 
@@ -40,8 +42,10 @@ def _select_rows(mask, padded=0):
     return irc.SelectRows(mask, padded=padded) if padded else irc.SelectRows(mask)
 
 
-def _decide_rows(difference, padded=0):
-    return irc.DecideRows(difference, padded=padded) if padded else irc.DecideRows(difference)
+def _decide_rows(difference, padded=0, unit=""):
+    executed, skipped = irc.DecideRows(difference, padded=padded) if padded else irc.DecideRows(difference)
+    executed.producer().metadata_props[UNIT] = unit
+    return executed, skipped
 
 
 def _compact(x, rows):

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
+import torch
 from torch import fx, nn
 
 from passes.printer import print_model, unified_diff
@@ -151,6 +152,11 @@ def rewrite_nodes(
             finish(module)
             modified = True
     return PassResult(model, modified)
+
+
+def transposed_weight(graph: fx.Graph, linear: str) -> fx.Node:
+    """Insert the weight of a linear, by its path, as [in, out]."""
+    return graph.call_function(torch.ops.aten.t.default, (graph.get_attr(f"{linear}.weight"),))
 
 
 class _Finalizable:

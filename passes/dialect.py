@@ -39,20 +39,21 @@ def _(mask: Tensor, padded: int = 0) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("irc::decide_rows", mutates_args=())
-def decide_rows(difference: Tensor, padded: int = 0) -> tuple[Tensor, Tensor]:
+def decide_rows(difference: Tensor, padded: int = 0, unit: str = "") -> tuple[Tensor, Tensor]:
     """Return the tokens that execute, and those that are approximated, as `select_rows` does.
 
     Args:
-        difference: float32 [batch, tokens], execute logit minus approximate logit; negative approximates, and what is
-            no number executes.
+        difference: float32 [batch, tokens], execute logit minus approximate logit; negative approximates, everything
+            else, NaN too, executes.
         padded: As of `select_rows`.
+        unit: Name of the unit that is decided about. It changes no result: the exporter names the decision by it.
     """
     executed, skipped = select_rows(~(difference < 0), padded)
     return executed, skipped
 
 
 @decide_rows.register_fake
-def _(difference: Tensor, padded: int = 0) -> tuple[Tensor, Tensor]:
+def _(difference: Tensor, padded: int = 0, unit: str = "") -> tuple[Tensor, Tensor]:
     context = torch.library.get_ctx()
     true, false = (difference.new_empty([1, context.new_dynamic_size(), 2], dtype=torch.int64) for _ in range(2))
     return true, false
@@ -152,22 +153,6 @@ def forecast_add(x: Tensor, rows: Tensor, base: Tensor, down: Tensor, up: Tensor
 @forecast_add.register_fake
 def _(x: Tensor, rows: Tensor, base: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> Tensor:
     return torch.empty_like(base)
-
-
-@torch.library.custom_op("irc::stored", mutates_args=())
-def stored(past_k: Tensor, execute: Tensor) -> Tensor:
-    """Return which tokens have a key, bool [batch, past + tokens].
-
-    Args:
-        past_k: [batch, kv_heads, past, size]; a key of zeros in all heads stands for none.
-        execute: bool [batch, tokens]; executed tokens store their key.
-    """
-    return torch.cat(((past_k != 0).any(dim=-1).any(dim=1), execute), dim=1)
-
-
-@stored.register_fake
-def _(past_k: Tensor, execute: Tensor) -> Tensor:
-    return execute.new_empty([execute.shape[0], past_k.shape[2] + execute.shape[1]])
 
 
 @torch.library.custom_op("irc::rms_norm", mutates_args=())

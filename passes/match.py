@@ -50,7 +50,7 @@ class Unit:
         call: Name of the node that calls it.
         x: Name of the node that is the unit's input, [batch, tokens, width].
         y: Name of the node that is the unit's output, [batch, tokens, width].
-        add: Name of the residual add that takes `y`, or of the mux, `where` or `scatter` that stands for it.
+        add: Name of the residual add that takes `y`, or of the mux or scatter that takes its place.
         width: Size of the hidden state.
     """
 
@@ -200,9 +200,7 @@ def is_mux(node: fx.Node) -> bool:
 
 
 def _chooses(node: fx.Node, y: fx.Node) -> bool:
-    """Whether a node takes y as the executed side: a mux, or what hardening and lowering make of one."""
-    if node.target == torch.ops.aten.where.self:
-        return node.args[1] is y
+    """Whether a node takes y as the executed side: a mux, or what lowering makes of one."""
     return (is_mux(node) or node.target in _SCATTERS) and node.args[0] is y
 
 

@@ -10,8 +10,7 @@ import torch
 from torch import fx, nn
 
 from passes import dialect  # noqa: F401 - registers the operators
-from passes.base import Pass, PassResult, finish, graph_of
-from passes.wires import transposed_weight
+from passes.base import Pass, PassResult, finish, graph_of, transposed_weight
 
 aten, irc = torch.ops.aten, torch.ops.irc
 

@@ -1,11 +1,10 @@
-"""Leads a new input from the outermost graph down to a submodule, and a new output up from it."""
+"""Passes a new input from the outermost graph down to a submodule, and a new output up from it."""
 
 from __future__ import annotations
 
 import operator
 from typing import cast
 
-import torch
 from torch import fx, nn
 
 from passes.base import finish
@@ -24,7 +23,7 @@ def add_input(model: fx.GraphModule, path: str, name: str) -> fx.Node:
     """
     outer = _append_placeholder(model.graph, name)
     changed: list[nn.Module] = [model]
-    for module, graph, call in _way(model, path):
+    for module, graph, call in _path_to(model, path):
         call.args = (*call.args, outer)
         outer = _append_placeholder(graph, name)
         changed.append(module)
@@ -44,7 +43,7 @@ def add_output(model: fx.GraphModule, path: str, node: fx.Node) -> fx.Node:
     Returns:
         The node that holds the value in the outermost graph, its last output.
     """
-    for module, graph, call in reversed(_way(model, path)):
+    for module, graph, call in reversed(_path_to(model, path)):
         index = _append_output(graph, node)
         finish(module)
         with call.graph.inserting_after(call):
@@ -54,7 +53,7 @@ def add_output(model: fx.GraphModule, path: str, node: fx.Node) -> fx.Node:
     return node
 
 
-def _way(model: fx.GraphModule, path: str) -> list[tuple[nn.Module, fx.Graph, fx.Node]]:
+def _path_to(model: fx.GraphModule, path: str) -> list[tuple[nn.Module, fx.Graph, fx.Node]]:
     """Return (submodule, its graph, its call) for each step from the outermost graph to `path`."""
     way: list[tuple[nn.Module, fx.Graph, fx.Node]] = []
     outer: nn.Module = model
@@ -80,8 +79,3 @@ def _append_output(graph: fx.Graph, node: fx.Node) -> int:
     results = cast("tuple[fx.Node, ...]", output.args[0])
     output.args = (type(results)((*results, node)),)
     return len(results)
-
-
-def transposed_weight(graph: fx.Graph, linear: str) -> fx.Node:
-    """Insert the weight of a linear, by its path, as [in, out]."""
-    return graph.call_function(torch.ops.aten.t.default, (graph.get_attr(f"{linear}.weight"),))
