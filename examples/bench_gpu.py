@@ -91,8 +91,8 @@ def correctness(work: Path, native: bool) -> dict[str, Any]:
     from irc.bundle.loading import save_bundle
     from irc.model.build import build_routed
     from irc.model.checkpoint import find_base
-    from irc.model.modules import default_rank
     from irc.model.routed import RoutingSpec
+    from irc.recipe.recipe import default_rank
     from irc.runtime.session import Runtime
 
     base = find_base("demo")

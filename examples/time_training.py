@@ -32,9 +32,8 @@ def main() -> None:
     from irc import console
     from irc.model.build import build_plain, build_routed
     from irc.model.checkpoint import find_base
-    from irc.model.modules import default_rank
     from irc.model.routed import RoutingSpec
-    from irc.recipe.recipe import Recipe
+    from irc.recipe.recipe import Recipe, default_rank
     from irc.training.objectives import RoutingObjective
 
     base = find_base(arguments.model)

@@ -16,9 +16,9 @@ from irc.dtypes import torch_dtype
 from irc.errors import InputError
 from irc.model.build import build_routed
 from irc.model.checkpoint import BaseModel, find_base
-from irc.model.modules import default_rank
-from irc.model.policies import policy_named, refuse_whole_sequences
 from irc.model.routed import RoutedForCausalLM, RoutingSpec
+from irc.recipe.policies import policy_named, refuse_whole_sequences
+from irc.recipe.recipe import default_rank
 
 
 @dataclass

@@ -18,9 +18,9 @@ from irc.bench.shapes import Shape
 from irc.bench.timed_models import Contender
 from irc.dtypes import BYTES
 from irc.errors import InputError
+from irc.progress import ProgressFactory
 from irc.runtime.native import choose_library
 from irc.runtime.session import choose_provider
-from irc.training.loop import ProgressFactory
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from irc.model.policies import policy_named
+from irc.recipe.policies import policy_named
 from irc.recipe.recipe import Recipe, text_name
 
 

@@ -9,7 +9,6 @@ metrics.json, README.md    measured figures
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -27,13 +26,13 @@ from irc.bundle.dial import turn_dial
 from irc.bundle.key_policy import KeyPolicy, calibrated_keep, key_policy_of, set_key_policy
 from irc.devices import find_device
 from irc.errors import InputError
-from irc.files.atomic import staged
+from irc.files.atomic import file_sha256, staged
+from irc.files.tensors import write_safetensors
 from irc.files.untrusted import check_links, first_line, read_text
 from irc.model.build import build_routed
 from irc.model.checkpoint import BaseModel, find_base
 from irc.model.routed import RoutedForCausalLM, RoutingSpec
 from irc.recipe.stages import LoraRecipe
-from irc.training.loop import write_safetensors
 from irc.training.lora import WEIGHTS, load_lora, save_lora
 
 ADAPTER, LORA, METRICS, RECIPE, CARD = (
@@ -256,12 +255,6 @@ def write_bundle(
     _write(folder / CARD, card or _UNTITLED)
     _write(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     return config
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes."""
-    with path.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _base_name(base: BaseModel) -> str:

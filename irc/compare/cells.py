@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from irc.errors import InputError
-from irc.model.policies import policy_named
+from irc.recipe.policies import policy_named
 from irc.recipe.recipe import Recipe, override
 
 DENSE = "dense"

@@ -31,9 +31,9 @@ from irc.errors import InputError, IrcError
 from irc.evaluation.run import run_evaluation
 from irc.files.atomic import write_whole
 from irc.model.checkpoint import find_base
+from irc.progress import ProgressFactory
 from irc.recipe.recipe import Recipe
 from irc.text.source import load_text
-from irc.training.loop import ProgressFactory
 
 log = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from irc.conversion.pipeline import STAGE_RUNNERS, Conversion, capture_and_rewri
 from irc.dtypes import BYTES
 from irc.errors import IrcError
 from irc.evaluation.perplexity import evaluate
+from irc.progress import ProgressFactory, silent
 from irc.recipe.recipe import Recipe
-from irc.training.loop import ProgressFactory, silent
 from irc.training.stages import StageContext
 
 _STEPS = 2

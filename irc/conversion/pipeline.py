@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 
 from irc.bundle.card import model_card
-from irc.bundle.key_policy import KeyPolicy, kv_facts, set_key_policy
+from irc.bundle.key_policy import KeyPolicy, set_key_policy
 from irc.bundle.loading import check_replaceable, write_bundle
 from irc.conversion.memory import enough_memory
 from irc.conversion.resume import check_same_inputs, finished, located
@@ -28,16 +28,17 @@ from irc.conversion.work_folder import (
 from irc.devices import find_device
 from irc.dtypes import short_name
 from irc.errors import InputError, IrcError
+from irc.evaluation.figures import result_metrics
 from irc.evaluation.perplexity import Evaluation, evaluate
 from irc.files.atomic import check_place, staged
 from irc.model.build import build_routed
 from irc.model.checkpoint import BaseModel, find_base
-from irc.model.policies import policy_named
 from irc.model.routed import RoutedForCausalLM, RoutingSpec
+from irc.progress import ProgressFactory, silent
+from irc.recipe.policies import policy_named
 from irc.recipe.recipe import Recipe, text_name
 from irc.text.source import Split, TextSource, load_text, pick, token_stream, windows
 from irc.training.calibrate import dial_points
-from irc.training.loop import ProgressFactory, silent
 from irc.training.sharding import check_batches, own_device
 from irc.training.stages import StageContext, check_text, prepare, run_lff, run_lora, run_router
 
@@ -271,25 +272,4 @@ def metrics_of(conversion: Conversion) -> dict[str, Any]:
     }
 
 
-def result_metrics(model: RoutedForCausalLM, result: Evaluation, target: float | None) -> dict[str, Any]:
-    """Return an evaluation as the JSON keys that convert and eval share."""
-    if result.routed is None:
-        return {"perplexity": {"dense": result.dense}, "flops_ratio": 1.0}
-    return {
-        "perplexity": {"dense": result.dense, "routed": result.routed, "ratio": result.routed / result.dense},
-        "sparsity": {
-            "target": target,
-            "realized": result.sparsity(model),
-            "attention": result.sparsity(model, "attention"),
-            "ffn": result.sparsity(model, "ffn"),
-        },
-        "flops_ratio": result.flops_ratio,
-        "kv": kv_facts(model, result.keep),
-        "units": {
-            unit.name: {"keep_ratio": result.keep[unit.name], "recoverability": result.recoverability[unit.name]}
-            for unit in model.units
-        },
-    }
-
-
-__all__ = ["PHASES", "Conversion", "convert", "metrics_of", "resolve", "result_metrics"]
+__all__ = ["PHASES", "Conversion", "convert", "metrics_of", "resolve"]

@@ -18,10 +18,10 @@ from irc.bundle.loading import adapter_tensors, set_adapter
 from irc.conversion.resume import INPUTS, check_same_recipe, located
 from irc.errors import InputError
 from irc.files.atomic import cannot_write, write_whole
+from irc.files.tensors import write_safetensors
 from irc.files.untrusted import first_line, read_json
 from irc.model.routed import RoutedForCausalLM
 from irc.recipe.recipe import Recipe
-from irc.training.loop import write_safetensors
 from irc.training.lora import load_lora, save_lora
 
 

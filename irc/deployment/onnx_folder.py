@@ -16,17 +16,17 @@ from exporters.onnx_ops import OPSET, VERSION
 from exporters.triton import write_repository
 from irc import __version__
 from irc.bundle.key_policy import KeyPolicy, key_policy_of
-from irc.bundle.loading import RECIPE, file_sha256
+from irc.bundle.loading import RECIPE
 from irc.dtypes import short_name
 from irc.errors import InputError
 from irc.evaluation.run import open_model
-from irc.files.atomic import cannot_write, staged
+from irc.files.atomic import cannot_write, file_sha256, staged
 from irc.files.untrusted import first_line, read_json
 from irc.model.cache import cache_shape
 from irc.model.checkpoint import BaseModel
 from irc.model.paging import MappedPages
-from irc.model.policies import policy_named, refuse_whole_sequences
 from irc.model.routed import RoutedForCausalLM
+from irc.recipe.policies import policy_named, refuse_whole_sequences
 from irc.runtime.folder import FORMAT_VERSION, MANIFEST
 from irc.training.lora import merge_lora
 from passes.base import PassError

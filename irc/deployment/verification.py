@@ -15,11 +15,11 @@ from irc.errors import InputError
 from irc.evaluation.run import open_model
 from irc.model.modules import Record
 from irc.model.routed import RoutedForCausalLM
+from irc.progress import Progress, ProgressFactory
 from irc.runtime.folder import OnnxFolder
 from irc.runtime.generation import Generator
 from irc.runtime.session import Runtime
 from irc.text.source import load_text, pick, token_stream, windows
-from irc.training.loop import Progress, ProgressFactory
 
 TOLERANCE = 1e-4
 """Largest difference of logits that fp32's rounding explains; 16-bit types have `tolerance_of`."""

@@ -10,7 +10,7 @@ import torch
 from irc.bundle.key_policy import KeyPolicy, calibrated_keep, key_policy_of, kv_saved, set_key_policy
 from irc.evaluation.perplexity import evaluate_routed
 from irc.model.routed import RoutedForCausalLM
-from irc.training.loop import ProgressFactory
+from irc.progress import ProgressFactory
 
 
 def kv_sweep(

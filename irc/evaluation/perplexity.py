@@ -12,7 +12,7 @@ from irc.model.flops import flops_ratio
 from irc.model.head import token_losses
 from irc.model.modules import Mode, Record
 from irc.model.routed import RoutedForCausalLM
-from irc.training.loop import Progress
+from irc.progress import Progress
 from irc.training.lora import adapters_off
 
 _BATCH_TOKENS = 4096

@@ -11,9 +11,9 @@ import torch
 from irc.bundle.dial import dial_round, turn_dial
 from irc.bundle.key_policy import KeyPolicy, calibrated_keep, key_policy_of, set_key_policy
 from irc.bundle.loading import CONFIG, RECIPE, load
-from irc.conversion.pipeline import result_metrics
 from irc.devices import find_device
 from irc.errors import InputError
+from irc.evaluation.figures import result_metrics
 from irc.evaluation.kv_sweep import kv_sweep
 from irc.evaluation.perplexity import evaluate, evaluate_routed
 from irc.files.untrusted import check_links
@@ -21,9 +21,9 @@ from irc.model.build import build_plain
 from irc.model.checkpoint import BaseModel, find_base
 from irc.model.flops import flops_ratio
 from irc.model.routed import RoutedForCausalLM
+from irc.progress import ProgressFactory
 from irc.recipe.recipe import Recipe, check_key_policy, load_recipe
 from irc.text.source import Split, TextSource, load_text, pick, token_stream, windows
-from irc.training.loop import ProgressFactory
 
 
 def open_model(

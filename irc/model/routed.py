@@ -20,7 +20,7 @@ from irc.model.cache import CACHE_NAME, flat_past, updated
 from irc.model.capture import Captured
 from irc.model.head import split_head
 from irc.model.modules import RoutingControl
-from irc.model.policies import policy_named, refuse_whole_sequences
+from irc.recipe.policies import policy_named, refuse_whole_sequences
 from passes.base import PassManager
 from passes.match import MatchResult, Unit
 from passes.set_device import SetDevice

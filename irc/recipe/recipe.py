@@ -15,8 +15,7 @@ from typing import Any
 
 from irc.errors import InputError
 from irc.files.strict_yaml import parse, shown
-from irc.model.modules import default_rank
-from irc.model.policies import Policy, policy_named
+from irc.recipe.policies import Policy, policy_named
 from irc.recipe.presets import read_recipe
 from irc.recipe.stages import LffRecipe, LoraRecipe, RouterRecipe, setting
 
@@ -156,6 +155,11 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, ready for YAML or JSON."""
         return dataclasses.asdict(self)
+
+
+def default_rank(width: int) -> int:
+    """Forecaster rank for a hidden size: the paper's 100 for 3,072 and above, a tenth of smaller ones."""
+    return max(1, min(100, width // 10))
 
 
 def _why(policy: Policy) -> str:

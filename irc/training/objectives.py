@@ -13,8 +13,8 @@ from accelerate.utils import reduce
 
 from irc.model.head import summed_loss
 from irc.model.modules import Record
-from irc.model.policies import policy_named
 from irc.model.routed import RoutedForCausalLM
+from irc.recipe.policies import policy_named
 from irc.recipe.stages import RouterRecipe
 from irc.training.budget import Budget, plain_budget
 from irc.training.loop import Objective, step_noise

@@ -14,8 +14,8 @@ import torch
 from accelerate import PartialState
 
 from irc.errors import InputError
-from irc.model.policies import policy_named
 from irc.model.routed import RoutedForCausalLM
+from irc.recipe.policies import policy_named
 from irc.recipe.recipe import Recipe
 from irc.training.layerwise import outermost
 

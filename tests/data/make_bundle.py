@@ -2,8 +2,8 @@
 
     python tests/data/make_bundle.py       # writes tests/data/bundle-vN, N the format version
 
-Run it once when `irc.bundle.loading.FORMAT_VERSION` has grown, and commit the folder; folders of older versions are never
-made again. What lies there: `model` (the base), `bundle`, `text.txt`, and `expected.json`, the figures of `irc eval`.
+Run it once after `irc.bundle.config.FORMAT_VERSION` has grown, and commit the folder. Folders of older versions are
+never made again. Each holds `model` (the base), `bundle`, `text.txt` and `expected.json`, the figures of `irc eval`.
 """
 
 from __future__ import annotations

@@ -27,10 +27,10 @@ from irc.deployment.onnx_folder import export
 from irc.model.build import build_routed
 from irc.model.checkpoint import BaseModel, find_base
 from irc.model.routed import RoutedForCausalLM, RoutingSpec
+from irc.progress import ProgressFactory
 from irc.recipe.recipe import Recipe
 from irc.recipe.stages import LffRecipe, LoraRecipe, RouterRecipe
 from irc.text.source import load_text, token_stream
-from irc.training.loop import ProgressFactory
 from irc.training.lora import inject_lora, lora_parameters
 from irc.training.stages import StageContext
 from tests.irc.forked import Forked

@@ -19,11 +19,11 @@ from irc.evaluation.run import open_model
 from irc.evaluation.tasks.local import LOCAL, RECALL_TOKENS, write_tasks
 from irc.evaluation.tasks.scorers import OnnxScorer, Scorer, TorchScorer
 from irc.files.untrusted import first_line
+from irc.progress import ProgressFactory
 from irc.runtime.folder import MANIFEST
 from irc.runtime.generation import Generator
 from irc.runtime.session import Runtime
 from irc.text.source import load_text
-from irc.training.loop import ProgressFactory
 
 _BATCH_TOKENS = 4_096
 _MOST_NEW_TOKENS = 256

@@ -39,7 +39,8 @@ def bundle_config(folder: Path) -> Target:
 
 def adapter(folder: Path) -> Target:
     """Forecasters and routers of a bundle, under their right hash."""
-    from irc.bundle.loading import ADAPTER, _read_adapter, file_sha256
+    from irc.bundle.loading import ADAPTER, _read_adapter
+    from irc.files.atomic import file_sha256
 
     shutil.copytree(BUNDLE, folder, dirs_exist_ok=True)
     path = folder / ADAPTER

@@ -20,10 +20,11 @@ import yaml
 
 import irc
 from irc.bundle.config import read_config
-from irc.bundle.loading import ADAPTER, CONFIG, RECIPE, file_sha256, save_bundle
+from irc.bundle.loading import ADAPTER, CONFIG, RECIPE, save_bundle
 from irc.conversion.pipeline import resolve
 from irc.deployment.onnx_folder import export
 from irc.errors import InputError
+from irc.files.atomic import file_sha256
 from irc.model.capture import Captured, assign_weights
 from irc.model.checkpoint import BaseModel, find_base
 from irc.model.routed import RoutedForCausalLM
