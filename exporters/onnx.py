@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +20,9 @@ from onnx_ir.passes.common import (
 )
 from torch import fx, nn
 from torch.export import Dim
+from torch.fx.traceback import preserve_node_meta
 
+from exporters.onnx_names import name_all, note_modules
 from exporters.onnx_ops import DOMAIN, OPSET, VERSION, function_protos
 from exporters.onnx_table import UNIT, translations
 from exporters.onnx_weights import store_transposed
@@ -28,6 +30,7 @@ from passes.base import Pass, PassManager
 from passes.clean_up import CleanUp
 from passes.fuse_gates import FuseGates
 from passes.lower_units import LowerUnits
+from passes.name_modules import NameModules
 from passes.raise_attention import RaiseAttention
 from passes.raise_norms import RaiseNorms
 from passes.route_experts import RouteExperts
@@ -40,13 +43,14 @@ MODEL, DATA = "model.onnx", "model.onnx.data"
 PAST, PRESENT = "past_key_values", "present"
 PAST_FROM = "attention_mask"  # what says how many tokens came before: caches may have room for more
 PROVIDERS = ("cpu", "cuda")
+MODEL_VERSION = 1  # of the model inside the file; what makes two files differ is in `irc.json`
 LEAST_ORT = "1.24"  # the first whose Attention of opset 23 takes a past of no token
 
 
 def lowering(provider: str = "cpu") -> list[Pass]:
     """Return the passes that prepare a captured model for export to run on one of `PROVIDERS`, in order."""
     cuda: list[Pass] = [RouteProducts(), FuseGates()] if provider == "cuda" else []
-    return [RaiseNorms(), RaiseAttention(), LowerUnits(), RouteExperts(), *cuda, CleanUp()]
+    return [RaiseNorms(), RaiseAttention(), LowerUnits(), RouteExperts(), *cuda, CleanUp(), NameModules()]
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,21 @@ class Decision:
         return cls(unit, f"{unit}.logit_difference")
 
 
+@dataclass(frozen=True)
+class Description:
+    """What a model file says about itself.
+
+    Attributes:
+        version: Version of irc, the producer.
+        text: The doc string, for people.
+        metadata: Properties beside operator version and least ONNX Runtime.
+    """
+
+    version: str
+    text: str = ""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
 class _Deployed(nn.Module):
     """The captured model with the inputs of a deployed one: positions are counted from the mask inside."""
 
@@ -108,7 +127,7 @@ def export_onnx(
     cache: CacheShape,
     dtype: torch.dtype,
     folder: Path,
-    metadata: dict[str, str],
+    description: Description,
     dump_dir: Path | None = None,
     provider: str = "cpu",
     between: Callable[[], None] | None = None,
@@ -120,7 +139,7 @@ def export_onnx(
         cache: Shape of its key/value cache.
         dtype: Of its weights.
         folder: Exists.
-        metadata: Goes into the model beside op version and least ONNX Runtime.
+        description: What the file says about itself.
         dump_dir: Where every pass leaves its before, after and diff.
         provider: Which of `PROVIDERS` the model is meant for; every provider runs it.
         between: Called before each weight is written, so that what was read for those before it can leave memory.
@@ -133,21 +152,22 @@ def export_onnx(
     """
     PassManager(lowering(provider), dump_dir).run(graph)
     model = _translate(_Deployed(graph), cache, dtype)
+    for cleaning in (RemoveUnusedNodesPass(), RemoveUnusedOpsetsPass()):
+        cleaning(model)
+    name_all(model)
     decisions = _name_decisions(model)
     _name_interface(model, cache)
-    store_transposed(model)
-    for cleaning in (RemoveUnusedNodesPass(), RemoveUnusedOpsetsPass(), ClearMetadataAndDocStringPass()):
-        cleaning(model)
+    ClearMetadataAndDocStringPass()(model)
     if any(node.domain == DOMAIN for node in model.graph):
         model.opset_imports[DOMAIN] = VERSION
         operators = {node.op_type for node in model.graph if node.domain == DOMAIN}
         for proto in function_protos(operators, half=dtype != torch.float32):
             function = ir.serde.deserialize_function(proto)
             model.functions[function.identifier()] = function
-    model.metadata_props.update(
-        metadata | {"irc.opset": str(OPSET), "irc.op_version": str(VERSION), "irc.least_onnxruntime": LEAST_ORT}
-    )
-    model.producer_name = "irc"
+    versions = {"irc.opset": str(OPSET), "irc.op_version": str(VERSION), "irc.least_onnxruntime": LEAST_ORT}
+    model.metadata_props.update({**description.metadata, **versions})
+    model.producer_name, model.producer_version = "irc", description.version
+    model.doc_string, model.model_version = description.text, MODEL_VERSION
     ir.save(model, folder / MODEL, external_data=DATA, callback=(lambda *_: between()) if between else None)
     return decisions
 
@@ -167,7 +187,8 @@ def _translate(module: nn.Module, cache: CacheShape, dtype: torch.dtype) -> ir.M
     shapes = (two, two, [{0: auto, 2: auto} for _ in caches], [two for _ in slots])
     # It says that torchvision is missing, whose operators no language model has.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
-    with torch.no_grad(), warnings.catch_warnings(), tracing():
+    # preserve_node_meta: what NameModules noted reaches the nodes of the ONNX graph.
+    with torch.no_grad(), warnings.catch_warnings(), tracing(), preserve_node_meta():
         warnings.simplefilter("ignore")
         program = torch.export.export(module, (ids, mask, caches, slots), dynamic_shapes=shapes, strict=False)
         converted = torch.onnx.export(
@@ -180,6 +201,8 @@ def _translate(module: nn.Module, cache: CacheShape, dtype: torch.dtype) -> ir.M
         )
     assert converted is not None
     model = converted.model
+    note_modules(model)
+    store_transposed(model)  # before constants are folded: a folded weight would lose its name
     onnxscript.optimizer.optimize(model, input_size_limit=1024, output_size_limit=1024)
     CommonSubexpressionEliminationPass()(model)
     return model

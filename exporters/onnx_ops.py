@@ -7,6 +7,7 @@ The bodies are onnxscript: Python that is compiled to ONNX, never run.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import onnx
@@ -238,6 +239,10 @@ def function_protos(used: set[str], half: bool = False) -> list[onnx.FunctionPro
     inner = {node.op_type for name in used for node in _nodes(bodies[name].node) if node.domain == DOMAIN}
     found = [body for name, body in bodies.items() if name in used | inner]
     for body in found:
+        counts: Counter[str] = Counter()
+        for node in _nodes(body.node):
+            node.name = f"{body.name}/{node.op_type}_{counts[node.op_type]}"
+            counts[node.op_type] += 1
         if all(entry.domain != DOMAIN for entry in body.opset_import):
             body.opset_import.append(onnx.helper.make_opsetid(DOMAIN, VERSION))
     return found

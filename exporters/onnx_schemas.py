@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import onnx
 
+from exporters.onnx_dtypes import BOOL, FLOATS, FP32, INT64
 from exporters.onnx_ops import DOMAIN, FUNCTIONS, VERSION
 
 _SCHEMAS = (
@@ -29,12 +30,7 @@ _SCHEMAS = (
     ),
     ("RaggedPlaces", "rows: I, like: T -> places: I, index: I", ""),
 )
-_TYPES = {
-    "B": ["tensor(bool)"],
-    "F": ["tensor(float)"],
-    "I": ["tensor(int64)"],
-    "T": ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"],
-}
+_TYPES = {"B": [BOOL.text], "F": [FP32.text], "I": [INT64.text], "T": [kind.text for kind in FLOATS]}
 
 
 def register_schemas() -> None:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from onnxscript import opset23 as op
 
+from exporters.onnx_dtypes import of_name
 from exporters.onnx_ops import irc
 from exporters.onnx_schemas import register_schemas
 from passes import dialect  # noqa: F401 - registers the operators
 
 UNIT = "irc.unit"
 """Key of a DecideRows node's metadata under which the name of its unit travels to the end of the export."""
-_MASKED = {"FLOAT": -1e30, "FLOAT16": -3e4, "BFLOAT16": -1e30}
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
@@ -104,11 +104,11 @@ def _routed_attention(q, rows, k, v, past_k, past_v, mask, heads, scale):
 
 def _reduced_attention(q, rows, k, v, past_k, past_v, past_slots, mask, heads, scale):
     added, kv_heads = op.Squeeze(_added(mask, q), op.Constant(value_ints=[1])), int(past_k.shape[1])
-    options = {"heads": heads, "kv_heads": kv_heads, "scale": scale, "masked": _MASKED[q.dtype.name]}
+    options = {"heads": heads, "kv_heads": kv_heads, "scale": scale, "masked": of_name(q.dtype.name).masked}
     return irc.ReducedAttention(q, rows, k, v, past_k, past_v, past_slots, added, **options)
 
 
 def _added(mask, like):
     """Return the boolean mask as numbers added to scores; layers share the node once equal ones are merged."""
-    value = op.Constant(value_float=_MASKED[like.dtype.name])
+    value = op.Constant(value_float=of_name(like.dtype.name).masked)
     return op.CastLike(op.Where(mask, op.Constant(value_float=0.0), value), like)

@@ -59,6 +59,8 @@ def _use_gemm(model: ir.Model, node: ir.Node, weight: ir.Value) -> None:
         result = ir.node("Reshape", [gemm.outputs[0], shape.outputs[0]])
         result.outputs[0].name = product.outputs[0].name
         result.outputs[0].type, result.outputs[0].shape = product.outputs[0].type, product.outputs[0].shape
+        for made in (flat, gemm, lead, shape, result):
+            made.metadata_props.update(product.metadata_props)
         model.graph.insert_before(product, [flat, gemm, lead, shape, result])
         product.outputs[0].replace_all_uses_with(result.outputs[0], replace_graph_outputs=True)
         model.graph.remove(product, safe=True)

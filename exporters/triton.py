@@ -11,13 +11,8 @@ from pathlib import Path
 import onnx
 
 from exporters.onnx import DATA, MODEL
+from exporters.onnx_dtypes import of_code
 
-_TYPES = {
-    onnx.TensorProto.FLOAT: "TYPE_FP32",
-    onnx.TensorProto.FLOAT16: "TYPE_FP16",
-    onnx.TensorProto.BFLOAT16: "TYPE_BF16",
-    onnx.TensorProto.INT64: "TYPE_INT64",
-}
 # What a request for text says, beside its prompt; all of it may be left out. As `irc generate` has it.
 OPTIONS = {
     "max_tokens": "TYPE_INT32",
@@ -66,7 +61,7 @@ def config_text(name: str, model: Path, ops_library: str | None = None) -> str:
         for value in values:
             kind = value.type.tensor_type
             sizes = ", ".join(str(dim.dim_value) if dim.HasField("dim_value") else "-1" for dim in kind.shape.dim)
-            lines.append(f'{side} [ {{ name: "{value.name}" data_type: {_TYPES[kind.elem_type]} dims: [ {sizes} ] }} ]')
+            lines.append(f'{side} [ {{ name: "{value.name}" data_type: {of_code(kind.elem_type).triton} dims: [ {sizes} ] }} ]')
     if ops_library is not None:
         quoted = ops_library.replace("\\", "\\\\").replace('"', '\\"')
         lines.append(f'model_operations {{ op_library_filename: "{quoted}" }}')

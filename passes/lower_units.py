@@ -20,6 +20,7 @@ from passes.base import Pass, PassError, PassResult, finish, graph_of, transpose
 from passes.inserted import ForecasterForm, RouterForm, ZeroForm, forecaster_form, router_form
 from passes.mask_skipped_keys import KEPT, KEYS
 from passes.match import ADDS, Unit, after_call, is_mux, match_units
+from passes.name_modules import PART
 from passes.nested_graphs import add_input, add_output
 
 aten, irc = torch.ops.aten, torch.ops.irc
@@ -105,7 +106,7 @@ class _Site:
     def emit(self, target: object, *args: object, role: str = "", name: str | None = None) -> fx.Node:
         """Insert an operator that does a part of the unit's work: its own, or that of its `router` or `forecaster`."""
         node = self.graph.call_function(target, args, name=name)  # type: ignore[arg-type]
-        node.meta["part"] = f"{self.unit.target}_{role}" if role else self.unit.target
+        node.meta[PART] = f"{self.unit.target}_{role}" if role else self.unit.target
         return node
 
     def drop(self, node: fx.Node) -> None:

@@ -12,6 +12,7 @@ from torch import fx
 from passes import dialect  # noqa: F401 - registers the operators
 from passes.base import Pass, PassError, PassResult, finish, graph_of
 from passes.match import match_units
+from passes.name_modules import PART
 
 aten = torch.ops.aten
 _SDPA = aten.scaled_dot_product_attention.default
@@ -228,6 +229,7 @@ def _emit(graph: fx.Graph, part: _Heads) -> fx.Node:
     node = part.source
     if part.norm is not None:
         node = graph.call_function(torch.ops.irc.rms_norm.default, (node, *part.norm.args[1:]))
+        node.meta[PART] = part.norm.meta.get(PART, "")
     if part.cos is not None:
         # Both halves of a head turn by the same angles: the operator reads them once.
         half = part.cos.meta["val"].shape[-1] // 2

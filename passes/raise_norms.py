@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from passes import dialect  # noqa: F401 - registers the operators
 from passes.base import Pass, PassResult, finish, graph_of
+from passes.name_modules import PART
 
 aten = torch.ops.aten
 _CASTS = frozenset({aten.to.dtype, aten._to_copy.default, aten.type_as.default})
@@ -48,6 +49,7 @@ def _raise_call(module: nn.Module, graph: fx.Graph, call: fx.Node) -> bool:
         result = graph.call_function(
             torch.ops.irc.rms_norm.default, (x, graph.create_node("get_attr", f"{call.target}.{weight_name}"), eps)
         )
+    result.meta[PART] = str(call.target)
     weight = cast(fx.Node, result.args[1])
     call.append(weight)
     weight.append(result)

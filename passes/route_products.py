@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from passes import dialect  # noqa: F401 - registers the operators
 from passes.base import Pass, PassResult, finish, graph_of, transposed_weight
+from passes.name_modules import PART
 
 aten, irc = torch.ops.aten, torch.ops.irc
 
@@ -154,8 +155,10 @@ def _multiply(part: _Part, call: fx.Node) -> None:
     with graph.inserting_before(call):
         args = call.args[0], part.rows, transposed_weight(graph, target)
         product = graph.call_function(irc.routed_matmul.default, args)
+        product.meta[PART] = target
         if part.module.get_submodule(target).bias is not None:
             product = graph.call_function(aten.add.Tensor, (product, graph.get_attr(f"{target}.bias")))
+            product.meta[PART] = target
     product.meta["val"] = call.meta.get("val")
     call.replace_all_uses_with(product)
     graph.erase_node(call)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import fx
 
-from exporters.onnx import MODEL, CacheShape, Decision, export_onnx
+from exporters.onnx import MODEL, CacheShape, Decision, Description, export_onnx
 from irc.bench.kernels.attention import AttentionCase, attention_case
 from irc.bench.kernels.check import _KINDS, NodeRunner
 from irc.model.cache import cache_shape
@@ -138,7 +138,8 @@ def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
                 module.control = control
         folder = tmp_path_factory.mktemp("onnx")
         cache = CacheShape(*cache_shape(tiny.config), reduced=reduced)
-        decisions = export_onnx(tiny.graph, cache, tiny.captured.dtype, folder, {"made.by": "tests"}, provider=provider)
+        about = Description("1.2.3", "A tiny model.", {"made.by": "tests"})
+        decisions = export_onnx(tiny.graph, cache, tiny.captured.dtype, folder, about, provider=provider)
         return Pair(reference.graph, control, folder / MODEL, decisions, cache)
 
     return make
