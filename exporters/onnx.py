@@ -41,10 +41,10 @@ log = logging.getLogger(__name__)
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
 PAST, PRESENT = "past_key_values", "present"
-PAST_FROM = "attention_mask"  # what says how many tokens came before: caches may have room for more
+PAST_FROM = "attention_mask"  # tells how many tokens came before: caches may have room for more
 PROVIDERS = ("cpu", "cuda")
 MODEL_VERSION = 1  # of the model inside the file; what makes two files differ is in `irc.json`
-LEAST_ORT = "1.24"  # the first whose Attention of opset 23 takes a past of no token
+LEAST_ORT = "1.24"  # the first whose Attention of opset 23 accepts an empty past
 
 
 def lowering(provider: str = "cpu") -> list[Pass]:
@@ -105,7 +105,7 @@ class Description:
 
 
 class _Deployed(nn.Module):
-    """The captured model with the inputs of a deployed one: positions are counted from the mask inside."""
+    """The captured model with the inputs of a deployed one: it counts positions from the mask."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__()
@@ -135,14 +135,14 @@ def export_onnx(
     """Lower a captured model in place and write `model.onnx` and `model.onnx.data` into a folder.
 
     Args:
-        graph: As capture or rewriting left it; afterwards it is lowered.
+        graph: A captured model, rewritten or not; afterwards it is lowered.
         cache: Shape of its key/value cache.
         dtype: Of its weights.
-        folder: Exists.
+        folder: An existing folder.
         description: What the file says about itself.
-        dump_dir: Where every pass leaves its before, after and diff.
-        provider: Which of `PROVIDERS` the model is meant for; every provider runs it.
-        between: Called before each weight is written, so that what was read for those before it can leave memory.
+        dump_dir: Where every pass writes its before, after and diff.
+        provider: One of `PROVIDERS`, for which the model is optimized; every provider runs it.
+        between: Called before each weight is written, so that pages read for earlier weights can leave memory.
 
     Returns:
         One decision for each routed unit, in the order in which a token meets them.
@@ -176,7 +176,7 @@ def _translate(module: nn.Module, cache: CacheShape, dtype: torch.dtype) -> ir.M
     """Run torch.export and torch.onnx.export, then fold constants and merge equal nodes."""
     device = next(module.parameters()).device
     batch, tokens, past = 2, 3, 5
-    # Tensors of their own: torch.export takes one tensor given twice for one input.
+    # Separate tensors: torch.export would take one tensor given twice for one input.
     stored = [past - 1 if layer in cache.reduced else past for layer in range(cache.layers) for _ in range(2)]
     caches = [torch.zeros(batch, cache.heads, count, cache.size, dtype=dtype, device=device) for count in stored]
     slots = [torch.zeros(batch, past - 1, dtype=torch.int64, device=device) for _ in cache.reduced]
@@ -185,7 +185,7 @@ def _translate(module: nn.Module, cache: CacheShape, dtype: torch.dtype) -> ir.M
     auto = Dim.AUTO
     two = {0: auto, 1: auto}
     shapes = (two, two, [{0: auto, 2: auto} for _ in caches], [two for _ in slots])
-    # It says that torchvision is missing, whose operators no language model has.
+    # Hides the notice that torchvision is missing, whose operators language models do not use.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     # preserve_node_meta: what NameModules noted reaches the nodes of the ONNX graph.
     with torch.no_grad(), warnings.catch_warnings(), tracing(), preserve_node_meta():

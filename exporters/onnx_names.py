@@ -47,7 +47,7 @@ def name_all(model: ir.Model) -> None:
         model: Optimized, with the metadata that `note_modules` wrote.
     """
     names = _Names()
-    interface = {value for value in (*model.graph.inputs, *model.graph.outputs)}
+    interface = {*model.graph.inputs, *model.graph.outputs}
     for node in model.graph:
         node.name = names.new(f"{_scope(node.metadata_props.get(MODULE, ''))}/{node.op_type}")
         for index, output in enumerate(node.outputs):

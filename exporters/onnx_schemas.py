@@ -1,4 +1,4 @@
-"""The schemas of the operators of the ONNX domain `irc`, one line each."""
+"""The schemas of the operators of the ONNX domain `irc`, one line per operator."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _TYPES = {"B": [BOOL.text], "F": [FP32.text], "I": [INT64.text], "T": [kind.text
 
 
 def register_schemas() -> None:
-    """Make the operators known to onnx in this process, so that graphs with them can be built and checked."""
+    """Register the operators with onnx in this process, so that graphs with them can be built and checked."""
     if onnx.defs.has(FUNCTIONS[0].name, DOMAIN):
         return
     for name, signature, attributes in _SCHEMAS:

@@ -1,4 +1,4 @@
-"""What each operator of the dialect becomes in ONNX: a node of domain `irc`, or of the standard."""
+"""Translates each operator of the dialect to ONNX: to a node of domain `irc` or to a standard one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ UNIT = "irc.unit"
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Return the translation of every operator of the dialect, as torch.onnx.export takes them."""
+    """Return the translation of every operator of the dialect, in the form that torch.onnx.export takes."""
     register_schemas()
     return {
         torch.ops.irc.select_rows.default: _select_rows,
@@ -80,7 +80,7 @@ def _rms_norm(x, weight, eps):
     features, size = int(x.shape[-1]), int(weight.shape[0])
     if features == size:
         return op.RMSNormalization(x, weight, axis=-1, epsilon=eps)
-    # Every size is said: there may be no row at all, and then -1 could be anything.
+    # Every size is explicit: without any row, -1 would be ambiguous.
     chunks = op.Reshape(x, op.Constant(value_ints=[0, 0, features // size, size]))
     normed = op.RMSNormalization(chunks, weight, axis=-1, epsilon=eps)
     return op.Reshape(normed, op.Constant(value_ints=[0, 0, features]))
@@ -109,6 +109,6 @@ def _reduced_attention(q, rows, k, v, past_k, past_v, past_slots, mask, heads, s
 
 
 def _added(mask, like):
-    """Return the boolean mask as numbers added to scores; layers share the node once equal ones are merged."""
+    """Return the boolean mask as numbers added to scores; equal nodes are merged, so layers share one."""
     value = op.Constant(value_float=of_name(like.dtype.name).masked)
     return op.CastLike(op.Where(mask, op.Constant(value_float=0.0), value), like)

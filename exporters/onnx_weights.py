@@ -1,4 +1,4 @@
-"""How weights lie in the file: linears as [in, out], ready for MatMul; a tied embedding once."""
+"""Layout of weights in the file: linears as [in, out], ready for MatMul; a tied embedding is stored once."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from onnx_ir.tensor_adapters import TorchTensor
 def store_transposed(model: ir.Model) -> None:
     """Replace every Transpose of a weight by a weight that is stored transposed.
 
-    A weight that something else reads too (a tied embedding) stays as it is, and its product becomes Gemm, which
-    reads it transposed. Nothing is transposed before the file is written, one weight at a time.
+    A weight that another node reads too (a tied embedding) stays as it is, and its product becomes a Gemm, which
+    reads it transposed. Weights are transposed one at a time while the file is written.
     """
     for node in list(model.graph):
         weight = node.inputs[0] if node.op_type == "Transpose" and node.inputs else None

@@ -88,7 +88,7 @@ class _NeededRows:
         raise PassError(
             f"{self.unit}, node %{node.name}",
             f"queries go through {node.target}, which may mix tokens",
-            "only linears, norms and rotation may stand before the scores",
+            "only linears, norms and rotation are supported before the scores",
         )
 
 

@@ -75,7 +75,7 @@ class _Site:
         call: Calls the unit.
         x: The unit's input.
         mux: Chooses between the unit's output and its forecast.
-        after: What makes the mux's first argument of the unit's output, in order; often nothing.
+        after: Nodes between the unit's call and the mux's first argument, in order; often none.
     """
 
     unit: Unit
@@ -117,7 +117,7 @@ class _Site:
 
 
 def _pass_on(site: _Site) -> None:
-    """Take out a mux that has no decision to follow."""
+    """Remove a mux that has no decision to follow."""
     y, forecast = cast("tuple[fx.Node, fx.Node]", site.mux.args)
     site.mux.replace_all_uses_with(y)
     site.drop(site.mux)
@@ -129,7 +129,7 @@ def _lower(model: fx.GraphModule, site: _Site) -> None:
     y, forecast, logits = cast("tuple[fx.Node, fx.Node, fx.Node]", mux.args)
     is_reduced = _unmask(site)
     add, stream = _residual_add(mux)
-    base = stream if stream is not None else site.x  # without a stream, x only lends its memory
+    base = stream if stream is not None else site.x  # without a stream, every token of x is overwritten
     with graph.inserting_before(mux):
         both = site.emit(irc.decide_rows.default, _emit_router(site, logits))
         both.kwargs = {"unit": unit.name}
@@ -161,7 +161,7 @@ def _lower(model: fx.GraphModule, site: _Site) -> None:
 
 
 def _emit_router(site: _Site, logits: fx.Node) -> fx.Node:
-    """Insert what says how much each token wants to execute; returns the difference of its two logits, float32."""
+    """Insert the router; return the node of its logit differences, float32 [batch, tokens]."""
     router, path, name = site.part("router"), str(logits.target), f"{site.unit.target}_difference"
     form = router_form(router)
     if form is None:
@@ -189,7 +189,7 @@ def _emit_router(site: _Site, logits: fx.Node) -> fx.Node:
 def _merge_logits(router: nn.Module, form: RouterForm) -> None:
     """Give a router's last linear the difference of its two outputs as its only one.
 
-    The weights are subtracted in float32, so a difference near zero may round otherwise than that of the logits.
+    The weights are subtracted in float32, so a difference near zero may round differently from that of two logits.
     """
     last = router.get_submodule(form.last)
     assert isinstance(last, nn.Linear)
@@ -203,7 +203,7 @@ def _merge_logits(router: nn.Module, form: RouterForm) -> None:
 
 
 def _emit_forecast(site: _Site, forecast: fx.Node, skipped: fx.Node, base: fx.Node) -> fx.Node:
-    """Insert what adds the forecasts of the skipped tokens to base; returns the sum, base itself for zeros."""
+    """Insert the addition of the skipped tokens' forecasts to base; return the sum, for zeros base itself."""
     forecaster, path = site.part("forecaster"), str(forecast.target)
     form = forecaster_form(forecaster)
     if isinstance(form, ZeroForm):
@@ -228,7 +228,7 @@ def _merge_biases(forecaster: nn.Module, form: ForecasterForm) -> None:
 
 
 def _on_rows(site: _Site, call: fx.Node, rows: fx.Node, role: str = "") -> fx.Node:
-    """Call a submodule of the block again on the rows of x that it is meant for."""
+    """Call a submodule of the block again, on chosen rows of x alone."""
     compacted = site.emit(irc.compact.default, site.x, rows, role=role)
     args = tuple(compacted if argument is site.x else argument for argument in call.args)
     return site.graph.create_node("call_module", str(call.target), args)
@@ -271,7 +271,7 @@ def _residual_add(mux: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
 
 
 def _unmask(site: _Site) -> bool:
-    """Take out the modules of MaskSkippedKeys, whose work the operator does; returns whether the unit had them."""
+    """Remove the modules of MaskSkippedKeys, whose work the operator does; return whether the unit had them."""
     target = site.unit.target
     calls = [node for node in site.graph.nodes if node.op == "call_module"]
     for kept in [node for node in calls if node.target == f"{target}{KEPT}"]:
@@ -300,7 +300,7 @@ def _connect_slots(model: fx.GraphModule, unit: Unit) -> None:
 
 
 def _count_past_by_mask(model: fx.GraphModule) -> None:
-    """Take the number of past tokens from the mask: caches may hold fewer tokens, or have room for more."""
+    """Read the number of past tokens from the mask: caches may hold fewer tokens, or have room for more."""
     graph = model.graph
     inputs = {node.name: node for node in graph.nodes if node.op == "placeholder"}
     lengths = [(name, 2) for name in inputs if name.startswith("past_key_values_")]

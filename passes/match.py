@@ -4,7 +4,7 @@ Matching goes by structure and dataflow. In every captured graph that has submod
 `add(stream, y)` where `y` comes out of one submodule call. That submodule is an attention unit when it
 computes scores (scaled dot-product attention, or a softmax between products), an FFN unit when it is built
 of linears and row-wise operators only. The unit's input `x` is the one tensor that its first linears read. A norm, a
-factor or a dropout between the submodule and the add belongs to the unit: `y` is what the add reads.
+factor or a dropout between the submodule and the add belongs to the unit: `y` is the value that the add reads.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ADDS = frozenset({torch.ops.aten.add.Tensor})
 _SCATTERS = frozenset({torch.ops.irc.scatter.default, torch.ops.irc.scatter_add.default})
 _SCORES = frozenset({"scaled_dot_product_attention", "attention", "routed_attention", "reduced_attention"})
 _SOFTMAX, _PRODUCTS = frozenset({"softmax", "_softmax"}), frozenset({"matmul", "bmm", "einsum"})
-# What may stand between the linears of an FFN: one token's values in, the same token's values out.
+# Operators allowed between the linears of an FFN: each token's result depends on that token alone.
 _ELEMENTWISE = frozenset(
     "abs add alias clamp clone contiguous detach div dropout elu eq erf exp gelu getitem hardsigmoid hardswish "
     "hardtanh leaky_relu linear log mish mul neg pow reciprocal relu relu6 rsqrt sigmoid silu softplus sqrt square sub "
@@ -82,7 +82,7 @@ class MatchResult:
     refusals: tuple[Refusal, ...]
 
     def why(self, name: str) -> str:
-        """Say in one sentence what the matcher made of the submodule whose path ends in `name`."""
+        """Say how the submodule whose path ends in `name` was matched, or why the matcher rejected it."""
         for unit in self.units:
             if unit.name == name or unit.name.endswith("." + name):
                 flow = f"reads %{unit.x}, its output %{unit.y} is added to the residual stream"
@@ -102,7 +102,7 @@ def match_units(model: fx.GraphModule) -> MatchResult:
     """Find all units of a captured model.
 
     Args:
-        model: The captured model; running the match changes nothing.
+        model: The captured model, which is not changed.
     """
     units: list[Unit] = []
     refusals: list[Refusal] = []
@@ -167,7 +167,7 @@ def _residual_adds(block: nn.Module, call: fx.Node) -> list[tuple[fx.Node, fx.No
 
 
 def _carried_on(block: nn.Module, node: fx.Node) -> fx.Node | None:
-    """Return the one reader of a node when it is a norm, a factor or the like: each token from itself alone."""
+    """Return the only reader of a node if it treats each token separately, as a norm or a factor does; else None."""
     if len(node.users) != 1:
         return None
     reader = next(iter(node.users))
@@ -185,7 +185,7 @@ def _carried_on(block: nn.Module, node: fx.Node) -> fx.Node | None:
 
 
 def after_call(nodes: dict[str, fx.Node], unit: Unit) -> list[fx.Node]:
-    """Return the nodes, of a block's by name, that make `y` of the output of the unit's call, in order; often none."""
+    """Return the nodes between a unit's call and its output `y`, in order; often there are none."""
     found: list[fx.Node] = []
     node, call = nodes[unit.y], nodes[unit.call]
     while node is not call and not (node.target is operator.getitem and node.args[0] is call):
@@ -195,7 +195,7 @@ def after_call(nodes: dict[str, fx.Node], unit: Unit) -> list[fx.Node]:
 
 
 def is_mux(node: fx.Node) -> bool:
-    """Whether a node is a mux that an earlier pass put between a unit and its residual add."""
+    """Whether a node calls a mux, which InsertForecasters put between a unit and its residual add."""
     return node.op == "call_module" and str(node.target).endswith("_mux")
 
 
@@ -278,7 +278,7 @@ def _input(submodule: nn.Module, call: fx.Node) -> tuple[fx.Node, int]:
 
 
 def _check_output(submodule: nn.Module, kind: Kind, y: fx.Node, call: fx.Node, width: int) -> None:
-    """Refuse a unit whose output has not the stream's width, or that of attention when no linear makes it."""
+    """Refuse a unit whose output does not have the stream's width, and attention whose output no linear makes."""
     graph = cast(fx.Graph, submodule.graph)
     result = next(node for node in graph.nodes if node.op == "output").args[0]
     if y is not call:

@@ -11,7 +11,7 @@ from passes.base import Pass, PassResult, graph_of
 MODULE = "irc.module"
 """Key in a node's `meta["custom"]` for the path of its module."""
 PART = "part"
-"""Key in a node's `meta` for the submodule that the node replaces, relative to the module whose graph holds the node."""
+"""Key in a node's `meta` for the submodule whose work it does, relative to the module whose graph holds the node."""
 _CALL_NUMBER = re.compile(r"@\d+")  # torch.export numbers the graphs of a module that is called more than once
 
 

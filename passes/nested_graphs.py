@@ -15,8 +15,8 @@ def add_input(model: fx.GraphModule, path: str, name: str) -> fx.Node:
 
     Args:
         model: Its outermost graph; each submodule on the way is called once.
-        path: Of the submodule, such as `model.layers.0.self_attn`.
-        name: Of the input.
+        path: Path of the submodule, such as `model.layers.0.self_attn`.
+        name: Name of the input.
 
     Returns:
         The input in the submodule's graph, the last one of each graph.
@@ -37,8 +37,8 @@ def add_output(model: fx.GraphModule, path: str, node: fx.Node) -> fx.Node:
 
     Args:
         model: As in `add_input`.
-        path: Of the submodule.
-        node: Of its graph.
+        path: Path of the submodule.
+        node: A node of its graph.
 
     Returns:
         The node that holds the value in the outermost graph, its last output.
@@ -74,7 +74,7 @@ def _append_placeholder(graph: fx.Graph, name: str) -> fx.Node:
 
 
 def _append_output(graph: fx.Graph, node: fx.Node) -> int:
-    """Append to a graph's outputs, which are many; returns the index."""
+    """Append to the outputs of a graph that has several; return the index."""
     output = next(n for n in graph.nodes if n.op == "output")
     results = cast("tuple[fx.Node, ...]", output.args[0])
     output.args = (type(results)((*results, node)),)

@@ -1,4 +1,4 @@
-"""Raises the many nodes of a captured RMS norm to one `irc::rms_norm`."""
+"""Replaces the many nodes of a captured RMS norm by one `irc::rms_norm`."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class RaiseNorms(Pass):
     """Replaces each call of a captured RMS norm by `irc::rms_norm(x, weight, eps)`.
 
     A norm is a submodule whose graph is `weight * (x * rsqrt(mean(x^2, -1) + eps))` with casts between, or the same
-    with `1 + weight` (Gemma), which then becomes a parameter `scale` of the norm. In float32 capture returns x beside
-    the result (a cast that casts nothing); its readers then read x itself.
+    with `1 + weight` (Gemma), which then becomes a parameter `scale` of the norm. In float32, capture returns x beside
+    the result (a cast to the type it has); readers of that output then read x itself.
     """
 
     def call(self, model: fx.GraphModule) -> PassResult:

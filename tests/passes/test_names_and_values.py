@@ -46,9 +46,7 @@ VALUES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("steps", "wanted", "count"), VALUES, ids=["norms", "attention", "rotations", "scatters"]
-)
+@pytest.mark.parametrize(("steps", "wanted", "count"), VALUES, ids=["norms", "attention", "rotations", "scatters"])
 def test_traced_values_go_over_to_what_takes_a_place(
     tiny: Callable, insertions: tuple, steps: int, wanted: Callable, count: int
 ) -> None:
