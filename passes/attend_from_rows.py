@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from passes import dialect  # noqa: F401 - registers the operators
 from passes.base import PassError, finish
-from passes.match import is_row_wise
+from passes.row_wise import is_row_wise
 
 aten, irc = torch.ops.aten, torch.ops.irc
 

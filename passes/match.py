@@ -18,6 +18,7 @@ import torch
 from torch import fx, nn
 
 from passes import dialect  # noqa: F401 - registers the operators
+from passes.row_wise import is_row_wise, operator_name
 
 Kind = Literal["attention", "ffn"]
 
@@ -25,16 +26,6 @@ ADDS = frozenset({torch.ops.aten.add.Tensor})
 _SCATTERS = frozenset({torch.ops.irc.scatter.default, torch.ops.irc.scatter_add.default})
 _SCORES = frozenset({"scaled_dot_product_attention", "attention", "routed_attention", "reduced_attention"})
 _SOFTMAX, _PRODUCTS = frozenset({"softmax", "_softmax"}), frozenset({"matmul", "bmm", "einsum"})
-# Operators allowed between the linears of an FFN: each token's result depends on that token alone.
-_ELEMENTWISE = frozenset(
-    "abs add alias clamp clone contiguous detach div dropout elu eq erf exp gelu getitem hardsigmoid hardswish "
-    "hardtanh leaky_relu linear log mish mul neg pow reciprocal relu relu6 rsqrt sigmoid silu softplus sqrt square sub "
-    "tanh to type_as _to_copy".split()
-)
-_END = 9223372036854775807
-_OVER_FEATURES = frozenset(
-    "amax chunk layer_norm mean rms_norm slice softmax split split_with_sizes sum topk var".split()
-)
 
 
 @dataclass(frozen=True)
@@ -206,38 +197,14 @@ def _chooses(node: fx.Node, y: fx.Node) -> bool:
 
 def _kind(submodule: nn.Module) -> Kind:
     nodes = [node for graph in _graphs(submodule) for node in graph.nodes if node.op == "call_function"]
-    names = {_overload(node) for node in nodes}
+    names = {operator_name(node) for node in nodes}
     if names & _SCORES or (names & _SOFTMAX and names & _PRODUCTS):
         return "attention"
     for node in nodes:
         if not is_row_wise(node):
-            found = f"it holds no attention scores, and {_overload(node)} may mix tokens"
+            found = f"it holds no attention scores, and {operator_name(node)} may mix tokens"
             raise _NoMatch(f"{found}; expected linears and row-wise operators")
     return "ffn"
-
-
-def is_row_wise(node: fx.Node) -> bool:
-    """Whether each token's result depends on that token alone."""
-    name = _overload(node)
-    if name in _ELEMENTWISE:
-        return True
-    if name not in _OVER_FEATURES:
-        return False
-    if name == "slice" and tuple(node.args[2:4]) == (0, _END):
-        return True
-    arguments = _arguments(node)
-    dims = arguments.get("dim", -len(cast("list[int]", arguments.get("normalized_shape", [0]))))
-    rank = getattr(node.all_input_nodes[0].meta.get("val"), "ndim", 0)
-    last = {-1, rank - 1} if rank else {-1}
-    return set(dims if isinstance(dims, (list, tuple)) else [dims]) <= last
-
-
-def _arguments(node: fx.Node) -> dict[str, object]:
-    """Return the arguments of an operator by name, defaults included."""
-    schema = cast(torch._ops.OpOverload, node.target)._schema.arguments
-    values = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
-    values |= {argument.name: value for argument, value in zip(schema, node.args, strict=False)}
-    return values | dict(node.kwargs)
 
 
 def _graphs(module: nn.Module) -> Iterator[fx.Graph]:
@@ -245,11 +212,6 @@ def _graphs(module: nn.Module) -> Iterator[fx.Graph]:
         graph = getattr(child, "graph", None)
         if isinstance(graph, fx.Graph):
             yield graph
-
-
-def _overload(node: fx.Node) -> str:
-    packet = getattr(node.target, "overloadpacket", None)
-    return str(getattr(packet, "__name__", getattr(node.target, "__name__", "")))
 
 
 def _has_linear(module: nn.Module) -> bool:
