@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import fx
 
-from exporters.onnx import MODEL, CacheShape, Decision, export_onnx
+from exporters.onnx import MODEL, CacheShape, Decision, Description, export_onnx
 from irc.bench.kernels.attention import AttentionCase, AttentionSizes, HiddenKeys, attention_case
 from irc.bench.kernels.check import _KINDS, NodeRunner
 from irc.model.cache import cache_shape
@@ -138,7 +138,8 @@ def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
                 module.control = control
         folder = tmp_path_factory.mktemp("onnx")
         cache = CacheShape(*cache_shape(tiny.config), reduced=reduced)
-        decisions = export_onnx(tiny.graph, cache, tiny.captured.dtype, folder, {"made.by": "tests"}, provider=provider)
+        about = Description("1.2.3", "A tiny model.", {"made.by": "tests"})
+        decisions = export_onnx(tiny.graph, cache, tiny.captured.dtype, folder, about, provider=provider)
         return Pair(reference.graph, control, folder / MODEL, decisions, cache)
 
     return make
@@ -168,7 +169,8 @@ def run(library: Path) -> NodeRunner:
 def attention() -> Callable[..., AttentionCase]:
     """Give `attention(seed, **settings)`: an `attention_case` of a few tokens, with some settings changed.
 
-    The settings are the fields of `AttentionSizes` and `HiddenKeys` (`hidden` for `share`), `share`, `dtype`, `padding`.
+    The settings are the fields of `AttentionSizes` and `HiddenKeys` (`hidden` for `share`), and `share`, `dtype` and
+    `padding`.
     """
     usual = {"batch": 1, "tokens": 4, "past": 3, "kv_heads": 2, "group": 2, "size": 8}
 

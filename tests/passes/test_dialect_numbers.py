@@ -108,13 +108,6 @@ def test_a_norm_is_computed_in_float32_and_rounded_once_before_the_weight() -> N
     torch.testing.assert_close(irc.rms_norm(x, weight, 0.5), weight * normed, rtol=2**-7, atol=0)
 
 
-def test_stored_are_past_keys_that_are_not_zero_and_executed_tokens() -> None:
-    past = torch.zeros(2, 2, 3, 4)
-    past[0, 1, 0, 3] = past[1, 0, 2, 0] = -1e-3  # one number of one head is enough
-    execute = torch.tensor([[True, False], [False, True]])
-    assert irc.stored(past, execute).tolist() == [[True, False, False, True, False], [False, False, True, False, True]]
-
-
 def test_reduced_attention_of_nothing_at_all_only_keeps_the_past() -> None:
     rows, past_k, past_v = torch.zeros(1, 0, 2, dtype=torch.int64), torch.randn(2, 2, 3, 4), torch.randn(2, 2, 3, 4)
     q, k, v = torch.zeros(1, 0, 16), torch.zeros(1, 0, 8), torch.zeros(1, 0, 8)

@@ -109,18 +109,17 @@ def test_model_without_units_is_refused_with_the_nearest_miss(captured_module: C
     model = captured_module(nn.Sequential(Odd()), torch.randn(1, 3, 4))
     with pytest.raises(PassError) as caught:
         PassManager([insert]).run(model)  # type: ignore[list-item]
-    assert str(caught.value) == (
-        "model: InsertForecasters failed: no attention or FFN unit matched "
-        "(0.ffn: none of its outputs is added to the residual stream); "
-        "only decoder-only models of Llama's shape can be converted (ran before: none)"
-    )
+    assert caught.value.where == "model"
+    assert "InsertForecasters" in caught.value.expected
+    assert "0.ffn: none of its outputs is added to the residual stream" in caught.value.expected
 
 
 def test_model_without_anything_to_miss_is_refused(captured_module: Callable, insert: InsertForecasters) -> None:
     model = captured_module(nn.Sequential(nn.ReLU()), torch.randn(1, 3, 4))
     with pytest.raises(PassError) as caught:
         insert.requires(model)
-    assert (caught.value.where, caught.value.expected) == ("model", "no attention or FFN unit matched")
+    assert caught.value.where == "model"
+    assert "(" not in caught.value.expected, "no near miss to name"
 
 
 def test_what_is_inserted_is_called_by_its_name(tiny: Callable, insert: InsertForecasters) -> None:

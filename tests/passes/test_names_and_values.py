@@ -10,13 +10,12 @@ from torch import fx
 
 from exporters.onnx import lowering
 from passes.base import PassManager, graph_of
-from passes.harden_routers import HardenRouters
-from passes.lower_to_compaction import LowerToCompaction
+from passes.lower_units import LowerUnits
 from passes.raise_attention import RaiseAttention
 from passes.raise_norms import RaiseNorms
 
 irc = torch.ops.irc
-STEPS = RaiseNorms(), RaiseAttention(), HardenRouters(), LowerToCompaction()
+STEPS = RaiseNorms(), RaiseAttention(), LowerUnits()
 
 
 def _nodes(model: fx.GraphModule) -> list[fx.Node]:
@@ -25,13 +24,9 @@ def _nodes(model: fx.GraphModule) -> list[fx.Node]:
 
 def test_decisions_and_rows_are_named_after_their_unit(tiny: Callable, insertions: tuple) -> None:
     graph = tiny().graph
-    PassManager([*insertions, *STEPS[:3]]).run(graph)
+    PassManager([*insertions, *STEPS]).run(graph)
     names = {node.name for node in graph.get_submodule("model.layers.1").graph.nodes}
-    kinds = "difference", "approximate", "execute", "chosen"
-    assert {f"{unit}_{kind}" for unit in ("self_attn", "mlp") for kind in kinds} <= names
-    PassManager(STEPS[3:]).run(graph)
-    names = {node.name for node in graph.get_submodule("model.layers.1").graph.nodes}
-    kinds = "executed", "skipped", "scattered"
+    kinds = "difference", "executed", "skipped", "scattered"
     assert {f"{unit}_{kind}" for unit in ("self_attn", "mlp") for kind in kinds} <= names
     inner = {node.name for node in graph.get_submodule("model.layers.1.self_attn").graph.nodes}
     assert {"executed", "routed_attention"} <= inner
@@ -47,14 +42,11 @@ VALUES = [
     (1, lambda node: node.target == irc.rms_norm.default, 5),
     (2, _is_result_of_attention, 6),
     (2, lambda node: node.target == irc.rotary.default, 4),
-    (3, lambda node: node.name.endswith("_chosen"), 4),
-    (4, lambda node: node.name.endswith("_scattered"), 4),
+    (3, lambda node: node.name.endswith("_scattered"), 4),
 ]
 
 
-@pytest.mark.parametrize(
-    ("steps", "wanted", "count"), VALUES, ids=["norms", "attention", "rotations", "choices", "scatters"]
-)
+@pytest.mark.parametrize(("steps", "wanted", "count"), VALUES, ids=["norms", "attention", "rotations", "scatters"])
 def test_traced_values_go_over_to_what_takes_a_place(
     tiny: Callable, insertions: tuple, steps: int, wanted: Callable, count: int
 ) -> None:

@@ -133,9 +133,9 @@ def _with_scaled_heads(graph: fx.Graph, scores: fx.Node) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (_without_mask, "its mask is missing or not boolean"),
-        (_with_dropout, "it drops scores out"),
-        (_with_scaled_heads, "heads come from aten.mul.Tensor"),
+        (_without_mask, "mask"),
+        (_with_dropout, "dropout"),
+        (_with_scaled_heads, "aten.mul.Tensor"),
     ],
 )
 def test_what_it_does_not_know_is_refused_by_name(tiny: Callable, change: Callable, reason: str) -> None:
@@ -143,5 +143,5 @@ def test_what_it_does_not_know_is_refused_by_name(tiny: Callable, change: Callab
     inner = _attention(graph)
     scores = next(node for node in inner.nodes if "scaled_dot_product" in str(node.target))
     change(inner, scores)
-    with pytest.raises(PassError, match=f"model.layers.0.self_attn: RaiseAttention failed: {reason}"):
+    with pytest.raises(PassError, match=f"model.layers.0.self_attn: RaiseAttention .*{reason}"):
         PassManager(PASSES).run(graph)
