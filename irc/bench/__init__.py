@@ -4,7 +4,7 @@
 `ideal_speedup` computes the largest possible speed-up, `scenario` times one model at one sparsity, and `run` times all.
 """
 
-from irc.bench.run import Subject, bench
+from irc.bench.run import BenchOptions, Subject, bench
 from irc.bench.scenario import Load, Share
 
-__all__ = ["Load", "Share", "Subject", "bench"]
+__all__ = ["BenchOptions", "Load", "Share", "Subject", "bench"]

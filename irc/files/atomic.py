@@ -18,7 +18,7 @@ _DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 @contextmanager
-def staged(folder: Path) -> Iterator[Path]:
+def staged(folder: Path, remedy: str | None = None, options: tuple[str, ...] = ()) -> Iterator[Path]:
     """Write a folder atomically.
 
     The block fills an empty staging folder next to `folder`. When the block succeeds, the staging folder replaces
@@ -27,6 +27,8 @@ def staged(folder: Path) -> Iterator[Path]:
 
     Args:
         folder: Where the result goes. An existing folder stays intact until the new one is complete.
+        remedy: What errors advise; see `cannot_write`.
+        options: Parameters that the remedy needs; see `IrcError`.
 
     Yields:
         The staging folder.
@@ -50,7 +52,7 @@ def staged(folder: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
         _remove_empty(new_parents)
         if isinstance(error, OSError):
-            raise cannot_write(folder, error) from error
+            raise cannot_write(folder, error, remedy, options) from error
         raise
 
 
@@ -100,12 +102,14 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def cannot_write(path: Path, error: OSError) -> IrcError:
+def cannot_write(path: Path, error: OSError, remedy: str | None = None, options: tuple[str, ...] = ()) -> IrcError:
     """Return the error to raise for a failed write.
 
     Args:
         path: What was to be written.
         error: Why it failed.
+        remedy: What the user can do; None for another try with more space, or another path.
+        options: Parameters that the remedy needs; see `IrcError`.
 
     Returns:
         An `IrcError` (exit code 1) for a full disk, or an `InputError` (exit code 2) for a path that cannot be
@@ -113,8 +117,10 @@ def cannot_write(path: Path, error: OSError) -> IrcError:
     """
     reason = error.strerror or str(error)
     if error.errno in _DISK_FULL:
-        return IrcError(f"{path}: could not be written ({reason}); free some space and try again")
-    return InputError(f"{_shortened(path)}: cannot be written ({reason}); choose another output path")
+        advice = remedy or "free some space and try again"
+        return IrcError(f"{path}: could not be written ({reason}); {advice}", options=options)
+    advice = remedy or "choose another output path"
+    return InputError(f"{_shortened(path)}: cannot be written ({reason}); {advice}", options=options)
 
 
 def _shortened(path: Path) -> str:

@@ -32,6 +32,7 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: di
             os.fsync(opened.fileno())
         os.replace(partial, path)
     except Exception as error:
-        raise IrcError(f"{path}: could not be written ({error}); free some space and resume the run") from error
+        advice = "free some space and resume the run"
+        raise IrcError(f"{path}: could not be written ({error}); {advice}", options=("resume",)) from error
     finally:  # an interrupt is not an Exception and must not leave the partial file either
         partial.unlink(missing_ok=True)

@@ -40,8 +40,20 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: The file is too large, is not valid JSON, is nested too deeply, has a duplicate key, or does not
             contain an object.
     """
+    return parse_json(read_text(path))
+
+
+def parse_json(text: str) -> dict[str, Any]:
+    """Return the object in a JSON text.
+
+    Args:
+        text: Content of a file.
+
+    Raises:
+        ValueError: It is not valid JSON, is nested too deeply, has a duplicate key, or does not contain an object.
+    """
     try:
-        found = json.loads(read_text(path), object_pairs_hook=_object, parse_int=_integer)
+        found = json.loads(text, object_pairs_hook=_object, parse_int=_integer)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     if not isinstance(found, dict):

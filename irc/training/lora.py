@@ -53,7 +53,7 @@ def inject_lora(model: RoutedForCausalLM, recipe: LoraRecipe, seed: int) -> None
         torch.manual_seed(seed)
         inject_adapter_in_model(lora_config(model, recipe), model.graph)
     model.train(model.training)  # peft creates dropout modules in training mode
-    model.facts["lora"] = recipe
+    model.lora = recipe
 
 
 def lora_parameters(model: RoutedForCausalLM) -> dict[str, nn.Parameter]:
@@ -78,7 +78,8 @@ def adapters_off(model: RoutedForCausalLM) -> Iterator[None]:
 def save_lora(model: RoutedForCausalLM, folder: Path) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` in peft's format."""
     folder.mkdir(parents=True, exist_ok=True)
-    recipe = model.facts["lora"]
+    recipe = model.lora
+    assert recipe is not None
     config = lora_config(model, recipe)
     config.inference_mode = True
     config.save_pretrained(str(folder))
@@ -124,7 +125,7 @@ def merge_lora(model: RoutedForCausalLM) -> None:
             module.merge(safe_merge=True)
             parent, _, leaf = name.rpartition(".")
             setattr(model.graph.get_submodule(parent), leaf, module.get_base_layer())
-    model.facts.pop("lora", None)
+    model.lora = None
 
 
 def _shapes(model: RoutedForCausalLM, recipe: LoraRecipe) -> dict[str, list[int]]:

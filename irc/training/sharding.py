@@ -18,6 +18,7 @@ from irc.errors import InputError
 from irc.model.routed import RoutedForCausalLM
 from irc.recipe.policies import policy_named
 from irc.recipe.recipe import Recipe
+from irc.recipe.stages import stage_named
 from irc.training.layerwise import outermost
 
 log = logging.getLogger(__name__)
@@ -50,15 +51,11 @@ def check_batches(recipe: Recipe, finished: Container[str] = ()) -> None:
         InputError: A batch size is not a multiple of the number of processes.
     """
     policy = policy_named(recipe.policy)
-    in_batches = {
-        "lff": recipe.lff.steps > 0,
-        "router": policy.learns or (policy.forecasts and recipe.router.forecaster_lr > 0),
-        "lora": True,
-    }
     processes = PartialState(cpu=recipe.device == "cpu").num_processes
     for stage in recipe.stages:
-        size = getattr(recipe, stage).batch_size
-        if size % processes and in_batches[stage] and stage not in finished:
+        settings = stage_named(stage).settings_in(recipe)
+        size = settings.batch_size
+        if size % processes and settings.trains(policy) and stage not in finished:
             raise InputError(
                 f"{stage}.batch_size is {size}, over {processes} processes; give a multiple of {processes}"
             )

@@ -21,6 +21,7 @@ from irc.model.routed import RoutedForCausalLM
 from irc.progress import Progress, ProgressFactory
 from irc.recipe.policies import policy_named
 from irc.recipe.recipe import Recipe
+from irc.recipe.stages import StageName
 from irc.text.source import pick, windows
 from irc.training.budget import Budget, make_budget
 from irc.training.calibrate import set_threshold
@@ -239,6 +240,14 @@ def run_lora(context: StageContext) -> dict[str, Any]:
     with context.progress("lora", recipe.steps) as progress:
         result = context.train(objective, settings, progress)
     return {**_figures(result), **_threshold(context, budget)}
+
+
+STAGE_RUNNERS: dict[StageName, Callable[[StageContext], dict[str, Any]]] = {
+    "lff": run_lff,
+    "router": run_router,
+    "lora": run_lora,
+}
+"""The function that runs each stage of `irc.recipe.stages.STAGES`; it returns the stage's figures."""
 
 
 def _threshold(context: StageContext, budget: Budget) -> dict[str, Any]:

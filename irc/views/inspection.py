@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import fx, nn
 
+from irc.bundle.config import UnitFigures
+from irc.bundle.contents import Bundle, bundle_of
 from irc.errors import InputError
 from irc.model.build import build_plain
-from irc.model.checkpoint import BaseModel
 from irc.model.flops import UnitFlops, flops_ratio, head_flops, unit_flops
 from irc.model.modules import Forecaster, Router
 from irc.model.routed import RoutedForCausalLM
@@ -26,27 +28,30 @@ def inspection(model: RoutedForCausalLM, name: str) -> dict[str, Any]:
     did not measure it or when a plain model does not have it.
 
     Args:
-        model: A bundle or a plain model, as `irc.evaluation.run.open_model` returns it.
+        model: A bundle or a plain model, as `irc.bundle.loading.open_model` returns it.
         name: The model as the user named it.
     """
-    config: dict[str, Any] = model.facts.get("config", {})
-    measured = {unit["name"]: unit for unit in config.get("units", [])}
+    bundle = bundle_of(model)
+    measured = {} if bundle is None else bundle.config.measured.units
     keep = _keep(model, measured)
-    seq_len = _seq_len(model, config)
+    seq_len = _seq_len(model, bundle)
     counts = unit_flops(model, seq_len)
-    units = [_unit_facts(model, unit, counts[unit.name], measured.get(unit.name, {}), keep) for unit in model.units]
+    units = [
+        _unit_facts(model, unit, counts[unit.name], measured.get(unit.name, UnitFigures()), keep)
+        for unit in model.units
+    ]
     head = head_flops(model)
     routed = None if keep is None else head + sum(counts[unit].routed(share) for unit, share in keep.items())
     return {
         "model": name,
-        "base": config["base"]["name"] if config else name,
+        "base": name if bundle is None else bundle.config.base.name,
         "architecture": model.config.model_type,
         "policy": model.spec.policy if model.spec else None,
         "forecaster": model.spec.forecaster if model.spec else None,
         "layers": len({unit.layer for unit in model.units}),
         "seq_len": seq_len,
         "parameters": parameters(model),
-        "sparsity": _sparsity(model, keep, config),
+        "sparsity": _sparsity(model, keep, bundle),
         "flops": {"head": head, "dense": head + sum(count.dense for count in counts.values()), "routed": routed},
         "flops_ratio": None if keep is None else flops_ratio(model, keep, seq_len),
         "units": units,
@@ -85,8 +90,7 @@ def layer_diff(model: RoutedForCausalLM, layer: int) -> str:
     path = _block(model, layer)
     if model.spec is None:
         return ""
-    base: BaseModel = model.facts["base"]
-    original = build_plain(base, str(model.dtype).removeprefix("torch."))
+    original = build_plain(model.base, str(model.dtype).removeprefix("torch."))
     return unified_diff(named_lines(_graph(original, path)), named_lines(_graph(model, path)))
 
 
@@ -108,7 +112,7 @@ def why(model: RoutedForCausalLM, name: str) -> str:
 
 
 def _unit_facts(
-    model: RoutedForCausalLM, unit: Unit, count: UnitFlops, measured: dict[str, Any], keep: dict[str, float] | None
+    model: RoutedForCausalLM, unit: Unit, count: UnitFlops, measured: UnitFigures, keep: dict[str, float] | None
 ) -> dict[str, Any]:
     rank = router_hidden = None
     sizes = {"unit": _size(model.graph.get_submodule(unit.name))}
@@ -125,23 +129,28 @@ def _unit_facts(
         "hidden": unit.width,
         "rank": rank,
         "router_hidden": router_hidden,
-        "keep_ratio": measured.get("keep_ratio"),
-        "recoverability": measured.get("recoverability"),
+        "keep_ratio": measured.keep_ratio,
+        "recoverability": measured.recoverability,
         "flops": {"dense": count.dense, "routed": None if keep is None else count.routed(keep[unit.name])},
         "parameters": sizes,
     }
 
 
-def _keep(model: RoutedForCausalLM, measured: dict[str, Any]) -> dict[str, float] | None:
+def _keep(model: RoutedForCausalLM, measured: Mapping[str, UnitFigures]) -> dict[str, float] | None:
     """Return the share of tokens that each unit executes, or None if the bundle has no measurement."""
     if model.spec is None:
         return {unit.name: 1.0 for unit in model.units}
-    shares = {unit.name: measured.get(unit.name, {}).get("keep_ratio") for unit in model.units}
-    return None if None in shares.values() else shares
+    shares = {}
+    for unit in model.units:
+        share = measured.get(unit.name, UnitFigures()).keep_ratio
+        if share is None:
+            return None
+        shares[unit.name] = share
+    return shares
 
 
 def _sparsity(
-    model: RoutedForCausalLM, keep: dict[str, float] | None, config: dict[str, Any]
+    model: RoutedForCausalLM, keep: dict[str, float] | None, bundle: Bundle | None
 ) -> dict[str, float | None] | None:
     if model.spec is None or keep is None:
         return None
@@ -150,12 +159,12 @@ def _sparsity(
         skipped["realized"].append(1 - keep[unit.name])
         skipped[unit.kind].append(1 - keep[unit.name])
     means = {kind: sum(shares) / len(shares) if shares else 0.0 for kind, shares in skipped.items()}
-    return {"target": config.get("sparsity", {}).get("target"), **means}
+    return {"target": None if bundle is None else bundle.config.measured.sparsity.target, **means}
 
 
-def _seq_len(model: RoutedForCausalLM, config: dict[str, Any]) -> int:
+def _seq_len(model: RoutedForCausalLM, bundle: Bundle | None) -> int:
     """Return the tokens per window as in `irc eval`: those of the conversion, or the default cut to the context."""
-    recorded = config.get("data", {}).get("seq_len")
+    recorded = None if bundle is None else bundle.config.measured.text.seq_len
     default = Recipe().seq_len
     return int(recorded or min(default, getattr(model.config, "max_position_embeddings", None) or default))
 

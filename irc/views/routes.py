@@ -79,7 +79,7 @@ def read_routes(model: RoutedForCausalLM, spec: str, limit: int) -> Routes:
     """
     if model.spec is None:
         raise InputError("a plain model routes nothing, so there are no decisions to show; convert it first")
-    tokenizer: Any = model.facts["base"].tokenizer
+    tokenizer: Any = model.base.tokenizer
     ids: list[int] = []
     for document in load_text(spec).documents:
         ids += tokenizer(document.text, add_special_tokens=False)["input_ids"]

@@ -16,7 +16,8 @@ import onnx
 import pytest
 
 import irc
-from irc.bundle.loading import CONFIG, save_bundle
+from irc.bundle.layout import CONFIG
+from irc.bundle.saving import save_bundle
 from irc.errors import InputError
 from irc.files.atomic import file_sha256
 from irc.model.checkpoint import find_base

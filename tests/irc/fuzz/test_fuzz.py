@@ -20,7 +20,8 @@ import yaml
 
 import irc
 from irc.bundle.config import read_config
-from irc.bundle.loading import ADAPTER, CONFIG, RECIPE, save_bundle
+from irc.bundle.layout import ADAPTER, CONFIG, RECIPE
+from irc.bundle.saving import save_bundle
 from irc.conversion.pipeline import resolve
 from irc.deployment.onnx_folder import export
 from irc.errors import InputError
@@ -68,7 +69,6 @@ def routed_onnx(base: BaseModel, shake: Any, tmp_path_factory: pytest.TempPathFa
     from irc.model.routed import RoutingSpec
 
     model = shake(build_routed(base, RoutingSpec(4), "fp32"))
-    model.facts["base"] = base
     folder = tmp_path_factory.mktemp("fuzz")
     save_bundle(model, folder / "bundle")
     export(str(folder / "bundle"), folder / "onnx")
@@ -96,7 +96,7 @@ CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         "does not say what its units skip",
     ),
     "dropout": (lambda c: c["lora"].update(dropout=1e308), "lora.dropout is 1e\\+308"),
-    "no targets": (lambda c: c["lora"].update(targets=[]), "lora.targets is empty"),
+    "no targets": (lambda c: c["lora"].update(targets=[]), r"lora.targets is \[\]"),
     "a rank of gigabytes": (lambda c: c["lora"].update(rank=10**9), "its rank is not 1000000000"),
     "a seed that is none": (lambda c: c["spec"].update(seed=10**12), "seed is 1000000000000"),
 }
@@ -151,12 +151,12 @@ def test_recipes_that_are_traps(tmp_path: Path, trap: str) -> None:
 
 
 def test_adapter(fuzz: Any, bundle: Path, make_routed: Any) -> None:
-    from irc.bundle.loading import _read_adapter, set_adapter
+    from irc.bundle.loading import read_adapter, set_adapter
 
     model: RoutedForCausalLM = make_routed()
     path = bundle / ADAPTER
     header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
-    fuzz(path, lambda: set_adapter(model, _read_adapter(bundle, file_sha256(path)), "b"), header + 64)
+    fuzz(path, lambda: set_adapter(model, read_adapter(bundle, file_sha256(path)), "b"), header + 64)
 
 
 def test_lora_weights(fuzz: Any, bundle: Path) -> None:

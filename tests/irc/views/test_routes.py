@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from irc.bundle.loading import save_bundle
+from irc.bundle.saving import save_bundle
 from irc.model.modules import Record
 from irc.model.routed import RoutedForCausalLM
 from irc.views.routes import TOKEN_CLASSES, read_routes, token_class
@@ -41,7 +41,7 @@ def test_decisions_are_those_of_the_model(make_routed: Make, shake: Any, text_fi
     assert "".join(routes.tokens) == text[:32]  # one token per byte
     tape: dict[str, Record] = {}
     with torch.no_grad(), model.control.using(tape=tape, measure_error=True):
-        model(input_ids=torch.tensor([list(model.facts["base"].tokenizer(text[:32])["input_ids"])]))
+        model(input_ids=torch.tensor([list(model.base.tokenizer(text[:32])["input_ids"])]))
     for index, unit in enumerate(routes.units):
         record = tape[unit]
         assert torch.equal(routes.execute[index], record.execute[0])
