@@ -41,15 +41,15 @@ class Subject:
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """How models are run and what is timed beside ours.
+    """How to run the models, and what else to time.
 
     Attributes:
-        provider: Of ONNX Runtime.
+        provider: Execution provider of ONNX Runtime: auto, cpu or cuda.
         dtype: fp32, fp16 or bf16.
-        ops: Kernels of our operators, each choice timed separately (see `irc.runtime.native.choose_library`).
-        peers: Other ways to run a model that are timed beside them, of `PEERS`.
-        profile: Whether to say where the time goes, by operator.
-        seed: Of weights, tokens and gates.
+        ops: Kernels of our operators, each timed separately (see `irc.runtime.native.choose_library`).
+        peers: Other ways to run a model, of `PEERS`.
+        profile: Whether to sum the time by operator.
+        seed: Seed of weights, tokens and gates.
     """
 
     provider: str = "auto"
@@ -75,10 +75,10 @@ def bench(
         shares: Shares that the random gates skip, or points of a bundle's dial; none for a bundle's own sparsity.
         load: What to time.
         progress: Makes progress bars.
-        options: How models are run and what is timed beside ours.
+        options: How to run the models, and what else to time.
 
     Returns:
-        What `irc bench --json` prints.
+        The JSON object that `irc bench --json` prints.
 
     Raises:
         InputError: A setting cannot be used.
@@ -134,22 +134,42 @@ def _pairs(
 def _check(subject: Subject, shares: Sequence[Share], load: Load, options: BenchOptions) -> None:
     provider, dtype = options.provider, options.dtype
     if not shares and not subject.bundle:
-        raise InputError("sparsities is empty; give at least one, such as 0.25")
+        raise InputError("sparsities is empty; give at least one, such as 0.25", options=("sparsities",))
     subject.shape.check()
+<<<<<<< HEAD
     for name, values in (("batch", load.batches), ("prefill", load.prefill), ("ops", options.ops)):
+=======
+    for name, values in (("batches", load.batches), ("prefill", load.prefill), ("ops", options.ops)):
+>>>>>>> bundle
         if not values:
-            raise InputError(f"{name} is empty; give at least one value")
+            raise InputError(f"{name} is empty; give at least one value", options=(name,))
     if dtype not in BYTES:
+<<<<<<< HEAD
         raise InputError(f"unknown dtype '{dtype}'; choose from {', '.join(BYTES)}")
     if provider == "cpu" and not of_weights(dtype).on_cpu:
         raise InputError(f"dtype {dtype} does not run on ONNX Runtime's CPU provider; use fp32 or fp16")
+=======
+        raise InputError(f"unknown dtype '{dtype}'; choose from {', '.join(BYTES)}", options=("dtype",))
+    if provider == "cpu" and not of_weights(dtype).on_cpu:
+        raise InputError(
+            f"dtype {dtype} does not run on ONNX Runtime's CPU provider; use fp32 or fp16", options=("dtype",)
+        )
+>>>>>>> bundle
     for choice in options.ops:
         choose_library(choice, provider, dtype)  # refuses a library that does not load, before anything is written
     for peer in options.peers:
         if peer not in PEERS:
+<<<<<<< HEAD
             raise InputError(f"unknown peer '{peer}'; choose from {', '.join(PEERS)}")
     if subject.bundle and "static" in options.peers:
         raise InputError("peer static is a shallower random model and needs a shape; leave it out for a bundle")
+=======
+            raise InputError(f"unknown peer '{peer}'; choose from {', '.join(PEERS)}", options=("peers",))
+    if subject.bundle and "static" in options.peers:
+        raise InputError(
+            "peer static is a shallower random model and needs a shape; leave it out for a bundle", options=("peers",)
+        )
+>>>>>>> bundle
     if subject.bundle and any(share.attention != share.ffn for share in shares):
         raise InputError("the dial of a bundle sets one sparsity for all units; give numbers such as 0.25")
     if subject.text is not None:
@@ -162,6 +182,7 @@ def _check_text(tokens: int, load: Load) -> None:
     batch, window = max(needed, key=math.prod)
     if tokens < batch * window:
         raise InputError(
-            f"the held-out split of the text has {tokens} tokens, but {batch} x {window} are needed; give more text, "
-            "or a smaller batch, prefill, past or decode"
+            f"the held-out split of the text has {tokens} tokens, but {batch} x {window} are needed; give more text or "
+            "smaller sizes",
+            options=("data", "batches", "decode_batches", "prefill", "past", "decode"),
         )

@@ -96,7 +96,8 @@ def shape_named(name: str) -> Shape:
         sizes: dict[str, Any] = {field: found.get(key) for field, key in _KEYS.items()}
     except OSError as error:
         raise InputError(
-            f"unknown shape '{name}' ({error.strerror}); choose from {', '.join(SHAPES)}, or give a config.json"
+            f"unknown shape '{name}' ({error.strerror}); choose from {', '.join(SHAPES)}, or give a config.json",
+            options=("shape",),
         ) from error
     except (ValueError, AttributeError) as error:
         raise InputError(f"{path}: not the config.json of a model; give the one of a Llama") from error

@@ -101,12 +101,12 @@ def draw_attention(
         generator: Source of all random numbers.
         padded: Whether rows (-1, -1) may follow, which only CUDA kernels accept.
     """
-    kv_heads = _choice(generator, 1, 2, 3)
-    group = _choice(generator, 1, 2, 4, 7)
-    size = _choice(generator, 8, 32, 64, 96, 128)
-    past = _choice(generator, 0, 1, 70, 600)
-    padding = _choice(generator, 0, 1, 5) if padded else 0
-    hidden = HiddenKeys(window=_choice(generator, 0, 40), left=bool(_choice(generator, 0, 1)))
+    kv_heads = choice(generator, 1, 2, 3)
+    group = choice(generator, 1, 2, 4, 7)
+    size = choice(generator, 8, 32, 64, 96, 128)
+    past = choice(generator, 0, 1, 70, 600)
+    padding = choice(generator, 0, 1, 5) if padded else 0
+    hidden = HiddenKeys(window=choice(generator, 0, 40), left=bool(choice(generator, 0, 1)))
     sizes = AttentionSizes(batch, tokens, past, kv_heads, group, size)
     return attention_case(generator, sizes, share=share, dtype=dtype, padding=padding, hidden=hidden)
 
@@ -161,5 +161,6 @@ def _visible(generator: torch.Generator, sizes: AttentionSizes, hidden: HiddenKe
     return shown & (key <= own) & in_window & (key >= first) | (key == own)
 
 
-def _choice(generator: torch.Generator, *values: int) -> int:
+def choice(generator: torch.Generator, *values: int) -> int:
+    """Draw one of the values."""
     return values[int(torch.randint(0, len(values), (), generator=generator))]

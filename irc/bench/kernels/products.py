@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from irc.bench.kernels.attention import choice
 from passes import dialect  # noqa: F401 - registers the operators
 
 PRODUCTS = ("RoutedMatMul", "RoutedGate", "Router", "ForecastAdd")
@@ -51,12 +52,12 @@ def draw_products(x: Tensor, rows: Tensor, generator: torch.Generator, padded: b
         padded: Whether rows (-1, -1) may follow, which only CUDA kernels accept.
     """
     irc = torch.ops.irc
-    most_rows = _choice(generator, 1, 3, 8, 40)
+    most_rows = choice(generator, 1, 3, 8, 40)
     real = rows[:, :most_rows]
-    padding = torch.full((1, _choice(generator, 0, 1, 5) if padded else 0, 2), -1)
+    padding = torch.full((1, choice(generator, 0, 1, 5) if padded else 0, 2), -1)
     given = torch.cat((real, padding), 1)
-    width, columns = x.shape[2], _choice(generator, 8, 24, 36, 130, 7, 264)
-    rank, inner = _choice(generator, 3, 4, 16), _choice(generator, width, 700)
+    width, columns = x.shape[2], choice(generator, 8, 24, 36, 130, 7, 264)
+    rank, inner = choice(generator, 3, 4, 16), choice(generator, width, 700)
 
     def draw(shape: tuple[int, ...]) -> Tensor:
         return torch.randn(shape, generator=generator).to(x.dtype)
@@ -109,7 +110,3 @@ def _exact(*tensors: Tensor) -> list[Tensor]:
 
 def _magnitudes(*tensors: Tensor) -> list[Tensor]:
     return [tensor.double().abs() for tensor in tensors]
-
-
-def _choice(generator: torch.Generator, *values: int) -> int:
-    return values[int(torch.randint(0, len(values), (), generator=generator))]

@@ -144,37 +144,36 @@ def run_tasks(
     """Evaluate a bundle, a plain model or an ONNX folder on tasks.
 
     Args:
-        model: Bundle, model folder, hub id, demo, or ONNX folder, and how it is opened.
-        tasks: Names that lm-evaluation-harness knows, and those of `irc.evaluation.tasks.local`.
+        model: Bundle, model folder, hub id, demo, or ONNX folder, and how to open it.
+        tasks: Names of tasks of lm-evaluation-harness or of `irc.evaluation.tasks.local`.
         progress: Makes progress bars.
-        data: Text that the local tasks are made of.
-        limit: Questions a task; all (200 of a local one) when None.
+        data: Text for the local tasks.
+        limit: Most questions per task; None for all (200 for a local task).
         task_path: Folder of further task files.
 
     Returns:
-        The JSON object of `irc eval --tasks`: each task's figures, dense and routed, and the sparsity that was met.
+        The JSON object of `irc eval --tasks`: the figures of each task, dense and routed, and the realized sparsity.
 
     Raises:
-        InputError: A task is not known, or the model cannot be opened.
+        InputError: A task is unknown, or the model cannot be opened.
     """
     source = as_source(model)
     name = source.name
     for noisy in ("lm_eval", "lm-eval", "lm_eval.api.task", "datasets", "evaluate"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory() as made:
-        manager = _manager(tasks, task_path, Path(made))
+    with tempfile.TemporaryDirectory() as folder:
+        local_files = Path(folder)
+        manager = _manager(tasks, task_path, local_files)
         scorers = _scorers(source)
         if any(task in LOCAL for task in tasks):
-            first, context = next(iter(scorers.values())).tokenizer, next(iter(scorers.values())).context
-            if "code_recall" in tasks and context < RECALL_TOKENS:
+            scorer = next(iter(scorers.values()))
+            if "code_recall" in tasks and scorer.context < RECALL_TOKENS:
                 raise InputError(
-                    f"task code_recall asks for names up to {RECALL_TOKENS} tokens back; {name} reads {context}"
+                    f"task code_recall needs a context of {RECALL_TOKENS} tokens, but {name} reads {scorer.context}; "
+                    "leave the task out"
                 )
-            text = load_text(data)
-            documents = text.split("heldout") or list(text.documents)
-            count = _QUESTIONS if limit is None else limit
-            write_tasks(tasks, documents, lambda piece: len(first(piece)["input_ids"]), Path(made), count)
-            manager = _manager(tasks, task_path, Path(made))
+            _write_local_tasks(tasks, scorer.tokenizer, data, local_files, _QUESTIONS if limit is None else limit)
+            manager = _manager(tasks, task_path, local_files)
         results: dict[str, dict[str, Any]] = {}
         sparsity = None
         for side, scorer in scorers.items():
@@ -192,11 +191,19 @@ def run_tasks(
     }
 
 
+def _write_local_tasks(tasks: Sequence[str], tokenizer: Any, data: str, folder: Path, limit: int) -> None:
+    """Write the local tasks from the held-out split of a text, or from all of it if that split is empty."""
+    text = load_text(data)
+    documents = text.split("heldout") or list(text.documents)
+    write_tasks(tasks, documents, lambda piece: len(tokenizer(piece)["input_ids"]), folder, limit)
+
+
 def _scorers(source: ModelSource) -> dict[str, Scorer]:
+    """Open the model; return its scorers by side, `dense` and `routed`."""
     if (Path(source.name) / MANIFEST).is_file():
         for setting, value in (("sparsity", source.sparsity), ("key policy", source.key_policy)):
             if value is not None:
-                raise InputError(f"{source.name}: an exported folder has its {setting}; export again with another")
+                raise InputError(f"{source.name}: the {setting} of an exported folder is fixed; export it again")
         device = "cuda" if source.device.startswith("cuda") else source.device
         generator = Generator(Runtime(Path(source.name), device))
         return {"routed" if generator.runtime.exported.decisions else "dense": OnnxScorer(generator)}
@@ -205,11 +212,11 @@ def _scorers(source: ModelSource) -> dict[str, Scorer]:
     return scorers | ({"routed": TorchScorer(model, "route")} if model.spec else {})
 
 
-def _manager(tasks: Sequence[str], task_path: Path | None, made: Path) -> TaskManager:
+def _manager(tasks: Sequence[str], task_path: Path | None, local_files: Path) -> TaskManager:
     """Return a task manager that knows the tasks. The harness's own task files are read only if they are needed."""
     if task_path is not None and not task_path.is_dir():
-        raise InputError(f"task path {task_path}: no such folder")
-    paths = [str(path) for path in (made, task_path) if path is not None]
+        raise InputError(f"{task_path}: no such folder of task files", options=("task_path",))
+    paths = [str(path) for path in (local_files, task_path) if path is not None]
     not_local = [task for task in tasks if task not in LOCAL]
     manager = TaskManager(include_path=paths, include_defaults=False)
     if any(task not in manager.all_tasks for task in not_local):
@@ -218,7 +225,8 @@ def _manager(tasks: Sequence[str], task_path: Path | None, made: Path) -> TaskMa
     if unknown:
         raise InputError(
             f"unknown task '{unknown[0]}'; choose a task of lm-evaluation-harness, a local one ({', '.join(LOCAL)}), "
-            "or give the folder of its files as task path"
+            "or name a folder of task files",
+            options=("tasks", "task_path"),
         )
     return manager
 

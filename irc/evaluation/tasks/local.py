@@ -61,7 +61,9 @@ def write_tasks(
         draw = random.Random(f"{seed} {name}")
         questions = list(make(documents, draw, count_tokens, limit))
         if not questions:
-            raise InputError(f"task {name}: the text contains no question for it; give more Python text as data")
+            raise InputError(
+                f"task {name}: the text contains no question for it; give more Python text", options=("data",)
+            )
         lines = [json.dumps(question) for question in questions]
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(_config(name, folder)), encoding="utf-8")
