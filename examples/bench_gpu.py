@@ -88,7 +88,7 @@ def correctness(work: Path, native: bool) -> dict[str, Any]:
     import numpy as np
 
     from irc.bench.models import bundle_pair
-    from irc.bundle.loading import save_bundle
+    from irc.bundle.saving import save_bundle
     from irc.model.build import build_routed
     from irc.model.checkpoint import find_base
     from irc.model.routed import RoutingSpec
@@ -97,7 +97,6 @@ def correctness(work: Path, native: bool) -> dict[str, Any]:
 
     base = find_base("demo")
     model = build_routed(base, RoutingSpec(default_rank(base.config.hidden_size)))
-    model.facts["base"] = base
     save_bundle(model, work / "demo")
     draw = np.random.default_rng(0)
     ids = draw.integers(0, base.config.vocab_size, (3, 96))
@@ -125,14 +124,14 @@ def correctness(work: Path, native: bool) -> dict[str, Any]:
 def speed(shape_name: str, layers: int, rounds: int, ops: Sequence[str]) -> dict[str, Any]:
     """Time the shape; return what irc.bench does."""
     from irc import console
-    from irc.bench import Load, Share, Subject, bench
+    from irc.bench import BenchOptions, Load, Share, Subject, bench
     from irc.bench.shapes import shape_named
 
     shape = shape_named(shape_name)
     shape = replace(shape, layers=layers or shape.layers)
     load = Load(prefill=PREFILL, decode_batches=BATCHES, past=PAST, decode=32, rounds=rounds)
     shares = [Share(share, share) for share in SPARSITIES]
-    return bench(Subject(shape), shares, load, console.progress, provider="cuda", dtype="fp16", ops=ops)
+    return bench(Subject(shape), shares, load, console.progress, BenchOptions("cuda", "fp16", ops))
 
 
 def tables(result: dict[str, Any]) -> str:

@@ -47,7 +47,7 @@ def main() -> None:
     print(f"sparsity {sparsity['realized']:.3f} (attention {sparsity['attention']:.3f}, FFN {sparsity['ffn']:.3f})")
 
     model = irc.load(arguments.output)
-    tokenizer = model.facts["base"].tokenizer
+    tokenizer = model.base.tokenizer
     prompt = tokenizer("def read(", return_tensors="pt")["input_ids"]
     torch.manual_seed(0)
     written = model.generate(prompt, max_new_tokens=80, do_sample=True, temperature=0.7)

@@ -19,7 +19,7 @@ import torch
 from tiny_llama import converted
 
 import irc
-from irc.deployment.onnx_folder import export
+from irc.deployment.onnx_folder import ExportOptions, export
 
 TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 
@@ -60,10 +60,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=40)
     arguments = parser.parse_args()
     bundle = arguments.bundle or converted()
-    facts = export(str(bundle), arguments.output, force=True)
+    facts = export(str(bundle), arguments.output, ExportOptions(force=True))
     print(f"exported {facts['routed_units']} routed units, {facts['bytes'] / 1e6:.1f} MB, to {arguments.output}")
     model = irc.load(bundle)
-    tokenizer = model.facts["base"].tokenizer
+    tokenizer = model.base.tokenizer
     ids = tokenizer(arguments.prompt)["input_ids"]
     found = Decoder(arguments.output).generate(ids, arguments.tokens)
     with torch.no_grad():

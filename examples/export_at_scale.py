@@ -29,7 +29,7 @@ sys.exit(code)
 
 def write_random_bundle(base: Path, bundle: Path) -> None:
     """Insert untrained routers and forecasters into a checkpoint."""
-    from irc.bundle.loading import save_bundle
+    from irc.bundle.saving import save_bundle
     from irc.model.build import build_routed
     from irc.model.checkpoint import find_base
     from irc.model.routed import RoutingSpec
@@ -37,7 +37,6 @@ def write_random_bundle(base: Path, bundle: Path) -> None:
 
     found = find_base(str(base))
     model = build_routed(found, RoutingSpec(default_rank(found.config.hidden_size)), "bf16")
-    model.facts["base"] = found
     save_bundle(model, bundle)
 
 

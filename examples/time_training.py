@@ -34,6 +34,7 @@ def main() -> None:
     from irc.model.checkpoint import find_base
     from irc.model.routed import RoutingSpec
     from irc.recipe.recipe import Recipe, default_rank
+    from irc.training.budget import plain_budget
     from irc.training.objectives import RoutingObjective
 
     base = find_base(arguments.model)
@@ -44,7 +45,8 @@ def main() -> None:
     for parameter in routed.adapter_parameters("router", "forecaster").values():
         parameter.requires_grad_(True)
     recipe = Recipe()
-    objective = RoutingObjective(routed, recipe.router, arguments.sparsity, 0, recipe.router.steps)
+    budget = plain_budget([unit.name for unit in routed.units], arguments.sparsity)
+    objective = RoutingObjective(routed, recipe.router, budget, 0, recipe.router.steps)
     draw = torch.Generator().manual_seed(0)
     windows = torch.randint(0, base.config.vocab_size, (arguments.batch, arguments.length), generator=draw)
 

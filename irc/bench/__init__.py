@@ -4,7 +4,7 @@
 says what skipping could gain at most, `stage` brings one point together and `run` all of them.
 """
 
-from irc.bench.run import Subject, bench
+from irc.bench.run import BenchOptions, Subject, bench
 from irc.bench.scenario import Load, Share
 
-__all__ = ["Load", "Share", "Subject", "bench"]
+__all__ = ["BenchOptions", "Load", "Share", "Subject", "bench"]

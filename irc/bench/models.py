@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from irc.bench.shapes import Shape
-from irc.bundle.loading import load, save_bundle
-from irc.deployment.onnx_folder import export
+from irc.bundle.loading import load
+from irc.bundle.saving import save_bundle
+from irc.bundle.source import ModelSource
+from irc.deployment.onnx_folder import ExportOptions, export
 from irc.dtypes import torch_dtype
 from irc.errors import InputError
 from irc.model.build import build_routed
@@ -52,7 +54,6 @@ def random_pair(shape: Shape, work: Path, dtype: str, context: int, seed: int, p
     base = random_llama(shape, work / "base", dtype, context, seed)
     found = BaseModel(str(base), base)
     model = build_routed(found, RoutingSpec(default_rank(shape.hidden)), seed=seed)
-    model.facts["base"] = found
     save_bundle(model, work / "bundle")
     model.graph.to("meta")  # shapes are all that is counted from here on
     return Pair(model, base, *_exported({"dense": str(base), "routed": str(work / "bundle")}, work, dtype, provider))
@@ -74,11 +75,11 @@ def bundle_pair(bundle: str, work: Path, dtype: str, sparsity: float | None, pro
     model = load(bundle, sparsity=sparsity)
     assert model.spec is not None
     refuse_whole_sequences(policy_named(model.spec.policy), "be timed")
-    base: BaseModel = model.facts["base"]
+    base = model.base
     dense, routed = work / "dense", work / f"routed-{sparsity}"
     if not dense.exists():
-        export(base.name, dense, dtype=dtype, provider=provider)
-    export(bundle, routed, dtype=dtype, sparsity=sparsity, provider=provider)
+        export(ModelSource(base.name, dtype=dtype), dense, ExportOptions(provider=provider))
+    export(ModelSource(bundle, dtype=dtype, sparsity=sparsity), routed, ExportOptions(provider=provider))
     return Pair(model, base.folder, dense, routed)
 
 
@@ -133,5 +134,5 @@ def genai_export(base: Path, work: Path, provider: str, dtype: str) -> Path:
 
 def _exported(sources: dict[str, str], work: Path, dtype: str, provider: str = "cpu") -> list[Path]:
     for name, source in sources.items():
-        export(source, work / name, dtype=dtype, provider=provider)
+        export(ModelSource(source, dtype=dtype), work / name, ExportOptions(provider=provider))
     return [work / name for name in sources]

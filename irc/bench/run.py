@@ -7,10 +7,11 @@ import os
 import resource
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from exporters.onnx_dtypes import of_weights
 from irc.bench.models import Pair, bundle_pair, random_pair
 from irc.bench.profile import where_time_goes
 from irc.bench.scenario import PEERS, Load, Share, Stage, TextTokens
@@ -38,18 +39,33 @@ class Subject:
     text: TextTokens | None = None
 
 
+@dataclass(frozen=True)
+class BenchOptions:
+    """How models are run and what is timed beside ours.
+
+    Attributes:
+        provider: Of ONNX Runtime.
+        dtype: fp32, fp16 or bf16.
+        ops: Kernels of our operators, each choice timed separately (see `irc.runtime.native.choose_library`).
+        peers: Other ways to run a model that are timed beside them, of `PEERS`.
+        profile: Whether to say where the time goes, by operator.
+        seed: Of weights, tokens and gates.
+    """
+
+    provider: str = "auto"
+    dtype: str = "fp32"
+    ops: Sequence[str] = ("auto",)
+    peers: Sequence[str] = ()
+    profile: bool = False
+    seed: int = 0
+
+
 def bench(
     subject: Subject,
     shares: Sequence[Share],
     load: Load,
     progress: ProgressFactory,
-    *,
-    provider: str = "auto",
-    dtype: str = "fp32",
-    ops: Sequence[str] = ("auto",),
-    peers: Sequence[str] = (),
-    profile: bool = False,
-    seed: int = 0,
+    options: BenchOptions = BenchOptions(),
 ) -> dict[str, Any]:
     """Time a model against its dense self, in turns in one process.
 
@@ -59,12 +75,7 @@ def bench(
         shares: What the drawn gates skip; of a bundle, points of its dial, none for its own sparsity.
         load: What is timed.
         progress: Makes progress bars.
-        provider: Of ONNX Runtime.
-        dtype: fp32, fp16 or bf16.
-        ops: Kernels of our operators, each choice timed by itself (see `irc.runtime.native.choose_library`).
-        peers: What is timed beside them, of `PEERS`.
-        profile: Whether to say where the time goes, by operator.
-        seed: Of weights, tokens and gates.
+        options: How models are run and what is timed beside ours.
 
     Returns:
         What `irc bench --json` prints.
@@ -72,8 +83,9 @@ def bench(
     Raises:
         InputError: A setting cannot be used.
     """
-    provider = choose_provider(provider)
-    _check(subject, shares, load, provider, dtype, ops, peers)
+    options = replace(options, provider=choose_provider(options.provider))
+    provider, dtype, seed = options.provider, options.dtype, options.seed
+    _check(subject, shares, load, options)
     rows: list[dict[str, Any]] = []
     profiles: list[dict[str, Any]] = []
     missing: dict[str, str] = {}
@@ -86,9 +98,11 @@ def bench(
             ):
                 stage = Stage(pair, share, subject.shape, subject.text, work, provider, dtype, seed)
                 opened = {pair.routed: opened.get(pair.routed, {})}  # those of a pair that is done are closed
-                rows += stage.rows(load, stage.contenders(ops, peers, context, missing, opened[pair.routed]))
-                if profile:
-                    profiles += where_time_goes(stage, load, ops[0])
+                rows += stage.rows(
+                    load, stage.contenders(options.ops, options.peers, context, missing, opened[pair.routed])
+                )
+                if options.profile:
+                    profiles += where_time_goes(stage, load, options.ops[0])
                 bar.update(done, **({} if share is None else {"sparsity": share.mean}))
     return {
         "subject": subject.bundle or asdict(subject.shape),
@@ -118,31 +132,24 @@ def _pairs(
         yield share, bundle_pair(subject.bundle, work, dtype, share.mean, provider)
 
 
-def _check(
-    subject: Subject,
-    shares: Sequence[Share],
-    load: Load,
-    provider: str,
-    dtype: str,
-    ops: Sequence[str],
-    peers: Sequence[str],
-) -> None:
+def _check(subject: Subject, shares: Sequence[Share], load: Load, options: BenchOptions) -> None:
+    provider, dtype = options.provider, options.dtype
     if not shares and not subject.bundle:
         raise InputError("--sparsities is empty; give at least one, such as 0.25")
     subject.shape.check()
-    for name, values in (("--batch", load.batches), ("--prefill", load.prefill), ("--ops", ops)):
+    for name, values in (("--batch", load.batches), ("--prefill", load.prefill), ("--ops", options.ops)):
         if not values:
             raise InputError(f"{name} is empty; give at least one")
     if dtype not in BYTES:
         raise InputError(f"--dtype is '{dtype}'; choose from {', '.join(BYTES)}")
-    if dtype == "bf16" and provider == "cpu":
-        raise InputError("--dtype is bf16, which ONNX Runtime's CPU provider cannot run; give fp32 or fp16")
-    for each in ops:
+    if provider == "cpu" and not of_weights(dtype).on_cpu:
+        raise InputError(f"--dtype is {dtype}, which ONNX Runtime's CPU provider cannot run; give fp32 or fp16")
+    for each in options.ops:
         choose_library(each, provider, dtype)  # refuses what does not load before anything is made
-    for peer in peers:
+    for peer in options.peers:
         if peer not in PEERS:
             raise InputError(f"--peers names '{peer}'; choose from {', '.join(PEERS)}")
-    if subject.bundle and "static" in peers:
+    if subject.bundle and "static" in options.peers:
         raise InputError("peer static is a shallower random model; it goes with --shape, not with a bundle")
     if subject.bundle and any(share.attention != share.ffn for share in shares):
         raise InputError("a bundle's dial sets one sparsity for the model; give shares such as 0.25")

@@ -129,7 +129,7 @@ def command(
     measured speed-up divided by it.
     """
     from irc import console
-    from irc.bench import Load, Share, Subject, bench
+    from irc.bench import BenchOptions, Load, Share, Subject, bench
     from irc.bench.plot import speedup_plot
     from irc.bench.shapes import Shape, shape_named
     from irc.errors import InputError
@@ -152,18 +152,8 @@ def command(
         raise InputError(f"--plot {plot}: cannot be written; give a file in an existing folder")
     subject = Subject(shape_named(shape) if shape else Shape(**{**_SIZES, **given}), bundle, text)
     load = Load(tuple(batches), tuple(prefill), tuple(decode_batches), past, decode, rounds)
-    result = bench(
-        subject,
-        sparsities,
-        load,
-        console.progress,
-        provider=provider,
-        dtype=dtype,
-        ops=ops,
-        peers=peers,
-        profile=profile,
-        seed=seed,
-    )
+    options = BenchOptions(provider, dtype, ops, peers, profile, seed)
+    result = bench(subject, sparsities, load, console.progress, options)
     if plot:
         try:
             plot.write_text(speedup_plot(result), encoding="utf-8")

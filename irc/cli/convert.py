@@ -119,12 +119,12 @@ def command(
         )
     if dry_run:
         from irc.cli.report import dry_run_report
-        from irc.conversion.dry_run import rehearse
+        from irc.conversion.dry_run import estimate_conversion
 
-        plan = rehearse(recipe, output, console.progress)
+        plan = estimate_conversion(recipe, output, console.progress)
         console.emit_json(plan) if as_json else dry_run_report(plan)
         return
-    metrics = convert(recipe, output, console.progress, force=force, resume=resume, stages=cache)
+    metrics = convert(recipe, output, console.progress, force=force, resume=resume, stage_cache_folder=cache)
     if not is_main_process():
         return
     if as_json:

@@ -21,7 +21,7 @@ from irc.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from irc.bundle.key_policy import KeyPolicy
+    from irc.bundle.source import ModelSource
 
 
 @click.command()
@@ -84,31 +84,32 @@ def command(
     tasks: list[str] | None,
     limit: int | None,
     task_path: Path | None,
-    **options: Any,
+    data: str | None,
+    split: str,
+    tokens: int | None,
+    seq_len: int | None,
+    sparsities: list[float],
+    **opening: Any,
 ) -> None:
     """Evaluate MODEL: a bundle or a plain model (folder, Hub id, or demo)."""
     from irc import console
-    from irc.bundle.key_policy import KeyPolicy
+    from irc.bundle.source import ModelSource
     from irc.cli.report import figures_table, kv_report, sparsity_report
     from irc.errors import InputError
-    from irc.evaluation.run import run_evaluation
+    from irc.evaluation.run import TextChoice, run_evaluation
+    from irc.recipe.key_policy import KeyPolicy
 
+    source = ModelSource(model, key_policy=KeyPolicy.chosen(kv_policy, kv_threshold), **opening)
     if tasks is not None:
-        given = {"--kv-sweep": kv_sweep, "--sparsity-sweep": options["sparsities"], "--tokens": options["tokens"]}
-        given |= {"--seq-len": options["seq_len"], "--split": options["split"] != "auto"}
+        given = {"--kv-sweep": kv_sweep, "--sparsity-sweep": sparsities, "--tokens": tokens}
+        given |= {"--seq-len": seq_len, "--split": split != "auto"}
         for flag, value in given.items():
             if value:
                 raise InputError(f"{flag} applies to perplexity only; leave it or --tasks out")
-        key_policy = KeyPolicy.chosen(kv_policy, kv_threshold)
-        _evaluate_tasks(model, tasks, limit, task_path, as_json, options, key_policy)
+        _evaluate_tasks(source, tasks, data or "stdlib", limit, task_path, as_json)
         return
-    metrics = run_evaluation(
-        model,
-        console.progress,
-        key_policy=KeyPolicy.chosen(kv_policy, kv_threshold),
-        kv_thresholds=kv_sweep,
-        **options,
-    )
+    choice = TextChoice(data, split, tokens, seq_len)
+    metrics = run_evaluation(source, console.progress, choice, kv_thresholds=kv_sweep, sparsities=sparsities)
     if as_json:
         console.emit_json(metrics)
         return
@@ -127,13 +128,7 @@ def command(
 
 
 def _evaluate_tasks(
-    model: str,
-    tasks: list[str],
-    limit: int | None,
-    task_path: Path | None,
-    as_json: bool,
-    options: dict[str, Any],
-    key_policy: KeyPolicy | None,
+    source: ModelSource, tasks: list[str], data: str, limit: int | None, task_path: Path | None, as_json: bool
 ) -> None:
     from irc import console
     from irc.cli.report import tasks_report
@@ -148,19 +143,7 @@ def _evaluate_tasks(
         ) from error
     if not tasks:
         raise InputError("--tasks is empty; give for example code_continuation,code_recall")
-    results = run_tasks(
-        model,
-        tasks,
-        console.progress,
-        data=options["data"] or "stdlib",
-        limit=limit,
-        task_path=task_path,
-        base=options["base"],
-        dtype=options["dtype"],
-        device=options["device"],
-        key_policy=key_policy,
-        sparsity=options["sparsity"],
-    )
+    results = run_tasks(source, tasks, console.progress, data=data, limit=limit, task_path=task_path)
     if as_json:
         console.emit_json(results)
     else:

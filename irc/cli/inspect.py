@@ -63,15 +63,16 @@ def command(
     (recoverability), and its matrix-multiply FLOPs per token, dense and routed.
     """
     from irc import console
+    from irc.bundle import loading
+    from irc.bundle.source import ModelSource
     from irc.errors import InputError
-    from irc.evaluation.run import open_model
     from irc.views import inspection
 
     if html is not None and text is None:
         raise InputError("--html shows the decisions on a text; give one with --text")
     if html is not None and not html.absolute().parent.is_dir():
         raise InputError(f"--html {html}: the folder does not exist; create it or give another path")
-    opened = open_model(model, base=base, device="cpu")
+    opened = loading.open_model(ModelSource(model, base, device="cpu"))
     texts: dict[str, str] = {}
     if unit is not None:
         texts["why"] = inspection.why(opened, unit)

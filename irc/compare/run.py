@@ -21,14 +21,14 @@ import transformers
 import yaml
 
 from irc import __version__
-from irc.bundle.loading import METRICS, RECIPE
+from irc.bundle.layout import METRICS, RECIPE
 from irc.compare.cells import Cell, Plan, plan_to_dict
 from irc.compare.results import summarize
 from irc.compare.saved import check_same, read_figures
 from irc.conversion.pipeline import convert, resolve
 from irc.conversion.resume import check_same_recipe
 from irc.errors import InputError, IrcError
-from irc.evaluation.run import run_evaluation
+from irc.evaluation.run import TextChoice, run_evaluation
 from irc.files.atomic import write_whole
 from irc.model.checkpoint import find_base
 from irc.progress import ProgressFactory
@@ -148,7 +148,8 @@ def _make(
     if jobs == 1:
         for cell in waiting:
             log.info("cell %s", cell.name)
-            convert(recipes[cell.name], _folder(output, cell), progress, resume=True, stages=output / _STAGES)
+            folder = _folder(output, cell)
+            convert(recipes[cell.name], folder, progress, resume=True, stage_cache_folder=output / _STAGES)
             yield cell.name
         return
     with _processes(jobs) as (pool, running):
@@ -235,7 +236,7 @@ def _sweeps(
         cell = next((c for c in cells if (c.policy, c.sparsity, c.variant) == ("informed", sparsity, "")), None)
         if cell is not None:
             folder = str(_folder(output, cell))
-            rows = run_evaluation(folder, progress, split=split, kv_thresholds=thresholds)["kv_sweep"]
+            rows = run_evaluation(folder, progress, TextChoice(split=split), kv_thresholds=thresholds)["kv_sweep"]
             found.append({"cell": cell.name, "sparsity": sparsity, "rows": rows})
     return found
 

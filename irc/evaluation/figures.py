@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from irc.bundle.key_policy import kv_facts
+from irc.bundle.key_policy import kv_figures
 from irc.evaluation.perplexity import Evaluation
 from irc.model.routed import RoutedForCausalLM
 
@@ -22,7 +22,7 @@ def result_metrics(model: RoutedForCausalLM, result: Evaluation, target: float |
             "ffn": result.sparsity(model, "ffn"),
         },
         "flops_ratio": result.flops_ratio,
-        "kv": kv_facts(model, result.keep),
+        "kv": kv_figures(model, result.keep),
         "units": {
             unit.name: {"keep_ratio": result.keep[unit.name], "recoverability": result.recoverability[unit.name]}
             for unit in model.units

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from irc.bundle.key_policy import KeyPolicy, calibrated_keep, key_policy_of, kv_saved, set_key_policy
+from irc.bundle.key_policy import calibrated_keep, kv_saved, set_key_policy
 from irc.evaluation.perplexity import evaluate_routed
 from irc.model.routed import RoutedForCausalLM
 from irc.progress import ProgressFactory
+from irc.recipe.key_policy import KeyPolicy
 
 
 def kv_sweep(
@@ -30,7 +31,7 @@ def kv_sweep(
         For each threshold `threshold`, `reduced_units`, `saved` (share of keys and values not stored), `perplexity`
         and `sparsity` of all units on this text.
     """
-    keep, before = calibrated_keep(model), key_policy_of(model)
+    keep, before = calibrated_keep(model), model.key_policy
     policies = [KeyPolicy("reduced", threshold) for threshold in thresholds]
     measured: dict[frozenset[str], dict[str, Any]] = {}
     rows = []

@@ -114,7 +114,7 @@ class _Totals:
             assert record.cosine is not None
             self.cosine[name] += record.cosine[mask.bool()].double().sum().item()
         with adapters_off(self.model):
-            if "lora" in self.model.facts:
+            if self.model.lora is not None:
                 _, states = self._run("execute", batch, mask)
             self._count("execute", states, batch, mask)
 

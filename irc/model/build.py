@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 def build_plain(base: BaseModel, dtype: str = "auto", device: str = "cpu") -> RoutedForCausalLM:
     """Capture a base model without inserting anything."""
     captured = _captured(base, dtype, device)
-    return _ready(RoutedForCausalLM(captured, match_units(captured.graph), RoutingControl(), None))
+    return _ready(RoutedForCausalLM(captured, match_units(captured.graph), RoutingControl(), None, base))
 
 
 def build_routed(
@@ -77,7 +77,7 @@ def build_routed(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         passes.run(captured.graph)
-    return _ready(RoutedForCausalLM(captured, match, control, spec))
+    return _ready(RoutedForCausalLM(captured, match, control, spec, base))
 
 
 def _refuse_without_units(match: MatchResult, base: BaseModel) -> None:

@@ -16,11 +16,15 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from irc.errors import InputError
+from irc.model import storage
 from irc.model.cache import CACHE_NAME, flat_past, updated
 from irc.model.capture import Captured
+from irc.model.checkpoint import BaseModel
 from irc.model.head import split_head
 from irc.model.modules import RoutingControl
+from irc.recipe.key_policy import KeyPolicy
 from irc.recipe.policies import policy_named, refuse_whole_sequences
+from irc.recipe.stages import LoraRecipe
 from passes.base import PassManager
 from passes.match import MatchResult, Unit
 from passes.set_device import SetDevice
@@ -35,7 +39,7 @@ class RoutingSpec:
     Attributes:
         rank: Bottleneck of the forecasters.
         forecaster: `linear` or `silu`.
-        policy: Name of the routing policy (see `irc.model.policies`).
+        policy: Name of the routing policy (see `irc.recipe.policies`).
         sparsity: Target share of skipped tokens, where the policy fixes it by structure (`mod`, `random`).
         seed: Of the draws of policy `random`.
         reads: What routers read, as in `passes.insert_routers`; empty for what the policy says.
@@ -57,6 +61,11 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         match: Its units as they were matched in the original graph, and the refusals.
         control: How all muxes decide; mode `route` (deterministic argmax) unless training says otherwise.
         spec: What was inserted, None for a plain model.
+        base: The model on disk that was captured.
+        lora: How the LoRA adapters that it carries were made, None without.
+        key_policy: Whose keys and values are stored.
+        bundle: Of a model that was loaded from a bundle, what is known of it: read it by
+            `irc.bundle.contents.bundle_of`. None otherwise.
     """
 
     config_class = PretrainedConfig
@@ -64,14 +73,22 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
 
     def __init__(
-        self, captured: Captured, match: MatchResult, control: RoutingControl, spec: RoutingSpec | None
+        self,
+        captured: Captured,
+        match: MatchResult,
+        control: RoutingControl,
+        spec: RoutingSpec | None,
+        base: BaseModel,
     ) -> None:
         super().__init__(captured.config)
+        self.base = base
         self.graph = captured.graph
         self.match = match
         self.control = control
         self.spec = spec
-        self.facts: dict[str, Any] = {}
+        self.lora: LoraRecipe | None = None
+        self.key_policy = KeyPolicy()
+        self.bundle: object | None = None
         # In a dictionary: no submodules, so that no parameter has two names.
         self._apart: dict[bool, tuple[fx.GraphModule, fx.GraphModule | None]] = {}
         self.generation_config = GenerationConfig.from_model_config(captured.config)
@@ -214,23 +231,24 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         return super().generate(*args, **kwargs)
 
     def save_pretrained(self, save_directory: str | PathLike[Any], *args: Any, **kwargs: Any) -> None:
-        """Save as a bundle (see `irc.bundle.loading.save_bundle`).
+        """Save as a bundle (see `irc.bundle.saving.save_bundle`).
+
+        Args:
+            save_directory: Folder to write.
+            *args: Ignored; transformers takes more.
+            **kwargs: Ignored, except `push_to_hub`.
 
         Raises:
-            InputError: `push_to_hub` is asked for; upload the folder once it is there.
+            InputError: `push_to_hub` is set; upload the folder after you have saved it.
         """
-        from irc.bundle.loading import save_bundle
-
         if kwargs.get("push_to_hub"):
             raise InputError("push_to_hub: a bundle is saved to a folder; upload that, as with `hf upload NAME FOLDER`")
-        save_bundle(self, Path(save_directory))
+        storage.storage().save(self, Path(save_directory))
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> RoutedForCausalLM:
         """Load a bundle: `irc.load`, with its arguments."""
-        from irc.bundle.loading import load
-
-        return load(*args, **kwargs)
+        return cast(RoutedForCausalLM, storage.storage().load(*args, **kwargs))
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the embedding: token ids [batch, tokens] to [batch, tokens, d]."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from exporters.onnx import DATA, MODEL, PAST_FROM, CacheShape, Decision
 from exporters.onnx_ops import VERSION
-from irc.bundle.loading import CONFIG
+from irc.bundle.layout import CONFIG
 from irc.dtypes import LONG_NAMES
 from irc.errors import InputError
 from irc.files.atomic import file_sha256

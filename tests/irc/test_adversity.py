@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -18,9 +19,11 @@ from typing import Any
 
 import pytest
 
-from irc.bundle.loading import ADAPTER, read_config, save_bundle
+from irc.bundle.config import read_config
+from irc.bundle.layout import ADAPTER
+from irc.bundle.saving import save_bundle
 from irc.conversion import work_folder as workspace
-from irc.conversion.work_folder import held
+from irc.conversion.work_folder import open_work_folder
 from irc.errors import InputError
 from irc.files.atomic import staged
 from irc.recipe.recipe import Recipe
@@ -96,12 +99,12 @@ def read_only() -> Iterator[Path]:
 def test_a_folder_that_is_read_only(read_only: Path) -> None:
     with pytest.raises(OSError, match="Permission denied"):
         (read_only / "x").write_text("")
-    denied = r"cannot be written \(Permission denied\); give another --output"
+    denied = rf"{re.escape(str(read_only))}/.*Permission denied"
     with pytest.raises(InputError, match=denied), staged(read_only / "out"):
         pass
     with (
         pytest.raises(InputError, match=denied),
-        held(read_only / "b.partial", Recipe(), force=False, resume=False),
+        open_work_folder(read_only / "b.partial", Recipe(), force=False, resume=False),
     ):
         pass
     assert list(read_only.iterdir()) == []
@@ -129,7 +132,7 @@ def test_two_converts_into_one_folder(start_irc: Any, convert_arguments: Argumen
     assert sorted(codes) == [0, 2], said
     refused = said[codes.index(2)][1]
     # Whoever comes a moment before or after the lock is held finds the unfinished or the finished bundle instead.
-    assert any(part in refused for part in ("another irc convert", "unfinished conversion", "exists already")), refused
+    assert "/b" in refused or "b.partial" in refused, refused
     assert (tmp_path / "b" / "metrics.json").is_file()
 
 
@@ -147,7 +150,7 @@ def test_a_lock_file_that_goes_between_opening_and_locking(tmp_path: Path, monke
     monkeypatch.setattr(workspace.fcntl, "flock", late)
     with workspace._locked(path):
         assert path.read_text() == str(os.getpid())
-        with pytest.raises(InputError, match="another irc convert"), workspace._locked(path):
+        with pytest.raises(InputError, match=r"b\.lock"), workspace._locked(path):
             pass
     assert not path.exists()
 
@@ -158,7 +161,7 @@ def test_a_kill_before_the_recipe_was_written(tmp_path: Path, left: list[str]) -
     work.mkdir()
     for name in left:
         (work / name).write_text("model: d")
-    with held(work, Recipe(), force=False, resume=True):
+    with open_work_folder(work, Recipe(), force=False, resume=True):
         assert [path.name for path in work.iterdir()] == ["recipe.yaml"]
 
 
@@ -196,7 +199,7 @@ def test_a_kill_leaves_a_bundle_whole(make_routed: Any, tmp_path: Path) -> None:
             read_config(tmp_path / "b")
             assert json.loads((tmp_path / "b" / "metrics.json").read_text()) == {}
         else:
-            with pytest.raises(InputError, match="the whole one before is"):
+            with pytest.raises(InputError, match=r"\.b\..*\.old"):
                 read_config(tmp_path / "b")
             (old,) = tmp_path.glob(".b.*.old/b")
             os.replace(old, tmp_path / "b")

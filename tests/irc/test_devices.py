@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import irc
+from irc.bundle.loading import open_model
+from irc.bundle.source import ModelSource
 from irc.conversion.pipeline import resolve
 from irc.devices import find_device
 from irc.errors import InputError
-from irc.evaluation.run import open_model
 from irc.recipe.recipe import Recipe
 
 REFUSED = {
@@ -54,7 +55,7 @@ def test_recipes_bundles_and_models_ask_for_it(tmp_path: Path) -> None:
     for use in (
         lambda: resolve(Recipe(device="gpu")),
         lambda: irc.load(tmp_path, device="gpu"),
-        lambda: open_model("demo", device="gpu"),
+        lambda: open_model(ModelSource("demo", device="gpu")),
     ):
         with pytest.raises(InputError, match="device is 'gpu'"):
             use()

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 import pytest
 
-from irc.bundle.loading import save_bundle
+from irc.bundle.saving import save_bundle
 from irc.cli import group, main
 from irc.model.routed import RoutedForCausalLM
 from irc.recipe.recipe import load_recipe

@@ -13,9 +13,9 @@ from lm_eval import evaluate, utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 
-from irc.bundle.key_policy import KeyPolicy
+from irc.bundle.loading import open_model
+from irc.bundle.source import ModelSource, as_source
 from irc.errors import InputError
-from irc.evaluation.run import open_model
 from irc.evaluation.tasks.local import LOCAL, RECALL_TOKENS, write_tasks
 from irc.evaluation.tasks.scorers import OnnxScorer, Scorer, TorchScorer
 from irc.files.untrusted import first_line
@@ -133,33 +133,23 @@ class HarnessModel(TemplateLM):
 
 
 def run_tasks(
-    name: str,
+    model: ModelSource | str,
     tasks: Sequence[str],
     progress: ProgressFactory,
     *,
     data: str = "stdlib",
     limit: int | None = None,
     task_path: Path | None = None,
-    base: str | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
-    key_policy: KeyPolicy | None = None,
-    sparsity: float | None = None,
 ) -> dict[str, Any]:
     """Evaluate a bundle, a plain model or an ONNX folder on tasks.
 
     Args:
-        name: Bundle, model folder, hub id, demo, or ONNX folder.
+        model: Bundle, model folder, hub id, demo, or ONNX folder, and how it is opened.
         tasks: Names that lm-evaluation-harness knows, and those of `irc.evaluation.tasks.local`.
         progress: Makes progress bars.
         data: Text that the local tasks are made of.
         limit: Questions a task; all (200 of a local one) when None.
         task_path: Folder of further task files.
-        base: Where a bundle's base is, if it has moved.
-        dtype: Of a PyTorch model.
-        device: Of a PyTorch model.
-        key_policy: Of a bundle, in place of its own.
-        sparsity: Of a bundle, in place of its own, within its dial.
 
     Returns:
         The JSON object of `irc eval --tasks`: each task's figures, dense and routed, and the sparsity that was met.
@@ -167,12 +157,13 @@ def run_tasks(
     Raises:
         InputError: A task is not known, or the model cannot be opened.
     """
+    source = as_source(model)
+    name = source.name
     for noisy in ("lm_eval", "lm-eval", "lm_eval.api.task", "datasets", "evaluate"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as made:
         manager = _manager(tasks, task_path, Path(made))
-        opened = {"base": base, "dtype": dtype, "key_policy": key_policy, "sparsity": sparsity}
-        scorers = _scorers(name, device, opened)
+        scorers = _scorers(source)
         if any(task in LOCAL for task in tasks):
             first, context = next(iter(scorers.values())).tokenizer, next(iter(scorers.values())).context
             if "code_recall" in tasks and context < RECALL_TOKENS:
@@ -201,14 +192,15 @@ def run_tasks(
     }
 
 
-def _scorers(name: str, device: str, opened: dict[str, Any]) -> dict[str, Scorer]:
-    if (Path(name) / MANIFEST).is_file():
-        fixed = next((key for key in ("sparsity", "key_policy") if opened[key] is not None), None)
-        if fixed:
-            raise InputError(f"{name}: an exported folder has its {fixed.replace('_', ' ')}; export again with another")
-        generator = Generator(Runtime(Path(name), "cuda" if device.startswith("cuda") else device))
+def _scorers(source: ModelSource) -> dict[str, Scorer]:
+    if (Path(source.name) / MANIFEST).is_file():
+        for setting, value in (("sparsity", source.sparsity), ("key policy", source.key_policy)):
+            if value is not None:
+                raise InputError(f"{source.name}: an exported folder has its {setting}; export again with another")
+        device = "cuda" if source.device.startswith("cuda") else source.device
+        generator = Generator(Runtime(Path(source.name), device))
         return {"routed" if generator.runtime.exported.decisions else "dense": OnnxScorer(generator)}
-    model = open_model(name, device=device, **opened)
+    model = open_model(source)
     scorers: dict[str, Scorer] = {"dense": TorchScorer(model, "execute")}
     return scorers | ({"routed": TorchScorer(model, "route")} if model.spec else {})
 

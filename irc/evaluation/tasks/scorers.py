@@ -47,7 +47,7 @@ class TorchScorer:
 
     def __init__(self, model: RoutedForCausalLM, mode: Mode) -> None:
         self.model, self.mode = model, mode
-        self.tokenizer: Any = model.facts["base"].tokenizer
+        self.tokenizer: Any = model.base.tokenizer
         self.context = int(getattr(model.config, "max_position_embeddings", None) or 2048)
         self.executed = self.pairs = 0
 

@@ -15,11 +15,12 @@ import torch
 from transformers import LlamaConfig
 
 from irc import console
-from irc.bundle.loading import save_bundle
+from irc.bundle import loading
+from irc.bundle.saving import save_bundle
+from irc.bundle.source import ModelSource
 from irc.cli import main
 from irc.cli.inspect import _short
 from irc.console import output
-from irc.evaluation import run
 from irc.model.build import build_routed
 from irc.model.checkpoint import BaseModel
 from irc.model.routed import RoutingSpec
@@ -44,7 +45,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory, tiny_of: Callable[..., Any
     root = tmp_path_factory.mktemp("models")
     tiny_of(config).eager.save_pretrained(root / "plain")
     model = build_routed(BaseModel(str(root / "plain"), root / "plain"), RoutingSpec(3))
-    model.facts["base"] = BaseModel(str(root / "plain"), root / "plain")
     units = {unit.name: {"keep_ratio": 0.75, "recoverability": 0.5} for unit in model.units}
     sparsity = {"target": 0.3, "realized": 0.25, "attention": 0.25, "ffn": 0.25}
     data = {"name": "text", "fingerprint": "0", "seq_len": 16}
@@ -54,14 +54,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory, tiny_of: Callable[..., Any
 
 @pytest.fixture(autouse=True)
 def _open_each_model_once(monkeypatch: pytest.MonkeyPatch, opened: dict[str, Any]) -> None:
-    real = run.open_model
+    real = loading.open_model
 
-    def once(name: str, **options: Any) -> Any:
-        if name not in opened:
-            opened[name] = real(name, **options)
-        return opened[name]
+    def once(source: ModelSource) -> Any:
+        if source.name not in opened:
+            opened[source.name] = real(source)
+        return opened[source.name]
 
-    monkeypatch.setattr(run, "open_model", once)
+    monkeypatch.setattr(loading, "open_model", once)
 
 
 @pytest.fixture(scope="module")

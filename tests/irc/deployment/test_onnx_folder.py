@@ -13,7 +13,7 @@ import onnx
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from irc.bundle.loading import RECIPE
+from irc.bundle.layout import RECIPE
 from irc.deployment import onnx_folder as export_module
 from irc.runtime.folder import MANIFEST
 from irc.runtime.session import Runtime

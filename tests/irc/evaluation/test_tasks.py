@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from irc.bundle.loading import save_bundle
+from irc.bundle.saving import save_bundle
 from irc.errors import InputError
 from irc.evaluation.tasks.local import LOCAL, RECALL_DISTANCE, write_tasks
 from irc.evaluation.tasks.scorers import TorchScorer, cut

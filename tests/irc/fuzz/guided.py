@@ -31,7 +31,8 @@ def recipe(folder: Path) -> Target:
 
 
 def bundle_config(folder: Path) -> Target:
-    from irc.bundle.config import CONFIG, read_config
+    from irc.bundle.config import read_config
+    from irc.bundle.layout import CONFIG
 
     shutil.copytree(BUNDLE, folder, dirs_exist_ok=True)
     return folder / CONFIG, lambda: read_config(folder)
@@ -39,12 +40,13 @@ def bundle_config(folder: Path) -> Target:
 
 def adapter(folder: Path) -> Target:
     """Forecasters and routers of a bundle, under their right hash."""
-    from irc.bundle.loading import ADAPTER, _read_adapter
+    from irc.bundle.layout import ADAPTER
+    from irc.bundle.loading import read_adapter
     from irc.files.atomic import file_sha256
 
     shutil.copytree(BUNDLE, folder, dirs_exist_ok=True)
     path = folder / ADAPTER
-    return path, lambda: _read_adapter(folder, file_sha256(path))
+    return path, lambda: read_adapter(folder, file_sha256(path))
 
 
 def checkpoint(folder: Path) -> Target:

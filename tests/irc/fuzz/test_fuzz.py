@@ -20,7 +20,8 @@ import yaml
 
 import irc
 from irc.bundle.config import read_config
-from irc.bundle.loading import ADAPTER, CONFIG, RECIPE, save_bundle
+from irc.bundle.layout import ADAPTER, CONFIG, RECIPE
+from irc.bundle.saving import save_bundle
 from irc.conversion.pipeline import resolve
 from irc.deployment.onnx_folder import export
 from irc.errors import InputError
@@ -68,7 +69,6 @@ def routed_onnx(base: BaseModel, shake: Any, tmp_path_factory: pytest.TempPathFa
     from irc.model.routed import RoutingSpec
 
     model = shake(build_routed(base, RoutingSpec(4), "fp32"))
-    model.facts["base"] = base
     folder = tmp_path_factory.mktemp("fuzz")
     save_bundle(model, folder / "bundle")
     export(str(folder / "bundle"), folder / "onnx")
@@ -133,30 +133,30 @@ def test_bundle_recipe(fuzz: Any, tmp_path: Path) -> None:
 
 TRAPS = {
     "aliases": "a: &a [x, x]\ndial: [*a, *a]",
-    "twice": "seed: 1\nseed: 2",
-    "nested too deeply": "dial: " + "[" * 5000,
-    "day is out of range": "rank: 2001-02-31",
-    "larger than any": "seed: 0x" + "f" * 6000,
-    "seed is ": "seed: 0x" + "f" * 200,
-    "larger than any ": "lff: 0x" + "f" * 6000,  # more digits than Python writes out
-    "larger than any that is": "lff: " + "9" * 6000,
+    "duplicate key": "seed: 1\nseed: 2",
+    "deep nesting": "dial: " + "[" * 5000,
+    "impossible date": "rank: 2001-02-31",
+    "huge hexadecimal number": "seed: 0x" + "f" * 6000,
+    "number larger than a float": "seed: 0x" + "f" * 200,
+    "more digits than Python prints": "lff: 0x" + "f" * 6000,
+    "more digits than Python reads": "lff: " + "9" * 6000,
 }
 
 
-@pytest.mark.parametrize("reason", TRAPS)
-def test_recipes_that_are_traps(tmp_path: Path, reason: str) -> None:
-    (tmp_path / RECIPE).write_text(TRAPS[reason])
-    with pytest.raises(InputError, match=reason):
+@pytest.mark.parametrize("trap", TRAPS)
+def test_recipes_that_are_traps(tmp_path: Path, trap: str) -> None:
+    (tmp_path / RECIPE).write_text(TRAPS[trap])
+    with pytest.raises(InputError, match=RECIPE):
         load_recipe(tmp_path / RECIPE)
 
 
 def test_adapter(fuzz: Any, bundle: Path, make_routed: Any) -> None:
-    from irc.bundle.loading import _read_adapter, set_adapter
+    from irc.bundle.loading import read_adapter, set_adapter
 
     model: RoutedForCausalLM = make_routed()
     path = bundle / ADAPTER
     header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
-    fuzz(path, lambda: set_adapter(model, _read_adapter(bundle, file_sha256(path)), "b"), header + 64)
+    fuzz(path, lambda: set_adapter(model, read_adapter(bundle, file_sha256(path)), "b"), header + 64)
 
 
 def test_lora_weights(fuzz: Any, bundle: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from irc.model.flops import flops_ratio
 from irc.model.routed import RoutedForCausalLM
-from irc.training.budget import Budget, make_budget, plain_budget, shared_out
+from irc.training.budget import Budget, allocate_shares, make_budget, plain_budget
 from irc.training.calibrate import _differences, calibrate, measured_keep
 from irc.training.stages import StageContext, run_lff
 from irc.training.threshold import quantile
@@ -75,10 +75,10 @@ def test_a_recoverable_unit_may_skip_more(make_context: Callable[..., StageConte
 
 
 def test_shares_have_a_ceiling_and_keep_the_mean() -> None:
-    shares = shared_out({"a": 100.0, "b": 2.0, "c": 1.0}, 0.5)
+    shares = allocate_shares({"a": 100.0, "b": 2.0, "c": 1.0}, 0.5)
     assert shares == pytest.approx({"a": 0.95, "b": 0.55 * 2 / 3, "c": 0.55 / 3})
-    assert shared_out({"a": 3.0, "b": 1.0}, 1.0) == pytest.approx({"a": 1.0, "b": 1.0})
-    assert shared_out({"a": 3.0, "b": 1.0}, 0.0) == {"a": 0.0, "b": 0.0}
+    assert allocate_shares({"a": 3.0, "b": 1.0}, 1.0) == pytest.approx({"a": 1.0, "b": 1.0})
+    assert allocate_shares({"a": 3.0, "b": 1.0}, 0.0) == {"a": 0.0, "b": 0.0}
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 1.0])

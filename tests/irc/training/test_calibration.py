@@ -11,7 +11,7 @@ import torch
 from irc.model.modules import Forecaster
 from irc.model.routed import RoutedForCausalLM
 from irc.training import closed_form as calibration
-from irc.training.closed_form import UnitStatistics, gathering, reduced_rank_regression, set_closed_form
+from irc.training.closed_form import UnitStatistics, gather_statistics, reduced_rank_regression, set_closed_form
 
 WIDTH, TOKENS = 12, 400
 
@@ -73,7 +73,7 @@ def test_wide_units_lose_nothing_by_subspace_iteration(monkeypatch: pytest.Monke
     statistics = UnitStatistics(width)
     statistics.add(x, y)
     exact = reduced_rank_regression(statistics, rank, 1e-4)
-    monkeypatch.setattr(calibration, "_EXACT", 100)
+    monkeypatch.setattr(calibration, "_EXACT_WIDTH", 100)
     found = reduced_rank_regression(statistics, rank, 1e-4)
 
     def unexplained(parts: tuple[torch.Tensor, ...]) -> float:
@@ -120,7 +120,7 @@ def test_gathered_statistics_leave_padding_out(
     keep[1, :5] = keep[3, :9] = False
 
     def gather(text: torch.Tensor, kept: torch.Tensor | None) -> dict[str, UnitStatistics]:
-        with gathering(model, kept) as statistics, model.control.using(mode="execute"), torch.no_grad():
+        with gather_statistics(model, kept) as statistics, model.control.using(mode="execute"), torch.no_grad():
             model(input_ids=text, attention_mask=keep.long(), use_cache=False)
         return statistics
 
@@ -142,7 +142,7 @@ def test_gathered_inputs_and_outputs_are_the_units(
     seen: list[torch.Tensor] = []
     router = model.part(unit, "router")
     handle = router.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
-    with gathering(model) as statistics, model.control.using(mode="execute"), torch.no_grad():
+    with gather_statistics(model) as statistics, model.control.using(mode="execute"), torch.no_grad():
         model(input_ids=ids, use_cache=False)
     handle.remove()
     output = model.graph.get_submodule(unit.name)(seen[0])

@@ -70,7 +70,7 @@ def test_peft_reads_the_folder(make_routed: Make, lora_on: Any, tmp_path: Path) 
 
 @pytest.mark.parametrize("target", ["w_proj", "proj", "lm_head", "embed_tokens"])
 def test_an_unknown_target_is_refused(make_routed: Make, target: str) -> None:
-    with pytest.raises(InputError, match=rf"lora\.targets: no linear named {target} in the model's units"):
+    with pytest.raises(InputError, match=rf"lora\.targets: .*'{target}'"):
         lora_config(make_routed(), LoraRecipe(targets=["q_proj", target]))
 
 

@@ -164,7 +164,7 @@ def test_router_stage_with_frozen_forecasters(make_context: Callable[..., StageC
 @pytest.mark.parametrize("split", ["train", "calibration"])
 def test_short_text_is_refused(streams: dict[str, torch.Tensor], split: str) -> None:
     short = {split: torch.zeros(15, dtype=torch.int64)}
-    with pytest.raises(InputError, match=f"the {split} split .* 15 tokens, less than one window of 16"):
+    with pytest.raises(InputError, match=f"{split} split .* 15 tokens.* 16.*seq_len"):
         check_text(Recipe(seq_len=16), streams | short)
 
 
@@ -173,21 +173,22 @@ def test_cosine_schedule() -> None:
     assert [schedule(progress) for progress in (0, 0.5, 1, 2)] == pytest.approx([1, 0.55, 0.1, 0.1])
 
 
-def test_routers_that_are_no_numbers_are_refused(make_context: Callable[..., StageContext], shake: Any) -> None:
+def test_routers_that_are_not_finite_are_refused(make_context: Callable[..., StageContext], shake: Any) -> None:
     context = make_context()
     shake(context.model)
     with torch.no_grad():
         context.model.part(context.model.units[1], "router").last.bias.fill_(torch.nan)
-    with pytest.raises(IrcError, match=r"no longer finite numbers; lower router\.lr"):
+    with pytest.raises(IrcError, match=r"router\.lr"):
         calibrated(context)
 
 
-def test_a_target_that_is_missed_is_said(
+def test_a_target_that_is_missed_is_logged(
     make_context: Callable[..., StageContext], caplog: pytest.LogCaptureFixture
 ) -> None:
     context = make_context(sparsity=0.4)
     with torch.no_grad():
         for unit in context.model.units:
-            context.model.part(unit, "router").last.weight.zero_()  # all tokens are alike
+            context.model.part(unit, "router").last.weight.zero_()  # all tokens get the same logits
     assert calibrated(context)["calibration_sparsity"] == 0.5  # two units of four
-    assert "in place of 0.400: many tokens are alike to the routers" in caplog.text
+    assert "0.500" in caplog.text
+    assert "0.400" in caplog.text

@@ -122,9 +122,9 @@ def test_a_killed_stage_counts_the_seconds_of_its_teaching(
     seconds, cpu = run_router(context(bars()))["earlier_seconds"]
     assert cpu > 0
     if bar == "router":
-        assert taught[0] < seconds == results[-1].earlier[0]
+        assert taught[0] < seconds == results[-1].earlier_runs[0]
     else:
-        assert seconds == results[-2].earlier[0] < results[-2].seconds  # the teaching that was resumed
+        assert seconds == results[-2].earlier_runs[0] < results[-2].seconds  # the teaching that was resumed
 
 
 @pytest.mark.parametrize(

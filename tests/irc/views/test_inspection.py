@@ -11,9 +11,12 @@ import pytest
 import torch
 from torch import fx
 
-from irc.bundle.loading import CONFIG, METRICS, save_bundle
+from irc.bundle.contents import bundle_of
+from irc.bundle.layout import METRICS
+from irc.bundle.loading import load, open_model
+from irc.bundle.saving import save_bundle
+from irc.bundle.source import ModelSource
 from irc.errors import InputError
-from irc.evaluation.run import open_model
 from irc.model.build import build_plain, build_routed
 from irc.model.checkpoint import BaseModel
 from irc.model.flops import flops_ratio
@@ -59,11 +62,10 @@ def metrics() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def bundle(base: BaseModel, metrics: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> RoutedForCausalLM:
     model = build_routed(base, RoutingSpec(RANK))
-    model.facts["base"] = base
     keep = {name: unit["keep_ratio"] for name, unit in metrics["units"].items()}
     folder = tmp_path_factory.mktemp("bundles") / "bundle"
     save_bundle(model, folder, metrics | {"flops_ratio": flops_ratio(model, keep, SEQ_LEN)})
-    return open_model(str(folder), device="cpu")
+    return open_model(ModelSource(str(folder), device="cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +111,9 @@ def test_flops_are_those_summed_by_hand(facts: dict[str, Any]) -> None:
 
 
 def test_totals_are_those_of_the_metrics(bundle: RoutedForCausalLM, facts: dict[str, Any]) -> None:
-    written = json.loads((bundle.facts["bundle"] / METRICS).read_text())
+    opened = bundle_of(bundle)
+    assert opened is not None
+    written = json.loads(opened.texts[METRICS])
     assert facts["flops_ratio"] == pytest.approx(written["flops_ratio"], abs=1e-6)
     assert facts["sparsity"] == pytest.approx(written["sparsity"], abs=1e-12)
 
@@ -146,10 +150,8 @@ def test_a_plain_model_has_nothing_inserted(plain: RoutedForCausalLM, facts: dic
 
 def test_a_bundle_without_measurements_says_so(base: BaseModel, tmp_path: Path) -> None:
     model = build_routed(base, RoutingSpec(RANK))
-    model.facts["base"] = base
     save_bundle(model, tmp_path / "bundle")
-    model.facts["config"] = json.loads((tmp_path / "bundle" / CONFIG).read_text())
-    said = inspection(model, "bundle")
+    said = inspection(load(tmp_path / "bundle"), "bundle")
     assert (said["sparsity"], said["flops_ratio"], said["flops"]["routed"]) == (None, None, None)
     assert said["units"][0]["keep_ratio"] is None
     assert said["units"][0]["flops"]["dense"] > 0
