@@ -136,40 +136,24 @@ def _check(subject: Subject, shares: Sequence[Share], load: Load, options: Bench
     if not shares and not subject.bundle:
         raise InputError("sparsities is empty; give at least one, such as 0.25", options=("sparsities",))
     subject.shape.check()
-<<<<<<< HEAD
-    for name, values in (("batch", load.batches), ("prefill", load.prefill), ("ops", options.ops)):
-=======
     for name, values in (("batches", load.batches), ("prefill", load.prefill), ("ops", options.ops)):
->>>>>>> bundle
         if not values:
             raise InputError(f"{name} is empty; give at least one value", options=(name,))
     if dtype not in BYTES:
-<<<<<<< HEAD
-        raise InputError(f"unknown dtype '{dtype}'; choose from {', '.join(BYTES)}")
-    if provider == "cpu" and not of_weights(dtype).on_cpu:
-        raise InputError(f"dtype {dtype} does not run on ONNX Runtime's CPU provider; use fp32 or fp16")
-=======
         raise InputError(f"unknown dtype '{dtype}'; choose from {', '.join(BYTES)}", options=("dtype",))
     if provider == "cpu" and not of_weights(dtype).on_cpu:
         raise InputError(
             f"dtype {dtype} does not run on ONNX Runtime's CPU provider; use fp32 or fp16", options=("dtype",)
         )
->>>>>>> bundle
     for choice in options.ops:
         choose_library(choice, provider, dtype)  # refuses a library that does not load, before anything is written
     for peer in options.peers:
         if peer not in PEERS:
-<<<<<<< HEAD
-            raise InputError(f"unknown peer '{peer}'; choose from {', '.join(PEERS)}")
-    if subject.bundle and "static" in options.peers:
-        raise InputError("peer static is a shallower random model and needs a shape; leave it out for a bundle")
-=======
             raise InputError(f"unknown peer '{peer}'; choose from {', '.join(PEERS)}", options=("peers",))
     if subject.bundle and "static" in options.peers:
         raise InputError(
             "peer static is a shallower random model and needs a shape; leave it out for a bundle", options=("peers",)
         )
->>>>>>> bundle
     if subject.bundle and any(share.attention != share.ffn for share in shares):
         raise InputError("the dial of a bundle sets one sparsity for all units; give numbers such as 0.25")
     if subject.text is not None:

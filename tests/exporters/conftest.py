@@ -169,12 +169,7 @@ def run(library: Path) -> NodeRunner:
 def attention() -> Callable[..., AttentionCase]:
     """Give `attention(seed, **settings)`: an `attention_case` of a few tokens, with some settings changed.
 
-<<<<<<< HEAD
-    The settings are the fields of `AttentionSizes` and `HiddenKeys` (`hidden` for `share`), and `share`, `dtype` and
-    `padding`.
-=======
     Settings are the fields of `AttentionSizes` and `HiddenKeys` (`hidden` is its share), `share`, `dtype`, `padding`.
->>>>>>> bundle
     """
     usual = {"batch": 1, "tokens": 4, "past": 3, "kv_heads": 2, "group": 2, "size": 8}
 

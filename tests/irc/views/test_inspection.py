@@ -1,4 +1,4 @@
-"""What inspection says of a tiny model, against arithmetic done by hand, and of its graphs."""
+"""The inspection of a tiny model, compared with arithmetic done by hand, and its graphs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from irc.model.flops import flops_ratio
 from irc.model.routed import RoutedForCausalLM, RoutingSpec
 from irc.views.inspection import inspection, layer_diff, layer_graph, why
 
-# The fixture's Llama: d 32, FFN 48, 4 heads of 8 (2 for keys and values), 61 words, 2 layers, tied head.
+# The fixture's Llama: d 32, FFN 48, 4 heads of 8 (2 for keys and values), vocabulary 61, 2 layers, tied head.
 RANK, HIDDEN, SEQ_LEN = 3, 8, 16
 ATTENTION, FFN = 32 * 32 * 2 + 32 * 16 * 2, 3 * 32 * 48
 FORECASTER, ROUTER = 2 * 32 * RANK, 32 * HIDDEN + HIDDEN * 2
@@ -91,7 +91,7 @@ def test_parameters_are_those_counted_by_hand(facts: dict[str, Any]) -> None:
 
 
 def test_flops_are_those_summed_by_hand(facts: dict[str, Any]) -> None:
-    scores = 4 * 8.5 * 32  # of 16 tokens a token sees 8.5 on average; q.k and the weighted sum
+    scores = 4 * 8.5 * 32  # each of 16 tokens sees 8.5 on average; q.k and the weighted sum
     always = 2 * (32 * 16 * 2)
     router, forecaster = 2 * ROUTER, 2 * FORECASTER
     attention, ffn, head = 2 * ATTENTION + scores, 2 * FFN, 2 * 32 * 61
