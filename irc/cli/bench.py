@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from irc.cli.options import Decorator, common_options, files, numbers, provider_option, seed_option, words
+from irc.cli.options import Decorator, common_options, files, name_list, number_list, provider_option, seed_option
 
 if TYPE_CHECKING:
     from irc.bench import Share
@@ -28,7 +28,7 @@ def _count(name: str, default: int, text: str) -> Decorator:
 
 def _numbers(name: str, target: str, default: str, text: str) -> Decorator:
     return click.option(
-        f"--{name}", target, default=default, show_default=True, callback=numbers, metavar="LIST", help=text
+        f"--{name}", target, default=default, show_default=True, callback=number_list, metavar="LIST", help=text
     )
 
 
@@ -84,14 +84,14 @@ def _shares(ctx: click.Context, parameter: click.Parameter, value: str | None) -
     "--ops",
     default="auto",
     show_default=True,
-    callback=words,
+    callback=name_list,
     metavar="LIST",
     help="Kernels for irc's own operators, each timed: native, portable, auto, or the path of a library.",
 )
 @click.option(
     "--peers",
     default="",
-    callback=words,
+    callback=name_list,
     metavar="LIST",
     help="Also time static (the same share of layers removed), hf-eager and hf-compiled (transformers), and genai "
     "(its own dense build).",

@@ -14,11 +14,11 @@ from irc.cli.options import (
     dtype_option,
     files,
     force_option,
-    numbers,
+    fraction_list,
+    name_list,
+    number_list,
     output_option,
     resume_option,
-    shares,
-    words,
 )
 from irc.cli.recipe_options import recipe_of, recipe_option, set_option, without_defaults
 
@@ -30,7 +30,7 @@ from irc.cli.recipe_options import recipe_of, recipe_option, set_option, without
     "--policies",
     default="informed,skipgpt,mod,random,static",
     show_default=True,
-    callback=words,
+    callback=name_list,
     metavar="LIST",
     help="Routing policies to compare (see docs/method.md).",
 )
@@ -38,7 +38,7 @@ from irc.cli.recipe_options import recipe_of, recipe_option, set_option, without
     "--sparsities",
     default="0.25,0.4,0.7",
     show_default=True,
-    callback=shares,
+    callback=fraction_list,
     metavar="LIST",
     help="Target sparsities.",
 )
@@ -49,13 +49,13 @@ from irc.cli.recipe_options import recipe_of, recipe_option, set_option, without
 @click.option(
     "--budgets",
     default="",
-    callback=shares,
+    callback=fraction_list,
     metavar="LIST",
     help="Also train with these fractions of the router stage's steps.",
 )
-@click.option("--ranks", default="", callback=numbers, metavar="LIST", help="Forecaster ranks to sweep.")
+@click.option("--ranks", default="", callback=number_list, metavar="LIST", help="Forecaster ranks to sweep.")
 @click.option(
-    "--calibration-tokens", default="", callback=numbers, metavar="LIST", help="Tokens of the lff stage to sweep."
+    "--calibration-tokens", default="", callback=number_list, metavar="LIST", help="Tokens of the lff stage to sweep."
 )
 @click.option(
     "--variant",
@@ -65,7 +65,11 @@ from irc.cli.recipe_options import recipe_of, recipe_option, set_option, without
     help="Also run policy informed with other settings, such as frozen:router.forecaster_lr=0. Repeatable.",
 )
 @click.option(
-    "--kv-sweep", default="", callback=shares, metavar="LIST", help="Thresholds of key/value policy reduced to sweep."
+    "--kv-sweep",
+    default="",
+    callback=fraction_list,
+    metavar="LIST",
+    help="Thresholds of key/value policy reduced to sweep.",
 )
 @data_option(None)
 @recipe_option("Recipe to start from: a YAML file or a ready one (see irc convert).")

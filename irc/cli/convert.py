@@ -16,12 +16,12 @@ from irc.cli.options import (
     dtype_option,
     files,
     force_option,
+    fraction_list,
+    name_list,
     output_option,
     resume_option,
     seed_option,
     seq_len_option,
-    shares,
-    words,
 )
 from irc.cli.recipe_options import recipe_of, recipe_option, set_option, without_defaults
 
@@ -57,7 +57,7 @@ def _list_fields(ctx: click.Context, _: click.Parameter, value: bool) -> None:
 @click.option(
     "--dial",
     default="",
-    callback=shares,
+    callback=fraction_list,
     metavar="LIST",
     help="Also store thresholds for these sparsities, such as 0.1,0.2,0.3,0.4,0.5,0.6; the bundle can then run at any "
     "sparsity in between.",
@@ -66,7 +66,7 @@ def _list_fields(ctx: click.Context, _: click.Parameter, value: bool) -> None:
 @click.option("--forecaster", type=click.Choice(["linear", "silu"]), help="Form of the forecasters. [default: linear]")
 @click.option(
     "--stages",
-    callback=words,
+    callback=name_list,
     metavar="LIST",
     help="Stages to run: some of lff, router, lora, in this order. [default: those that the policy needs]",
 )
@@ -118,11 +118,11 @@ def command(
             f"policy {recipe.policy}, seed {recipe.seed}"
         )
     if dry_run:
-        from irc.cli.report import plan_report
+        from irc.cli.report import dry_run_report
         from irc.conversion.dry_run import estimate_conversion
 
         plan = estimate_conversion(recipe, output, console.progress)
-        console.emit_json(plan) if as_json else plan_report(plan)
+        console.emit_json(plan) if as_json else dry_run_report(plan)
         return
     metrics = convert(recipe, output, console.progress, force=force, resume=resume, stage_cache_folder=cache)
     if not is_main_process():

@@ -13,11 +13,11 @@ from irc.cli.options import (
     device_option,
     dtype_option,
     files,
+    fraction_list,
     key_policy_options,
+    name_list,
     seq_len_option,
-    shares,
     sparsity_option,
-    words,
 )
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     "--sparsity-sweep",
     "sparsities",
     default="",
-    callback=shares,
+    callback=fraction_list,
     metavar="LIST",
     help="Also measure perplexity and FLOPs at these sparsities, within the range of the bundle's dial.",
 )
@@ -57,13 +57,13 @@ if TYPE_CHECKING:
 @click.option(
     "--kv-sweep",
     default="",
-    callback=shares,
+    callback=fraction_list,
     metavar="LIST",
     help="Also measure memory and perplexity at these thresholds of key/value policy reduced.",
 )
 @click.option(
     "--tasks",
-    callback=words,
+    callback=name_list,
     metavar="LIST",
     help="Run tasks of lm-evaluation-harness instead of measuring perplexity. code_continuation, code_closing and "
     "code_recall are built from --data and need no network. MODEL may also be an ONNX folder.",

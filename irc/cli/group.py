@@ -25,7 +25,7 @@ from irc import __version__
 from irc.cli.options import Session, debug_option
 from irc.errors import IrcError
 
-VERBS = {
+COMMANDS = {
     "convert": "Add routers and forecasters to a model and train them.",
     "export": "Write a bundle or a model as an ONNX folder.",
     "verify": "Compare an ONNX folder with the PyTorch model it came from.",
@@ -46,11 +46,11 @@ class LazyGroup(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the commands in the order in which people use them."""
-        return list(VERBS)
+        return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import a command's file and return its `command`; None for an unknown name."""
-        if cmd_name not in VERBS:
+        if cmd_name not in COMMANDS:
             return None
         command = importlib.import_module(f"irc.cli.{cmd_name}").command
         assert isinstance(command, click.Command)
@@ -59,7 +59,7 @@ class LazyGroup(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the list of commands from the table."""
         with formatter.section("Commands"):
-            formatter.write_dl(list(VERBS.items()))
+            formatter.write_dl(list(COMMANDS.items()))
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -70,14 +70,14 @@ class LazyGroup(click.Group):
             click.UsageError: There is no such command; the message suggests the nearest.
         """
         name = args[0]
-        if name in VERBS or name.startswith("-"):
+        if name in COMMANDS or name.startswith("-"):
             session = ctx.ensure_object(Session)
             session.wants_json = "--json" in args
             found = super().resolve_command(ctx, args)
             session.flags = _flags(found[1])
             return found
-        near = get_close_matches(name, VERBS, n=1, cutoff=0.5)
-        hint = f"did you mean '{near[0]}'?" if near else f"choose from {', '.join(VERBS)}"
+        near = get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
+        hint = f"did you mean '{near[0]}'?" if near else f"choose from {', '.join(COMMANDS)}"
         raise click.UsageError(f"unknown command '{name}'; {hint}", ctx=ctx)
 
 
@@ -160,9 +160,11 @@ def _failure(error: BaseException, flags: Mapping[str, str]) -> _Failure:
 
 def _flag_of(name: str, flags: Mapping[str, str]) -> str:
     """Return how the running command sets a parameter or a recipe field; empty if it cannot."""
-    if name in flags:
-        return flags[name]
-    return f"--set {name}=..." if "overrides" in flags else ""
+    if name in flags or "overrides" not in flags:
+        return flags.get(name, "")
+    from irc.recipe.recipe import recipe_fields
+
+    return f"--set {name}=..." if name in [field for field, _, _ in recipe_fields()] else ""
 
 
 def _one_line(message: str) -> str:

@@ -156,7 +156,7 @@ def key_policy_options(function: Decorated) -> Decorated:
         "--kv-threshold",
         type=click.FloatRange(0, 1),
         metavar="SHARE",
-        help="reduced: the attention units that skip at least this share of the calibration text. [default: 0.5]",
+        help="reduced: affects attention units that skip at least this share of the calibration text. [default: 0.5]",
     )
     return policy(threshold(function))
 
@@ -181,7 +181,7 @@ def seq_len_option(default: int | None = 512) -> Decorator:
     )
 
 
-def shares(ctx: click.Context, parameter: click.Parameter, value: str) -> list[float]:
+def fraction_list(ctx: click.Context, parameter: click.Parameter, value: str) -> list[float]:
     """Read a comma-separated list of fractions from 0 to 1; an option's callback."""
     try:
         found = [float(part) for part in value.split(",")] if value else []
@@ -194,7 +194,7 @@ def shares(ctx: click.Context, parameter: click.Parameter, value: str) -> list[f
     return found
 
 
-def numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> list[int]:
+def number_list(ctx: click.Context, parameter: click.Parameter, value: str) -> list[int]:
     """Read a comma-separated list of positive whole numbers; an option's callback."""
     try:
         found = [int(part) for part in value.split(",")] if value else []
@@ -207,7 +207,7 @@ def numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> list[
     return found
 
 
-def words(ctx: click.Context, parameter: click.Parameter, value: str | None) -> list[str] | None:
+def name_list(ctx: click.Context, parameter: click.Parameter, value: str | None) -> list[str] | None:
     """Read a comma-separated list of names; an option's callback. None if the option is not given."""
     return None if value is None else [part.strip() for part in value.split(",") if part.strip()]
 

@@ -93,7 +93,7 @@ def tasks_report(results: dict[str, Any]) -> None:
         console.say(f"skipped (token, unit) pairs, without padding: {results['sparsity']['realized']:.3f}")
 
 
-def plan_report(plan: dict[str, Any]) -> None:
+def dry_run_report(plan: dict[str, Any]) -> None:
     """Show the estimated cost of a conversion."""
     rows = [[phase["name"], console.duration(phase["seconds"])] for phase in plan["phases"]]
     rows.append(["total", console.duration(plan["seconds"])])

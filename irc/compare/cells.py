@@ -188,6 +188,6 @@ def read_variants(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def plan_facts(plan: Plan) -> dict[str, Any]:
+def plan_to_dict(plan: Plan) -> dict[str, Any]:
     """Return a plan as plain data."""
     return {key: list(value) if isinstance(value, (tuple, list)) else value for key, value in vars(plan).items()}

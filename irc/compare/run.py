@@ -22,7 +22,7 @@ import yaml
 
 from irc import __version__
 from irc.bundle.layout import METRICS, RECIPE
-from irc.compare.cells import Cell, Plan, plan_facts
+from irc.compare.cells import Cell, Plan, plan_to_dict
 from irc.compare.results import summarize
 from irc.compare.saved import check_same, read_figures
 from irc.conversion.pipeline import convert, resolve
@@ -92,7 +92,7 @@ def compare(
     sweeps = _sweeps(plan, cells, output, recipe.eval_split, progress, kv_thresholds)
     results = {
         **facts,
-        "plan": plan_facts(plan),
+        "plan": plan_to_dict(plan),
         "machine": _machine(recipe, jobs),
         "cells": rows,
         "summary": summarize(rows, list(plan.sparsities)),

@@ -24,7 +24,7 @@ _FIGURES = ("perplexity", "sparsity", "flops_ratio", "units", "seconds", "stages
 
 
 def _cosine(value: float) -> float:
-    """Accept a cosine, and NaN: where no token was forecast there is none."""
+    """Accept a cosine, or NaN, which means that no token was forecast."""
     if not (math.isnan(value) or abs(value) <= _LARGEST_COSINE):
         raise ValueError("give a cosine")
     return value

@@ -19,6 +19,7 @@ from irc.dtypes import BYTES
 from irc.evaluation.perplexity import evaluate
 from irc.progress import ProgressFactory, silent
 from irc.recipe.recipe import Recipe
+from irc.recipe.stages import stage_named
 from irc.training.stages import STAGE_RUNNERS, StageContext
 
 _STEPS = 2
@@ -80,12 +81,12 @@ def _disk(conversion: Conversion) -> float:
 def _refuse_huge_batches(conversion: Conversion, free_memory: float) -> None:
     """Refuse batches whose hidden states, which every layer keeps for the backward pass, exceed the free memory."""
     recipe, config = conversion.recipe, conversion.base.config
-    for stage in ("router", "lora"):
-        batch = getattr(recipe, stage).batch_size
+    for stage in map(stage_named, recipe.stages):
+        batch = stage.settings_in(recipe).batch_size
         numbers = batch * recipe.seq_len * config.hidden_size * config.num_hidden_layers
         states = numbers * BYTES[recipe.dtype] / _MIB
-        if stage in recipe.stages and states > free_memory:
-            details = f"{stage}.batch_size {batch} takes at least {states:,.0f} MiB, {free_memory:,.0f} are free"
+        if stage.through_layers and states > free_memory:
+            details = f"{stage.name}.batch_size {batch} takes at least {states:,.0f} MiB, {free_memory:,.0f} are free"
             raise out_of_memory(recipe, details)
 
 
@@ -107,7 +108,8 @@ def _stages(conversion: Conversion) -> Iterator[tuple[str, float]]:
         with conversion.progress(f"dry run of {stage}", 1) as bar:
             figures = STAGE_RUNNERS[stage](context)
             bar.update(1)
-        yield stage, _extrapolated(figures, getattr(full, stage), getattr(few, stage), full.router, few.router)
+        settings, few_settings = (stage_named(stage).settings_in(recipe) for recipe in (full, few))
+        yield stage, _extrapolated(figures, settings, few_settings, full.router, few.router)
 
 
 def _with_few_steps(recipe: Recipe) -> Recipe:

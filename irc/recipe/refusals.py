@@ -127,7 +127,7 @@ def shown_value(value: Any) -> str:
 
 
 def _choices(expected: str) -> str:
-    """Return pydantic's list of literals without quotes; an empty one stands for leaving the field out."""
+    """Return pydantic's list of literals without quotes and without the empty text, which leaves a field unset."""
     names = expected.replace(" or ", ", ").split(", ")
     return ", ".join(name.strip("'") for name in names if name != "''")
 

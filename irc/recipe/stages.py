@@ -134,6 +134,7 @@ class Stage:
         follows: The stage before it, if the policy has that one.
         optional: Whether a conversion may leave it out.
         needs_forecasters: Whether only policies with forecasters have it.
+        through_layers: Whether it propagates gradients through the decoder layers, which keep their inputs for that.
         depends_on: The recipe's fields that decide its result, besides base and text; empty if results are not shared
             between conversions.
     """
@@ -144,6 +145,7 @@ class Stage:
     follows: StageName | None = None
     optional: bool = False
     needs_forecasters: bool = False
+    through_layers: bool = True
     depends_on: tuple[str, ...] = ()
 
     def settings_in(self, recipe: HoldsSettings) -> StageSettings:
@@ -154,7 +156,7 @@ class Stage:
 
 _COMMON = ("policy", "rank", "forecaster", "seq_len", "seed", "device", "dtype", "precision", "lff")
 STAGES = (
-    Stage("lff", LffRecipe, "fit the forecasters", needs_forecasters=True, depends_on=_COMMON),
+    Stage("lff", LffRecipe, "fit the forecasters", needs_forecasters=True, through_layers=False, depends_on=_COMMON),
     Stage(
         "router",
         RouterRecipe,
