@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from passes.inserted import APPROXIMATE as APPROXIMATE  # our trainer and tests import both from here
+from passes.inserted import EXECUTE as EXECUTE
 from passes.inserted import ForecasterForm, RouterForm, ZeroForm
-
-EXECUTE, APPROXIMATE = 0, 1
 
 Mode = Literal["route", "sample", "execute", "approximate", "forced"]
 
@@ -104,7 +104,7 @@ class ZeroForecaster(nn.Module):
 
 @dataclass
 class Record:
-    """What one mux saw in one forward call; every tensor is [batch, tokens] unless it says otherwise.
+    """What one mux saw in one forward call; every tensor is [batch, tokens].
 
     Attributes:
         execute: 1 where the unit was executed, 0 where approximated.
@@ -138,7 +138,7 @@ class RoutingControl:
         reduced: Attention units whose skipped tokens store no keys and values (inference only).
         capacity: Share of each sequence's tokens that execute, by rank of the logit difference (Mixture-of-Depths);
             None where every token is judged by itself.
-        real: bool [batch, tokens] of the tokens that are no padding, for ranking; None where all are real.
+        real: bool [batch, tokens], false on padding, for ranking; None if all tokens are real.
     """
 
     mode: Mode = "route"
@@ -156,7 +156,7 @@ class RoutingControl:
     def decide(self, unit: str, logits: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
         """Return which tokens of a unit execute in any mode but `sample`, bool [batch, tokens].
 
-        Logits that are no numbers execute.
+        Logits of NaN execute.
 
         Args:
             unit: Its name.
@@ -189,7 +189,7 @@ class RoutingControl:
 
     @contextmanager
     def using(self, **changes: Any) -> Iterator[RoutingControl]:
-        """Set attributes for the time of a `with` block."""
+        """Set attributes inside a `with` block."""
         before = {key: getattr(self, key) for key in changes}
         for key, value in changes.items():
             setattr(self, key, value)
