@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+EXECUTE, APPROXIMATE = 0, 1
+"""Positions of a router's two logits."""
+
 
 @dataclass(frozen=True)
 class RouterForm:

@@ -17,14 +17,13 @@ from torch import fx, nn
 from passes import dialect  # noqa: F401 - registers the operators
 from passes.attend_from_rows import attend_from_rows, is_raised
 from passes.base import Pass, PassError, PassResult, finish, graph_of, transposed_weight
-from passes.inserted import ForecasterForm, RouterForm, ZeroForm, forecaster_form, router_form
+from passes.inserted import APPROXIMATE, EXECUTE, ForecasterForm, RouterForm, ZeroForm, forecaster_form, router_form
 from passes.mask_skipped_keys import KEPT, KEYS
 from passes.match import ADDS, Unit, after_call, is_mux, match_units
 from passes.name_modules import PART
 from passes.nested_graphs import add_input, add_output
 
 aten, irc = torch.ops.aten, torch.ops.irc
-EXECUTE, APPROXIMATE = 0, 1
 
 
 class LowerUnits(Pass):
@@ -129,21 +128,20 @@ def _lower(model: fx.GraphModule, site: _Site) -> None:
     y, forecast, logits = cast("tuple[fx.Node, fx.Node, fx.Node]", mux.args)
     is_reduced = _unmask(site)
     add, stream = _residual_add(mux)
-    base = stream if stream is not None else site.x  # without a stream, every token of x is overwritten
     with graph.inserting_before(mux):
         both = site.emit(irc.decide_rows.default, _emit_router(site, logits))
         both.kwargs = {"unit": unit.name}
         executed = site.emit(operator.getitem, both, 0, name=f"{unit.target}_executed")
         skipped = site.emit(operator.getitem, both, 1, name=f"{unit.target}_skipped")
-        if add is None:
+        if stream is None:  # every token of x is overwritten: x only provides the shape
             forecast_rows = _on_rows(site, forecast, skipped, "forecaster")
             part = site.emit(irc.scatter.default, forecast_rows, skipped, site.x, role="forecaster")
         else:
-            part = _emit_forecast(site, forecast, skipped, base)
+            part = _emit_forecast(site, forecast, skipped, stream)
         y_rows = _ffn_on_rows(site, executed) if unit.kind == "ffn" else y
         if unit.kind == "attention":
             _attention_on_rows(model, site, executed, is_reduced)
-        scatter = irc.scatter.default if add is None else irc.scatter_add.default
+        scatter = irc.scatter.default if stream is None else irc.scatter_add.default
         whole = site.emit(scatter, y_rows, executed, part, name=f"{unit.target}_scattered")
     replaced = mux if add is None else add
     whole.meta["val"] = replaced.meta.get("val")

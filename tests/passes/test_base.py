@@ -35,7 +35,7 @@ class NeedTheMoon(DoNothing):
 
 
 class ReplaceModel(Pass):
-    """Returns a new model and promises something of it."""
+    """Returns a new model and checks a promise about it."""
 
     def __init__(self, result: fx.GraphModule) -> None:
         self.result = result
@@ -58,7 +58,7 @@ class BreakPromise(DoNothing):
 
 
 class DropModule(Pass):
-    """Breaks the graph: its linear is gone, the call of it is not."""
+    """Breaks the graph: removes its linear but not the call."""
 
     def call(self, model: fx.GraphModule) -> PassResult:
         delattr(model, "0")

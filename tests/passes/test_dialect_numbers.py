@@ -1,4 +1,4 @@
-"""The dialect's operators against the same computed by hand, token by token."""
+"""The dialect's operators compared with the same computed by hand, token by token."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _forecast_add() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _rotary() -> tuple[torch.Tensor, torch.Tensor]:
-    """Two heads of 7 features, of which 4 turn, as complex numbers."""
+    """Two heads of 7 features, 4 of which rotate, as complex numbers."""
     x, angles = torch.randn(BATCH, TOKENS, 14), torch.randn(BATCH, TOKENS, 2)
     expected = x.clone()
     for head in range(2):

@@ -76,7 +76,7 @@ def test_factories_are_asked_once_a_unit(tiny: Callable, control: RoutingControl
 def test_without_routers_the_model_is_the_original(
     tiny: Callable, insert: InsertForecasters, control: RoutingControl, family: str, mode: str
 ) -> None:
-    """Exact in fp32: no mux may touch a value."""
+    """Exact in fp32: no mux may change a value."""
     model = tiny(family)
     ids = model.ids(2, 7)
     before = model.run(ids)
@@ -87,7 +87,7 @@ def test_without_routers_the_model_is_the_original(
 
 
 def test_all_approximated_differs(tiny: Callable, insert: InsertForecasters, control: RoutingControl) -> None:
-    """Guards the tests of equality: the forecasts do matter."""
+    """Makes sure that the tests of equality can fail: the forecasts change the result."""
     model = tiny()
     ids = model.ids(2, 7)
     before = model.run(ids)[0]

@@ -81,7 +81,7 @@ def _compare(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], at
 def test_gradients_of_all_original_weights_are_kept(
     tiny: Callable, insertions: tuple, control: RoutingControl, family: str
 ) -> None:
-    """Insertion changes no bit of a gradient.
+    """Insertion does not change a single bit of a gradient.
 
     Against eager they are exact too where every query head has its own key and value head; with grouped
     heads eager adds up the group's gradients in another order, so fp32 rounding (1e-6 absolute) is allowed.

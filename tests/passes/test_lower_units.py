@@ -1,4 +1,4 @@
-"""LowerUnits: the numbers and routes of the mux model, on rows, by the operators that the inserted modules become."""
+"""LowerUnits keeps the numbers and routes of the mux model, and emits the operator of each inserted module."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _count(model: nn.Module, *names: str) -> dict[str, int]:
 
 
 def _inserted(control: RoutingControl, graph: fx.GraphModule, forecaster: Callable, router: Callable) -> None:
-    """Insert modules of other kinds than the fixture does; their weights are large enough for mixed routes."""
+    """Insert modules of other kinds than the fixture does."""
     forecasters = InsertForecasters(lambda unit: forecaster(unit.width), lambda unit: Mux(unit.name, control))
     routers = InsertRouters(lambda unit: router(graph.get_submodule(f"{unit.name}_forecaster"), unit.width), "stream")
     PassManager([forecasters, routers]).run(graph)
@@ -55,7 +55,7 @@ def _inserted(control: RoutingControl, graph: fx.GraphModule, forecaster: Callab
 @pytest.mark.parametrize("gates", ["mixed", "all executed", "all skipped"])
 @torch.no_grad()
 def test_numbers_are_those_of_the_mux_model(tiny: Callable, insertions: tuple, family: str, gates: str) -> None:
-    """fp32, 1e-5 absolute: matrix products over fewer rows, and merged biases, may round otherwise."""
+    """fp32, 1e-5 absolute: matrix products over fewer rows, and merged biases, may round differently."""
     model = tiny(family)
     ids = model.ids(3, 9)
     PassManager([*insertions, *BEFORE]).run(model.graph)
@@ -168,7 +168,7 @@ KINDS: dict[str, tuple[Callable, Callable, dict[str, int]]] = {
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_every_kind_of_inserted_module_keeps_its_numbers(tiny: Callable, control: RoutingControl, kind: str) -> None:
-    """fp32, 1e-4 absolute on logits of about 10: what was inserted has weights of standard deviation 0.3."""
+    """fp32, 1e-4 absolute on logits of about 10: inserted weights have a standard deviation of 0.3."""
     model = tiny()
     forecaster, router, expected = KINDS[kind]
     _inserted(control, model.graph, forecaster, router)

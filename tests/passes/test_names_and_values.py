@@ -1,4 +1,4 @@
-"""What passes leave on the nodes beside what is computed: names by which decisions are found, and traced values."""
+"""What passes leave on nodes: names by which decisions are found, and traced values."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _is_result_of_attention(node: fx.Node) -> bool:
     return isinstance(source, fx.Node) and source.target == irc.attention.default
 
 
-# How many steps run, which nodes carry a value then, and how many there are of them in two layers.
+# The number of steps that run, the nodes that carry a value then, and their number in two layers.
 VALUES = [
     (1, lambda node: node.target == irc.rms_norm.default, 5),
     (2, _is_result_of_attention, 6),
@@ -64,4 +64,6 @@ def test_products_keep_the_values_of_their_linears(tiny: Callable, insertions: t
     assert found.keys() == {irc.routed_gate.default}
     assert all(value.shape[-1] == 48 for value in found.values())
     values = [node.meta["val"] for node in _nodes(graph) if node.target == irc.routed_matmul.default]
-    assert [value.shape[-1] for value in values if value is not None] == [32] * 4  # down and o; q was made anew
+    assert [value.shape[-1] for value in values if value is not None] == [
+        32
+    ] * 4  # down and o; q is a new node without a value

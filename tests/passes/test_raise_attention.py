@@ -38,7 +38,7 @@ def test_numbers_are_kept(tiny: Callable, family: str) -> None:
 
 @torch.no_grad()
 def test_a_mask_may_be_given_by_name_and_a_scale_left_out(tiny: Callable) -> None:
-    """Llama's scale is the one that is meant where none is given."""
+    """Llama's scale is the default."""
     model = tiny()
     ids = model.ids(2, 9)
     before = model.run(ids)
@@ -75,7 +75,7 @@ def test_dimensions_may_be_counted_from_either_end(tiny: Callable, last: int) ->
 
 @torch.no_grad()
 def test_heads_may_be_normed_behind_the_transposition(tiny: Callable) -> None:
-    """As they are normed before it in Qwen3: each head by itself."""
+    """As Qwen3 does before the rotation: each head separately."""
     model = tiny("qwen3")
     ids = model.ids(2, 9)
     before = model.run(ids)

@@ -31,7 +31,7 @@ def test_every_norm_becomes_one_operator(tiny: Callable, calls: Callable) -> Non
     graph = tiny("qwen3").graph
     PassManager([RaiseNorms()]).run(graph)
     found = calls(graph)
-    assert found["rms_norm"] == 2 * 2 + 2 * 2 + 1  # two a layer, q and k of each, and the last
+    assert found["rms_norm"] == 2 * 2 + 2 * 2 + 1  # two per layer, q and k of each, and the last
     assert "layernorm" not in print_graph(graph.get_submodule("model.layers.0").graph).replace("layernorm.weight", "")
 
 
@@ -95,8 +95,8 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class _Norm:
-    """What a norm by hand consists of; the defaults make one that is raised.
+class _NormByHand:
+    """The parts of a hand-written norm; the defaults make one that is raised.
 
     Attributes:
         cast: Returns what is squared, from (graph, x); a cast to float32 when None.
@@ -125,7 +125,7 @@ class _Norm:
 
 def _by_hand(**options: Any) -> fx.GraphModule:
     """Return a model that calls a norm of a linear's width once."""
-    it = _Norm(**options)
+    it = _NormByHand(**options)
     graph = fx.Graph()
     placeholders = [graph.placeholder(f"input_{index}") for index in range(it.inputs)]
     x = placeholders[0]
@@ -153,7 +153,7 @@ def _by_hand(**options: Any) -> fx.GraphModule:
 
 
 def _plus(*args: Any, **kwargs: Any) -> Callable:
-    """Make the factor of a norm: add of these, where None stands for the weight."""
+    """Make the factor of a norm: an add of these arguments, None being the weight."""
     return lambda weight: (tuple(weight if argument is None else argument for argument in args), kwargs)
 
 
