@@ -39,8 +39,8 @@ def kernels(provider: str = "CUDAExecutionProvider") -> dict[str, list[dict[str,
     """Hold the operators against the eager dialect; by kind of kernels, one entry for each operator and type."""
     from dataclasses import asdict
 
+    from irc.bench.kernels.check import check_kernels
     from irc.runtime.native import installed_library
-    from irc.runtime.native_check import check_kernels
 
     library = installed_library("cuda")
     kinds = {"portable": None} | ({"native": library.path} if library else {})
@@ -88,11 +88,11 @@ def correctness(work: Path, native: bool) -> dict[str, Any]:
     import numpy as np
 
     from irc.bench.models import bundle_pair
-    from irc.bundle import save_bundle
+    from irc.bundle.loading import save_bundle
     from irc.model.build import build_routed
     from irc.model.checkpoint import find_base
-    from irc.model.modules import default_rank
     from irc.model.routed import RoutingSpec
+    from irc.recipe.recipe import default_rank
     from irc.runtime.session import Runtime
 
     base = find_base("demo")

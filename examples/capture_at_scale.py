@@ -84,7 +84,8 @@ def measure(shape: str, folder: Path | None) -> dict[str, float]:
 
     from irc.model.capture import assign_weights, capture
     from irc.model.checkpoint import BaseModel
-    from irc.model.modules import Forecaster, Mux, Router, RoutingControl, default_rank, router_hidden
+    from irc.model.modules import Forecaster, Mux, Router, RoutingControl, router_hidden
+    from irc.recipe.recipe import default_rank
     from passes.base import PassManager
     from passes.insert_forecasters import InsertForecasters
     from passes.insert_routers import InsertRouters

@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
     from irc import console
-    from irc.bench.contenders import GenaiFolder
+    from irc.bench.timed_models import GenaiFolder
 
     models = [GenaiFolder(folder) for folder in arguments.folders]
     draw = np.random.default_rng(0)

@@ -16,8 +16,8 @@ from tiny_llama import model_and_text
 from irc import console
 from irc.compare.cells import Plan
 from irc.compare.run import compare
-from irc.config import Recipe
-from irc.stage_recipes import LffRecipe, RouterRecipe
+from irc.recipe.recipe import Recipe
+from irc.recipe.stages import LffRecipe, RouterRecipe
 
 
 def main() -> None:

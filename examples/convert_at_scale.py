@@ -41,7 +41,7 @@ def settings(tokens: int, batch: int, steps: int) -> list[str]:
 
 def write_text(path: Path) -> None:
     """Write the beginning of the Python standard library's sources."""
-    from irc.data import load_text
+    from irc.text.source import load_text
 
     parts, size = [], 0
     for document in load_text("stdlib").documents:

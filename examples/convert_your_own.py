@@ -16,9 +16,9 @@ from tiny_llama import BUNDLE, model_and_text
 
 import irc
 from irc import console
-from irc.config import Recipe
-from irc.pipeline import convert
-from irc.stage_recipes import LffRecipe, RouterRecipe
+from irc.conversion.pipeline import convert
+from irc.recipe.recipe import Recipe
+from irc.recipe.stages import LffRecipe, RouterRecipe
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ import torch
 from tiny_llama import converted
 
 import irc
-from irc.export import export
+from irc.deployment.onnx_folder import export
 
 TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 

@@ -29,11 +29,11 @@ sys.exit(code)
 
 def write_random_bundle(base: Path, bundle: Path) -> None:
     """Insert untrained routers and forecasters into a checkpoint."""
-    from irc.bundle import save_bundle
+    from irc.bundle.loading import save_bundle
     from irc.model.build import build_routed
     from irc.model.checkpoint import find_base
-    from irc.model.modules import default_rank
     from irc.model.routed import RoutingSpec
+    from irc.recipe.recipe import default_rank
 
     found = find_base(str(base))
     model = build_routed(found, RoutingSpec(default_rank(found.config.hidden_size)), "bf16")

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
-import irc.export
-import irc.pipeline  # noqa: F401
+import irc.conversion.pipeline
+import irc.deployment.onnx_folder  # noqa: F401
 from irc.cli import main as irc_main
 from irc.model.capture import capture
 

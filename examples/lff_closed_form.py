@@ -18,14 +18,14 @@ import torch
 from torch import nn
 
 from irc import console
-from irc.config import Recipe
-from irc.data import load_text, pick, token_stream, windows
-from irc.evaluate import evaluate
+from irc.conversion.pipeline import resolve
+from irc.evaluation.perplexity import evaluate
 from irc.model.build import build_routed
 from irc.model.checkpoint import find_base
 from irc.model.modules import Forecaster, forecast_error
 from irc.model.routed import RoutedForCausalLM, RoutingSpec
-from irc.pipeline import resolve
+from irc.recipe.recipe import Recipe
+from irc.text.source import load_text, pick, token_stream, windows
 from irc.training.stages import StageContext, cosine_schedule, run_lff
 
 STEPS, LR = 2_000, 1e-3

@@ -30,11 +30,10 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="Also print the router step's operators by time.")
     arguments = parser.parse_args()
     from irc import console
-    from irc.config import Recipe
     from irc.model.build import build_plain, build_routed
     from irc.model.checkpoint import find_base
-    from irc.model.modules import default_rank
     from irc.model.routed import RoutingSpec
+    from irc.recipe.recipe import Recipe, default_rank
     from irc.training.objectives import RoutingObjective
 
     base = find_base(arguments.model)

@@ -23,7 +23,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from irc.data import load_text, token_stream, windows
+from irc.text.source import load_text, token_stream, windows
 
 VOCABULARY = 4096
 CONTEXT = 512

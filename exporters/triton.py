@@ -31,7 +31,7 @@ OPTIONS = {
 _MOST_WAITING, _LONGEST_WAIT = 64, 60_000_000  # requests; microseconds
 _TEXT_MODEL = '''"""Found here by Triton's Python backend, in whose Python irc is installed."""
 
-from irc.triton_text import TritonPythonModel  # noqa: F401
+from irc.runtime.triton_backend import TritonPythonModel  # noqa: F401
 '''
 
 

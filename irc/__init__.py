@@ -1,18 +1,21 @@
-"""The informed routing compiler: learned token routing round the attention and FFN units of a dense model."""
+"""The informed routing compiler: learned token routing around the attention and FFN units of a dense model."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from irc.bundle import load
+    from irc.bundle.loading import load
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
+# Modules that others import by their names of version 0.1 and that have moved since: irc/former/ re-exports them.
+__path__.append(str(Path(__file__).with_name("former")))
 
 
 def __getattr__(name: str) -> object:
     """Import `load` on first use, so that `import irc` does not import torch."""
     if name == "load":
-        from irc.bundle import load
+        from irc.bundle.loading import load
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,6 +5,6 @@ says what skipping could gain at most, `stage` brings one point together and `ru
 """
 
 from irc.bench.run import Subject, bench
-from irc.bench.stage import Load, Share
+from irc.bench.scenario import Load, Share
 
 __all__ = ["Load", "Share", "Subject", "bench"]

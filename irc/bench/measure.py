@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from irc.bench.contenders import Contender, Ids
+from irc.bench.timed_models import Contender, Ids
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from irc.bench.shapes import Shape
-from irc.bundle import load, save_bundle
+from irc.bundle.loading import load, save_bundle
+from irc.deployment.onnx_folder import export
 from irc.dtypes import torch_dtype
 from irc.errors import InputError
-from irc.export import export
 from irc.model.build import build_routed
 from irc.model.checkpoint import BaseModel, find_base
-from irc.model.modules import default_rank
-from irc.model.policies import policy_named, refuse_whole_sequences
 from irc.model.routed import RoutedForCausalLM, RoutingSpec
+from irc.recipe.policies import policy_named, refuse_whole_sequences
+from irc.recipe.recipe import default_rank
 
 
 @dataclass

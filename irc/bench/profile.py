@@ -7,9 +7,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from irc.bench.contenders import OurModel
 from irc.bench.measure import Work, begun
-from irc.bench.stage import Load, Stage
+from irc.bench.scenario import Load, Stage
+from irc.bench.timed_models import OurModel
 from irc.runtime.session import Runtime
 
 _REPEATS = 3

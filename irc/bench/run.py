@@ -11,16 +11,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from irc.bench.contenders import Contender
 from irc.bench.models import Pair, bundle_pair, random_pair
 from irc.bench.profile import where_time_goes
+from irc.bench.scenario import PEERS, Load, Share, Stage, TextTokens
 from irc.bench.shapes import Shape
-from irc.bench.stage import PEERS, Load, Share, Stage, TextTokens
+from irc.bench.timed_models import Contender
 from irc.dtypes import BYTES
 from irc.errors import InputError
+from irc.progress import ProgressFactory
 from irc.runtime.native import choose_library
 from irc.runtime.session import choose_provider
-from irc.training.loop import ProgressFactory
 
 
 @dataclass(frozen=True)

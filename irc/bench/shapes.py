@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from irc.errors import InputError
-from irc.reading import read_json
+from irc.files.untrusted import read_json
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from irc.bench.stage import TextTokens
-from irc.bundle import CONFIG, RECIPE, read_config
-from irc.config import load_recipe
-from irc.data import load_text, token_stream
+from irc.bench.scenario import TextTokens
+from irc.bundle.loading import CONFIG, RECIPE, read_config
 from irc.errors import InputError
 from irc.model.checkpoint import find_base
+from irc.recipe.recipe import load_recipe
+from irc.text.source import load_text, token_stream
 
 
 def heldout_tokens(bundle: str, data: str | None) -> TextTokens:

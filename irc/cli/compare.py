@@ -86,7 +86,7 @@ def command(model: str | None, output: Path, as_json: bool, **options: Any) -> N
     from irc.compare.cells import Plan, read_variants
     from irc.compare.report import check_tools, write_report
     from irc.compare.run import REPORT, compare
-    from irc.config import load_recipe
+    from irc.recipe.recipe import load_recipe
 
     check_tools()
     recipe = load_recipe(options["recipe_file"], options["overrides"])

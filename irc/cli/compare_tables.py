@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from irc import console
-from irc.compare.words import name_of, with_spread
+from irc.compare.labels import name_of, with_spread
 
 _WIDE = 110
 _ONLY_WIDE = ("seeds", "attention", "FFN")

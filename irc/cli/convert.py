@@ -29,7 +29,7 @@ def _list_fields(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     if not value or ctx.resilient_parsing:
         return
     from irc import console
-    from irc.config import recipe_fields
+    from irc.recipe.recipe import recipe_fields
 
     fields = recipe_fields()
     if ctx.ensure_object(Session).wants_json:
@@ -107,9 +107,9 @@ def command(
     """Convert MODEL (a folder, a hub id, or demo) into a bundle of routers and forecasters."""
     from irc import console
     from irc.cli.report import conversion_report
-    from irc.config import load_recipe
-    from irc.pipeline import convert
-    from irc.workspace import is_main_process
+    from irc.conversion.pipeline import convert
+    from irc.conversion.work_folder import is_main_process
+    from irc.recipe.recipe import load_recipe
 
     recipe = load_recipe(flags.pop("recipe_file"), flags.pop("overrides"))
     stages, cache = flags.pop("stages"), flags.pop("stages_folder")
@@ -126,7 +126,7 @@ def command(
         )
     if dry_run:
         from irc.cli.report import plan_report
-        from irc.rehearsal import rehearse
+        from irc.conversion.dry_run import rehearse
 
         plan = rehearse(recipe, output, console.progress)
         console.emit_json(plan) if as_json else plan_report(plan)

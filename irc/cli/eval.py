@@ -21,7 +21,7 @@ from irc.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from irc.key_policy import KeyPolicy
+    from irc.bundle.key_policy import KeyPolicy
 
 
 @click.command()
@@ -88,10 +88,10 @@ def command(
 ) -> None:
     """Evaluate MODEL, a bundle or a plain model (folder, hub id, or demo)."""
     from irc import console
+    from irc.bundle.key_policy import KeyPolicy
     from irc.cli.report import figures_table, kv_report, sparsity_report
     from irc.errors import InputError
-    from irc.evaluation_run import run_evaluation
-    from irc.key_policy import KeyPolicy
+    from irc.evaluation.run import run_evaluation
 
     if tasks is not None:
         given = {"--kv-sweep": kv_sweep, "--sparsity-sweep": options["sparsities"], "--tokens": options["tokens"]}
@@ -140,7 +140,7 @@ def _evaluate_tasks(
     from irc.errors import InputError
 
     try:
-        from irc.tasks.harness import run_tasks
+        from irc.evaluation.tasks.harness import run_tasks
     except ImportError as error:
         raise InputError(
             f"--tasks needs lm-evaluation-harness ({error}); install it with: "

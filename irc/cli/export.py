@@ -72,8 +72,8 @@ def command(
     layers are shorter than the others', which irc's own runtime handles and onnxruntime-genai does not.
     """
     from irc import console
-    from irc.export import export
-    from irc.key_policy import KeyPolicy
+    from irc.bundle.key_policy import KeyPolicy
+    from irc.deployment.onnx_folder import export
 
     console.note(f"exporting {model}: dtype {dtype}, layout {layout}, provider {provider}")
     policy = KeyPolicy.chosen(kv_policy, kv_threshold)

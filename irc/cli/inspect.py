@@ -56,7 +56,7 @@ def command(
     """
     from irc import console
     from irc.errors import InputError
-    from irc.evaluation_run import open_model
+    from irc.evaluation.run import open_model
     from irc.views import inspection
 
     if html is not None and text is None:

@@ -80,7 +80,7 @@ def output_option(help_text: str, *, required: bool = False) -> Decorator:
 
 
 def data_option(default: str | None = "stdlib") -> Decorator:
-    """Add --data, what `irc.data.load_text` reads. Argument `data: str`, or `str | None` by a None default."""
+    """Add --data, what `irc.text.source.load_text` reads. Argument `data: str`, or `str | None` by a None default."""
     text = (
         "Text: a file, a folder, a .jsonl or .parquet file with a text column, hf:NAME, or stdlib "
         "(the sources of the running Python's standard library)."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from irc import console
-from irc.config import text_name
+from irc.recipe.recipe import text_name
 
 
 def conversion_report(metrics: dict[str, Any]) -> None:

@@ -36,7 +36,7 @@ def command(folder: Path, as_json: bool, **options: Any) -> int:
     they differ by more than rounding.
     """
     from irc import console
-    from irc.runtime.parity import verify
+    from irc.deployment.verification import verify
 
     result = verify(folder, console.progress, **options)
     if as_json:

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from irc.config import Recipe, override
 from irc.errors import InputError
-from irc.model.policies import policy_named
+from irc.recipe.policies import policy_named
+from irc.recipe.recipe import Recipe, override
 
 DENSE = "dense"
 _FIXED = frozenset(

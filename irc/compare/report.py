@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from irc.compare import plots
+from irc.compare.labels import name_of, with_spread
 from irc.compare.results import Row
-from irc.compare.words import name_of, with_spread
 from irc.errors import InputError
 from irc.views.html import render
 

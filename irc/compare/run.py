@@ -21,19 +21,19 @@ import transformers
 import yaml
 
 from irc import __version__
-from irc.bundle import METRICS, RECIPE
+from irc.bundle.loading import METRICS, RECIPE
 from irc.compare.cells import Cell, Plan, plan_facts
 from irc.compare.results import summarize
 from irc.compare.saved import check_same, read_figures
-from irc.config import Recipe
-from irc.data import load_text
+from irc.conversion.pipeline import convert, resolve
+from irc.conversion.resume import check_same_recipe
 from irc.errors import InputError, IrcError
-from irc.evaluation_run import run_evaluation
+from irc.evaluation.run import run_evaluation
+from irc.files.atomic import write_whole
 from irc.model.checkpoint import find_base
-from irc.pipeline import convert, resolve
-from irc.resuming import check_same_recipe
-from irc.staging import write_whole
-from irc.training.loop import ProgressFactory
+from irc.progress import ProgressFactory
+from irc.recipe.recipe import Recipe
+from irc.text.source import load_text
 
 log = logging.getLogger(__name__)
 

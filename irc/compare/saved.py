@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from irc.errors import InputError
-from irc.reading import first_line, read_json
+from irc.files.untrusted import first_line, read_json
 
 _FIGURES = ("perplexity", "sparsity", "flops_ratio", "units", "seconds", "stages")
 _MOST = 1e306  # a perplexity is at most exp(700), over another's

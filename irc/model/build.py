@@ -13,8 +13,9 @@ from irc.model.architectures import SUPPORTED
 from irc.model.capture import Captured, assign_weights, capture
 from irc.model.checkpoint import BaseModel
 from irc.model.modules import BottleneckRouter, Forecaster, Mux, RoutingControl
-from irc.model.policies import Policy, make_forecaster, make_router, policy_named
+from irc.model.policies import make_forecaster, make_router
 from irc.model.routed import RoutedForCausalLM, RoutingSpec
+from irc.recipe.policies import Policy, policy_named
 from passes.base import PassManager
 from passes.insert_forecasters import InsertForecasters
 from passes.insert_routers import InsertRouters, Reads

@@ -21,10 +21,10 @@ from transformers.cache_utils import DynamicCache
 from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_model
 
 from irc.errors import InputError
+from irc.files.untrusted import first_line
 from irc.model.architectures import SUPPORTED
 from irc.model.cache import CACHE_NAME, cache_shape
 from irc.model.experts import separate_experts, stored_name
-from irc.reading import first_line
 from passes.base import PassManager
 from passes.clean_up import CleanUp
 from passes.set_device import SetDevice

@@ -16,10 +16,10 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTraine
 
 from irc.dtypes import LONG_NAMES, torch_dtype
 from irc.errors import InputError
+from irc.files.untrusted import check_links, check_plain, first_line, read_json, read_text
 from irc.model.architectures import check_architecture, check_model_type
 from irc.model.paging import MappedPages
 from irc.model.tokenizer import load_tokenizer
-from irc.reading import check_links, check_plain, first_line, read_json, read_text
 
 _COUNTS = ("num_hidden_layers", "num_experts", "num_local_experts")
 _SIZES = (

@@ -18,11 +18,6 @@ EXECUTE, APPROXIMATE = 0, 1
 Mode = Literal["route", "sample", "execute", "approximate", "forced"]
 
 
-def default_rank(width: int) -> int:
-    """Forecaster rank for a hidden size: the paper's 100 for 3,072 and above, a tenth of smaller ones."""
-    return max(1, min(100, width // 10))
-
-
 def router_hidden(width: int, rank: int) -> int:
     """Hidden size of a router: d//4 - 2r, never under 8 (arXiv 2510.13831: d//4 - 200 at r = 100)."""
     return max(8, width // 4 - 2 * rank)

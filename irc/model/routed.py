@@ -20,7 +20,7 @@ from irc.model.cache import CACHE_NAME, flat_past, updated
 from irc.model.capture import Captured
 from irc.model.head import split_head
 from irc.model.modules import RoutingControl
-from irc.model.policies import policy_named, refuse_whole_sequences
+from irc.recipe.policies import policy_named, refuse_whole_sequences
 from passes.base import PassManager
 from passes.match import MatchResult, Unit
 from passes.set_device import SetDevice
@@ -214,12 +214,12 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         return super().generate(*args, **kwargs)
 
     def save_pretrained(self, save_directory: str | PathLike[Any], *args: Any, **kwargs: Any) -> None:
-        """Save as a bundle (see `irc.bundle.save_bundle`).
+        """Save as a bundle (see `irc.bundle.loading.save_bundle`).
 
         Raises:
             InputError: `push_to_hub` is asked for; upload the folder once it is there.
         """
-        from irc.bundle import save_bundle
+        from irc.bundle.loading import save_bundle
 
         if kwargs.get("push_to_hub"):
             raise InputError("push_to_hub: a bundle is saved to a folder; upload that, as with `hf upload NAME FOLDER`")
@@ -228,7 +228,7 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> RoutedForCausalLM:
         """Load a bundle: `irc.load`, with its arguments."""
-        from irc.bundle import load
+        from irc.bundle.loading import load
 
         return load(*args, **kwargs)
 

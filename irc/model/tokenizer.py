@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from irc.errors import InputError
-from irc.reading import check_plain, first_line, read_text
+from irc.files.untrusted import check_plain, first_line, read_text
 
 _CONFIG = "tokenizer_config.json"
 _FILES = ("_file", "_spm", "sp_model")  # how the keys end under which tokenizers name files

@@ -12,7 +12,7 @@ import onnx
 from exporters.onnx import Decision
 from exporters.onnx_ops import DOMAIN
 from irc.errors import InputError
-from irc.reading import check_plain, first_line
+from irc.files.untrusted import check_plain, first_line
 
 _BITS = {
     onnx.TensorProto.FLOAT: 32,

@@ -8,10 +8,11 @@ from typing import Any
 
 from exporters.onnx import DATA, MODEL, PAST_FROM, CacheShape, Decision
 from exporters.onnx_ops import VERSION
-from irc.bundle import CONFIG, file_sha256
+from irc.bundle.loading import CONFIG
 from irc.dtypes import LONG_NAMES
 from irc.errors import InputError
-from irc.reading import check_links, check_plain, read_json
+from irc.files.atomic import file_sha256
+from irc.files.untrusted import check_links, check_plain, read_json
 
 FORMAT_VERSION = 2  # 1 named a unit's mask too, which its Less and Not made
 MANIFEST = "irc.json"

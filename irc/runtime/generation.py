@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from irc.errors import InputError, IrcError
+from irc.files.untrusted import read_text
 from irc.model.tokenizer import load_tokenizer
-from irc.reading import read_text
 from irc.runtime.session import Runtime, Step
 
 _COLDEST = 1e-3

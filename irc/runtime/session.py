@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from exporters.onnx import PAST, PRESENT
 from irc.dtypes import LONG_NAMES
 from irc.errors import InputError
-from irc.reading import first_line
+from irc.files.untrusted import first_line
 from irc.runtime.additions import DIFFERENCES, FIRST, FORCED, add_decisions, add_first_token
 from irc.runtime.cache import PROVIDERS, TYPE_NAMES, Cache, CacheLayout, PlacedCache, onnxruntime, session_options
 from irc.runtime.check import check_decisions, read_model

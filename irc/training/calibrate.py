@@ -12,10 +12,10 @@ import torch
 
 from irc.errors import IrcError
 from irc.model.modules import EXECUTE, Record, Router
-from irc.model.policies import policy_named
 from irc.model.routed import RoutedForCausalLM
+from irc.progress import ProgressFactory
+from irc.recipe.policies import policy_named
 from irc.training.budget import Budget, plain_budget
-from irc.training.loop import ProgressFactory
 from irc.training.threshold import choose_shifts, quantile
 
 log = logging.getLogger(__name__)

@@ -7,46 +7,23 @@ noise and dropout from generators seeded by the step. A run that was killed cont
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from irc.errors import InputError, IrcError
+from irc.files.tensors import write_safetensors
+from irc.progress import Progress
 from irc.training.master_weights import MasterAdamW
 from irc.training.sharding import average_gradients, same_weights
-
-
-class Progress(Protocol):
-    """Where a loop reports to."""
-
-    def update(self, step: int, **figures: float | str) -> None:
-        """Report that `step` steps are done."""
-
-
-ProgressFactory = Callable[[str, int], AbstractContextManager[Progress]]
-"""Makes a progress bar from what is running and the number of steps."""
-
-
-class _Nothing:
-    def update(self, step: int, **figures: float | str) -> None:
-        """Say nothing."""
-
-
-@contextmanager
-def silent(name: str, total: int) -> Iterator[Progress]:
-    """Make a progress bar that nobody sees: of a rehearsal, or of a process that is not the first."""
-    yield _Nothing()
 
 
 class Objective(nn.Module):
@@ -234,25 +211,6 @@ def _save(path: Path, names: Mapping[str, nn.Parameter], adam: MasterAdamW, step
         "spent": state.earlier,
     }
     write_safetensors(path, tensors, {"irc": json.dumps(facts)})
-
-
-def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file whole or not at all: a temporary file beside it, synced, then renamed."""
-    partial = path.with_name(path.name + ".tmp")
-    try:
-        partial.touch()
-        mode = partial.stat().st_mode  # as of every file: safetensors makes its own for nobody else to read
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial, metadata)
-        partial.chmod(mode)
-        with partial.open("rb") as opened:
-            os.fsync(opened.fileno())
-        os.replace(partial, path)
-    except Exception as error:
-        raise IrcError(
-            f"{path}: could not be written ({error}); free some space and try again with --resume"
-        ) from error
-    finally:  # an interrupt, which is no Exception, leaves nothing either
-        partial.unlink(missing_ok=True)
 
 
 def _restore(path: Path, names: Mapping[str, nn.Parameter], adam: MasterAdamW) -> tuple[int, LoopResult]:

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from irc.errors import InputError
+from irc.files.tensors import write_safetensors
+from irc.files.untrusted import first_line
 from irc.model.routed import RoutedForCausalLM
-from irc.reading import first_line
-from irc.stage_recipes import LoraRecipe
-from irc.training.loop import write_safetensors
+from irc.recipe.stages import LoraRecipe
 
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."

@@ -13,9 +13,9 @@ from accelerate.utils import reduce
 
 from irc.model.head import summed_loss
 from irc.model.modules import Record
-from irc.model.policies import policy_named
 from irc.model.routed import RoutedForCausalLM
-from irc.stage_recipes import RouterRecipe
+from irc.recipe.policies import policy_named
+from irc.recipe.stages import RouterRecipe
 from irc.training.budget import Budget, plain_budget
 from irc.training.loop import Objective, step_noise
 from irc.training.lora import adapters_off

@@ -13,10 +13,10 @@ from collections.abc import Container, Iterable
 import torch
 from accelerate import PartialState
 
-from irc.config import Recipe
 from irc.errors import InputError
-from irc.model.policies import policy_named
 from irc.model.routed import RoutedForCausalLM
+from irc.recipe.policies import policy_named
+from irc.recipe.recipe import Recipe
 from irc.training.layerwise import outermost
 
 log = logging.getLogger(__name__)

@@ -14,18 +14,19 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from irc.config import Recipe
-from irc.data import pick, windows
 from irc.errors import InputError
 from irc.model.modules import Forecaster, Router
 from irc.model.paging import released
-from irc.model.policies import policy_named
 from irc.model.routed import RoutedForCausalLM
+from irc.progress import Progress, ProgressFactory
+from irc.recipe.policies import policy_named
+from irc.recipe.recipe import Recipe
+from irc.text.source import pick, windows
 from irc.training.budget import Budget, make_budget
 from irc.training.calibrate import set_threshold
 from irc.training.closed_form import gathering, set_closed_form
 from irc.training.layerwise import layer_by_layer, outermost
-from irc.training.loop import LoopResult, LoopSettings, Objective, Progress, ProgressFactory, accelerator_for, train
+from irc.training.loop import LoopResult, LoopSettings, Objective, accelerator_for, train
 from irc.training.lora import inject_lora, lora_config, lora_parameters
 from irc.training.objectives import ForecastObjective, RoutingObjective
 from irc.training.recompute import recomputing

@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import fx, nn
 
-from irc.config import Recipe
 from irc.errors import InputError
 from irc.model.build import build_plain
 from irc.model.checkpoint import BaseModel
 from irc.model.flops import UnitFlops, flops_ratio, head_flops, unit_flops
 from irc.model.modules import Forecaster, Router
 from irc.model.routed import RoutedForCausalLM
+from irc.recipe.recipe import Recipe
 from passes.match import Unit
 from passes.printer import named_lines, unified_diff
 
@@ -26,7 +26,7 @@ def inspection(model: RoutedForCausalLM, name: str) -> dict[str, Any]:
     measure, and what a plain model does not have, is None.
 
     Args:
-        model: A bundle or a plain model, as `irc.evaluation_run.open_model` returns it.
+        model: A bundle or a plain model, as `irc.evaluation.run.open_model` returns it.
         name: What the user called it.
     """
     config: dict[str, Any] = model.facts.get("config", {})

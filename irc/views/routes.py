@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from irc.data import load_text
 from irc.errors import InputError
 from irc.model.modules import Record
 from irc.model.routed import RoutedForCausalLM
+from irc.text.source import load_text
 
 CLASSES = ("word", "number", "punctuation", "space", "line end", "other")
 
@@ -66,7 +66,7 @@ def read_routes(model: RoutedForCausalLM, spec: str, limit: int) -> Routes:
 
     Args:
         model: Rewritten model with its base in `facts["base"]`.
-        spec: What `irc.data.load_text` reads.
+        spec: What `irc.text.source.load_text` reads.
         limit: Tokens to read at most.
 
     Raises:

@@ -2,8 +2,8 @@
 
     python tests/data/make_bundle.py       # writes tests/data/bundle-vN, N the format version
 
-Run it once when `irc.bundle.FORMAT_VERSION` has grown, and commit the folder; folders of older versions are never
-made again. What lies there: `model` (the base), `bundle`, `text.txt`, and `expected.json`, the figures of `irc eval`.
+Run it once after `irc.bundle.config.FORMAT_VERSION` has grown, and commit the folder. Folders of older versions are
+never made again. Each holds `model` (the base), `bundle`, `text.txt` and `expected.json`, the figures of `irc eval`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from irc import console
-from irc.bundle import CONFIG, FORMAT_VERSION, LORA, METRICS, RECIPE
-from irc.config import Recipe
-from irc.evaluation_run import run_evaluation
-from irc.pipeline import convert
-from irc.stage_recipes import LffRecipe, LoraRecipe, RouterRecipe
+from irc.bundle.loading import CONFIG, FORMAT_VERSION, LORA, METRICS, RECIPE
+from irc.conversion.pipeline import convert
+from irc.evaluation.run import run_evaluation
+from irc.recipe.recipe import Recipe
+from irc.recipe.stages import LffRecipe, LoraRecipe, RouterRecipe
 
 FOLDER = Path(__file__).parent / f"bundle-v{FORMAT_VERSION}"
 DIAL = [0.2, 0.5]

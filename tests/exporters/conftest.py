@@ -19,11 +19,11 @@ import torch
 from torch import fx
 
 from exporters.onnx import MODEL, CacheShape, Decision, export_onnx
+from irc.bench.kernels.attention import AttentionCase, attention_case
+from irc.bench.kernels.check import _KINDS, NodeRunner
 from irc.model.cache import cache_shape
 from irc.model.modules import Forecaster, Mux, Record, Router, RoutingControl, StoredKeys
 from irc.runtime.native import installed_library
-from irc.runtime.native_attention import AttentionCase, attention_case
-from irc.runtime.native_check import _KINDS, NodeRunner
 from passes.base import PassManager
 from passes.insert_forecasters import InsertForecasters
 from passes.insert_routers import InsertRouters

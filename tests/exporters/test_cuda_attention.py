@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from irc.runtime.native_check import DTYPES, NodeRunner
+from irc.bench.kernels.check import DTYPES, NodeRunner
 
 # Nothing waits for the device in any of these tests: emulated, every wait fails with this error.
 settled = settings(

@@ -15,7 +15,7 @@ import onnx
 import pytest
 import torch
 
-from irc.runtime.native_check import DTYPES, OPERATORS, NodeRunner, check_kernels
+from irc.bench.kernels.check import DTYPES, OPERATORS, NodeRunner, check_kernels
 
 CPU = "CPUExecutionProvider"
 F32, I64 = torch.float32, torch.int64

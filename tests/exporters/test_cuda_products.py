@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from irc.runtime.native_check import NodeRunner
+from irc.bench.kernels.check import NodeRunner
 
 irc = torch.ops.irc
 F32 = torch.float32

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from irc.bench.kernels.check import DTYPES, NodeRunner
 from irc.runtime.native import installed_library
-from irc.runtime.native_check import DTYPES, NodeRunner
 
 LIBRARY = installed_library()
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the native operator library is not installed")

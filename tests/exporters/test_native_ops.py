@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from irc.bench.kernels.check import DTYPES, NodeRunner
 from irc.runtime.native import installed_library
-from irc.runtime.native_check import DTYPES, NodeRunner
 from passes import dialect  # noqa: F401 - registers the operators
 
 LIBRARY = installed_library()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from irc.bench.kernels.check import DTYPES, NodeRunner, random_case
+from irc.bench.kernels.products import draw_products
 from irc.runtime.native import installed_library
-from irc.runtime.native_check import DTYPES, NodeRunner, random_case
-from irc.runtime.native_products import draw_products
 from passes import dialect  # noqa: F401 - registers the operators
 
 LIBRARY = installed_library()

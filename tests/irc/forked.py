@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["irc.export", "irc.training.lora", "tests.irc.loaded"])
+SERVER.set_forkserver_preload(["irc.deployment.onnx_folder", "irc.training.lora", "tests.irc.loaded"])
 
 
 class Forked:

@@ -18,12 +18,12 @@ from typing import Any
 
 import pytest
 
-from irc import workspace
-from irc.bundle import ADAPTER, read_config, save_bundle
-from irc.config import Recipe
+from irc.bundle.loading import ADAPTER, read_config, save_bundle
+from irc.conversion import work_folder as workspace
+from irc.conversion.work_folder import held
 from irc.errors import InputError
-from irc.staging import staged
-from irc.workspace import held
+from irc.files.atomic import staged
+from irc.recipe.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
 Arguments = Callable[..., list[str]]

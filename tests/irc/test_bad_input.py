@@ -273,7 +273,7 @@ def test_a_full_disk_at_the_end_keeps_the_work(
 
     output = tmp_path / "b"
     with monkeypatch.context() as patch:
-        patch.setattr("irc.bundle._write", full)
+        patch.setattr("irc.bundle.loading._write", full)
         failed = irc_main(*convert_arguments(output))
     assert (failed.code, output.exists()) == (1, False)
     assert "could not be written (No space left on device)" in failed.sentence()

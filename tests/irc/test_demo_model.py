@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 
-from irc.data import load_text, pick, token_stream, windows
-from irc.evaluate import evaluate
+from irc.evaluation.perplexity import evaluate
 from irc.model.build import build_plain
 from irc.model.checkpoint import find_base
+from irc.text.source import load_text, pick, token_stream, windows
 
 
 class Silent:

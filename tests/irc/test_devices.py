@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import irc
-from irc.config import Recipe
+from irc.conversion.pipeline import resolve
 from irc.devices import find_device
 from irc.errors import InputError
-from irc.evaluation_run import open_model
-from irc.pipeline import resolve
+from irc.evaluation.run import open_model
+from irc.recipe.recipe import Recipe
 
 REFUSED = {
     "": "device is ''; use auto, cpu",

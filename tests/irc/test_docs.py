@@ -11,10 +11,10 @@ from pathlib import Path
 import click
 import pytest
 
-from irc.bundle import save_bundle
+from irc.bundle.loading import save_bundle
 from irc.cli import group, main
-from irc.config import load_recipe
 from irc.model.routed import RoutedForCausalLM
+from irc.recipe.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

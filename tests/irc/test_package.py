@@ -96,7 +96,7 @@ def test_the_wheel_holds_every_file_of_the_packages_and_no_other(wheel: Path) ->
     assert held == set().union(*map(files_of_package, PACKAGES))
     assert {f"{name}/py.typed" for name in PACKAGES} <= held
     assert {"irc/demo/model.safetensors", "irc/demo/tokenizer.json", "irc/views/routes.html.j2"} <= held
-    assert any(name.startswith("irc/recipes/") and name.endswith(".yaml") for name in held)
+    assert any(name.startswith("irc/recipe/ready/") and name.endswith(".yaml") for name in held)
 
 
 def test_the_metadata_say_what_it_is(wheel: Path) -> None:

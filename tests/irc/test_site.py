@@ -38,5 +38,5 @@ def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_
     assert "WARNING  -" not in done.stderr
     pages = {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "site").glob("*.html")}
     assert {name.replace(".md", ".html") for name in OUTSIDE} <= set(pages)
-    assert 'id="irc.pipeline.convert"' in pages["api.html"]
+    assert 'id="irc.conversion.pipeline.convert"' in pages["api.html"]
     assert [(name, found) for name, page in pages.items() for found in _LOADED.findall(page)] == []

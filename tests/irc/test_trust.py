@@ -16,8 +16,9 @@ import onnx
 import pytest
 
 import irc
-from irc.bundle import CONFIG, file_sha256, save_bundle
+from irc.bundle.loading import CONFIG, save_bundle
 from irc.errors import InputError
+from irc.files.atomic import file_sha256
 from irc.model.checkpoint import find_base
 from irc.model.routed import RoutedForCausalLM
 from irc.runtime.folder import MANIFEST, open_folder

@@ -15,7 +15,7 @@ import torch
 from transformers import LlamaConfig
 
 from irc import console, evaluation_run
-from irc.bundle import save_bundle
+from irc.bundle.loading import save_bundle
 from irc.cli import main
 from irc.cli.inspect import _short
 from irc.console import output

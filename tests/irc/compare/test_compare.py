@@ -14,8 +14,8 @@ import pytest
 from irc.compare import run
 from irc.compare.cells import Cell, Plan, read_variants
 from irc.compare.results import catch_up, gap_closed, groups
-from irc.config import Recipe
 from irc.errors import InputError
+from irc.recipe.recipe import Recipe
 
 Main = Callable[..., Any]
 

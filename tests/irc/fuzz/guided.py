@@ -23,15 +23,15 @@ Target = tuple[Path, Callable[[], object]]
 
 
 def recipe(folder: Path) -> Target:
-    from irc.config import load_recipe
-    from irc.pipeline import resolve
+    from irc.conversion.pipeline import resolve
+    from irc.recipe.recipe import load_recipe
 
     path = Path(shutil.copy(BUNDLE / "recipe.yaml", folder))
     return path, lambda: resolve(load_recipe(path))
 
 
 def bundle_config(folder: Path) -> Target:
-    from irc.bundle_config import CONFIG, read_config
+    from irc.bundle.config import CONFIG, read_config
 
     shutil.copytree(BUNDLE, folder, dirs_exist_ok=True)
     return folder / CONFIG, lambda: read_config(folder)
@@ -39,7 +39,8 @@ def bundle_config(folder: Path) -> Target:
 
 def adapter(folder: Path) -> Target:
     """Forecasters and routers of a bundle, under their right hash."""
-    from irc.bundle import ADAPTER, _read_adapter, file_sha256
+    from irc.bundle.loading import ADAPTER, _read_adapter
+    from irc.files.atomic import file_sha256
 
     shutil.copytree(BUNDLE, folder, dirs_exist_ok=True)
     path = folder / ADAPTER
@@ -64,7 +65,7 @@ def model_config(folder: Path) -> Target:
 
 
 def manifest(folder: Path) -> Target:
-    from irc.export import export
+    from irc.deployment.onnx_folder import export
     from irc.runtime.folder import MANIFEST, open_folder
 
     onnx = folder / "onnx"
@@ -73,7 +74,7 @@ def manifest(folder: Path) -> Target:
 
 
 def onnx_model(folder: Path) -> Target:
-    from irc.export import export
+    from irc.deployment.onnx_folder import export
     from irc.runtime.check import read_model
 
     onnx = folder / "onnx"

@@ -19,15 +19,16 @@ import torch
 import yaml
 
 import irc
-from irc.bundle import ADAPTER, CONFIG, RECIPE, file_sha256, save_bundle
-from irc.bundle_config import read_config
-from irc.config import Recipe, load_recipe
+from irc.bundle.config import read_config
+from irc.bundle.loading import ADAPTER, CONFIG, RECIPE, save_bundle
+from irc.conversion.pipeline import resolve
+from irc.deployment.onnx_folder import export
 from irc.errors import InputError
-from irc.export import export
+from irc.files.atomic import file_sha256
 from irc.model.capture import Captured, assign_weights
 from irc.model.checkpoint import BaseModel, find_base
 from irc.model.routed import RoutedForCausalLM
-from irc.pipeline import resolve
+from irc.recipe.recipe import Recipe, load_recipe
 from irc.runtime.folder import MANIFEST, open_folder
 from irc.runtime.generation import Generator
 from irc.runtime.session import Runtime
@@ -150,7 +151,7 @@ def test_recipes_that_are_traps(tmp_path: Path, reason: str) -> None:
 
 
 def test_adapter(fuzz: Any, bundle: Path, make_routed: Any) -> None:
-    from irc.bundle import _read_adapter, set_adapter
+    from irc.bundle.loading import _read_adapter, set_adapter
 
     model: RoutedForCausalLM = make_routed()
     path = bundle / ADAPTER
@@ -159,7 +160,7 @@ def test_adapter(fuzz: Any, bundle: Path, make_routed: Any) -> None:
 
 
 def test_lora_weights(fuzz: Any, bundle: Path) -> None:
-    from irc.stage_recipes import LoraRecipe
+    from irc.recipe.stages import LoraRecipe
     from irc.training.lora import load_lora
 
     model = irc.load(bundle)

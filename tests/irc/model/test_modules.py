@@ -13,10 +13,10 @@ from irc.model.modules import (
     RoutingControl,
     StraightThroughMux,
     ZeroForecaster,
-    default_rank,
     forecast_error,
     router_hidden,
 )
+from irc.recipe.recipe import default_rank
 
 BATCH, TOKENS, WIDTH = 2, 5, 6
 

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 import irc
 from irc.errors import InputError
 from irc.model.modules import Record, RoutingControl
-from irc.model.policies import POLICIES, make_forecaster, make_router, policy_named
+from irc.model.policies import make_forecaster, make_router
 from irc.model.routed import RoutedForCausalLM
+from irc.recipe.policies import POLICIES, policy_named
 from irc.training.stages import StageContext, run_lff, run_lora, run_router
 from irc.training.static_depth import drop_units, unit_importance
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import fx
 
-from irc.bundle import load
+from irc.bundle.loading import load
 from irc.errors import InputError
 from irc.model.cache import CACHE_NAME
 from irc.model.routed import RoutedForCausalLM

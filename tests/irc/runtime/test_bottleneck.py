@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import irc
-from irc.bundle import save_bundle
-from irc.export import export
+from irc.bundle.loading import save_bundle
+from irc.deployment.onnx_folder import export
 from irc.model.build import build_routed
 from irc.model.checkpoint import BaseModel
 from irc.model.flops import unit_flops

@@ -12,10 +12,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from irc.bundle import file_sha256
+from irc.deployment.verification import tolerance_of
 from irc.errors import InputError
+from irc.files.atomic import file_sha256
 from irc.runtime.generation import Generator
-from irc.runtime.parity import tolerance_of
 from irc.runtime.session import Runtime
 
 Edit = Callable[[dict[str, Any]], object]

@@ -13,9 +13,10 @@ import onnx
 import pytest
 import torch
 
-from irc.bundle import file_sha256, save_bundle
+from irc.bundle.loading import save_bundle
+from irc.deployment.onnx_folder import export
 from irc.errors import InputError
-from irc.export import export
+from irc.files.atomic import file_sha256
 from irc.model.build import build_routed
 from irc.model.checkpoint import BaseModel
 from irc.model.routed import RoutingSpec

@@ -11,7 +11,7 @@ import pytest
 
 from exporters.onnx import MODEL
 from exporters.onnx_ops import function_protos
-from irc.bundle import file_sha256
+from irc.files.atomic import file_sha256
 from irc.runtime.folder import MANIFEST
 from irc.runtime.native import installed_library
 from irc.runtime.session import Runtime

@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 
-from irc.export import export
+from irc.deployment.onnx_folder import export
 from irc.runtime.generation import Generator
 from irc.runtime.session import Runtime
 

@@ -14,8 +14,8 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from irc import pipeline
 from irc.cli import main
+from irc.conversion import pipeline
 from irc.training.master_weights import MasterAdamW
 from irc.training.sharding import average_gradients
 

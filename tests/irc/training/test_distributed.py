@@ -19,11 +19,11 @@ from accelerate import PartialState
 from safetensors.torch import load_file
 
 import irc
-from irc.bundle import ADAPTER
+from irc.bundle.loading import ADAPTER
 from irc.cli import main
-from irc.config import load_recipe
+from irc.conversion.pipeline import resolve
 from irc.errors import InputError
-from irc.pipeline import resolve
+from irc.recipe.recipe import load_recipe
 from irc.training.master_weights import MasterAdamW
 from irc.training.sharding import check_batches, sharding_wanted
 from tests.irc.forked import Forked

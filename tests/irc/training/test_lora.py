@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from irc.errors import InputError
 from irc.model.routed import RoutedForCausalLM
-from irc.stage_recipes import LoraRecipe
+from irc.recipe.stages import LoraRecipe
 from irc.training.lora import WEIGHTS, adapters_off, inject_lora, load_lora, lora_config, lora_parameters, save_lora
 from irc.training.stages import StageContext, run_lora
 

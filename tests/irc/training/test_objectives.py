@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from irc.model.checkpoint import BaseModel
 from irc.model.modules import Record
 from irc.model.routed import RoutedForCausalLM
-from irc.stage_recipes import RouterRecipe
+from irc.recipe.stages import RouterRecipe
 from irc.training.objectives import ForecastObjective, RoutingObjective, _straight_through
 
 Make = Callable[..., RoutedForCausalLM]

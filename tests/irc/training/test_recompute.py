@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from irc.config import Recipe
 from irc.model.routed import RoutedForCausalLM
+from irc.recipe.recipe import Recipe
 from irc.training.objectives import RoutingObjective
 from irc.training.recompute import recomputing
 from irc.training.stages import StageContext, run_lff, run_lora, run_router

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from irc.config import Recipe
-from irc.data import windows
 from irc.errors import InputError, IrcError
 from irc.model.modules import Record
 from irc.model.routed import RoutedForCausalLM
+from irc.recipe.recipe import Recipe
+from irc.text.source import windows
 from irc.training.budget import plain_budget
 from irc.training.calibrate import calibrate
 from irc.training.stages import (

@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from irc.config import Recipe
+from irc.conversion.pipeline import resolve
 from irc.model.routed import RoutedForCausalLM
-from irc.pipeline import resolve
+from irc.recipe.recipe import Recipe
 from irc.training import stages
 from irc.training.loop import LoopResult, train
 from irc.training.objectives import RoutingObjective

@@ -14,7 +14,8 @@ from safetensors import safe_open
 from torch import nn
 
 from irc.errors import InputError, IrcError
-from irc.training.loop import LoopResult, LoopSettings, Objective, accelerator_for, step_noise, train, write_safetensors
+from irc.files.tensors import write_safetensors
+from irc.training.loop import LoopResult, LoopSettings, Objective, accelerator_for, step_noise, train
 from irc.training.stages import StageContext, run_lff, run_lora, run_router
 
 STEPS = 8

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import fx
 
-from irc.bundle import CONFIG, METRICS, save_bundle
+from irc.bundle.loading import CONFIG, METRICS, save_bundle
 from irc.errors import InputError
-from irc.evaluation_run import open_model
+from irc.evaluation.run import open_model
 from irc.model.build import build_plain, build_routed
 from irc.model.checkpoint import BaseModel
 from irc.model.flops import flops_ratio

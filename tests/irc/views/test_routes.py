@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from irc.bundle import save_bundle
+from irc.bundle.loading import save_bundle
 from irc.model.modules import Record
 from irc.model.routed import RoutedForCausalLM
 from irc.views.routes import CLASSES, class_of, read_routes

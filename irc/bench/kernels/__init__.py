@@ -1,0 +1,1 @@
+"""Checks of native operators against the eager dialect."""

@@ -1,0 +1,1 @@
+"""Bundles: what `irc convert` writes and `irc.load` reads."""

@@ -1,0 +1,55 @@
+"""The model card of a bundle: measured figures, and how to use and to make it again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from irc.recipe.policies import policy_named
+from irc.recipe.recipe import Recipe, text_name
+
+
+def model_card(metrics: dict[str, Any], recipe: Recipe) -> str:
+    """Return the README.md of a bundle.
+
+    Args:
+        metrics: As in metrics.json.
+        recipe: Resolved recipe.
+    """
+    perplexity, sparsity = metrics["perplexity"], metrics["sparsity"]
+    rows = [
+        ("perplexity, dense", f"{perplexity['dense']:.3f}"),
+        ("perplexity, routed", f"{perplexity['routed']:.3f} ({perplexity['ratio']:.3f} x dense)"),
+        ("sparsity, target", f"{recipe.sparsity:.3f}"),
+        ("sparsity, realized", f"{sparsity['realized']:.3f}"),
+        ("sparsity of attention / FFN", f"{sparsity['attention']:.3f} / {sparsity['ffn']:.3f}"),
+        ("matrix-multiply FLOPs, routed over dense", f"{metrics['flops_ratio']:.3f}"),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    policy = policy_named(recipe.policy)
+    parts = f"Routers and forecasters (rank {recipe.rank})" if policy.forecasts else "Routers, without forecasters,"
+    return (
+        f"# {recipe.model}, {policy.name} routing at {recipe.sparsity:.0%} sparsity\n\n"
+        f"{parts} round every attention and FFN unit of `{recipe.model}`: {policy.summary}. "
+        "The base's own weights are not in this folder.\n\n"
+        f"Measured on {metrics['data']['tokens']:,} tokens of the {text_name(metrics['data']['split'])} of "
+        f"`{recipe.data}` in windows of {recipe.seq_len}:\n\n"
+        f"| figure | value |\n|---|---|\n{table}\n\n"
+        'Use it:\n\n```python\nimport irc\n\nmodel = irc.load("PATH/OF/THIS/FOLDER")\n```\n\n'
+        f"{_options(recipe)}"
+        "Make it again: `irc convert --recipe recipe.yaml -o OUTPUT` "
+        f"(stages {', '.join(recipe.stages)}, seed {recipe.seed}).\n"
+    )
+
+
+def _options(recipe: Recipe) -> str:
+    """Return what else the bundle's user should know, a paragraph each."""
+    told = []
+    if recipe.dial:
+        told.append(
+            f"Other sparsities, from {min(recipe.dial):g} to {max(recipe.dial):g}: `irc.load(path, sparsity=...)`."
+        )
+    if recipe.kv_policy != "full":
+        told.append(f"Keys and values: policy `{recipe.kv_policy}`, threshold {recipe.kv_threshold:g}.")
+    if "lora" in recipe.stages:
+        told.append(f"LoRA adapters (rank {recipe.lora.rank}) on {', '.join(recipe.lora.targets)} lie in `lora/`.")
+    return "".join(f"{sentence}\n\n" for sentence in told)

@@ -1,0 +1,1 @@
+"""Conversion: from a checkpoint to a bundle, phase by phase."""

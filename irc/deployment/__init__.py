@@ -1,0 +1,1 @@
+"""Deployment: a bundle becomes an ONNX folder, and is compared with PyTorch."""

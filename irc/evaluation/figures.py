@@ -1,0 +1,30 @@
+"""The figures of an evaluation, as the JSON keys that `irc convert` and `irc eval` share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from irc.bundle.key_policy import kv_facts
+from irc.evaluation.perplexity import Evaluation
+from irc.model.routed import RoutedForCausalLM
+
+
+def result_metrics(model: RoutedForCausalLM, result: Evaluation, target: float | None) -> dict[str, Any]:
+    """Return an evaluation as the JSON keys that convert and eval share."""
+    if result.routed is None:
+        return {"perplexity": {"dense": result.dense}, "flops_ratio": 1.0}
+    return {
+        "perplexity": {"dense": result.dense, "routed": result.routed, "ratio": result.routed / result.dense},
+        "sparsity": {
+            "target": target,
+            "realized": result.sparsity(model),
+            "attention": result.sparsity(model, "attention"),
+            "ffn": result.sparsity(model, "ffn"),
+        },
+        "flops_ratio": result.flops_ratio,
+        "kv": kv_facts(model, result.keep),
+        "units": {
+            unit.name: {"keep_ratio": result.keep[unit.name], "recoverability": result.recoverability[unit.name]}
+            for unit in model.units
+        },
+    }

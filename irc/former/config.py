@@ -1,0 +1,5 @@
+"""Formerly `irc.config`; now `irc.recipe.recipe`."""
+
+from irc.recipe.recipe import Recipe, load_recipe
+
+__all__ = ["Recipe", "load_recipe"]

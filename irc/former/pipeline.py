@@ -1,0 +1,5 @@
+"""Formerly `irc.pipeline`; now `irc.conversion.pipeline`."""
+
+from irc.conversion.pipeline import convert
+
+__all__ = ["convert"]

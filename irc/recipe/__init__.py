@@ -1,0 +1,1 @@
+"""Recipes: every choice of a conversion, as data."""

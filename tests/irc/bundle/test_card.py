@@ -1,0 +1,58 @@
+"""The model card says what a bundle holds: its policy, its measured figures, its options, how to make it again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from irc.bundle.card import model_card
+from irc.conversion.pipeline import resolve
+from irc.recipe.recipe import load_recipe
+
+METRICS: dict[str, Any] = {
+    "perplexity": {"dense": 10.0, "routed": 10.5, "ratio": 1.05},
+    "sparsity": {"target": 0.4, "realized": 0.412, "attention": 0.3, "ffn": 0.524},
+    "flops_ratio": 0.7,
+    "data": {"tokens": 1234, "split": "heldout"},
+}
+
+
+def card(*settings: str) -> str:
+    return model_card(METRICS, resolve(load_recipe(None, ["model=m", "sparsity=0.4", "rank=6", *settings])))
+
+
+def test_figures_are_those_of_the_metrics() -> None:
+    text = card()
+    for cell in ("10.000", "10.500 (1.050 x dense)", "0.400", "0.412", "0.300 / 0.524", "0.700"):
+        assert f"| {cell} |" in text
+    assert "on 1,234 tokens of the held-out text of `stdlib` in windows of 256" in text
+    assert "Make it again: `irc convert --recipe recipe.yaml -o OUTPUT` (stages lff, router, seed 0)" in text
+
+
+@pytest.mark.parametrize(
+    ("policy", "holds"),
+    [
+        ("informed", "Routers and forecasters (rank 6) round every attention and FFN unit of `m`: execute or forecast"),
+        (
+            "random",
+            "Routers and forecasters (rank 6) round every attention and FFN unit of `m`: execute or forecast, by",
+        ),
+        ("skipgpt", "Routers, without forecasters, round every attention and FFN unit of `m`: execute or skip"),
+        ("static", "Routers, without forecasters, round every attention and FFN unit of `m`: whole units dropped"),
+    ],
+)
+def test_it_says_what_the_policy_puts_there(policy: str, holds: str) -> None:
+    text = card(f"policy={policy}")
+    assert text.startswith(f"# m, {policy} routing at 40% sparsity\n")
+    assert holds in text
+
+
+def test_options_are_told_where_they_are_taken() -> None:
+    plain = card()
+    for word in ("Other sparsities", "Keys and values", "LoRA"):
+        assert word not in plain
+    assert "Other sparsities, from 0.1 to 0.5" in card("dial=[0.1, 0.5]")
+    assert "Keys and values: policy `reduced`, threshold 0.7" in card("kv_policy=reduced", "kv_threshold=0.7")
+    told = card("stages=[lff, router, lora]", "lora.rank=3", "lora.targets=[q_proj]")
+    assert "LoRA adapters (rank 3) on q_proj lie in `lora/`" in told

@@ -1,0 +1,56 @@
+"""A bundle of every format version that there ever was loads, and gives the figures that it gave.
+
+But for one: the dense perplexity of a bundle with LoRA was that of its adapters, all units executed (288.10), and is
+that of the base.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import irc
+from irc.bundle.loading import FORMAT_VERSION
+from irc.evaluation.run import run_evaluation
+
+DATA = Path(__file__).parents[2] / "data"
+VERSIONS = range(1, FORMAT_VERSION + 1)
+
+
+def test_there_is_a_frozen_bundle_of_each_version() -> None:
+    assert {path.name for path in DATA.glob("bundle-v*")} == {f"bundle-v{version}" for version in VERSIONS}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_an_older_bundle_gives_its_figures(version: int, bars: Callable[[], Any]) -> None:
+    folder = DATA / f"bundle-v{version}"
+    bundle, base = str(folder / "bundle"), str(folder / "model")
+    assert json.loads((folder / "bundle" / "irc_config.json").read_text())["format_version"] == version
+    expected = json.loads((folder / "expected.json").read_text())
+    dial = [point["target"] for point in expected["sparsity_sweep"]]
+    text = str(folder / "text.txt")
+    found = run_evaluation(bundle, bars(), data=text, split="all", tokens=0, base=base, sparsities=dial, device="cpu")
+    # fp32 sums in another order: single tokens near a threshold may change sides, the dense model may not
+    assert found["perplexity"]["dense"] == pytest.approx(expected["perplexity"]["dense"], rel=1e-4)
+    assert found["perplexity"]["routed"] == pytest.approx(expected["perplexity"]["routed"], rel=2e-3)
+    assert found["flops_ratio"] == pytest.approx(expected["flops_ratio"], rel=2e-3)
+    assert found["kv"]["reduced_units"] == expected["kv"]["reduced_units"] > 0
+    for key in ("realized", "attention", "ffn"):
+        assert found["sparsity"][key] == pytest.approx(expected["sparsity"][key], abs=2e-3), key
+    for name, unit in expected["units"].items():
+        assert found["units"][name] == pytest.approx(unit, abs=3e-3), name
+    for point, before in zip(found["sparsity_sweep"], expected["sparsity_sweep"], strict=True):
+        assert point == pytest.approx(before, rel=3e-3)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_an_older_bundle_generates(version: int) -> None:
+    folder = DATA / f"bundle-v{version}"
+    model = irc.load(folder / "bundle", base=str(folder / "model"))
+    prompt = model.facts["base"].tokenizer("the router ", return_tensors="pt")["input_ids"]
+    written = model.generate(prompt, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    assert written.shape == (1, prompt.shape[1] + 6)
