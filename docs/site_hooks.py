@@ -21,7 +21,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Turn links between files of the repository into links between pages; a link to any other file becomes plain text."""
+    """Turn links between files of the repository into links between pages; other links become plain text."""
     source = ROOT / OUTSIDE.get(page.file.src_uri, f"docs/{page.file.src_uri}")
     pages = {(ROOT / path).resolve(): name for name, path in OUTSIDE.items()}
     pages |= {path.resolve(): path.name for path in (ROOT / "docs").glob("*.md")}

@@ -1,4 +1,4 @@
-"""The documentation site: it contains every page, the names on the API page exist, and it loads nothing from other hosts."""
+"""The documentation site contains every page, the names on its API page exist, and it loads nothing from other hosts."""
 
 from __future__ import annotations
 
