@@ -1,4 +1,4 @@
-"""The documentation site contains every page, the names on its API page exist, and it loads nothing from other hosts."""
+"""The documentation site contains every page, the names on its API page exist, and it loads nothing from elsewhere."""
 
 from __future__ import annotations
 
