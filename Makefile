@@ -3,7 +3,9 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-EXTRAS ?= dev,cpu,report,tasks,docs
+CHECKS := $(VENV)/.installed-checks
+EXTRAS ?= cpu
+CHECK_EXTRAS ?= dev,report,tasks,docs
 PYTHON ?=
 CANDIDATES = $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.14 python)
 WORKERS ?= 2
@@ -32,7 +34,7 @@ demo: $(STAMP)  ## convert the embedded model, measure it, show its units, expor
 test: lint native  ## lint, then run the tests, on two cores; WORKERS=8 for more
 	$(SUITE)
 
-coverage: $(STAMP) native  ## run the tests and say which lines and branches they reach; fails under 90 %
+coverage: $(CHECKS) native  ## run the tests and say which lines and branches they reach; fails under 90 %
 	$(SUITE) --cov --cov-report=term
 
 native: $(STAMP)  ## build and install the native operator library, where there is a C++ compiler
@@ -43,35 +45,33 @@ $(NATIVE): $(STAMP) $(NATIVE_FILES)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --force-reinstall ./exporters/native
 	@touch $@
 
-sanitize: $(STAMP)  ## run the kernels' tests on a build with the address and undefined-behaviour sanitizers
+sanitize: $(CHECKS)  ## run the kernels' tests on a build with the address and undefined-behaviour sanitizers
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --upgrade --no-deps --target build/sanitize \
 	  --config-settings cmake.define.IRC_SANITIZE=ON ./exporters/native
 	PYTHONPATH=build/sanitize LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest tests/exporters/test_native_ops.py \
 	  tests/exporters/test_native_attention.py tests/exporters/test_native_products.py tests/exporters/test_native_memory.py
 
-lint: $(STAMP)  ## ruff, mypy --strict, the import contracts
+lint: $(CHECKS)  ## ruff, mypy --strict, the import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-package: $(STAMP)  ## build the wheel and the source distribution, and try the wheel in a fresh environment
+package: $(CHECKS)  ## build the wheel and the source distribution, and try the wheel in a fresh environment
 	rm -rf $(PACKAGE)
 	$(BIN)/python -m build --outdir $(PACKAGE) .
 	IRC_PACKAGE=$(PACKAGE) $(BIN)/python -m pytest tests/irc/test_package.py
 	@ls -l $(PACKAGE)
 
-docs: $(STAMP)  ## build the documentation site in build/site
-	@$(BIN)/python -c 'import mkdocstrings, material' 2>/dev/null \
-	  || $(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[docs]'
+docs: $(CHECKS)  ## build the documentation site in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --config-file .mkdocs.yml
 	@echo "documentation: build/site/index.html"
 
-fuzz: $(STAMP)  ## feed every loader ten million bytes of mutated files and more; FUZZ_BYTES=..., FUZZ_SECONDS=... of atheris
+fuzz: $(CHECKS)  ## feed every loader ten million bytes of mutated files and more; FUZZ_BYTES=..., FUZZ_SECONDS=... of atheris
 	IRC_FUZZ_SECONDS=$(or $(FUZZ_SECONDS),60) IRC_FUZZ_BYTES=$(or $(FUZZ_BYTES),10000000) $(BIN)/python -m pytest tests/irc/fuzz --timeout 7200
 
-mutate: $(STAMP)  ## run the tests of passes/ on mutants of it; MUTATE='--only match.py' or others, see its --help
+mutate: $(CHECKS)  ## run the tests of passes/ on mutants of it; MUTATE='--only match.py' or others, see its --help
 	@$(BIN)/python -c 'import mutmut, coverage' 2>/dev/null \
 	  || $(BIN)/python -m pip install --disable-pip-version-check --quiet 'mutmut>=3.8,<3.9' 'coverage>=7.6,<8'
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python -W ignore tests/mutation/mutate.py $(MUTATE)
@@ -81,7 +81,7 @@ clean:  ## remove build/ and the caches; .venv stays
 	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 # The stamp is older than pyproject.toml whenever the requirements may have changed.
-# PYTHON=... chooses the interpreter of a new .venv, EXTRAS=dev,report,gpu what is installed beside the tool.
+# PYTHON=... chooses the interpreter of a new .venv; EXTRAS=gpu installs ONNX Runtime for CUDA in place of the CPU build.
 $(STAMP): pyproject.toml
 	@$(BIN)/python -c '' 2>/dev/null || { \
 	  for python in $(CANDIDATES); do \
@@ -95,4 +95,9 @@ $(STAMP): pyproject.toml
 	       "install one, or name it: make PYTHON=/path/to/python3.12" >&2; \
 	  exit 1; }
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[$(EXTRAS)]'
+	@touch $@
+
+# What the tests, the checks and the documentation need beyond the tool.
+$(CHECKS): $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[$(EXTRAS),$(CHECK_EXTRAS)]'
 	@touch $@

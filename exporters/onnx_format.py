@@ -39,12 +39,6 @@ UNITS, IN_PLACE = "irc.units", "irc.cache_in_place"
 layer, whose native kernel writes to a cache in place, else "false".
 """
 
-FLOAT, INT64, FLOAT16, BFLOAT16 = 1, 7, 10, 16
-"""Numbers of ONNX element types."""
-
-ELEMENTS = {"fp32": FLOAT, "fp16": FLOAT16, "bf16": BFLOAT16}
-"""Element types of a model's weights and caches, by our short names."""
-
 REQUEST_OPTIONS = {
     "max_tokens": "TYPE_INT32",
     "temperature": "TYPE_FP32",

@@ -1,7 +1,7 @@
-"""A model repository for Triton Inference Server: the model on tensors, and a model that takes and gives text.
+"""A model repository for Triton Inference Server: one model on tensors, and one on text.
 
 `NAME` runs `model.onnx` on Triton's onnxruntime backend; its caches travel with every request. `NAME_text` runs on
-Triton's Python backend, where irc is installed: prompts come in, text goes out, and caches stay on the server.
+Triton's Python backend, where irc is installed: it takes prompts, returns text, and keeps caches on the server.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from pathlib import Path
 
 import onnx
 
-from exporters.onnx_format import BFLOAT16, DATA, FLOAT, FLOAT16, INT64, MODEL, REQUEST_OPTIONS
+from exporters.onnx_dtypes import of_code
+from exporters.onnx_format import DATA, MODEL, REQUEST_OPTIONS
 
-_TYPES = {FLOAT: "TYPE_FP32", FLOAT16: "TYPE_FP16", BFLOAT16: "TYPE_BF16", INT64: "TYPE_INT64"}
 _MOST_WAITING, _LONGEST_WAIT = 64, 60_000_000  # requests; microseconds
 _TEXT_MODEL = '''"""Found here by Triton's Python backend, in whose Python irc is installed."""
 
@@ -26,7 +26,7 @@ def write_repository(folder: Path, name: str, ops_library: str | None = None) ->
     Args:
         folder: Holds `model.onnx` and its data; becomes the repository.
         name: Of the model, a folder of the repository; `NAME_text` is the other's.
-        ops_library: Path, on the server, of the native operator library that `NAME` registers; none when None.
+        ops_library: Path, on the server, of the native operator library that `NAME` registers; None for no library.
     """
     version = folder / name / "1"
     version.mkdir(parents=True)
@@ -41,11 +41,11 @@ def write_repository(folder: Path, name: str, ops_library: str | None = None) ->
 
 
 def config_text(name: str, model: Path, ops_library: str | None = None) -> str:
-    """Return `config.pbtxt`, read off the model's own inputs and outputs; sizes that vary are -1.
+    """Return `config.pbtxt`, made from the model's inputs and outputs; sizes that vary are -1.
 
     Inputs that have a default are left out: Triton asks for a value of every input that it knows.
 
-    Triton counts no batch of its own here (max_batch_size 0), because the cache's batch is part of every shape.
+    Triton adds no batch dimension (max_batch_size 0), because the cache's batch is part of every shape.
     """
     graph = onnx.load(str(model), load_external_data=False).graph
     lines = [f'name: "{name}"', 'backend: "onnxruntime"', "max_batch_size: 0"]
@@ -55,7 +55,8 @@ def config_text(name: str, model: Path, ops_library: str | None = None) -> str:
         for value in values:
             kind = value.type.tensor_type
             sizes = ", ".join(str(dim.dim_value) if dim.HasField("dim_value") else "-1" for dim in kind.shape.dim)
-            lines.append(f'{side} [ {{ name: "{value.name}" data_type: {_TYPES[kind.elem_type]} dims: [ {sizes} ] }} ]')
+            dtype = of_code(kind.elem_type).triton
+            lines.append(f'{side} [ {{ name: "{value.name}" data_type: {dtype} dims: [ {sizes} ] }} ]')
     if ops_library is not None:
         quoted = ops_library.replace("\\", "\\\\").replace('"', '\\"')
         lines.append(f'model_operations {{ op_library_filename: "{quoted}" }}')
@@ -64,7 +65,7 @@ def config_text(name: str, model: Path, ops_library: str | None = None) -> str:
 
 
 def text_config(name: str) -> str:
-    """Return `config.pbtxt` of the model on text: one text at a time, a bounded queue, streamed where asked."""
+    """Return `config.pbtxt` of the model on text: one text at a time, a bounded queue, streaming on request."""
     lines = [f'name: "{name}"', 'backend: "python"', "max_batch_size: 1"]
     lines.append('input [ { name: "prompt" data_type: TYPE_STRING dims: [ 1 ] } ]')
     for option, kind in REQUEST_OPTIONS.items():

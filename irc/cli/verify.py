@@ -13,7 +13,7 @@ from irc.cli.options import common_options, data_option, ops_option, provider_op
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @data_option()
-@click.option("--bundle", metavar="PATH", help="The bundle the folder was exported from, if it has moved.")
+@click.option("--bundle", metavar="PATH", help="What the folder was exported from, if it has moved.")
 @click.option("--base", metavar="MODEL", help="Where the bundle's base model is, if it has moved.")
 @provider_option()
 @ops_option()
@@ -29,33 +29,43 @@ from irc.cli.options import common_options, data_option, ops_option, provider_op
 )
 @click.option("--tolerance", type=float, metavar="X", help="Largest difference of logits. [default: by data type]")
 @common_options
-def command(folder: Path, as_json: bool, **options: Any) -> int:
+def command(
+    folder: Path,
+    as_json: bool,
+    data: str,
+    tokens: int,
+    seq_len: int,
+    prompts: int,
+    new_tokens: int,
+    **options: Any,
+) -> None:
     """Verify FOLDER, the output of irc export, against PyTorch on held-out text.
 
     It compares logits, perplexity, the routes of every unit, and greedy continuations. The exit code is 3 if
     they differ by more than rounding explains.
     """
     from irc import console
-    from irc.deployment.verification import verify
+    from irc.deployment.verification import Sample, verify
+    from irc.errors import GateMissed
 
-    result = verify(folder, console.progress, **options)
+    sample = Sample(data, tokens, seq_len, prompts, new_tokens)
+    result = verify(folder, console.progress, sample, **options)
     if as_json:
         console.emit_json(result)
     else:
         _show(result)
     if not result["ok"]:
-        console.fail(f"{folder}: {_what_differs(result)}")
-    return 0 if result["ok"] else 3
+        raise GateMissed(f"{folder}: {_what_differs(result)}")
 
 
 def _what_differs(result: dict[str, Any]) -> str:
-    """Say in one sentence which comparison failed."""
+    """Say in one sentence which of the gates was missed."""
     generated, flips = result["generated"], result.get("flips", {}).get("other", 0)
     found = []
     if result["max_abs_diff"] > result["tolerance"]:
         found.append(f"logits by {result['max_abs_diff']:.3g}, the tolerance is {result['tolerance']:.3g}")
     if flips:
-        found.append(f"the routes of {flips} windows, which no near tie explains")
+        found.append(f"the routes of {flips} windows, where no near tie explains it")
     if generated["identical"] < generated["prompts"]:
         found.append(f"{generated['prompts'] - generated['identical']} of {generated['prompts']} continuations")
     return f"ONNX Runtime and PyTorch differ: {'; '.join(found)}"

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from exporters.onnx_format import DATA, DOMAIN, FORMAT_VERSION, MANIFEST, MODEL,
 from exporters.onnx_interface import complete_interface
 from irc import __version__
 from irc.deployment.model_file import load_model, save_model
-from irc.deployment.onnx_folder import realized_sparsity, relative_source, without_folders
+from irc.deployment.onnx_folder import relative_source, without_folder
 from irc.deployment.tokenizer_files import write_tokenizer
 from irc.errors import InputError
 from irc.files.atomic import file_sha256, staged
@@ -72,19 +72,27 @@ def _copy(source: str, target: str) -> str:
 
 
 def _write_manifest(exported: OnnxFolder, model: Path, path: Path) -> None:
-    manifest = exported.manifest
+    manifest, base = exported.manifest, exported.manifest["base"]
     units = [{key: unit.get(key) for key in ("unit", "difference", "keep_ratio")} for unit in manifest["units"]]
     changed = {
         "format_version": FORMAT_VERSION,
         "irc_version": __version__,
         "source": relative_source(manifest["source"], exported.folder),
-        "sparsity": realized_sparsity(units),
+        "sparsity": _sparsity(units, manifest.get("sparsity")),
         "dial": manifest.get("sparsity"),  # as older versions named it
-        "base": without_folders(manifest["base"]),
+        "base": base | ({"name": without_folder(base["name"])} if isinstance(base.get("name"), str) else {}),
         "units": units,
         "sha256": manifest["sha256"] | {MODEL: file_sha256(model)},
     }
     path.write_text(json.dumps(manifest | changed, indent=2) + "\n", encoding="utf-8")
+
+
+def _sparsity(units: Sequence[Mapping[str, Any]], dial: float | None) -> float | None:
+    """Return the share of skipped (token, unit) pairs, as export writes it; None if it was neither measured nor set."""
+    kept = [unit["keep_ratio"] for unit in units]
+    if dial is not None or any(type(share) not in (int, float) for share in kept):
+        return dial
+    return 1 - sum(kept) / len(kept) if kept else 0.0
 
 
 def _check_decisions(graph: ir.Graph, decisions: Sequence[Decision], path: Path) -> None:

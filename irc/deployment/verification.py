@@ -1,8 +1,9 @@
-"""Compares an ONNX folder with the PyTorch bundle it came from: logits, perplexity, routes, generated tokens."""
+"""Holds an ONNX folder against the PyTorch bundle that it came from: logits, perplexity, routes, generated tokens."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from irc.bundle.key_policy import KeyPolicy
+from exporters.onnx_dtypes import of_weights
+from irc.bundle.loading import open_model
+from irc.bundle.source import ModelSource
 from irc.errors import InputError
-from irc.evaluation.run import open_model
 from irc.model.modules import Record
 from irc.model.routed import RoutedForCausalLM
 from irc.progress import Progress, ProgressFactory
+from irc.recipe.key_policy import KeyPolicy
 from irc.runtime.folder import OnnxFolder
 from irc.runtime.generation import Generator
 from irc.runtime.session import Runtime
@@ -25,7 +28,6 @@ TOLERANCE = 1e-4
 """Largest difference of logits that the rounding of fp32 explains; for 16-bit types see `tolerance_of`."""
 
 _ROUNDINGS = 8
-_EPSILON = {"fp16": 2.0**-10, "bf16": 2.0**-7}
 
 NEAR = 1e-4
 """A route may differ if the two logits of a router are closer than this (fp32); rounding decides there."""
@@ -33,19 +35,34 @@ NEAR = 1e-4
 _NEAR = {"fp32": NEAR, "fp16": 2e-2, "bf16": 2e-1}
 
 
+@dataclass(frozen=True)
+class Sample:
+    """The text that both models read and continue.
+
+    Attributes:
+        data: As for `irc eval`; its held-out part is read.
+        tokens: To compare logits on.
+        seq_len: Tokens per window.
+        prompts: Texts to continue greedily.
+        new_tokens: Tokens of each continuation.
+    """
+
+    data: str = "stdlib"
+    tokens: int = 4_096
+    seq_len: int = 128
+    prompts: int = 4
+    new_tokens: int = 32
+
+
 def verify(
     folder: Path,
     progress: ProgressFactory,
+    sample: Sample = Sample(),
     *,
     bundle: str | None = None,
     base: str | None = None,
-    data: str = "stdlib",
     provider: str = "auto",
     ops: str = "auto",
-    tokens: int = 4_096,
-    seq_len: int = 128,
-    prompts: int = 4,
-    new_tokens: int = 32,
     tolerance: float | None = None,
 ) -> dict[str, Any]:
     """Compare an ONNX folder with PyTorch on real text.
@@ -53,15 +70,11 @@ def verify(
     Args:
         folder: The output of `irc export`.
         progress: Makes progress bars.
+        sample: The text that both read and continue.
         bundle: What it was exported from; by default the source that the folder names.
         base: Where the bundle's base model is, if it has moved.
-        data: Text, as for `irc eval`; its held-out part is read.
         provider: Execution provider of ONNX Runtime.
         ops: Kernels of the operators of domain `irc`, as for `Runtime`.
-        tokens: Number of tokens to compare logits on.
-        seq_len: Tokens per window.
-        prompts: Number of texts to continue greedily with both.
-        new_tokens: Tokens of each continuation.
         tolerance: Largest absolute difference of logits; by default `tolerance_of`.
 
     Returns:
@@ -70,17 +83,18 @@ def verify(
     if tolerance is not None and not 0 <= tolerance < math.inf:
         raise InputError(f"tolerance is {tolerance}; give 0 or more")
     runtime = Runtime(folder, provider, ops=ops)
-    _check_lengths(runtime.exported.manifest.get("context_length"), seq_len, new_tokens if prompts else 0)
+    data, seq_len, new_tokens = sample.data, sample.seq_len, sample.new_tokens
+    _check_lengths(runtime.exported.manifest.get("context_length"), seq_len, new_tokens if sample.prompts else 0)
     dtype = runtime.exported.dtype
     source, model = _source(folder, runtime.exported, bundle, base)
-    text = windows(token_stream(load_text(data).split("heldout"), model.facts["base"].tokenizer), seq_len, data)
-    chosen = pick(text, tokens)
+    text = windows(token_stream(load_text(data).split("heldout"), model.base.tokenizer), seq_len, data)
+    chosen = pick(text, sample.tokens)
     totals = _Totals(runtime, _NEAR[dtype])
     with progress("verify", len(chosen)) as bar:
         for index, window in enumerate(chosen):
             totals.add(model, window[None])
             bar.update(index + 1, max_abs_diff=totals.worst)
-    continued = pick(text, prompts * seq_len)[:prompts]
+    continued = pick(text, sample.prompts * seq_len)[: sample.prompts]
     with progress("continuations", len(continued)) as bar:
         same, generated = _generated(model, runtime, continued, new_tokens, bar)
     limit = tolerance_of(dtype, totals.largest) if tolerance is None else tolerance
@@ -122,13 +136,15 @@ def _source(folder: Path, exported: OnnxFolder, bundle: str | None, base: str | 
     if bundle is None and Path(source).is_absolute() and not Path(source).exists():
         raise InputError(f"{folder}: was exported from {source}, which is not there; set bundle to its new path")
     model = open_model(
-        source,
-        base=base,
-        dtype=exported.dtype,
-        device="cpu",
-        key_policy=_key_policy(exported),
-        sparsity=exported.manifest.get("dial"),
-        ask_hub=bundle is not None,
+        ModelSource(
+            source,
+            base=base,
+            dtype=exported.dtype,
+            device="cpu",
+            key_policy=_key_policy(exported),
+            sparsity=exported.dial,
+            ask_hub=bundle is not None,
+        )
     )
     if bool(model.spec) != bool(exported.decisions):
         raise InputError(f"{folder}: was not exported from {source}: only one of the two routes tokens")
@@ -139,17 +155,19 @@ def tolerance_of(dtype: str, largest: float) -> float:
     """Return the largest difference of logits that rounding explains.
 
     Args:
-        dtype: `fp32`: 1e-4. `fp16`, `bf16`: eight units in the last place of the largest logit, because rounding adds
-            up over the layers.
+        dtype: `fp32`: 1e-4. `fp16`, `bf16`: eight units in the last place of the largest logit, for rounding adds up
+            over the layers.
         largest: Largest absolute logit.
     """
     if dtype == "fp32":
         return TOLERANCE
-    return _ROUNDINGS * _EPSILON[dtype] * 2.0 ** math.floor(math.log2(max(1.0, largest)))
+    rounding = of_weights(dtype).rounding
+    assert rounding is not None
+    return _ROUNDINGS * rounding * 2.0 ** math.floor(math.log2(max(1.0, largest)))
 
 
 def _key_policy(exported: OnnxFolder) -> KeyPolicy | None:
-    """Return the policy that a folder was exported under; None if the keys of every token are stored."""
+    """Return the policy that a folder was exported under; None where every token's keys are stored."""
     if not exported.cache.reduced:
         return None
     return KeyPolicy("reduced", float(exported.manifest["kv_threshold"]))
@@ -181,7 +199,7 @@ class _Totals:
         self.tokens += ids.numel()
         self.predicted += ids.numel() - 1
         self.windows += 1
-        first = ids.shape[1]  # the first token whose route differs; all before it must agree
+        first = ids.shape[1]  # the first token whose route differs; what comes before it must agree
         for index, unit in enumerate(self.units):
             record = tape[unit]
             same = record.execute == torch.from_numpy(step.execute[index])

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from exporters.onnx_format import ELEMENTS, INT64
+from exporters.onnx_dtypes import INT64, of_weights
 from irc.runtime.one_node import one_node_model
 from irc.runtime.provider import PROVIDERS, onnxruntime, session_options
 
@@ -44,11 +44,11 @@ class CacheLayout:
         """Return values with room for `places` tokens; their content is undefined."""
         make = onnxruntime().OrtValue.ortvalue_from_shape_and_type
         values = [
-            make([batch, self.heads, places, self.size], ELEMENTS[self.dtype], self.device)
+            make([batch, self.heads, places, self.size], of_weights(self.dtype).code, self.device)
             for _ in range(2 * self.layers)
         ]
         reduced = len(self.past) - len(values)
-        return values + [make([batch, places], INT64, self.device) for _ in range(reduced)]
+        return values + [make([batch, places], INT64.code, self.device) for _ in range(reduced)]
 
 
 def lengthen(values: Sequence[Any], larger: Sequence[Any], dtype: str, device: str) -> None:
@@ -65,7 +65,7 @@ def lengthen(values: Sequence[Any], larger: Sequence[Any], dtype: str, device: s
     """
     batch, heads, places, size = larger[0].shape()
     shape = [batch, heads, places - values[0].shape()[2], size]
-    behind = onnxruntime().OrtValue.ortvalue_from_shape_and_type(shape, ELEMENTS[dtype], device)
+    behind = onnxruntime().OrtValue.ortvalue_from_shape_and_type(shape, of_weights(dtype).code, device)
     session = _joining(dtype, device)
     for old, new in zip(values, larger, strict=True):
         binding = session.io_binding()
@@ -78,7 +78,7 @@ def lengthen(values: Sequence[Any], larger: Sequence[Any], dtype: str, device: s
 @cache
 def _joining(dtype: str, device: str) -> Any:
     """Return a session of one node, which joins tensors [batch, heads, places, size] along the places."""
-    model = one_node_model("Concat", ("front", "behind"), "joined", ELEMENTS[dtype], 4, {"axis": 2})
+    model = one_node_model("Concat", ("front", "behind"), "joined", of_weights(dtype).code, 4, {"axis": 2})
     return onnxruntime().InferenceSession(model, session_options(threads=1), providers=[PROVIDERS[device]])
 
 

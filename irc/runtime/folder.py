@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from exporters.onnx_dtypes import FLOATS
 from exporters.onnx_format import (
     DATA,
-    ELEMENTS,
     FORMAT_VERSION,
     MANIFEST,
     MODEL,
@@ -57,6 +56,17 @@ class OnnxFolder:
         return [Decision(u["unit"], u["difference"]) for u in self.manifest["units"]]
 
     @property
+    def source(self) -> str:
+        """What was exported: a name, or the path of a folder."""
+        source = str(self.manifest["source"])
+        return str((self.folder / source).resolve()) if source.startswith(".") else source
+
+    @property
+    def dial(self) -> float | None:
+        """The sparsity that a bundle was set to for the export; None for its own."""
+        return self.manifest.get("dial")
+
+    @property
     def counts_past_by_mask(self) -> bool:
         """Whether caches may have room for more tokens than they hold; folders of early versions may not."""
         return bool(self.manifest.get("past_from") == PAST_FROM)
@@ -65,12 +75,6 @@ class OnnxFolder:
     def dtype(self) -> str:
         """`fp32`, `fp16` or `bf16`."""
         return str(self.manifest["dtype"])
-
-    @property
-    def source(self) -> str:
-        """What the folder was exported from: the path of a bundle or model, a hub id, or `demo`."""
-        source = str(self.manifest["source"])
-        return os.path.normpath(self.folder.resolve() / source) if source.startswith((".", "..")) else source
 
 
 def open_folder(path: Path, oldest: int = FORMAT_VERSION) -> OnnxFolder:
@@ -151,7 +155,7 @@ def _check_types(manifest: dict[str, Any], hashes: Iterable[Any]) -> None:
     numbers = [cache.layers, cache.heads, cache.size, *cache.reduced]
     if any(type(number) is not int or number < 0 for number in numbers):
         raise TypeError("the cache's shape is not made of whole numbers")
-    if manifest["dtype"] not in ELEMENTS:
+    if manifest["dtype"] not in [kind.short for kind in FLOATS]:
         raise ValueError(f"dtype is {manifest['dtype']!r}")
     context = manifest.get("context_length")
     if context is not None and (type(context) is not int or context < 1):

@@ -16,7 +16,7 @@ _MODEL = bytes.fromhex(
     "08083a330a0e0a01780a0178120179220341646412034164645a0d0a017812080a060801"
     "12020a00620d0a017912080a06080112020a0042040a00100d"
 )
-"""The model y = x + x of float vectors, as `one_node_model("Add", ("x", "x"), "y", FLOAT, 1, {})` makes it."""
+"""The model y = x + x of float vectors, as `one_node_model("Add", ("x", "x"), "y", FP32.code, 1, {})` makes it."""
 
 
 def probe(provider: str) -> tuple[bool, str]:

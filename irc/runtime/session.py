@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from exporters.onnx_dtypes import BF16, INT64, of_weights
 from exporters.onnx_format import (
-    BFLOAT16,
     DIFFERENCES,
     FIRST,
     FORCED,
@@ -33,9 +33,6 @@ from irc.runtime.native import CHOICES, NativeLibrary, choose_library, load_libr
 from irc.runtime.provider import PROVIDERS, choose_provider, onnxruntime, session_options
 
 log = logging.getLogger(__name__)
-
-_TYPES = {"fp32": "tensor(float)", "fp16": "tensor(float16)", "bf16": "tensor(bfloat16)"}  # as sessions name them
-_WHOLE = "tensor(int64)"
 
 
 @dataclass(frozen=True)
@@ -112,8 +109,9 @@ class Runtime:
     ) -> None:
         self.exported: OnnxFolder = open_folder(folder)
         self.provider = choose_provider(provider)
-        if self.provider == "cpu" and self.exported.dtype == "bf16":
-            raise InputError(f"{folder}: ONNX Runtime's CPU provider cannot run bf16; export as fp32 or fp16")
+        dtype = of_weights(self.exported.dtype)
+        if self.provider == "cpu" and not dtype.on_cpu:
+            raise InputError(f"{folder}: ONNX Runtime's CPU provider cannot run {dtype.short}; export as fp32 or fp16")
         options = session_options(threads)
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, str(profile)
@@ -287,7 +285,7 @@ def _cache_layout(exported: OnnxFolder, signature: _Signature, provider: str) ->
     if not signature.outputs.keys() >= {"logits", *present, *added} or FIRST not in signature.optional:
         raise InputError(f"{folder}: the model lacks inputs or outputs that irc export writes; export again")
     for name, (kind, _) in found.items():
-        if kind != (_TYPES[dtype] if name in keys else _WHOLE):
+        if kind != (of_weights(dtype) if name in keys else INT64).text:
             raise InputError(
                 f"{folder / MANIFEST}: says {dtype}, the model takes {kind} for {name}: damaged; export again"
             )
@@ -313,7 +311,7 @@ def _check_whole(name: str, given: Any, kinds: str, shape: str) -> None:
 
 def _float32(value: Any) -> NDArray[np.float32]:
     """Return a value in host memory as float32."""
-    if value.element_type() == BFLOAT16:  # NumPy has no such type; its bits are the upper half of a float32's
+    if value.element_type() == BF16.code:  # NumPy has no such type; its bits are the upper half of a float32's
         shape = value.shape()
         halves = (ctypes.c_uint16 * int(np.prod(shape))).from_address(value.data_ptr())
         return (np.ctypeslib.as_array(halves).astype(np.uint32) << 16).view(np.float32).reshape(shape)

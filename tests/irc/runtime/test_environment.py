@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import onnx
 import pytest
 
-from exporters.onnx_format import FLOAT
+from exporters.onnx_dtypes import FP32
 from irc.cli import main
 from irc.runtime import environment, provider_probe
 from irc.runtime.one_node import one_node_model
@@ -69,7 +69,7 @@ def test_a_hollow_onnxruntime_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_probe_s_model_is_what_its_comment_says() -> None:
     """It is written down as bytes: neither the runtime nor the probe imports onnx."""
-    assert one_node_model("Add", ("x", "x"), "y", FLOAT, 1, {}) == provider_probe._MODEL
+    assert one_node_model("Add", ("x", "x"), "y", FP32.code, 1, {}) == provider_probe._MODEL
     model = onnx.load_from_string(provider_probe._MODEL)
     onnx.checker.check_model(model, full_check=True)
     assert [node.op_type for node in model.graph.node] == ["Add"]

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from irc.bundle.config import CONFIG
+from irc.bundle.layout import CONFIG
 from irc.runtime.folder import BUNDLE_FILE
 from irc.runtime.generation import Generator
 from irc.runtime.session import Runtime
