@@ -80,13 +80,15 @@ class ExportOptions:
         """
         if self.dump_dir is not None and self.dump_dir.resolve().is_relative_to(output.resolve()):
             raise InputError(
-                f"dump_dir is {self.dump_dir}, which is in the output folder that is replaced; choose another folder"
+                f"dump_dir is {self.dump_dir}, which is in the output folder that is replaced; choose another folder",
+                options=("dump_dir",),
             )
         if self.layout not in LAYOUTS:
             raise InputError(f"layout is '{self.layout}'; choose from {', '.join(LAYOUTS)}")
         if self.ops_library is not None and self.layout != "triton":
             raise InputError(
-                f"ops_library is '{self.ops_library}', but only layout triton names a library; set layout to triton"
+                f"ops_library is '{self.ops_library}', but only layout triton names a library; set layout to triton",
+                options=("layout",),
             )
         if self.provider not in PROVIDERS:
             raise InputError(f"provider is '{self.provider}'; choose from {', '.join(PROVIDERS)}")
@@ -150,9 +152,11 @@ def _check_output(output: Path, force: bool) -> None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not (output / MANIFEST).is_file():
-        raise InputError(f"{output}: exists and is not an ONNX folder of irc; choose another output folder")
+        raise InputError(
+            f"{output}: exists and is not an ONNX folder of irc; choose another folder", options=("output",)
+        )
     if not force:
-        raise InputError(f"{output}: exists already; set force to replace it")
+        raise InputError(f"{output}: exists already; replace it or choose another folder", options=("force", "output"))
 
 
 def _write(model: RoutedForCausalLM, source: str, folder: Path, options: ExportOptions) -> dict[str, Any]:

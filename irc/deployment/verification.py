@@ -81,7 +81,7 @@ def verify(
         What `irc verify --json` prints; `ok` says whether both agree.
     """
     if tolerance is not None and not 0 <= tolerance < math.inf:
-        raise InputError(f"tolerance is {tolerance}; give 0 or more")
+        raise InputError(f"tolerance is {tolerance}; give 0 or more", options=("tolerance",))
     runtime = Runtime(folder, provider, ops=ops)
     data, seq_len, new_tokens = sample.data, sample.seq_len, sample.new_tokens
     _check_lengths(runtime.exported.manifest.get("context_length"), seq_len, new_tokens if sample.prompts else 0)
@@ -124,17 +124,24 @@ def _check_lengths(context: int | None, seq_len: int, new_tokens: int) -> None:
     if context is None:
         return
     if seq_len > context:
-        raise InputError(f"seq_len is {seq_len}, the model's context is {context}; give at most {context}")
+        raise InputError(
+            f"seq_len is {seq_len}, the model's context is {context}; give at most {context}", options=("seq_len",)
+        )
     if new_tokens and seq_len // 2 + new_tokens > context:
         most = context - seq_len // 2
-        raise InputError(f"new_tokens is {new_tokens}, which leaves the model's context; give at most {most}")
+        raise InputError(
+            f"new_tokens is {new_tokens}, which leaves the model's context; give at most {most}",
+            options=("new_tokens",),
+        )
 
 
 def _source(folder: Path, exported: OnnxFolder, bundle: str | None, base: str | None) -> tuple[str, RoutedForCausalLM]:
     """Open the source of a folder; return its name too."""
     source = bundle or exported.source
     if bundle is None and Path(source).is_absolute() and not Path(source).exists():
-        raise InputError(f"{folder}: was exported from {source}, which is not there; set bundle to its new path")
+        raise InputError(
+            f"{folder}: was exported from {source}, which is not there; say where it is now", options=("bundle",)
+        )
     model = open_model(
         ModelSource(
             source,
@@ -147,7 +154,9 @@ def _source(folder: Path, exported: OnnxFolder, bundle: str | None, base: str | 
         )
     )
     if bool(model.spec) != bool(exported.decisions):
-        raise InputError(f"{folder}: was not exported from {source}: only one of the two routes tokens")
+        raise InputError(
+            f"{folder}: was not exported from {source}: only one of the two routes tokens", options=("bundle",)
+        )
     return source, model
 
 

@@ -91,9 +91,9 @@ def load_library(path: Path) -> NativeLibrary:
     try:
         there = path.is_file()
     except OSError as error:
-        raise InputError(f"ops is '{str(path)[:80]}': {error.strerror}; {_CHOICES}") from error
+        raise InputError(f"ops is '{str(path)[:80]}': {error.strerror}; {_CHOICES}", options=("ops",)) from error
     if not there:
-        raise InputError(f"ops is '{path}', and there is no such library; {_CHOICES}")
+        raise InputError(f"ops is '{path}', and there is no such library; {_CHOICES}", options=("ops",))
     try:
         describe = ctypes.CDLL(str(path.resolve())).irc_native_describe
     except OSError as error:
