@@ -52,13 +52,12 @@ def random_pair(shape: Shape, work: Path, dtype: str, context: int, seed: int, p
         provider: Execution provider to export for: cpu or cuda.
     """
     base = random_llama(shape, work / "base", dtype, context, seed)
-    found = BaseModel(str(base), base)
-    model = build_routed(found, RoutingSpec(default_rank(shape.hidden)), seed=seed)
+    spec = RoutingSpec(default_rank(shape.hidden))
+    model = build_routed(BaseModel(str(base), base), spec, seed=seed)
     save_bundle(model, work / "bundle")
     model.graph.to("meta")  # from here on only shapes are needed
-    return ModelPair(
-        model, base, *_exported({"dense": str(base), "routed": str(work / "bundle")}, work, dtype, provider)
-    )
+    sources = {"dense": str(base), "routed": str(work / "bundle")}
+    return ModelPair(model, base, *_exported(sources, work, dtype, provider))
 
 
 def bundle_pair(bundle: str, work: Path, dtype: str, sparsity: float | None, provider: str = "cpu") -> ModelPair:

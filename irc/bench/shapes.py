@@ -92,8 +92,8 @@ def shape_named(name: str) -> Shape:
     path = Path(name)
     try:
         path = path / "config.json" if path.is_dir() else path
-        found = read_json(path)
-        sizes: dict[str, Any] = {field: found.get(key) for field, key in _KEYS.items()}
+        config = read_json(path)
+        sizes: dict[str, Any] = {field: config.get(key) for field, key in _KEYS.items()}
     except OSError as error:
         raise InputError(
             f"unknown shape '{name}' ({error.strerror}); choose from {', '.join(SHAPES)}, or give a config.json",

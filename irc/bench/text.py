@@ -25,7 +25,7 @@ def heldout_tokens(bundle: str, data: str | None) -> TextTokens:
     folder = Path(bundle)
     if not is_bundle(folder):
         raise InputError(
-            f"{bundle}: not a bundle; make one with irc convert, or give no BUNDLE to time a model of random weights"
+            f"{bundle}: not a bundle; make one with irc convert, or name none to time a model of random weights"
         )
     opened = read_bundle(folder)
     text = load_text(data or opened.recipe.data)

@@ -10,7 +10,7 @@ from typing import Any
 
 from irc.bundle.layout import CONFIG, FORMAT_VERSION
 from irc.errors import InputError
-from irc.files.atomic import replaced
+from irc.files.atomic import find_replaced
 from irc.files.untrusted import read_json
 from irc.model.routed import RoutingSpec
 from irc.recipe.key_policy import KeyPolicy
@@ -178,7 +178,7 @@ def check_present(folder: Path) -> None:
         InputError: Says what is missing.
     """
     try:
-        old = None if folder.exists() else replaced(folder)
+        old = None if folder.exists() else find_replaced(folder)
         missing = not (folder / CONFIG).is_file()
     except OSError as error:
         raise InputError(f"{folder}: cannot be read ({error.strerror or error}); give another folder") from error

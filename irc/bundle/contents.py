@@ -12,7 +12,7 @@ import torch
 from irc.bundle.config import BundleConfig, check_present, read_config
 from irc.bundle.layout import CARD, LORA, METRICS, RECIPE
 from irc.errors import InputError
-from irc.files.strict_yaml import parse, shown
+from irc.files.strict_yaml import parse_yaml, short_repr
 from irc.files.untrusted import check_links, first_line, read_text
 from irc.model.routed import RoutedForCausalLM
 from irc.recipe.recipe import Recipe, recipe_from
@@ -53,11 +53,11 @@ class Bundle:
         if RECIPE not in self.texts:
             return Recipe()
         try:
-            data = parse(self.texts[RECIPE])
+            data = parse_yaml(self.texts[RECIPE])
         except ValueError as error:
             raise InputError(f"recipe {path}: cannot be read: {first_line(error)}") from error
         if not isinstance(data, dict):
-            found = "it is empty" if data is None else f"found {shown(data)}"
+            found = "it is empty" if data is None else f"found {short_repr(data)}"
             raise InputError(f"recipe {path}: expected keys and values such as sparsity: 0.25 ({found})")
         return recipe_from(data, f"recipe {path}")
 

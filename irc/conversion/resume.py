@@ -11,7 +11,7 @@ from irc.bundle.contents import read_bundle
 from irc.bundle.layout import METRICS, RECIPE
 from irc.errors import InputError
 from irc.files.atomic import write_whole
-from irc.files.strict_yaml import parse
+from irc.files.strict_yaml import parse_yaml
 from irc.files.untrusted import parse_json, read_json, read_text
 from irc.model.checkpoint import BaseModel
 from irc.recipe.recipe import Recipe, recipe_fields, recipe_from
@@ -81,7 +81,7 @@ def check_same_recipe(recipe: Recipe, saved: Path) -> None:
 
 def _check_same_settings(recipe: Recipe, text: str, saved: Path) -> None:
     try:
-        before = recipe_fields(with_absolute_paths(recipe_from(parse(text))))
+        before = recipe_fields(with_absolute_paths(recipe_from(parse_yaml(text))))
     except (ValueError, InputError, AttributeError) as error:
         raise _damaged(saved) from error
     now = recipe_fields(with_absolute_paths(recipe))

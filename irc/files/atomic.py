@@ -85,10 +85,10 @@ def replace_folder(staging: Path, folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def replaced(folder: Path) -> Path | None:
+def find_replaced(folder: Path) -> Path | None:
     """Return the old folder that a killed `replace_folder` moved aside, or None if there is none."""
-    found = sorted(folder.parent.glob(f".{folder.name[:80]}.*.old/{folder.name}"))
-    return found[0] if found else None
+    old = sorted(folder.parent.glob(f".{folder.name[:80]}.*.old/{folder.name}"))
+    return old[0] if old else None
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -41,7 +41,7 @@ class _StrictLoader(yaml.SafeLoader):
 _StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_int)
 
 
-def parse(text: str) -> Any:
+def parse_yaml(text: str) -> Any:
     """Return the data in a YAML text.
 
     Raises:
@@ -58,6 +58,6 @@ def parse(text: str) -> Any:
         raise ValueError((str(error) or type(error).__name__).splitlines()[0]) from error
 
 
-def shown(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """Return a value as an error message shows it, on one short line."""
     return _SHORT.repr(value)

@@ -134,9 +134,9 @@ def _short(value: Any) -> str:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    mapping: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
+        if key in mapping:
             raise ValueError(f"duplicate key {_short(key)}")
-        found[key] = value
-    return found
+        mapping[key] = value
+    return mapping

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from irc.errors import InputError
-from irc.files.strict_yaml import parse
+from irc.files.strict_yaml import parse_yaml
 from irc.recipe.refusals import conflict_in, model_of, path_name, refusal, shown_value, unknown_key
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -75,7 +75,7 @@ def setting_layer(model: type[BaseModel], text: str, source: str = "") -> Layer:
         missing = "the key before = is missing; " if separator else ""
         raise InputError(f"{place}{text}: {missing}expected key=value, such as {_EXAMPLE}")
     try:
-        values = parse(value)
+        values = parse_yaml(value)
     except ValueError as error:
         raise InputError(f"{place}{key}={value[:40]}: the value cannot be read as YAML ({error})") from error
     path = key.split(".")

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from irc.errors import InputError
-from irc.files.strict_yaml import parse, shown
+from irc.files.strict_yaml import parse_yaml, short_repr
 from irc.files.untrusted import read_text
 
 SHARES = (25, 40, 70)
@@ -36,7 +36,7 @@ def read_recipe(name: Path) -> dict[str, Any]:
         found: dict[str, Any] = yaml.safe_load(text)
         return found if share is None else {**found, "sparsity": share / 100}
     try:
-        data = parse(read_text(name))
+        data = parse_yaml(read_text(name))
     except FileNotFoundError as error:
         raise InputError(f"recipe {name}: no such file; {_ready()}") from error
     except IsADirectoryError as error:
@@ -44,7 +44,7 @@ def read_recipe(name: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise InputError(f"recipe {name}: cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(data, dict):
-        found_instead = "it is empty" if data is None else f"it holds {shown(data)}"
+        found_instead = "it is empty" if data is None else f"it holds {short_repr(data)}"
         raise InputError(f"recipe {name}: {found_instead}; expected keys and values, such as sparsity: 0.25")
     return data
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from irc.errors import InputError
-from irc.files.strict_yaml import shown
+from irc.files.strict_yaml import short_repr
 
 LARGEST_INTEGER = 2**53
 """The largest whole number that a field takes; a float64 holds every whole number up to it exactly."""
@@ -123,7 +123,7 @@ def shown_value(value: Any) -> str:
     """Return a value as an error shows it; Python refuses to write out whole numbers of thousands of digits."""
     if isinstance(value, int) and value.bit_length() > _MOST_SHOWN_BITS:
         return f"a number of {int(value.bit_length() * _DIGITS_PER_BIT) + 1} digits"
-    return shown(value)
+    return short_repr(value)
 
 
 def _choices(expected: str) -> str:

@@ -72,16 +72,16 @@ def hub_texts(name: str) -> Iterator[str]:
     """
     size = 0
     try:
-        for text in _texts(_streamed(name), f"data hf:{name}"):
+        for text in _texts(_streamed(name), f"hf:{name}"):
             if size + len(text) > MOST_CHARACTERS:
-                log.warning("data hf:%s: stopped after %d characters; the rest is not read", name, size)
+                log.warning("hf:%s: stopped after %d characters; the rest is not read", name, size)
                 return
             size += len(text)
             yield text
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"data hf:{name}: the dataset could not be loaded: {error}", options=("data",)) from error
+        raise InputError(f"hf:{name}: the dataset could not be loaded: {error}", options=("data",)) from error
 
 
 def _streamed(name: str) -> Iterable[dict[str, Any]]:
@@ -89,7 +89,7 @@ def _streamed(name: str) -> Iterable[dict[str, Any]]:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise InputError(f"data hf:{name}: {_NEEDS_DATASETS}") from error
+        raise InputError(f"hf:{name}: {_NEEDS_DATASETS}") from error
     dataset, _, config = name.partition(":")
 
     def open_rows(place: str) -> Iterable[dict[str, Any]]:
@@ -106,11 +106,11 @@ def _streamed(name: str) -> Iterable[dict[str, Any]]:
             except FileNotFoundError:  # an earlier streamed read cached the dataset's metadata without its data
                 pass
             else:
-                log.warning("data hf:%s: using the downloaded copy, not the hub (%s)", name, first_line(error))
+                log.warning("hf:%s: using the downloaded copy, not the hub (%s)", name, first_line(error))
                 return rows
         if isinstance(error, ConnectionError):
             raise InputError(
-                f"data hf:{name}: the hub cannot be reached and no cache on this machine holds the dataset; "
+                f"hf:{name}: the hub cannot be reached and no cache on this machine holds the dataset; "
                 f"on a machine with a connection run: hf download --repo-type dataset {dataset}"
             ) from error
         raise

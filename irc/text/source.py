@@ -116,7 +116,7 @@ def load_text(spec: str) -> TextSource:
     elif spec == "stdlib-tests":
         documents = list(_stdlib_documents(tests=True))
     elif spec == "hf:":
-        raise InputError("data hf:: the name of the dataset is missing; write hf:NAME", options=("data",))
+        raise InputError("hf:: the name of the dataset is missing; write hf:NAME", options=("data",))
     elif spec.startswith("hf:"):
         documents = _blocks(spec, "\n\n".join(hub_texts(spec[3:])))
     else:

@@ -155,14 +155,14 @@ def dial_points(
     own = _cloned(biases)
     points = []
     for target in sorted(targets):
-        found = calibrate(model, text, plain_budget(list(biases), target), progress)
+        figures = calibrate(model, text, plain_budget(list(biases), target), progress)
         shift = {unit: (bias[EXECUTE] - own[unit][EXECUTE]).item() for unit, bias in biases.items()}
         points.append(
             {
                 "sparsity": target,
-                "realized": found["calibration_sparsity"],
+                "realized": figures["calibration_sparsity"],
                 "shift": shift,
-                "keep": found["calibration_keep"],
+                "keep": figures["calibration_keep"],
             }
         )
         for unit, bias in biases.items():
@@ -182,22 +182,22 @@ def measured_keep(model: RoutedForCausalLM, text: torch.Tensor) -> dict[str, flo
 
 def _biases(model: RoutedForCausalLM) -> dict[str, torch.Tensor]:
     """Return the last bias of every router, [2], by unit."""
-    found: dict[str, torch.Tensor] = {}
+    biases: dict[str, torch.Tensor] = {}
     for unit in model.units:
         router = model.part(unit, "router")
         assert isinstance(router, Router)
-        found[unit.name] = router.last.bias
-    return found
+        biases[unit.name] = router.last.bias
+    return biases
 
 
 def _differences(model: RoutedForCausalLM, text: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return each unit's logit differences under deterministic routing, float32 [tokens]."""
-    found: dict[str, list[torch.Tensor]] = {unit.name: [] for unit in model.units}
+    parts: dict[str, list[torch.Tensor]] = {unit.name: [] for unit in model.units}
     for batch in text.split(_BATCH):
         for name, record in _tape(model, batch).items():
             assert record.difference is not None
-            found[name].append(record.difference.flatten().cpu())
-    return {name: torch.cat(parts) for name, parts in found.items()}
+            parts[name].append(record.difference.flatten().cpu())
+    return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
 
 def _tape(model: RoutedForCausalLM, batch: torch.Tensor) -> dict[str, Record]:

@@ -127,9 +127,9 @@ def leading_eigenvectors(
     for _ in range(_ITERATIONS):
         vectors = torch.linalg.qr(product(vectors))[0]
     inner = vectors.T @ product(vectors)
-    turned = torch.linalg.eigh((inner + inner.T) / 2)[1]
-    found: torch.Tensor = vectors @ turned[:, -rank:]
-    return found
+    rotation = torch.linalg.eigh((inner + inner.T) / 2)[1]
+    leading: torch.Tensor = vectors @ rotation[:, -rank:]
+    return leading
 
 
 def set_closed_form(forecaster: Forecaster, statistics: UnitStatistics, rank: int, ridge: float) -> None:

@@ -132,8 +132,8 @@ def _shapes(model: RoutedForCausalLM, recipe: LoraRecipe) -> dict[str, list[int]
     """Return the shapes of the adapters that a recipe creates, by the names under which they are saved."""
     shapes: dict[str, list[int]] = {}
     for name in lora_config(model, recipe).target_modules or ():
-        found = model.graph.get_submodule(name)
-        linear = found.get_base_layer() if isinstance(found, LoraLayer) else found
+        module = model.graph.get_submodule(name)
+        linear = module.get_base_layer() if isinstance(module, LoraLayer) else module
         assert isinstance(linear, nn.Linear)
         shapes[f"{name}.lora_A.weight"] = [recipe.rank, linear.in_features]
         shapes[f"{name}.lora_B.weight"] = [linear.out_features, recipe.rank]

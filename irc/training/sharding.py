@@ -57,7 +57,7 @@ def check_batches(recipe: Recipe, finished: Container[str] = ()) -> None:
         size = settings.batch_size
         if size % processes and settings.trains(policy) and stage not in finished:
             raise InputError(
-                f"{stage}.batch_size is {size}, over {processes} processes; give a multiple of {processes}"
+                f"{stage}.batch_size is {size}, which {processes} processes cannot share; use a multiple of {processes}"
             )
 
 

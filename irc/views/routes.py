@@ -52,9 +52,9 @@ class Routes:
         classes = self.classes
         by_class = {}
         for name in TOKEN_CLASSES:
-            places = [index for index, found in enumerate(classes) if found == name]
-            if places:
-                by_class[name] = {"tokens": len(places), "skipped": skipped[places].mean().item()}
+            tokens = [index for index, token_class in enumerate(classes) if token_class == name]
+            if tokens:
+                by_class[name] = {"tokens": len(tokens), "skipped": skipped[tokens].mean().item()}
         by_unit = 1 - self.execute.double().mean(1)
         return {
             "tokens": len(self.tokens),

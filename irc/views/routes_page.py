@@ -55,8 +55,8 @@ def _plot_by_position(routes: Routes) -> str:
     def draw(axes: Axes) -> None:
         count = min(_GROUPS, len(routes.tokens))
         for kind, label, colour in (("attention", "attention", BLUE), ("ffn", "FFN", ORANGE)):
-            chosen = [index for index, found in enumerate(routes.kinds) if found == kind]
-            groups = (1 - routes.execute[chosen].double().mean(0)).tensor_split(count)
+            units = [index for index, unit_kind in enumerate(routes.kinds) if unit_kind == kind]
+            groups = (1 - routes.execute[units].double().mean(0)).tensor_split(count)
             ends = torch.tensor([len(group) for group in groups]).cumsum(0)
             middles = [end.item() - len(group) / 2 for end, group in zip(ends, groups, strict=True)]
             axes.plot(middles, [group.mean().item() for group in groups], label=label, color=colour)
@@ -68,9 +68,9 @@ def _plot_by_position(routes: Routes) -> str:
 
 def _plot_by_class(facts: dict[str, Any]) -> str:
     def draw(axes: Axes) -> None:
-        found = list(facts["by_class"].items())[::-1]
-        axes.barh(range(len(found)), [entry["skipped"] for _, entry in found], color=BLUE)
-        axes.set_yticks(range(len(found)), [f"{name} ({entry['tokens']})" for name, entry in found])
+        classes = list(facts["by_class"].items())[::-1]
+        axes.barh(range(len(classes)), [entry["skipped"] for _, entry in classes], color=BLUE)
+        axes.set_yticks(range(len(classes)), [f"{name} ({entry['tokens']})" for name, entry in classes])
         axes.set(xlabel="share of (token, unit) pairs skipped", xlim=(0, 1))
         axes.grid(False, axis="y")
 

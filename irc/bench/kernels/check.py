@@ -212,9 +212,7 @@ def check_case(
         is_right = partial(_equal, expected=expected)
         reasons[name] = _wrong(run, Node(PADDED.get(name, name), inputs, kinds, attributes), is_right)
     for name, product in draw_products(x, skipped, generator, pads).items():
-        reasons[name] = _wrong(
-            run, Node(name, product.inputs, [product.kind], {}), lambda outputs, p=product: p.is_near(outputs[0])
-        )
+        reasons[name] = _wrong(run, Node(name, product.inputs, [product.kind], {}), product.are_near)
     batch, tokens = min(max(1, case["batch"]), 9), min(max(1, case["tokens"]), 300)
     attention = draw_attention(batch, tokens, case["share"], dtype, generator, pads)
     node = Node("RoutedAttention", attention.inputs, [dtype] * 3, attention.attributes)

@@ -34,12 +34,16 @@ class Product:
         """The data type of the output."""
         return self.inputs[0].dtype if self.exact.dtype == torch.float64 else self.exact.dtype
 
-    def is_near(self, found: Tensor) -> bool:
+    def is_near(self, output: Tensor) -> bool:
         """Return whether an output is right up to rounding, with NaN exactly where it is expected."""
-        if found.shape != self.exact.shape or found.dtype != self.kind:
+        if output.shape != self.exact.shape or output.dtype != self.kind:
             return False
-        wrong = (found.double() - self.exact).abs() > TOLERANCES[self.inputs[0].dtype] * self.magnitude
-        return bool((found.isnan() == self.exact.isnan()).all() and not wrong.any())
+        wrong = (output.double() - self.exact).abs() > TOLERANCES[self.inputs[0].dtype] * self.magnitude
+        return bool((output.isnan() == self.exact.isnan()).all() and not wrong.any())
+
+    def are_near(self, outputs: list[Tensor]) -> bool:
+        """Return whether the only output of a node is right."""
+        return self.is_near(outputs[0])
 
 
 def draw_products(x: Tensor, rows: Tensor, generator: torch.Generator, padded: bool) -> dict[str, Product]:
@@ -63,7 +67,8 @@ def draw_products(x: Tensor, rows: Tensor, generator: torch.Generator, padded: b
         return torch.randn(shape, generator=generator).to(x.dtype)
 
     def draw_weight(shape: tuple[int, ...]) -> Tensor:
-        return (torch.randn(shape, generator=generator) / shape[0] ** 0.5).to(x.dtype)
+        weight: Tensor = torch.randn(shape, generator=generator) / shape[0] ** 0.5
+        return weight.to(x.dtype)
 
     y = draw((1, given.shape[1], inner))
     y[:, real.shape[1] :] = 0  # Compact fills padding rows with zeros

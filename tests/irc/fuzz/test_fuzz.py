@@ -1,7 +1,7 @@
-"""Every loader on mutated files: it loads, or raises InputError; nothing else, no long wait, no large allocation.
+"""Every loader either loads a mutated file or raises InputError, quickly and without large allocations.
 
-`make fuzz` feeds each at least ten million bytes. Files that a hash protects are given the right hash again, as whoever
-alters a folder can do too.
+`make fuzz` feeds at least ten million bytes to each loader. Files that are protected by a hash get the right hash
+again, because whoever alters a folder can do that too.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from irc.runtime.session import Runtime
 from irc.training.lora import WEIGHTS
 
 FULL_LOADS = 8
-"""Altered files of a loader that pass its checks and are then loaded wholly, which takes longer."""
+"""How many mutated files per loader are loaded in full after they passed its checks, which takes longer."""
 
 
 class Few:
@@ -113,7 +113,7 @@ def test_configs_that_once_passed_the_checks(bundle: Path, how: str) -> None:
 
 
 def test_a_rank_of_gigabytes_that_a_tensor_of_no_bytes_bears_out(bundle: Path) -> None:
-    """Nothing is allocated by it: shapes are compared first."""
+    """The rank allocates nothing, because shapes are compared first."""
     from safetensors.torch import load_file, save_file
 
     path = bundle / "lora" / WEIGHTS

@@ -40,7 +40,7 @@ def _refusal(spec: Path | str) -> str:
 
 
 def test_splits_are_stable() -> None:
-    """Pinned: another rule would mix text that a bundle was trained on with text it is measured on."""
+    """Pinned, because another rule would mix the text that older bundles were trained on with held-out text."""
     pinned = {
         "abc.py": "train",
         "code.py": "heldout",
@@ -109,7 +109,7 @@ def test_blocks_end_at_line_ends() -> None:
 
 
 def test_a_long_text_that_grows_keeps_its_first_blocks() -> None:
-    """So its held-out text stays held out; shorter texts are cut finer, by their length."""
+    """So its held-out text stays held out. Shorter texts are cut into smaller blocks."""
     text = "".join(f"line {index}\n" for index in range(40_000))
     before = _blocks("t", text)
     assert _blocks("t", text + "more\n" * 2000)[: len(before) - 1] == before[:-1]

@@ -1,4 +1,4 @@
-"""Layer by layer gives the statistics that batch by batch gives, of every unit, and asks for one layer at a time."""
+"""A pass layer by layer gives the same statistics as one batch by batch, and needs one layer at a time."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_only_outermost_blocks_count() -> None:
 
 @pytest.fixture(params=["file", "link"])
 def mapped(request: pytest.FixtureRequest, tmp_path: Path) -> RoutedForCausalLM:
-    """A model whose bf16 weights are used as they lie on disk, in a file or what a hub's cache links to."""
+    """A model whose bf16 weights are mapped from disk, from a file or from the target of a link in a hub cache."""
     if not sys.platform.startswith("linux"):
         pytest.skip("elsewhere nothing is released")
     config = LlamaConfig(hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
@@ -66,7 +66,7 @@ def mapped(request: pytest.FixtureRequest, tmp_path: Path) -> RoutedForCausalLM:
 
 
 def resident(model: RoutedForCausalLM) -> int:
-    """Return the KiB of a model's safetensors file that are in this process's memory."""
+    """Return how many KiB of a model's safetensors file are in the memory of this process."""
     total, counts = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if "-" in line.split(" ", 1)[0]:

@@ -31,7 +31,7 @@ def gradients(model: RoutedForCausalLM, ids: torch.Tensor, on: bool) -> tuple[di
     with recomputing(model, on):
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss, _ = objective(ids, 3)
-        loss.backward()  # the control is back in mode route by now
+        loss.backward()  # by now the control is back in mode route
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return found, sum(kept.values())

@@ -1,4 +1,4 @@
-"""The closed form on a model, the stages' order of work, and the threshold that makes argmax meet the target."""
+"""The closed form on a model, the order of work in the stages, and the threshold that meets the target."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_threshold_reaches_the_target(make_context: Callable[..., StageContext],
     chosen = text[torch.linspace(0, len(text) - 1, count).long()]
     realized = share_skipped(context.model, chosen)
     assert abs(realized - target) <= 0.01
-    assert figures["calibration_sparsity"] == pytest.approx(realized, abs=1e-9)  # what is reported is what is there
+    assert figures["calibration_sparsity"] == pytest.approx(realized, abs=1e-9)  # reports what was measured
 
 
 @pytest.mark.parametrize("target", [0.25, 0.9])
@@ -69,7 +69,7 @@ def test_threshold_holds_on_held_out_text(
     shake(context.model)
     calibrated(context)
     heldout = windows(streams["heldout"], context.recipe.seq_len)[:512]
-    assert abs(share_skipped(context.model, heldout) - target) <= 0.02  # some 5,000 tokens of the same source
+    assert abs(share_skipped(context.model, heldout) - target) <= 0.02  # about 5,000 tokens of the same source
 
 
 def test_threshold_only_moves_the_execute_biases(make_context: Callable[..., StageContext], shake: Any) -> None:
@@ -91,7 +91,7 @@ def test_threshold_only_moves_the_execute_biases(make_context: Callable[..., Sta
 def test_argmax_after_folding_is_thresholding_before(
     make_context: Callable[..., StageContext], shake: Any, ids: torch.Tensor
 ) -> None:
-    """A unit's routes after the fold are those that a threshold on its old logits would give, on the same states."""
+    """Folding the threshold into the bias routes as a threshold on the old logits does, on the same states."""
     context = make_context()
     model = shake(context.model)
     text = ids[:, :1]

@@ -1,8 +1,9 @@
-"""What inspection says of a tiny model, against arithmetic done by hand, and of its graphs."""
+"""The inspection of a tiny model, compared with arithmetic done by hand, and its graphs."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from irc.model.flops import flops_ratio
 from irc.model.routed import RoutedForCausalLM, RoutingSpec
 from irc.views.inspection import inspection, layer_diff, layer_graph, why
 
-# The fixture's Llama: d 32, FFN 48, 4 heads of 8 (2 for keys and values), 61 words, 2 layers, tied head.
+# The fixture's Llama: d 32, FFN 48, 4 heads of 8 (2 for keys and values), vocabulary 61, 2 layers, tied head.
 RANK, HIDDEN, SEQ_LEN = 3, 8, 16
 ATTENTION, FFN = 32 * 32 * 2 + 32 * 16 * 2, 3 * 32 * 48
 FORECASTER, ROUTER = 2 * 32 * RANK, 32 * HIDDEN + HIDDEN * 2
@@ -91,7 +92,7 @@ def test_parameters_are_those_counted_by_hand(facts: dict[str, Any]) -> None:
 
 
 def test_flops_are_those_summed_by_hand(facts: dict[str, Any]) -> None:
-    scores = 4 * 8.5 * 32  # of 16 tokens a token sees 8.5 on average; q.k and the weighted sum
+    scores = 4 * 8.5 * 32  # each of 16 tokens sees 8.5 on average; q.k and the weighted sum
     always = 2 * (32 * 16 * 2)
     router, forecaster = 2 * ROUTER, 2 * FORECASTER
     attention, ffn, head = 2 * ATTENTION + scores, 2 * FFN, 2 * 32 * 61
@@ -204,7 +205,7 @@ def test_diff_shows_a_change_that_is_no_insertion(bundle: RoutedForCausalLM) -> 
 @pytest.mark.parametrize("layer", [-1, 2])
 def test_a_layer_that_is_not_there_is_refused(plain: RoutedForCausalLM, layer: int) -> None:
     for show in (layer_graph, layer_diff):
-        with pytest.raises(InputError, match=rf"layer {layer}: .* there are 0 to 1$"):
+        with pytest.raises(InputError, match=rf"^layer {layer}: .* 0 to 1$"):
             show(plain, layer)
 
 
@@ -212,7 +213,8 @@ def test_why_on_matched_and_unknown_names(bundle: RoutedForCausalLM) -> None:
     assert why(bundle, "1.mlp").startswith("model.layers.1.mlp: matched as ffn; reads %")
     assert why(bundle, "model.layers.0.self_attn").startswith("model.layers.0.self_attn: matched as attention")
     for name in ("9.mlp", "lp", ""):
-        with pytest.raises(InputError, match=r"there are 4: model\.layers\.0\.self_attn.* to model\.layers\.1\.mlp$"):
+        known = r"model\.layers\.0\.self_attn.* to model\.layers\.1\.mlp"
+        with pytest.raises(InputError, match=rf"^{re.escape(name)}: .*{known}$"):
             why(bundle, name)
 
 
