@@ -1,1 +1,1 @@
-"""What a graph may become outside PyTorch."""
+"""Formats that a graph can be exported to."""

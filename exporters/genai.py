@@ -1,4 +1,4 @@
-"""`genai_config.json`: what onnxruntime-genai reads beside a model."""
+"""`genai_config.json`, which onnxruntime-genai reads beside a model."""
 
 from __future__ import annotations
 

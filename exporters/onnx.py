@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,20 +20,17 @@ from onnx_ir.passes.common import (
 )
 from torch import fx, nn
 from torch.export import Dim
+from torch.fx.traceback import preserve_node_meta
 
+from exporters.onnx_names import name_all, note_modules
 from exporters.onnx_ops import DOMAIN, OPSET, VERSION, function_protos
-from exporters.onnx_table import translations
+from exporters.onnx_table import UNIT, translations
 from exporters.onnx_weights import store_transposed
 from passes.base import Pass, PassManager
 from passes.clean_up import CleanUp
-from passes.fold_differences import FoldDifferences
-from passes.fuse_decisions import FuseDecisions
-from passes.fuse_forecasts import FuseForecasts
 from passes.fuse_gates import FuseGates
-from passes.fuse_routers import FuseRouters
-from passes.harden_routers import HardenRouters
-from passes.lower_to_compaction import LowerToCompaction
-from passes.match import match_units
+from passes.lower_units import LowerUnits
+from passes.name_modules import NameModules
 from passes.raise_attention import RaiseAttention
 from passes.raise_norms import RaiseNorms
 from passes.route_experts import RouteExperts
@@ -44,17 +41,16 @@ log = logging.getLogger(__name__)
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
 PAST, PRESENT = "past_key_values", "present"
-PAST_FROM = "attention_mask"  # what says how many tokens came before: caches may have room for more
+PAST_FROM = "attention_mask"  # tells how many tokens came before: caches may have room for more
 PROVIDERS = ("cpu", "cuda")
-LEAST_ORT = "1.24"  # the first whose Attention of opset 23 takes a past of no token
+MODEL_VERSION = 1  # of the model inside the file; what makes two files differ is in `irc.json`
+LEAST_ORT = "1.24"  # the first whose Attention of opset 23 accepts an empty past
 
 
 def lowering(provider: str = "cpu") -> list[Pass]:
     """Return the passes that prepare a captured model for export to run on one of `PROVIDERS`, in order."""
-    raised: list[Pass] = [RaiseNorms(), RaiseAttention(), HardenRouters()]
-    routed = [FoldDifferences(), FuseRouters(), LowerToCompaction(), FuseDecisions(), FuseForecasts()]
     cuda: list[Pass] = [RouteProducts(), FuseGates()] if provider == "cuda" else []
-    return [*raised, *routed, RouteExperts(), *cuda, CleanUp()]
+    return [RaiseNorms(), RaiseAttention(), LowerUnits(), RouteExperts(), *cuda, CleanUp(), NameModules()]
 
 
 @dataclass(frozen=True)
@@ -93,8 +89,23 @@ class Decision:
         return cls(unit, f"{unit}.logit_difference")
 
 
+@dataclass(frozen=True)
+class Description:
+    """What a model file says about itself.
+
+    Attributes:
+        version: Version of irc, the producer.
+        text: The doc string, for people.
+        metadata: Properties beside operator version and least ONNX Runtime.
+    """
+
+    version: str
+    text: str = ""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
 class _Deployed(nn.Module):
-    """The captured model with the inputs of a deployed one: positions are counted from the mask inside."""
+    """The captured model with the inputs of a deployed one: it counts positions from the mask."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__()
@@ -116,7 +127,7 @@ def export_onnx(
     cache: CacheShape,
     dtype: torch.dtype,
     folder: Path,
-    metadata: dict[str, str],
+    description: Description,
     dump_dir: Path | None = None,
     provider: str = "cpu",
     between: Callable[[], None] | None = None,
@@ -124,14 +135,14 @@ def export_onnx(
     """Lower a captured model in place and write `model.onnx` and `model.onnx.data` into a folder.
 
     Args:
-        graph: As capture or rewriting left it; afterwards it is lowered.
+        graph: A captured model, rewritten or not; afterwards it is lowered.
         cache: Shape of its key/value cache.
         dtype: Of its weights.
-        folder: Exists.
-        metadata: Goes into the model beside op version and least ONNX Runtime.
-        dump_dir: Where every pass leaves its before, after and diff.
-        provider: Which of `PROVIDERS` the model is meant for; every provider runs it.
-        between: Called before each weight is written, so that what was read for those before it can leave memory.
+        folder: An existing folder.
+        description: What the file says about itself.
+        dump_dir: Where every pass writes its before, after and diff.
+        provider: One of `PROVIDERS`, for which the model is optimized; every provider runs it.
+        between: Called before each weight is written, so that pages read for earlier weights can leave memory.
 
     Returns:
         One decision for each routed unit, in the order in which a token meets them.
@@ -139,24 +150,24 @@ def export_onnx(
     Raises:
         PassError: A unit cannot be lowered.
     """
-    names = [unit.name for unit in match_units(graph).units]
     PassManager(lowering(provider), dump_dir).run(graph)
     model = _translate(_Deployed(graph), cache, dtype)
-    decisions = _name_decisions(model, names)
-    _name_interface(model, cache)
-    store_transposed(model)
-    for cleaning in (RemoveUnusedNodesPass(), RemoveUnusedOpsetsPass(), ClearMetadataAndDocStringPass()):
+    for cleaning in (RemoveUnusedNodesPass(), RemoveUnusedOpsetsPass()):
         cleaning(model)
+    name_all(model)
+    decisions = _name_decisions(model)
+    _name_interface(model, cache)
+    ClearMetadataAndDocStringPass()(model)
     if any(node.domain == DOMAIN for node in model.graph):
         model.opset_imports[DOMAIN] = VERSION
         operators = {node.op_type for node in model.graph if node.domain == DOMAIN}
         for proto in function_protos(operators, half=dtype != torch.float32):
             function = ir.serde.deserialize_function(proto)
             model.functions[function.identifier()] = function
-    model.metadata_props.update(
-        metadata | {"irc.opset": str(OPSET), "irc.op_version": str(VERSION), "irc.least_onnxruntime": LEAST_ORT}
-    )
-    model.producer_name = "irc"
+    versions = {"irc.opset": str(OPSET), "irc.op_version": str(VERSION), "irc.least_onnxruntime": LEAST_ORT}
+    model.metadata_props.update({**description.metadata, **versions})
+    model.producer_name, model.producer_version = "irc", description.version
+    model.doc_string, model.model_version = description.text, MODEL_VERSION
     ir.save(model, folder / MODEL, external_data=DATA, callback=(lambda *_: between()) if between else None)
     return decisions
 
@@ -165,7 +176,7 @@ def _translate(module: nn.Module, cache: CacheShape, dtype: torch.dtype) -> ir.M
     """Run torch.export and torch.onnx.export, then fold constants and merge equal nodes."""
     device = next(module.parameters()).device
     batch, tokens, past = 2, 3, 5
-    # Tensors of their own: torch.export takes one tensor given twice for one input.
+    # Separate tensors: torch.export would take one tensor given twice for one input.
     stored = [past - 1 if layer in cache.reduced else past for layer in range(cache.layers) for _ in range(2)]
     caches = [torch.zeros(batch, cache.heads, count, cache.size, dtype=dtype, device=device) for count in stored]
     slots = [torch.zeros(batch, past - 1, dtype=torch.int64, device=device) for _ in cache.reduced]
@@ -174,9 +185,10 @@ def _translate(module: nn.Module, cache: CacheShape, dtype: torch.dtype) -> ir.M
     auto = Dim.AUTO
     two = {0: auto, 1: auto}
     shapes = (two, two, [{0: auto, 2: auto} for _ in caches], [two for _ in slots])
-    # It says that torchvision is missing, whose operators no language model has.
+    # Hides the notice that torchvision is missing, whose operators language models do not use.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
-    with torch.no_grad(), warnings.catch_warnings(), tracing():
+    # preserve_node_meta: what NameModules noted reaches the nodes of the ONNX graph.
+    with torch.no_grad(), warnings.catch_warnings(), tracing(), preserve_node_meta():
         warnings.simplefilter("ignore")
         program = torch.export.export(module, (ids, mask, caches, slots), dynamic_shapes=shapes, strict=False)
         converted = torch.onnx.export(
@@ -189,6 +201,8 @@ def _translate(module: nn.Module, cache: CacheShape, dtype: torch.dtype) -> ir.M
         )
     assert converted is not None
     model = converted.model
+    note_modules(model)
+    store_transposed(model)  # before constants are folded: a folded weight would lose its name
     onnxscript.optimizer.optimize(model, input_size_limit=1024, output_size_limit=1024)
     CommonSubexpressionEliminationPass()(model)
     return model
@@ -212,12 +226,12 @@ def _name_interface(model: ir.Model, cache: CacheShape) -> None:
             value.shape = ir.Shape(shape)
 
 
-def _name_decisions(model: ir.Model, units: list[str]) -> list[Decision]:
-    """Name the logit differences of all routed units: what each DecideRows reads."""
+def _name_decisions(model: ir.Model) -> list[Decision]:
+    """Name the logit differences of all routed units, in order: what the DecideRows of each unit reads."""
     found: list[Decision] = []
     for node in model.graph:
         if node.domain == DOMAIN and node.op_type == "DecideRows":
-            difference, decision = node.inputs[0], Decision.of(units[len(found)])
+            difference, decision = node.inputs[0], Decision.of(node.metadata_props[UNIT])
             assert difference is not None
             difference.name = decision.difference
             found.append(decision)

@@ -7,6 +7,7 @@ The bodies are onnxscript: Python that is compiled to ONNX, never run.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import onnx
@@ -22,8 +23,8 @@ irc = Opset(DOMAIN, VERSION)
 def SelectRows(mask, padded: int = 0):
     """Return the true and the false tokens of mask [batch, tokens] as (sequence, token) pairs, int64 [1, n, 2].
 
-    Of at most `padded` tokens a kernel may return batch * tokens rows of both, the last ones (-1, -1); the body never
-    does.
+    With at most `padded` tokens, a kernel may return batch * tokens rows of each kind and pad the end with (-1, -1);
+    this body never does.
     """
     zero = op.Constant(value_ints=[0])
     true = op.Unsqueeze(op.Transpose(op.NonZero(mask), perm=[1, 0]), zero)
@@ -35,7 +36,7 @@ def SelectRows(mask, padded: int = 0):
 def DecideRows(difference, padded: int = 0):
     """Return the tokens that execute and those that are approximated, int64 [1, n, 2], as SelectRows does.
 
-    A difference of logits, float32 [batch, tokens], below 0 approximates; one that is no number executes.
+    A logit difference, float32 [batch, tokens], below 0 approximates; everything else, NaN too, executes.
     """
     execute = op.Not(op.Less(difference, op.Constant(value_float=0.0)))
     executed, skipped = irc.SelectRows(execute, padded=padded)
@@ -64,14 +65,14 @@ def ScatterAdd(y, rows, base):
 def ScatterAddHalf(y, rows, base):
     """Return base [batch, tokens, d] with y [1, n, d] added to its tokens `rows` [1, n, 2], which are all different.
 
-    ONNX Runtime's CPU provider adds nothing of 16 bits in ScatterND, so the sums are made before.
+    ONNX Runtime's CPU provider cannot add 16-bit numbers in ScatterND, so the sums are computed first.
     """
     return op.ScatterND(base, rows, op.Add(op.GatherND(base, rows), y))
 
 
 @script(irc, default_opset=op)
 def RoutedMatMul(x, rows, w):
-    """Return x [1, n, d] @ w [d, out]; a kernel computes nothing where no row of `rows` [1, n, 2] is a token's."""
+    """Return x [1, n, d] @ w [d, out]; a kernel skips it if all `rows` [1, n, 2] are padding."""
     return op.MatMul(x, w)
 
 
@@ -84,7 +85,7 @@ def RoutedGate(x, rows, gate, up):
 
 @script(irc, default_opset=op)
 def Router(x, w1, b1, w2, b2):
-    """Return how much rather each token of x [batch, tokens, d] executes, float32 [batch, tokens].
+    """Return the execute logit minus the approximate logit of x [batch, tokens, d], float32 [batch, tokens].
 
     w1 is [d, hidden], b1 [hidden], w2 [hidden, 1], b2 [1].
     """
@@ -104,10 +105,10 @@ def ForecastAdd(x, rows, base, down, up, bias):
 
 @script(irc, default_opset=op)
 def RaggedPlaces(rows, like):
-    """Return how `rows` [1, n, 2] look if each sequence's own stand at its front, padded to the longest.
+    """Return places for `rows` [1, n, 2] if each sequence starts with its own rows, padded to the longest.
 
-    Where each row goes, int64 [1, n, 2]; and which row stands where, int64 [batch, longest], 0 in the padding. The
-    batch is that of `like`.
+    The place of each row, int64 [1, n, 2], and the row at each place, int64 [batch, longest], 0 in the padding. The
+    batch size is that of `like`.
     """
     zero = op.Constant(value_ints=[0])
     one = op.Constant(value_ints=[1])
@@ -121,7 +122,7 @@ def RaggedPlaces(rows, like):
     place = op.Sub(order, op.Gather(starts, flat))
     last = op.Constant(value_ints=[2])
     places = op.Concat(op.Unsqueeze(sequence, last), op.Unsqueeze(place, last), axis=2)
-    longest = op.ReduceMax(op.Concat(zero, counts, axis=0), keepdims=1)  # the maximum of nothing fails, or kills
+    longest = op.ReduceMax(op.Concat(zero, counts, axis=0), keepdims=1)  # the maximum of no elements fails or crashes
     size = op.Concat(batch, longest, axis=0)
     return places, op.ScatterND(op.Expand(zero, size), places, order)
 
@@ -130,8 +131,8 @@ def RaggedPlaces(rows, like):
 def RoutedAttention(q, rows, k, v, past_k, past_v, mask, heads: int, kv_heads: int, scale: float):
     """Attend from the tokens `rows` alone: q [1, n, heads * size], mask [batch, tokens, keys] is added to scores.
 
-    A batch of one computes no score of a skipped token. In a larger one the queries of each sequence are padded to
-    the longest; with no query at all only the cache grows.
+    A batch of one computes no scores of skipped tokens. A larger batch pads the queries of each sequence to the
+    longest. Without any query only the cache grows.
     """
     zero = op.Constant(value_ints=[0])
     one = op.Constant(value_ints=[1])
@@ -164,10 +165,10 @@ def RoutedAttention(q, rows, k, v, past_k, past_v, mask, heads: int, kv_heads: i
 def ReducedAttention(
     q, rows, k, v, past_k, past_v, past_slots, mask, heads: int, kv_heads: int, scale: float, masked: float
 ):
-    """Attend from the tokens `rows` to stored ones, of which they become the last: q, k, v are [1, n, ...].
+    """Attend from the tokens `rows` to stored ones and store their own k and v: q, k, v are [1, n, ...].
 
-    `past_slots` [batch, stored] says which token of its sequence each stored one is, -1 for none. With no row nothing
-    is stored. In a batch each sequence's rows are padded to the longest.
+    `past_slots` [batch, stored] is the index of each stored token in its sequence, -1 for padding. Without rows
+    nothing is stored. In a batch each sequence's rows are padded to the longest.
     """
     zero = op.Constant(value_ints=[0])
     one = op.Constant(value_ints=[1])
@@ -229,7 +230,7 @@ def function_protos(used: set[str], half: bool = False) -> list[onnx.FunctionPro
 
     Args:
         used: Names of the operators in a model.
-        half: Whether its numbers have 16 bits.
+        half: Whether the model computes in 16 bits.
     """
     bodies = {function.name: function.to_function_proto() for function in FUNCTIONS}
     if half:
@@ -238,6 +239,10 @@ def function_protos(used: set[str], half: bool = False) -> list[onnx.FunctionPro
     inner = {node.op_type for name in used for node in _nodes(bodies[name].node) if node.domain == DOMAIN}
     found = [body for name, body in bodies.items() if name in used | inner]
     for body in found:
+        counts: Counter[str] = Counter()
+        for node in _nodes(body.node):
+            node.name = f"{body.name}/{node.op_type}_{counts[node.op_type]}"
+            counts[node.op_type] += 1
         if all(entry.domain != DOMAIN for entry in body.opset_import):
             body.opset_import.append(onnx.helper.make_opsetid(DOMAIN, VERSION))
     return found

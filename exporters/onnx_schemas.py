@@ -1,9 +1,10 @@
-"""The schemas of the operators of the ONNX domain `irc`, one line each."""
+"""The schemas of the operators of the ONNX domain `irc`, one line per operator."""
 
 from __future__ import annotations
 
 import onnx
 
+from exporters.onnx_dtypes import BOOL, FLOATS, FP32, INT64
 from exporters.onnx_ops import DOMAIN, FUNCTIONS, VERSION
 
 _SCHEMAS = (
@@ -29,16 +30,11 @@ _SCHEMAS = (
     ),
     ("RaggedPlaces", "rows: I, like: T -> places: I, index: I", ""),
 )
-_TYPES = {
-    "B": ["tensor(bool)"],
-    "F": ["tensor(float)"],
-    "I": ["tensor(int64)"],
-    "T": ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"],
-}
+_TYPES = {"B": [BOOL.text], "F": [FP32.text], "I": [INT64.text], "T": [kind.text for kind in FLOATS]}
 
 
 def register_schemas() -> None:
-    """Make the operators known to onnx in this process, so that graphs with them can be built and checked."""
+    """Register the operators with onnx in this process, so that graphs with them can be built and checked."""
     if onnx.defs.has(FUNCTIONS[0].name, DOMAIN):
         return
     for name, signature, attributes in _SCHEMAS:

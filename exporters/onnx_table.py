@@ -1,4 +1,4 @@
-"""What each operator of the dialect becomes in ONNX: a node of domain `irc`, or of the standard."""
+"""Translates each operator of the dialect to ONNX: to a node of domain `irc` or to a standard one."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from typing import Any
 import torch
 from onnxscript import opset23 as op
 
+from exporters.onnx_dtypes import of_name
 from exporters.onnx_ops import irc
 from exporters.onnx_schemas import register_schemas
 from passes import dialect  # noqa: F401 - registers the operators
 
-_MASKED = {"FLOAT": -1e30, "FLOAT16": -3e4, "BFLOAT16": -1e30}
+UNIT = "irc.unit"
+"""Key of a DecideRows node's metadata under which the name of its unit travels to the end of the export."""
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Return the translation of every operator of the dialect, as torch.onnx.export takes them."""
+    """Return the translation of every operator of the dialect, in the form that torch.onnx.export takes."""
     register_schemas()
     return {
         torch.ops.irc.select_rows.default: _select_rows,
@@ -40,8 +42,10 @@ def _select_rows(mask, padded=0):
     return irc.SelectRows(mask, padded=padded) if padded else irc.SelectRows(mask)
 
 
-def _decide_rows(difference, padded=0):
-    return irc.DecideRows(difference, padded=padded) if padded else irc.DecideRows(difference)
+def _decide_rows(difference, padded=0, unit=""):
+    executed, skipped = irc.DecideRows(difference, padded=padded) if padded else irc.DecideRows(difference)
+    executed.producer().metadata_props[UNIT] = unit
+    return executed, skipped
 
 
 def _compact(x, rows):
@@ -76,7 +80,7 @@ def _rms_norm(x, weight, eps):
     features, size = int(x.shape[-1]), int(weight.shape[0])
     if features == size:
         return op.RMSNormalization(x, weight, axis=-1, epsilon=eps)
-    # Every size is said: there may be no row at all, and then -1 could be anything.
+    # Every size is explicit: without any row, -1 would be ambiguous.
     chunks = op.Reshape(x, op.Constant(value_ints=[0, 0, features // size, size]))
     normed = op.RMSNormalization(chunks, weight, axis=-1, epsilon=eps)
     return op.Reshape(normed, op.Constant(value_ints=[0, 0, features]))
@@ -100,11 +104,11 @@ def _routed_attention(q, rows, k, v, past_k, past_v, mask, heads, scale):
 
 def _reduced_attention(q, rows, k, v, past_k, past_v, past_slots, mask, heads, scale):
     added, kv_heads = op.Squeeze(_added(mask, q), op.Constant(value_ints=[1])), int(past_k.shape[1])
-    options = {"heads": heads, "kv_heads": kv_heads, "scale": scale, "masked": _MASKED[q.dtype.name]}
+    options = {"heads": heads, "kv_heads": kv_heads, "scale": scale, "masked": of_name(q.dtype.name).masked}
     return irc.ReducedAttention(q, rows, k, v, past_k, past_v, past_slots, added, **options)
 
 
 def _added(mask, like):
-    """Return the boolean mask as numbers added to scores; layers share the node once equal ones are merged."""
-    value = op.Constant(value_float=_MASKED[like.dtype.name])
+    """Return the boolean mask as numbers added to scores; equal nodes are merged, so layers share one."""
+    value = op.Constant(value_float=of_name(like.dtype.name).masked)
     return op.CastLike(op.Where(mask, op.Constant(value_float=0.0), value), like)

@@ -1,4 +1,4 @@
-"""How weights lie in the file: linears as [in, out], ready for MatMul; a tied embedding once."""
+"""Layout of weights in the file: linears as [in, out], ready for MatMul; a tied embedding is stored once."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from onnx_ir.tensor_adapters import TorchTensor
 def store_transposed(model: ir.Model) -> None:
     """Replace every Transpose of a weight by a weight that is stored transposed.
 
-    A weight that something else reads too (a tied embedding) stays as it is, and its product becomes Gemm, which
-    reads it transposed. Nothing is transposed before the file is written, one weight at a time.
+    A weight that another node reads too (a tied embedding) stays as it is, and its product becomes a Gemm, which
+    reads it transposed. Weights are transposed one at a time while the file is written.
     """
     for node in list(model.graph):
         weight = node.inputs[0] if node.op_type == "Transpose" and node.inputs else None
@@ -59,6 +59,8 @@ def _use_gemm(model: ir.Model, node: ir.Node, weight: ir.Value) -> None:
         result = ir.node("Reshape", [gemm.outputs[0], shape.outputs[0]])
         result.outputs[0].name = product.outputs[0].name
         result.outputs[0].type, result.outputs[0].shape = product.outputs[0].type, product.outputs[0].shape
+        for made in (flat, gemm, lead, shape, result):
+            made.metadata_props.update(product.metadata_props)
         model.graph.insert_before(product, [flat, gemm, lead, shape, result])
         product.outputs[0].replace_all_uses_with(result.outputs[0], replace_graph_outputs=True)
         model.graph.remove(product, safe=True)

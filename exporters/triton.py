@@ -1,7 +1,7 @@
-"""A model repository for Triton Inference Server: the model on tensors, and a model that takes and gives text.
+"""A model repository for Triton Inference Server: one model on tensors, and one on text.
 
 `NAME` runs `model.onnx` on Triton's onnxruntime backend; its caches travel with every request. `NAME_text` runs on
-Triton's Python backend, where irc is installed: prompts come in, text goes out, and caches stay on the server.
+Triton's Python backend, where irc is installed: it takes prompts, returns text, and keeps caches on the server.
 """
 
 from __future__ import annotations
@@ -11,14 +11,9 @@ from pathlib import Path
 import onnx
 
 from exporters.onnx import DATA, MODEL
+from exporters.onnx_dtypes import of_code
 
-_TYPES = {
-    onnx.TensorProto.FLOAT: "TYPE_FP32",
-    onnx.TensorProto.FLOAT16: "TYPE_FP16",
-    onnx.TensorProto.BFLOAT16: "TYPE_BF16",
-    onnx.TensorProto.INT64: "TYPE_INT64",
-}
-# What a request for text says, beside its prompt; all of it may be left out. As `irc generate` has it.
+# Optional inputs of a request for text beside its prompt; they are those of `irc generate`.
 OPTIONS = {
     "max_tokens": "TYPE_INT32",
     "temperature": "TYPE_FP32",
@@ -41,7 +36,7 @@ def write_repository(folder: Path, name: str, ops_library: str | None = None) ->
     Args:
         folder: Holds `model.onnx` and its data; becomes the repository.
         name: Of the model, a folder of the repository; `NAME_text` is the other's.
-        ops_library: Path, on the server, of the native operator library that `NAME` registers; none when None.
+        ops_library: Path, on the server, of the native operator library that `NAME` registers; None for no library.
     """
     version = folder / name / "1"
     version.mkdir(parents=True)
@@ -56,9 +51,9 @@ def write_repository(folder: Path, name: str, ops_library: str | None = None) ->
 
 
 def config_text(name: str, model: Path, ops_library: str | None = None) -> str:
-    """Return `config.pbtxt`, read off the model's own inputs and outputs; sizes that vary are -1.
+    """Return `config.pbtxt`, made from the model's inputs and outputs; sizes that vary are -1.
 
-    Triton counts no batch of its own here (max_batch_size 0), because the cache's batch is part of every shape.
+    Triton adds no batch dimension (max_batch_size 0), because the cache's batch is part of every shape.
     """
     graph = onnx.load(str(model), load_external_data=False).graph
     lines = [f'name: "{name}"', 'backend: "onnxruntime"', "max_batch_size: 0"]
@@ -66,7 +61,8 @@ def config_text(name: str, model: Path, ops_library: str | None = None) -> str:
         for value in values:
             kind = value.type.tensor_type
             sizes = ", ".join(str(dim.dim_value) if dim.HasField("dim_value") else "-1" for dim in kind.shape.dim)
-            lines.append(f'{side} [ {{ name: "{value.name}" data_type: {_TYPES[kind.elem_type]} dims: [ {sizes} ] }} ]')
+            dtype = of_code(kind.elem_type).triton
+            lines.append(f'{side} [ {{ name: "{value.name}" data_type: {dtype} dims: [ {sizes} ] }} ]')
     if ops_library is not None:
         quoted = ops_library.replace("\\", "\\\\").replace('"', '\\"')
         lines.append(f'model_operations {{ op_library_filename: "{quoted}" }}')
@@ -75,7 +71,7 @@ def config_text(name: str, model: Path, ops_library: str | None = None) -> str:
 
 
 def text_config(name: str) -> str:
-    """Return `config.pbtxt` of the model on text: one text at a time, a bounded queue, streamed where asked."""
+    """Return `config.pbtxt` of the model on text: one text at a time, a bounded queue, streaming on request."""
     lines = [f'name: "{name}"', 'backend: "python"', "max_batch_size: 1"]
     lines.append('input [ { name: "prompt" data_type: TYPE_STRING dims: [ 1 ] } ]')
     for option, kind in OPTIONS.items():

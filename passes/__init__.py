@@ -1,1 +1,1 @@
-"""What may be done to a graph; needs torch alone."""
+"""Rewrites of captured graphs; depends on torch alone."""

@@ -1,7 +1,7 @@
-"""Pass, PassManager and their failures: how one rewrite of a captured model runs and is checked.
+"""Pass, PassManager and PassError: how a rewrite of a captured model runs and is checked.
 
-The model that passes work on is the `torch.fx.GraphModule` that capture makes: submodules with a
-graph of their own are `torch.export.unflatten.InterpreterModule`s, leaves are real `nn.Module`s.
+Passes work on the `torch.fx.GraphModule` that capture makes. Its submodules with a graph of their own are
+`torch.export.unflatten.InterpreterModule`s; its leaves are real `nn.Module`s.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
+import torch
 from torch import fx, nn
 
 from passes.printer import print_model, unified_diff
@@ -22,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class PassError(Exception):
-    """A pass could not do its work, or left an invalid graph behind.
+    """A pass could not do its work, or left an invalid graph.
 
     Args:
         where: Path of the module (and node) in the model.
@@ -67,7 +68,7 @@ class Pass(ABC):
         """Rewrite the model and say whether anything changed."""
 
     def ensures(self, model: fx.GraphModule) -> None:
-        """Raise `PassError` when the result, not the input, breaks the promise of the pass."""
+        """Raise `PassError` when the result, not the input, breaks what the pass guarantees."""
         return None
 
 
@@ -77,7 +78,7 @@ class PassManager:
 
     Attributes:
         passes: The passes, in order.
-        dump_dir: Folder for `NN-Name.before.txt`, `.after.txt` and `.diff`; none when None.
+        dump_dir: Folder for `NN-Name.before.txt`, `.after.txt` and `.diff`; None writes no files.
         history: Names of the passes that have run.
     """
 
@@ -99,7 +100,7 @@ class PassManager:
                 result = step.call(model)
                 step.ensures(result.model)
                 for problem in verify_model(result.model):
-                    raise PassError(problem.where, problem.message, "this is a fault of the pass: please report it")
+                    raise PassError(problem.where, problem.message, "this is a bug in the pass: please report it")
             except PassError as error:
                 ran = ", ".join(self.history) or "none"
                 remedy = f"{error.remedy} (ran before: {ran})"
@@ -139,7 +140,7 @@ def finish(module: nn.Module) -> None:
 def rewrite_nodes(
     model: fx.GraphModule, target: object, rewrite: Callable[[fx.Graph, nn.Module, fx.Node], bool]
 ) -> PassResult:
-    """Offer every node that calls `target`, in every graph of a model, to a function that says if it changed it."""
+    """Apply a function to every node that calls `target`, in every graph; it returns whether it changed the node."""
     modified = False
     for module in list(model.modules()):
         graph = graph_of(module)
@@ -151,6 +152,11 @@ def rewrite_nodes(
             finish(module)
             modified = True
     return PassResult(model, modified)
+
+
+def transposed_weight(graph: fx.Graph, linear: str) -> fx.Node:
+    """Insert the weight of a linear, by its path, as [in, out]."""
+    return graph.call_function(torch.ops.aten.t.default, (graph.get_attr(f"{linear}.weight"),))
 
 
 class _Finalizable:

@@ -1,4 +1,4 @@
-"""Takes out of captured graphs what only the capture needed."""
+"""Removes from captured graphs what only the capture needed."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _DROPOUT = torch.ops.aten.dropout.default
 
 
 class CleanUp(Pass):
-    """Removes metadata assertions, which pin the device and dtype of the capture, and dropouts that drop nothing.
+    """Removes metadata assertions, which pin the device and dtype of the capture, and dropouts captured in eval mode.
 
-    A dropout captured in eval mode computes nothing, and would stand between a unit's last linear and its output.
+    Such a dropout returns its input, and would separate a unit's last linear from its output.
     """
 
     def call(self, model: fx.GraphModule) -> PassResult:

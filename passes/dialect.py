@@ -1,13 +1,12 @@
-"""The `irc::` operators: what the graph of a routed model says beyond torch's own operators.
+"""The `irc::` operators, which the graph of a routed model uses beside those of torch.
 
 Routing operators (`select_rows`, `decide_rows`, `compact`, `scatter`, `scatter_add`, `routed_matmul`, `routed_gate`,
 `router`, `forecast_add`, `routed_attention`, `reduced_attention`) choose and move tokens; each becomes a node of the
-ONNX domain `irc`. Raised operators (`rms_norm`, `rotary`, `attention`) say in one word what capture spread over many
-nodes; each becomes one standard ONNX operator.
-docs/operators.md describes them.
+ONNX domain `irc`. Raised operators (`rms_norm`, `rotary`, `attention`) replace many captured nodes by one; each
+becomes one standard ONNX operator. docs/operators.md describes them.
 
-Rows are (sequence, token) pairs, int64 [1, n, 2]. Compacted tensors keep a leading 1, [1, n, d], so that whatever works
-on [batch, tokens, d] works on them too.
+Rows are (sequence, token) pairs, int64 [1, n, 2]. Compacted tensors keep a leading 1, [1, n, d], so that they look
+like [batch, tokens, d] to the operators that read them.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ def select_rows(mask: Tensor, padded: int = 0) -> tuple[Tensor, Tensor]:
 
     Args:
         mask: bool [batch, tokens].
-        padded: Of at most so many tokens a kernel may return batch * tokens rows of both, the last ones (-1, -1), so
-            that their number does not depend on the mask. Here it means nothing.
+        padded: With at most this many tokens, a kernel may return batch * tokens rows of each kind and pad the end
+            with (-1, -1), so that the number of rows does not depend on the mask. Ignored here.
     """
     return mask.nonzero().contiguous().unsqueeze(0), (~mask).nonzero().contiguous().unsqueeze(0)
 
@@ -39,20 +38,21 @@ def _(mask: Tensor, padded: int = 0) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("irc::decide_rows", mutates_args=())
-def decide_rows(difference: Tensor, padded: int = 0) -> tuple[Tensor, Tensor]:
-    """Return the tokens that execute, and those that are approximated, as `select_rows` does.
+def decide_rows(difference: Tensor, padded: int = 0, unit: str = "") -> tuple[Tensor, Tensor]:
+    """Return the tokens that execute and those that are approximated, as `select_rows` does.
 
     Args:
-        difference: float32 [batch, tokens], execute logit minus approximate logit; negative approximates, and what is
-            no number executes.
+        difference: float32 [batch, tokens], execute logit minus approximate logit; negative approximates, everything
+            else, NaN too, executes.
         padded: As of `select_rows`.
+        unit: Name of the unit that is decided about. It changes no result: the exporter names the decision by it.
     """
     executed, skipped = select_rows(~(difference < 0), padded)
     return executed, skipped
 
 
 @decide_rows.register_fake
-def _(difference: Tensor, padded: int = 0) -> tuple[Tensor, Tensor]:
+def _(difference: Tensor, padded: int = 0, unit: str = "") -> tuple[Tensor, Tensor]:
     context = torch.library.get_ctx()
     true, false = (difference.new_empty([1, context.new_dynamic_size(), 2], dtype=torch.int64) for _ in range(2))
     return true, false
@@ -94,7 +94,7 @@ def _(y: Tensor, rows: Tensor, base: Tensor) -> Tensor:
 
 @torch.library.custom_op("irc::routed_matmul", mutates_args=())
 def routed_matmul(x: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
-    """Return x [1, n, d] @ weight [d, out]; `rows` [1, n, 2] say which of x's rows are none, here all are some."""
+    """Return x [1, n, d] @ weight [d, out]; `rows` [1, n, 2] tell a kernel which rows are padding."""
     return x @ weight
 
 
@@ -116,13 +116,13 @@ def _(x: Tensor, rows: Tensor, gate: Tensor, up: Tensor) -> Tensor:
 
 @torch.library.custom_op("irc::router", mutates_args=())
 def router(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-    """Return how much rather each token executes than is approximated, float32 [batch, tokens].
+    """Return the execute logit minus the approximate logit of each token, float32 [batch, tokens].
 
     Args:
         x: [batch, tokens, d].
         w1: [d, hidden].
         b1: [hidden].
-        w2: [hidden, 1], of the difference of the two logits.
+        w2: [hidden, 1], which makes the difference of the two logits.
         b2: [1].
     """
     return (F.relu(x @ w1 + b1) @ w2 + b2).squeeze(-1).float()
@@ -135,12 +135,12 @@ def _(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
 
 @torch.library.custom_op("irc::forecast_add", mutates_args=())
 def forecast_add(x: Tensor, rows: Tensor, base: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> Tensor:
-    """Return base with the forecast of the tokens `rows`, which are all different, added to them.
+    """Return base with the forecasts of the tokens `rows`, which are all different, added to those tokens.
 
     Args:
-        x: What forecasts are made from, [batch, tokens, d].
+        x: Input of the forecaster, [batch, tokens, d].
         rows: int64 [1, n, 2].
-        base: What is added to, [batch, tokens, out].
+        base: [batch, tokens, out].
         down: [d, rank].
         up: [rank, out].
         bias: [out].
@@ -152,22 +152,6 @@ def forecast_add(x: Tensor, rows: Tensor, base: Tensor, down: Tensor, up: Tensor
 @forecast_add.register_fake
 def _(x: Tensor, rows: Tensor, base: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> Tensor:
     return torch.empty_like(base)
-
-
-@torch.library.custom_op("irc::stored", mutates_args=())
-def stored(past_k: Tensor, execute: Tensor) -> Tensor:
-    """Return which tokens have a key, bool [batch, past + tokens].
-
-    Args:
-        past_k: [batch, kv_heads, past, size]; a key of zeros in all heads stands for none.
-        execute: bool [batch, tokens]; executed tokens store their key.
-    """
-    return torch.cat(((past_k != 0).any(dim=-1).any(dim=1), execute), dim=1)
-
-
-@stored.register_fake
-def _(past_k: Tensor, execute: Tensor) -> Tensor:
-    return execute.new_empty([execute.shape[0], past_k.shape[2] + execute.shape[1]])
 
 
 @torch.library.custom_op("irc::rms_norm", mutates_args=())

@@ -1,6 +1,6 @@
-"""The attention of the `irc::` dialect: of all tokens, of chosen ones, and of chosen ones to stored ones.
+"""The attention operators of the `irc::` dialect: from all tokens, from some, and from some to stored tokens.
 
-Registered by `passes/dialect.py`, whose words hold here too.
+`passes/dialect.py` registers them and explains rows and shapes.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def routed_attention(
     heads: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attend from the tokens `rows` alone to past and present ones.
+    """Attend from the tokens `rows` to past and present ones.
 
     Args:
         q: Of the executed tokens, [1, n, heads * size].
@@ -103,17 +103,17 @@ def reduced_attention(
     heads: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Attend from the tokens `rows` alone to stored ones, of which they become the last.
+    """Attend from the tokens `rows` to stored ones; the tokens `rows` are stored last.
 
     Args:
         q: Of the executed tokens, [1, n, heads * size].
         rows: Where they are, in order, int64 [1, n, 2].
         k: Of the executed tokens, [1, n, kv_heads * size].
         v: As k.
-        past_k: What is stored, [batch, kv_heads, stored, size].
+        past_k: Stored keys, [batch, kv_heads, stored, size].
         past_v: As past_k.
-        past_slots: Which token of its sequence each is, int64 [batch, stored]; -1 where there is none (a shorter
-            sequence is filled up, with keys and values that mean nothing).
+        past_slots: Index of each stored token in its sequence, int64 [batch, stored]; -1 is padding, whose keys and
+            values are ignored.
         mask: bool [batch, 1, tokens, past + tokens], true where attended, of all tokens of the sequences.
         heads: Query heads.
         scale: Of the scores.

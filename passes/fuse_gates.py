@@ -14,7 +14,7 @@ aten, irc = torch.ops.aten, torch.ops.irc
 class FuseGates(Pass):
     """Replaces `silu(routed_matmul(x, rows, gate)) * routed_matmul(x, rows, up)` by `irc::routed_gate`.
 
-    Run after RouteProducts. Products with a bias, and what anything else reads, are left alone.
+    Run after RouteProducts. Products with a bias stay as they are, and so do values that another node reads.
     """
 
     def call(self, model: fx.GraphModule) -> PassResult:
@@ -44,7 +44,7 @@ def _fuse(graph: fx.Graph, module: nn.Module, mul: fx.Node) -> bool:
 
 
 def _is_silu(module: nn.Module, node: fx.Node) -> bool:
-    """Whether a node is a SiLU, or calls a submodule that is nothing else."""
+    """Whether a node is a SiLU, or calls a submodule that computes a SiLU alone."""
     if node.op != "call_module":
         return bool(node.target == aten.silu.default)
     called = module.get_submodule(str(node.target))

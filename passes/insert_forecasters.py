@@ -1,4 +1,4 @@
-"""Puts a forecaster and a mux beside every unit: `mux(unit(x), forecaster(x))` feeds the residual add."""
+"""Inserts a forecaster and a mux beside every unit: `mux(unit(x), forecaster(x))` feeds the residual add."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ModuleFactory = Callable[[Unit], nn.Module]
 class InsertForecasters(Pass):
     """Inserts, for each unit, a call of its forecaster on the unit's input and a mux after the unit.
 
-    Without a router the mux has no decision to follow and passes the unit's own output on.
+    Without a router the mux has no decision to follow and returns the unit's own output.
 
     Args:
         make_forecaster: Returns the forecaster of a unit, [batch, tokens, d] -> the same shape.
@@ -32,7 +32,7 @@ class InsertForecasters(Pass):
         if not found.units:
             reason = found.refusals[0] if found.refusals else None
             detail = f" ({reason.name}: {reason.reason})" if reason else ""
-            remedy = "only decoder-only models of Llama's shape can be converted"
+            remedy = "convert a decoder-only model of Llama's shape"
             raise PassError("model", f"no attention or FFN unit matched{detail}", remedy)
 
     def call(self, model: fx.GraphModule) -> PassResult:

@@ -1,4 +1,4 @@
-"""Gives every mux its decision: a router reads the unit's input and says execute or approximate."""
+"""Inserts a router for every mux: it reads the unit's input and decides to execute or to approximate."""
 
 from __future__ import annotations
 

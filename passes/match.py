@@ -4,7 +4,7 @@ Matching goes by structure and dataflow. In every captured graph that has submod
 `add(stream, y)` where `y` comes out of one submodule call. That submodule is an attention unit when it
 computes scores (scaled dot-product attention, or a softmax between products), an FFN unit when it is built
 of linears and row-wise operators only. The unit's input `x` is the one tensor that its first linears read. A norm, a
-factor or a dropout between the submodule and the add belongs to the unit: `y` is what the add reads.
+factor or a dropout between the submodule and the add belongs to the unit: `y` is the value that the add reads.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import fx, nn
 
 from passes import dialect  # noqa: F401 - registers the operators
+from passes.row_wise import is_row_wise, operator_name
 
 Kind = Literal["attention", "ffn"]
 
@@ -25,16 +26,6 @@ ADDS = frozenset({torch.ops.aten.add.Tensor})
 _SCATTERS = frozenset({torch.ops.irc.scatter.default, torch.ops.irc.scatter_add.default})
 _SCORES = frozenset({"scaled_dot_product_attention", "attention", "routed_attention", "reduced_attention"})
 _SOFTMAX, _PRODUCTS = frozenset({"softmax", "_softmax"}), frozenset({"matmul", "bmm", "einsum"})
-# What may stand between the linears of an FFN: one token's values in, the same token's values out.
-_ELEMENTWISE = frozenset(
-    "abs add alias clamp clone contiguous detach div dropout elu eq erf exp gelu getitem hardsigmoid hardswish "
-    "hardtanh leaky_relu linear log mish mul neg pow reciprocal relu relu6 rsqrt sigmoid silu softplus sqrt square sub "
-    "tanh to type_as _to_copy".split()
-)
-_END = 9223372036854775807
-_OVER_FEATURES = frozenset(
-    "amax chunk layer_norm mean rms_norm slice softmax split split_with_sizes sum topk var".split()
-)
 
 
 @dataclass(frozen=True)
@@ -50,7 +41,7 @@ class Unit:
         call: Name of the node that calls it.
         x: Name of the node that is the unit's input, [batch, tokens, width].
         y: Name of the node that is the unit's output, [batch, tokens, width].
-        add: Name of the residual add that takes `y`, or of the mux, `where` or `scatter` that stands for it.
+        add: Name of the residual add that takes `y`, or of the mux or scatter that takes its place.
         width: Size of the hidden state.
     """
 
@@ -82,7 +73,7 @@ class MatchResult:
     refusals: tuple[Refusal, ...]
 
     def why(self, name: str) -> str:
-        """Say in one sentence what the matcher made of the submodule whose path ends in `name`."""
+        """Say how the submodule whose path ends in `name` was matched, or why the matcher rejected it."""
         for unit in self.units:
             if unit.name == name or unit.name.endswith("." + name):
                 flow = f"reads %{unit.x}, its output %{unit.y} is added to the residual stream"
@@ -102,7 +93,7 @@ def match_units(model: fx.GraphModule) -> MatchResult:
     """Find all units of a captured model.
 
     Args:
-        model: The captured model; running the match changes nothing.
+        model: The captured model, which is not changed.
     """
     units: list[Unit] = []
     refusals: list[Refusal] = []
@@ -167,7 +158,7 @@ def _residual_adds(block: nn.Module, call: fx.Node) -> list[tuple[fx.Node, fx.No
 
 
 def _carried_on(block: nn.Module, node: fx.Node) -> fx.Node | None:
-    """Return the one reader of a node when it is a norm, a factor or the like: each token from itself alone."""
+    """Return the only reader of a node if it treats each token separately, as a norm or a factor does; else None."""
     if len(node.users) != 1:
         return None
     reader = next(iter(node.users))
@@ -185,7 +176,7 @@ def _carried_on(block: nn.Module, node: fx.Node) -> fx.Node | None:
 
 
 def after_call(nodes: dict[str, fx.Node], unit: Unit) -> list[fx.Node]:
-    """Return the nodes, of a block's by name, that make `y` of the output of the unit's call, in order; often none."""
+    """Return the nodes between a unit's call and its output `y`, in order; often there are none."""
     found: list[fx.Node] = []
     node, call = nodes[unit.y], nodes[unit.call]
     while node is not call and not (node.target is operator.getitem and node.args[0] is call):
@@ -195,51 +186,25 @@ def after_call(nodes: dict[str, fx.Node], unit: Unit) -> list[fx.Node]:
 
 
 def is_mux(node: fx.Node) -> bool:
-    """Whether a node is a mux that an earlier pass put between a unit and its residual add."""
+    """Whether a node calls a mux, which InsertForecasters put between a unit and its residual add."""
     return node.op == "call_module" and str(node.target).endswith("_mux")
 
 
 def _chooses(node: fx.Node, y: fx.Node) -> bool:
-    """Whether a node takes y as the executed side: a mux, or what hardening and lowering make of one."""
-    if node.target == torch.ops.aten.where.self:
-        return node.args[1] is y
+    """Whether a node takes y as the executed side: a mux, or what lowering makes of one."""
     return (is_mux(node) or node.target in _SCATTERS) and node.args[0] is y
 
 
 def _kind(submodule: nn.Module) -> Kind:
     nodes = [node for graph in _graphs(submodule) for node in graph.nodes if node.op == "call_function"]
-    names = {_overload(node) for node in nodes}
+    names = {operator_name(node) for node in nodes}
     if names & _SCORES or (names & _SOFTMAX and names & _PRODUCTS):
         return "attention"
     for node in nodes:
         if not is_row_wise(node):
-            found = f"it holds no attention scores, and {_overload(node)} may mix tokens"
+            found = f"it holds no attention scores, and {operator_name(node)} may mix tokens"
             raise _NoMatch(f"{found}; expected linears and row-wise operators")
     return "ffn"
-
-
-def is_row_wise(node: fx.Node) -> bool:
-    """Whether each token's result depends on that token alone."""
-    name = _overload(node)
-    if name in _ELEMENTWISE:
-        return True
-    if name not in _OVER_FEATURES:
-        return False
-    if name == "slice" and tuple(node.args[2:4]) == (0, _END):
-        return True
-    arguments = _arguments(node)
-    dims = arguments.get("dim", -len(cast("list[int]", arguments.get("normalized_shape", [0]))))
-    rank = getattr(node.all_input_nodes[0].meta.get("val"), "ndim", 0)
-    last = {-1, rank - 1} if rank else {-1}
-    return set(dims if isinstance(dims, (list, tuple)) else [dims]) <= last
-
-
-def _arguments(node: fx.Node) -> dict[str, object]:
-    """Return the arguments of an operator by name, defaults included."""
-    schema = cast(torch._ops.OpOverload, node.target)._schema.arguments
-    values = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
-    values |= {argument.name: value for argument, value in zip(schema, node.args, strict=False)}
-    return values | dict(node.kwargs)
 
 
 def _graphs(module: nn.Module) -> Iterator[fx.Graph]:
@@ -247,11 +212,6 @@ def _graphs(module: nn.Module) -> Iterator[fx.Graph]:
         graph = getattr(child, "graph", None)
         if isinstance(graph, fx.Graph):
             yield graph
-
-
-def _overload(node: fx.Node) -> str:
-    packet = getattr(node.target, "overloadpacket", None)
-    return str(getattr(packet, "__name__", getattr(node.target, "__name__", "")))
 
 
 def _has_linear(module: nn.Module) -> bool:
@@ -280,7 +240,7 @@ def _input(submodule: nn.Module, call: fx.Node) -> tuple[fx.Node, int]:
 
 
 def _check_output(submodule: nn.Module, kind: Kind, y: fx.Node, call: fx.Node, width: int) -> None:
-    """Refuse a unit whose output has not the stream's width, or that of attention when no linear makes it."""
+    """Refuse a unit whose output does not have the stream's width, and attention whose output no linear makes."""
     graph = cast(fx.Graph, submodule.graph)
     result = next(node for node in graph.nodes if node.op == "output").args[0]
     if y is not call:

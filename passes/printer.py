@@ -1,4 +1,4 @@
-"""Stable text of captured graphs: one line a node, names by position, so that texts can be compared."""
+"""Stable text of captured graphs: one line per node, numbered by position, so that texts can be compared."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def unified_diff(before: str, after: str, context: int = 3) -> str:
 
 
 def named_lines(graph: fx.Graph) -> str:
-    """Return one line a node with the nodes' own names: steady under insertion, made for diffs."""
+    """Return one line per node with the nodes' own names, which insertions do not change: made for diffs."""
     names = {node: f"%{node.name}" for node in graph.nodes}
     return "\n".join(_line(node, names) for node in graph.nodes)
 

@@ -1,4 +1,4 @@
-"""Raises a captured attention unit to `irc::rotary` and `irc::attention`, where tokens stay the second dimension."""
+"""Replaces a captured attention unit by `irc::rotary` and `irc::attention`, where tokens stay the second dimension."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import fx
 from passes import dialect  # noqa: F401 - registers the operators
 from passes.base import Pass, PassError, PassResult, finish, graph_of
 from passes.match import match_units
+from passes.name_modules import PART
 
 aten = torch.ops.aten
 _SDPA = aten.scaled_dot_product_attention.default
@@ -22,12 +23,12 @@ _REPEATS = frozenset({*_VIEWS, aten.unsqueeze.default, aten.slice.Tensor, aten.e
 
 @dataclass
 class _Heads:
-    """One of q, k, v on its way from a linear to the scores.
+    """One of q, k, v between its linear and the scores.
 
     Attributes:
         source: The linear's output [batch, tokens, heads * size].
         norm: An `irc::rms_norm` over each head, or None.
-        cos: Cosines [batch, tokens, size], None where nothing rotates; `sin` alike.
+        cos: Cosines [batch, tokens, size], None without rotation; `sin` likewise.
         heads: Number of heads.
     """
 
@@ -39,7 +40,7 @@ class _Heads:
 
 
 class _NoMatch(Exception):
-    """Says what the attention unit has that the pass does not know."""
+    """Carries what the attention unit has that the pass does not support."""
 
 
 class RaiseAttention(Pass):
@@ -49,7 +50,7 @@ class RaiseAttention(Pass):
     """
 
     def call(self, model: fx.GraphModule) -> PassResult:
-        """Raise all attention units, and refuse one that holds something else."""
+        """Raise all attention units; refuse one of another form."""
         modified = False
         for unit in match_units(model).units:
             module = model.get_submodule(unit.name)
@@ -62,7 +63,7 @@ class RaiseAttention(Pass):
             try:
                 _raise(graph, scores)
             except _NoMatch as error:
-                remedy = "only attention with rotary positions, a key/value cache and a mask can be lowered"
+                remedy = "export a model whose attention has rotary positions, a key/value cache and a mask"
                 raise PassError(unit.name, str(error), remedy) from error
             finish(module)
             modified = True
@@ -78,7 +79,7 @@ def _raise(graph: fx.Graph, scores: list[fx.Node]) -> None:
     if not isinstance(mask, fx.Node) or mask.meta["val"].dtype != torch.bool:
         raise _NoMatch("its mask is missing or not boolean; expected [batch, 1, tokens, keys]")
     if sdpa.kwargs.get("dropout_p") or sdpa.kwargs.get("is_causal"):
-        raise _NoMatch("it drops scores out or is causal beside its mask; expected a mask alone")
+        raise _NoMatch("it has dropout or is causal in addition to its mask; expected a mask alone")
     (past_k, new_k), (past_v, new_v) = _cache(present_k), _cache(present_v)
     q, k, v = _heads(query), _heads(new_k), _heads(new_v)
     scale = sdpa.kwargs.get("scale") or cast(fx.Node, query).meta["val"].shape[-1] ** -0.5
@@ -148,10 +149,10 @@ def _heads(node: Any) -> _Heads:
 
 
 def _unrotate(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
-    """Read x * cos + cat(-right, left) * sin; returns x, cos and sin, the last two [batch, tokens, size]."""
+    """Read x * cos + cat(-right, left) * sin; return x, cos and sin, the last two [batch, tokens, size]."""
     straight, turned = (argument for argument in node.args[:2])
     if not all(isinstance(n, fx.Node) and n.target == aten.mul.Tensor for n in (straight, turned)):
-        raise _NoMatch("heads are added to something that is no rotation")
+        raise _NoMatch("heads are added to a value that is not a rotation")
     x, cos = cast(fx.Node, straight).args[:2]
     joined, sin = cast(fx.Node, turned).args[:2]
     halves = cast(fx.Node, joined).args[0] if cast(fx.Node, joined).target == aten.cat.default else ()
@@ -161,14 +162,14 @@ def _unrotate(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
     right, left = _argument(halves[0], aten.neg.default), halves[1]
     starts = [_slice(half, cast(fx.Node, x)) for half in (left, right)]
     if starts != [(0, size // 2), (size // 2, size)]:
-        raise _NoMatch(f"its rotation takes other halves of {size} features than 0 and {size // 2}")
+        raise _NoMatch(f"its rotation does not split {size} features at {size // 2}")
     return cast(fx.Node, x), _angles(cos), _angles(sin)
 
 
 def _two(joined: fx.Node) -> tuple[Any, Any]:
     parts: Any = joined.args[0]
     if len(parts) != 2:
-        raise _NoMatch(f"heads are joined of {len(parts)} parts; expected rotated features and others")
+        raise _NoMatch(f"heads are joined from {len(parts)} parts; expected rotated and other features")
     return parts[0], parts[1]
 
 
@@ -180,7 +181,7 @@ def _whole(rotated: Any, rest: Any) -> fx.Node:
         first = (0, size) if rotated.target == aten.alias.default else _slice(rotated, source)
         if first and first[0] == 0 and _slice(rest, source) == (first[1], size):
             return source
-    raise _NoMatch("heads are joined of parts that are not the rotated and the other features of one linear")
+    raise _NoMatch("heads are joined from parts that are not the rotated and the other features of one linear")
 
 
 def _slice(node: Any, x: fx.Node) -> tuple[int, int] | None:
@@ -228,6 +229,7 @@ def _emit(graph: fx.Graph, part: _Heads) -> fx.Node:
     node = part.source
     if part.norm is not None:
         node = graph.call_function(torch.ops.irc.rms_norm.default, (node, *part.norm.args[1:]))
+        node.meta[PART] = part.norm.meta.get(PART, "")
     if part.cos is not None:
         # Both halves of a head turn by the same angles: the operator reads them once.
         half = part.cos.meta["val"].shape[-1] // 2

@@ -1,4 +1,4 @@
-"""Raises the many nodes of a captured RMS norm to one `irc::rms_norm`."""
+"""Replaces the many nodes of a captured RMS norm by one `irc::rms_norm`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from passes import dialect  # noqa: F401 - registers the operators
 from passes.base import Pass, PassResult, finish, graph_of
+from passes.name_modules import PART
 
 aten = torch.ops.aten
 _CASTS = frozenset({aten.to.dtype, aten._to_copy.default, aten.type_as.default})
@@ -19,8 +20,8 @@ class RaiseNorms(Pass):
     """Replaces each call of a captured RMS norm by `irc::rms_norm(x, weight, eps)`.
 
     A norm is a submodule whose graph is `weight * (x * rsqrt(mean(x^2, -1) + eps))` with casts between, or the same
-    with `1 + weight` (Gemma), which then becomes a parameter `scale` of the norm. In float32 capture returns x beside
-    the result (a cast that casts nothing); its readers then read x itself.
+    with `1 + weight` (Gemma), which then becomes a parameter `scale` of the norm. In float32, capture returns x beside
+    the result (a cast to the type it has); readers of that output then read x itself.
     """
 
     def call(self, model: fx.GraphModule) -> PassResult:
@@ -48,6 +49,7 @@ def _raise_call(module: nn.Module, graph: fx.Graph, call: fx.Node) -> bool:
         result = graph.call_function(
             torch.ops.irc.rms_norm.default, (x, graph.create_node("get_attr", f"{call.target}.{weight_name}"), eps)
         )
+    result.meta[PART] = str(call.target)
     weight = cast(fx.Node, result.args[1])
     call.append(weight)
     weight.append(result)

@@ -1,4 +1,4 @@
-"""Lets each expert of a mixture compute the tokens that chose it, and no other."""
+"""Lets each expert of a mixture compute only the tokens that chose it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ aten, irc = torch.ops.aten, torch.ops.irc
 class RouteExperts(Pass):
     """Replaces `expert(x) * sum(weights * (index == i))` by the same on the tokens whose index holds i.
 
-    Run after LowerToCompaction, for afterwards the mixture is not row-wise to the matcher: the experts' rows are
-    chosen among those that the unit executes.
+    Run after LowerUnits: the experts' rows are chosen among those that the unit executes, and the matcher does not
+    accept the rewritten mixture as row-wise.
     """
 
     def call(self, model: fx.GraphModule) -> PassResult:

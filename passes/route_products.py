@@ -1,4 +1,4 @@
-"""Tells products which of their rows are tokens, so that on CUDA no count of rows goes to the host."""
+"""Tells products which of their rows are tokens, so that on CUDA the number of rows need not reach the host."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ import torch
 from torch import fx, nn
 
 from passes import dialect  # noqa: F401 - registers the operators
-from passes.base import Pass, PassResult, finish, graph_of
-from passes.wires import transposed_weight
+from passes.base import Pass, PassResult, finish, graph_of, transposed_weight
+from passes.name_modules import PART
 
 aten, irc = torch.ops.aten, torch.ops.irc
 
-MOST = (
-    32  # tokens of a step: more than are decoded at once, and so few that weights take longer to read than to multiply
-)
+MOST = 32
+"""Tokens of a step: more than are decoded at once, yet so few that reading weights takes longer than multiplying."""
 _CHOICES = (irc.decide_rows.default, irc.select_rows.default)
 _SCATTERS = (irc.scatter.default, irc.scatter_add.default)
-# Whose CUDA kernels leave out rows (-1, -1).
+# Operators whose CUDA kernels skip rows (-1, -1).
 _TAKE_PADDED_ROWS = frozenset(
     {
         irc.compact.default,
@@ -35,12 +34,11 @@ _TAKE_PADDED_ROWS = frozenset(
 class RouteProducts(Pass):
     """Replaces linears on chosen rows by `irc::routed_matmul`, and has the choice of those rows pad them.
 
-    Run after everything that makes rows. A choice whose rows go to an operator that does not take padded ones, such as
-    `irc::reduced_attention`, is left alone; so is one on whose rows another choice is made, that of experts, which
-    would choose for rows that are nothing.
+    Run after every pass that makes rows. A choice stays as it is if an operator that does not accept padded rows reads
+    them, such as `irc::reduced_attention`, or if experts are chosen for its rows, since padding chooses no expert.
 
     Args:
-        most: Rows are padded where there are at most so many tokens.
+        most: Rows are padded where there are at most this many tokens.
     """
 
     def __init__(self, most: int = MOST) -> None:
@@ -65,12 +63,12 @@ class RouteProducts(Pass):
 
 @dataclass
 class _Part:
-    """What a graph computes on chosen rows, every one by itself: that is how LowerToCompaction made it.
+    """What a graph computes on chosen rows, each row separately, as LowerUnits made it.
 
     Attributes:
         module: Whose graph it is.
-        rows: The node that holds the rows, None where the graph is not given them.
-        on: Nodes that hold a value of each row; with an index, one of many results.
+        rows: The node that holds the rows, None where they are not an input of the graph.
+        on: Nodes that hold one value per row; with an index, one of several results.
         linears: Calls of linears among them.
         inner: Calls of submodules that have such a part too.
     """
@@ -90,7 +88,7 @@ class _Part:
 
 
 def _part(module: nn.Module, rows: fx.Node | None, given: frozenset[fx.Node]) -> _Part | None:
-    """Follow rows, and values on them, through a graph; None where something else reads the rows."""
+    """Follow rows, and values on them, through a graph; None if an operator that cannot take padded rows reads them."""
     part = _Part(module, rows, set(given))
     for node in part.graph.nodes:
         takes, on = rows in node.all_input_nodes, any(source in part.on for source in node.all_input_nodes)
@@ -112,7 +110,7 @@ def _part(module: nn.Module, rows: fx.Node | None, given: frozenset[fx.Node]) ->
 
 
 def _enter(part: _Part, call: fx.Node) -> bool:
-    """Follow rows into a submodule that is called once; returns whether all that it does with them is known."""
+    """Follow rows into a submodule that is called once; return whether it accepts padded rows."""
     inner = part.module.get_submodule(str(call.target))
     graph = graph_of(inner)
     if graph is None:  # a linear, an activation, a forecaster
@@ -130,7 +128,7 @@ def _enter(part: _Part, call: fx.Node) -> bool:
     results = next(node for node in graph.nodes if node.op == "output").args[0]
     if isinstance(results, (list, tuple)):
         part.on |= {(call, index) for index, result in enumerate(results) if result in found.on}
-        if len(results) == 1 and results[0] in found.on:  # whose caller may take it without an index
+        if len(results) == 1 and results[0] in found.on:  # the caller may read it without an index
             part.on.add(call)
     elif results in found.on:
         part.on.add(call)
@@ -155,8 +153,10 @@ def _multiply(part: _Part, call: fx.Node) -> None:
     with graph.inserting_before(call):
         args = call.args[0], part.rows, transposed_weight(graph, target)
         product = graph.call_function(irc.routed_matmul.default, args)
+        product.meta[PART] = target
         if part.module.get_submodule(target).bias is not None:
             product = graph.call_function(aten.add.Tensor, (product, graph.get_attr(f"{target}.bias")))
+            product.meta[PART] = target
     product.meta["val"] = call.meta.get("val")
     call.replace_all_uses_with(product)
     graph.erase_node(call)

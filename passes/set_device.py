@@ -1,4 +1,4 @@
-"""Writes the real device into graphs that were captured on another one, usually on `meta`."""
+"""Writes the real device into graphs that were captured on another device, usually `meta`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Splits linears that make several things at once, such as Phi-3's queries, keys and values, into one linear each."""
+"""Splits linears that compute several projections at once, such as Phi-3's queries, keys and values."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Part = tuple[fx.Node, int, int]
 class SplitFusedLinears(Pass):
     """Replaces `linear(x)[..., a:b]` for several ranges by one linear for each range.
 
-    So that executed tokens alone get queries while all get keys and values, and adapters find the linears that Llama
-    has. The new linears hold views of the old one's weight, under its usual names (`q_proj` ...) or numbered ones.
+    Executed tokens alone can then get queries while all get keys and values, and adapters find the linears that Llama
+    has. The new linears hold views of the old weight, under the usual names (`q_proj` ...) or numbered ones.
     """
 
     def call(self, model: fx.GraphModule) -> PassResult:
-        """Split every linear that is read in ranges of its features alone."""
+        """Split every linear whose result is only read in ranges of features."""
         modified = False
         for module in list(model.modules()):
             graph = graph_of(module)
@@ -59,7 +59,7 @@ def _split(module: nn.Module, graph: fx.Graph, call: fx.Node) -> bool:
         alone.meta["val"] = reader.meta.get("val")
         reader.replace_all_uses_with(alone)
         graph.erase_node(reader)
-    for node in list(call.users):  # the chunk whose parts these were
+    for node in list(call.users):  # the chunk that these parts came from
         graph.erase_node(node)
     graph.erase_node(call)
     if not any(node.target == call.target for node in graph.nodes):
@@ -68,7 +68,7 @@ def _split(module: nn.Module, graph: fx.Graph, call: fx.Node) -> bool:
 
 
 def _parts(call: fx.Node, features: int) -> list[Part]:
-    """Return (reader, start, stop) for each range of features that is read; nothing where all is read somewhere."""
+    """Return (reader, start, stop) for each range of features that is read; empty if a reader takes all features."""
     users = list(call.users)
     if len(users) == 1 and users[0].target in _CHUNKS:
         return _chunks(users[0])

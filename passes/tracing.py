@@ -1,4 +1,4 @@
-"""How torch.export is run: without its cache of fake tensors, without lines of Python, and without PyTorch's asides."""
+"""Runs torch.export without its cache of fake tensors, without source lines and without PyTorch's warnings."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ import torch.fx.config
 def tracing() -> Iterator[None]:
     """Give a context in which torch.export captures a model in little over half the time.
 
-    PyTorch remembers what an operator gives for inputs of a certain shape. Where sizes are symbols, what it would
-    remember is rebuilt and compared symbol by symbol, which takes longer than to ask the operator again. And it notes
-    for every node the lines of Python that it came from, which nothing here reads.
+    PyTorch caches the result of an operator by the shapes of its inputs. With symbolic sizes, rebuilding and comparing
+    the entries takes longer than running the operator again. PyTorch also records the Python source lines of every
+    node, which we do not use.
     """
     with (
         warnings.catch_warnings(),
         torch._dynamo.config.patch(fake_tensor_cache_enabled=False),
         _without_stack_traces(),
     ):
-        warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)  # its own use of it
+        warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)  # torch uses it itself
         yield
 
 
 @contextmanager
 def _without_stack_traces() -> Iterator[None]:
-    before = getattr(torch.fx.config, "do_not_emit_stack_traces", False)  # not every release knows it
+    before = getattr(torch.fx.config, "do_not_emit_stack_traces", False)  # older releases do not have it
     torch.fx.config.do_not_emit_stack_traces = True
     try:
         yield

@@ -1,4 +1,4 @@
-"""What a valid graph is, as data: a list of rules, each a name and a check."""
+"""The definition of a valid graph as data: a list of rules, each a name and a check."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Check = Callable[[nn.Module, fx.Graph], Iterator[tuple[fx.Node, str]]]
 
 @dataclass(frozen=True)
 class Problem:
-    """A broken rule and where it is broken."""
+    """A broken rule, and where."""
 
     rule: str
     where: str

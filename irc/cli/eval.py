@@ -113,8 +113,8 @@ def command(
     if as_json:
         console.emit_json(metrics)
         return
-    data = metrics["data"]
-    figures_table(f"{data['name']}, split {data['split']}, {data['tokens']:,} tokens", metrics)
+    read = metrics["data"]
+    figures_table(f"{read['name']}, split {read['split']}, {read['tokens']:,} tokens", metrics)
     if "units" in metrics:
         rows = [
             [name, f"{unit['keep_ratio']:.3f}", console.bar(unit["keep_ratio"], 20), f"{unit['recoverability']:.3f}"]

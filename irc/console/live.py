@@ -130,7 +130,7 @@ class _LineProgress:
             self._line(f"{duration(left)} left" if step else "")
 
     def close(self) -> None:
-        self._line(f"{duration(time.monotonic() - self._start)} in all")
+        self._line(f"{duration(time.monotonic() - self._start)} total")
 
     def _line(self, end: str) -> None:
         note("  ".join([f"{self._description} {self._step}/{self._total}", *self._figures, end]).rstrip())

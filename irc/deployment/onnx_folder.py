@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from dataclasses import asdict, dataclass, replace
@@ -11,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from exporters.genai import genai_config
-from exporters.onnx import LEAST_ORT, MODEL, PAST_FROM, PROVIDERS, CacheShape, export_onnx
+from exporters.onnx import LEAST_ORT, MODEL, PAST_FROM, PROVIDERS, CacheShape, Description, export_onnx
 from exporters.onnx_ops import OPSET, VERSION
 from exporters.triton import write_repository
 from irc import __version__
-from irc.bundle.config import UnitFigures
+from irc.bundle.config import SparsityFigures, UnitFigures
 from irc.bundle.contents import bundle_of
 from irc.bundle.layout import RECIPE
 from irc.bundle.loading import open_model
@@ -110,7 +111,7 @@ def export(
             refuse_whole_sequences(policy_named(opened.spec.policy), "be exported")
         merge_lora(opened)
         try:
-            manifest = _write(opened, source.name, staging, options)
+            manifest = _write(opened, _source(source.name, output), staging, options)
         except PassError as error:
             raise InputError(f"{source.name}: {error}") from error
         if options.layout == "triton":
@@ -142,17 +143,20 @@ def _check_output(output: Path, force: bool) -> None:
         raise InputError(f"{output}: exists already; --force replaces it")
 
 
-def _write(model: RoutedForCausalLM, name: str, folder: Path, options: ExportOptions) -> dict[str, Any]:
+def _write(model: RoutedForCausalLM, source: str, folder: Path, options: ExportOptions) -> dict[str, Any]:
     base, bundle = model.base, bundle_of(model)
     cache = CacheShape(*cache_shape(model.config), reduced=_reduced_layers(model))
     measured = {} if bundle is None else bundle.config.measured.units
     dtype = model.dtype
     weights = list(model.graph.parameters())
     pages = MappedPages(weights)
-    version = {"irc.version": __version__}
+    made_of = {"name": base.name} if bundle is None else asdict(bundle.config.base)
+    made_of["name"] = _without_folder(made_of["name"])
+    shares = SparsityFigures() if bundle is None else bundle.config.measured.sparsity
+    description = Description(__version__, _doc_string(model, made_of["name"], shares), {"irc.version": __version__})
     release = partial(pages.release, weights)
     generation = _generation(base)  # what cannot be read is refused before the work
-    decisions = export_onnx(model.graph, cache, dtype, folder, version, options.dump_dir, options.provider, release)
+    decisions = export_onnx(model.graph, cache, dtype, folder, description, options.dump_dir, options.provider, release)
     _copy_texts(base, folder)
     if bundle is not None and RECIPE in bundle.texts:  # how it was made
         (folder / RECIPE).write_text(bundle.texts[RECIPE], encoding="utf-8")
@@ -168,9 +172,10 @@ def _write(model: RoutedForCausalLM, name: str, folder: Path, options: ExportOpt
         "least_onnxruntime": LEAST_ORT,
         "dtype": short_name(dtype),
         "provider": options.provider,
-        "source": _source(name),
-        "sparsity": None if bundle is None else bundle.turned_to,
-        "base": {"name": base.name} if bundle is None else asdict(bundle.config.base),
+        "source": source,
+        "sparsity": _sparsity(model, shares),
+        "dial": None if bundle is None else bundle.turned_to,
+        "base": made_of,
         "kv_policy": policy.name,
         "kv_threshold": policy.threshold,
         "context_length": config.get("max_position_embeddings"),
@@ -196,8 +201,32 @@ def _reduced_layers(model: RoutedForCausalLM) -> tuple[int, ...]:
     return tuple(unit.layer for unit in model.units if unit.name in model.control.reduced)
 
 
-def _source(name: str) -> str:
-    return str(Path(name).resolve()) if Path(name).is_dir() else name
+def _source(name: str, output: Path) -> str:
+    """Return what was exported: a name, or a path relative to the output, which then begins with a dot."""
+    if not Path(name).is_dir():
+        return name
+    relative = Path(os.path.relpath(Path(name).resolve(), output.resolve())).as_posix()
+    return relative if relative.startswith("..") else f"./{relative}"
+
+
+def _without_folder(name: str) -> str:
+    """Return a model's name, and of a path on this machine its last part alone."""
+    return Path(name).name if Path(name).is_absolute() or Path(name).is_dir() else name
+
+
+def _sparsity(model: RoutedForCausalLM, shares: SparsityFigures) -> float | None:
+    """Return the share of skipped (token, unit) pairs: as measured, or where nothing was measured, as asked for."""
+    if model.spec is None:
+        return 0.0
+    return shares.target if shares.realized is None else shares.realized
+
+
+def _doc_string(model: RoutedForCausalLM, base: str, shares: SparsityFigures) -> str:
+    """Say for people what the model file holds."""
+    if model.spec is None:
+        return f"{base}, exported densely by irc {__version__}."
+    target = "" if shares.target is None else f", target sparsity {shares.target:g}"
+    return f"{base}, routed by irc {__version__}: policy {model.spec.policy}{target}."
 
 
 def _copy_texts(base: BaseModel, folder: Path) -> None:

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from passes import dialect  # noqa: F401 - registers the operators
-
-EXECUTE, APPROXIMATE = 0, 1
+from passes.inserted import APPROXIMATE as APPROXIMATE  # our trainer and tests import both from here
+from passes.inserted import EXECUTE as EXECUTE
+from passes.inserted import ForecasterForm, RouterForm, ZeroForm
 
 Mode = Literal["route", "sample", "execute", "approximate", "forced"]
 
@@ -25,6 +25,8 @@ def router_hidden(width: int, rank: int) -> int:
 
 class Router(nn.Sequential):
     """Two-layer decision maker: x [batch, tokens, d] -> logits [batch, tokens, 2] (execute, approximate)."""
+
+    form = RouterForm("0", "2")
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, 2))
@@ -57,6 +59,11 @@ class Forecaster(nn.Module):
         self.act: nn.Module = nn.SiLU() if activation == "silu" else nn.Identity()
         self.up = nn.Linear(rank, width)
 
+    @property
+    def form(self) -> ForecasterForm:
+        """What lowering knows of the forecaster."""
+        return ForecasterForm("down", "act", "up", is_linear=isinstance(self.act, nn.Identity))
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Approximate unit(x); x and the result are [batch, tokens, d]."""
         result: torch.Tensor = self.up(self.act(self.down(x)))
@@ -65,6 +72,8 @@ class Forecaster(nn.Module):
 
 class BottleneckRouter(Router):
     """A router that reads the bottleneck of its unit's forecaster; x and logits as of `Router`."""
+
+    form = RouterForm("0", "2", of_bottleneck=True)
 
     def __init__(self, forecaster: Forecaster, hidden: int) -> None:
         super().__init__(forecaster.down.out_features, hidden)
@@ -85,6 +94,8 @@ class BottleneckRouter(Router):
 
 class ZeroForecaster(nn.Module):
     """The forecaster of greedy policies: a skipped unit adds nothing to the residual stream."""
+
+    form = ZeroForm()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return zeros of x's shape."""
@@ -242,18 +253,26 @@ class StoredKeys(nn.Module):
         self.unit = unit
         self.control = control
 
-    def forward(self, past_k: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Return bool [batch, past + tokens].
+    def forward(
+        self, mask: torch.Tensor, past_k: torch.Tensor, logits: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the unit's mask without tokens that have no key, and which tokens have one.
 
         Args:
+            mask: bool [batch, 1, tokens, past + tokens], true where attended.
             past_k: Keys of earlier tokens [batch, heads, past, size]; a key of zeros was not stored.
             logits: Of the unit's router, [batch, tokens, 2].
+
+        Returns:
+            The mask, and bool [batch, past + tokens].
         """
         control = self.control
         if self.unit not in control.reduced or control.mode in ("execute", "sample"):
-            return logits.new_ones(logits.shape[0], past_k.shape[2] + logits.shape[1], dtype=torch.bool)
-        stored: torch.Tensor = torch.ops.irc.stored(past_k, control.decide(self.unit, logits, logits))
-        return stored
+            stored = logits.new_ones(logits.shape[0], past_k.shape[2] + logits.shape[1], dtype=torch.bool)
+        else:
+            before = (past_k != 0).any(dim=-1).any(dim=1)
+            stored = torch.cat((before, control.decide(self.unit, logits, logits)), dim=1)
+        return mask & stored[:, None, None, :], stored
 
 
 def difference_of(logits: torch.Tensor) -> torch.Tensor:

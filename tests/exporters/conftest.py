@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import fx
 
-from exporters.onnx import MODEL, CacheShape, Decision, export_onnx
+from exporters.onnx import MODEL, CacheShape, Decision, Description, export_onnx
 from irc.bench.kernels.attention import AttentionCase, AttentionSizes, HiddenKeys, attention_case
 from irc.bench.kernels.check import _KINDS, NodeRunner
 from irc.model.cache import cache_shape
@@ -82,7 +82,7 @@ class Pair:
         return {n: torch.from_numpy(np.array(v)) for n, v in zip(names, session.run(None, feeds), strict=True)}
 
     def session(self, gates: str, ops: str = "portable") -> ort.InferenceSession:
-        """Return a session whose routers lean as `gates` says, with every logit difference among its outputs.
+        """Return a session with routers biased by `gates`, and every logit difference as an output.
 
         `ops` is portable, native or the path of an operator library.
         """
@@ -111,8 +111,8 @@ class Pair:
 def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
     """Give `make_pair(tiny)`: insert untrained routers and forecasters, and export.
 
-    `routed=False` exports densely; attention units of the layers `reduced` store executed tokens only; `provider` is
-    which the export is meant for.
+    `routed=False` exports densely; attention units of the layers `reduced` store executed tokens only; the model is
+    optimized for `provider`.
     """
 
     def make(tiny: Any, routed: bool = True, reduced: tuple[int, ...] = (), provider: str = "cpu") -> Pair:
@@ -132,13 +132,14 @@ def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
         masks = MaskSkippedKeys(control.reduced, lambda unit: StoredKeys(unit.name, control))
         PassManager([masks]).run(tiny.graph)
         reference = copy.deepcopy(tiny.captured)
-        # A copied mux has a copy of the control.
+        # A copied mux holds a copy of the control.
         for module in reference.graph.modules():
             if isinstance(module, Mux | StoredKeys):
                 module.control = control
         folder = tmp_path_factory.mktemp("onnx")
         cache = CacheShape(*cache_shape(tiny.config), reduced=reduced)
-        decisions = export_onnx(tiny.graph, cache, tiny.captured.dtype, folder, {"made.by": "tests"}, provider=provider)
+        about = Description("1.2.3", "A tiny model.", {"made.by": "tests"})
+        decisions = export_onnx(tiny.graph, cache, tiny.captured.dtype, folder, about, provider=provider)
         return Pair(reference.graph, control, folder / MODEL, decisions, cache)
 
     return make
@@ -146,7 +147,7 @@ def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Compile all sources of the CUDA library, warnings as errors, with every launch a loop over blocks and threads."""
+    """Compile all sources of the CUDA library, warnings as errors, each launch as a loop over blocks and threads."""
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         pytest.skip("no C++ compiler: the CUDA kernels cannot be emulated")
@@ -160,7 +161,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(library: Path) -> NodeRunner:
-    """Give the kernels of the emulated library, node by node."""
+    """Give a runner of single nodes on the emulated library."""
     return NodeRunner(library, "CPUExecutionProvider")
 
 
@@ -182,8 +183,8 @@ def attention() -> Callable[..., AttentionCase]:
 
 @pytest.fixture(scope="session")
 def is_near() -> Callable[[AttentionCase, list[torch.Tensor]], bool]:
-    """Give `is_near(case, found)`: within what a host's arithmetic needs, about half of what GPUs are granted."""
-    # Of the largest number: fp32 sums in another order; the others round weights and results once.
+    """Give `is_near(case, found)`: within half of the tolerances for GPUs."""
+    # Relative to the largest number: fp32 sums in another order; other types round weights and results once.
     tolerances = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
     return lambda case, found: case.is_near(found, tolerances)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from irc.bench.kernels.check import DTYPES, NodeRunner
 
-# Nothing waits for the device in any of these tests: emulated, every wait fails with this error.
+# No test here waits for the device: in emulation, every wait fails with this error.
 settled = settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -47,7 +47,7 @@ def test_attention_equals_the_reference_in_float32(
     run: NodeRunner, attention: Callable, attend: Callable, is_near: Callable, sizes: dict[str, Any]
 ) -> None:
     case = attention(**sizes)
-    # What is in rows that are nothing has no meaning.
+    # Padding rows hold undefined values.
     case.inputs[0][:, case.expected[0].shape[1] :] = torch.nan
     assert is_near(case, attend(run, case))
 
@@ -57,7 +57,7 @@ def test_attention_equals_the_reference_in_float32(
 def test_a_cache_with_room_is_written_in_place(
     run: NodeRunner, attention: Callable, attend: Callable, attend_in_place: Callable, sizes: dict[str, Any], room: int
 ) -> None:
-    """Past and present in the same memory; nothing but the new tokens is written, and places behind are not read."""
+    """Past and present in the same memory: only the new tokens are written, and later places are not read."""
     case = attention(**sizes)
     expected = attend(run, case)
     y, *caches = attend_in_place(run, case, room)
@@ -86,7 +86,7 @@ def test_a_cache_with_room_is_copied_where_present_is_other_memory(
 def test_a_key_head_may_have_more_query_heads_than_a_block_has_slots(
     run: NodeRunner, attention: Callable, attend: Callable, is_near: Callable, tokens: int
 ) -> None:
-    """They come in shares of 16 with few rows, of 64 with many; the last is smaller."""
+    """They come in shares of 16 with few rows and of 64 with many; the last is smaller."""
     case = attention(tokens=tokens, group=135)
     assert is_near(case, attend(run, case))
 
@@ -96,7 +96,7 @@ def test_a_key_head_may_have_more_query_heads_than_a_block_has_slots(
 def test_a_block_of_keys_or_a_tile_of_queries_may_end_anywhere(
     run: NodeRunner, attention: Callable, attend: Callable, is_near: Callable, tokens: int, keys: int
 ) -> None:
-    """Keys come in blocks of 64 and splits of 128 or more; the last may be full, or hold one alone."""
+    """Keys come in blocks of 64 and splits of 128 or more; the last may be full or hold a single one."""
     case = attention(keys, batch=2, tokens=tokens, past=keys - tokens)
     assert is_near(case, attend(run, case))
 
@@ -105,7 +105,7 @@ def test_a_block_of_keys_or_a_tile_of_queries_may_end_anywhere(
 def test_a_window_may_begin_just_before_a_split_of_the_keys(
     run: NodeRunner, attention: Callable, attend: Callable, is_near: Callable, before: int
 ) -> None:
-    """The 1100 keys are in splits of 192, the last from 960 on; no key counts in two of them."""
+    """The 1100 keys are in splits of 192, the last from 960 on; no key counts twice."""
     case = attention(tokens=1, past=1099, window=1100 - 960 + before)
     assert is_near(case, attend(run, case))
 
@@ -144,7 +144,7 @@ def test_nan_stays_in_its_sequence(
 def test_a_row_outside_of_its_tensor_is_nothing(
     run: NodeRunner, attention: Callable, attend: Callable, tokens: int
 ) -> None:
-    """The host does not look at rows: others are right, and no memory outside is touched."""
+    """The host does not read rows: the other rows are right, and no memory outside is touched."""
     case = attention(batch=2, tokens=tokens)
     whole = attend(run, case)[0]
     for place, pair in ((1, (0, tokens)), (tokens, (1, -1)), (2 * tokens - 1, (2, 0))):
@@ -162,7 +162,7 @@ def test_a_batch_of_any_size_has_its_rows_in_tiles(
 
 
 def test_keys_that_no_row_may_see_are_not_read(run: NodeRunner, attention: Callable, attend: Callable) -> None:
-    """Beyond what the rows see, keys and values are NaN, which would show."""
+    """Keys and values that no row sees are NaN, so reading them would show."""
     for tokens, past, begin, end in ((1, 2000, 700, 800), (64, 512, 128, 256)):
         case = attention(tokens=tokens, past=past)
         case.inputs[6][:] = -1e30

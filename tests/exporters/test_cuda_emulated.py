@@ -28,7 +28,7 @@ def test_every_kernel_equals_the_reference(library: Path) -> None:
 
 
 def test_the_check_itself_can_fail(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel that is off by one row is found."""
+    """The comparison finds a kernel that is off by one row."""
     original = NodeRunner.__call__
 
     def shifted(run: NodeRunner, *arguments: Any) -> list[torch.Tensor]:
@@ -73,7 +73,7 @@ def test_every_byte_but_zero_is_true(run: NodeRunner) -> None:
 
 
 def test_a_row_outside_of_its_tensor_is_left_out(run: NodeRunner) -> None:
-    """The host does not look at rows, and nothing outside is read or written."""
+    """The host does not read rows, and nothing outside is read or written."""
     rows = torch.tensor([[[0, 1], [0, 3], [-1, 0], [1, 0]]])
     x = torch.arange(6.0).reshape(1, 3, 2)
     (y,) = run("Compact", [x, rows], [F32])
@@ -133,7 +133,7 @@ def test_memory_that_is_used_up_is_asked_for_again_once_the_pool_is_trimmed(
     mask = torch.tensor([[True, False]])
     monkeypatch.setenv("IRC_EMULATED_FULL", "until trimmed")
     assert run("SelectRows", [mask], [I64] * 2)[0].tolist() == [[[0, 0]]]
-    for full in ("always", "recording"):  # a CUDA graph that is recorded must not be waited for
+    for full in ("always", "recording"):  # no waiting while a CUDA graph is recorded
         monkeypatch.setenv("IRC_EMULATED_FULL", full)
         with pytest.raises(Exception, match=r"SelectRows: the GPU's memory is used up .* when asking for memory"):
             run("SelectRows", [mask], [I64] * 2)
@@ -144,7 +144,7 @@ def test_memory_that_is_used_up_is_asked_for_again_once_the_pool_is_trimmed(
 
 
 def test_only_the_number_of_rows_waits_for_the_device(run: NodeRunner, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With every wait an error, all but choices of rows, and RaggedPlaces of several tokens in a batch, still run."""
+    """If every wait fails, everything runs but choices of rows and RaggedPlaces of several tokens in a batch."""
     monkeypatch.setenv("IRC_EMULATED_ERROR", "700")
     rows, x = torch.tensor([[[0, 0], [2, 0]]]), torch.ones(3, 1, 4)
     (y,) = run("Compact", [x, rows], [F32])
@@ -200,7 +200,7 @@ def test_padded_rows_have_no_place(run: NodeRunner) -> None:
 def test_the_body_of_reduced_attention_calls_the_kernel_of_ragged_places(
     run: NodeRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The one kernel there that waits is told to fail: the body itself has no such message."""
+    """The only kernel there that waits is made to fail: the body itself has no such message."""
     rows, slots = torch.tensor([[[0, 0], [1, 1]]]), torch.arange(3).expand(2, -1)
     new, past = torch.ones(1, 2, 8), torch.ones(2, 1, 3, 8)
     inputs = [torch.ones(1, 2, 8), rows, new, new, past, past, slots, torch.zeros(2, 2, 5)]

@@ -18,7 +18,7 @@ NONE = [-1, -1]
 def test_few_rows_are_summed_and_the_others_are_zeros(
     run: NodeRunner, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, real: int, depth: int, columns: int
 ) -> None:
-    """Whatever is in x and in w for rows that are nothing, and with every wait an error."""
+    """With any values in x and w for padding rows, and with every wait an error."""
     monkeypatch.setenv("IRC_EMULATED_ERROR", "700")
     x, w = torch.randn(1, 8, depth), torch.randn(depth, columns) / depth**0.5
     x[:, real:] = torch.nan
@@ -38,7 +38,7 @@ def test_weights_are_not_read_where_no_row_is_a_tokens(run: NodeRunner) -> None:
 
 @pytest.mark.parametrize("count", [9, 30])
 def test_many_rows_go_to_cublas(run: NodeRunner, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    """A product that is not square, so that its sizes cannot be mistaken; and the place of cuBLAS's handle is right."""
+    """The product is not square, so that swapped sizes would show; the place of cuBLAS's handle is right."""
     x, w = torch.randn(1, count, 24), torch.randn(24, 10)
     rows = torch.stack((torch.zeros(count, dtype=torch.int64), torch.arange(count)), 1).unsqueeze(0)
     (y,) = run("RoutedMatMul", [x, rows, w], [F32])
@@ -83,7 +83,7 @@ def test_a_gate_is_two_products(
 def test_routers_score_every_token(
     run: NodeRunner, monkeypatch: pytest.MonkeyPatch, batch: int, tokens: int, width: int, hidden: int
 ) -> None:
-    """A token that is no number has no score, and executes; the others are not touched by it."""
+    """A token of NaN has a score of NaN and executes; the other tokens are not affected."""
     monkeypatch.setenv("IRC_EMULATED_ERROR", "700")
     x, w1, b1 = torch.randn(batch, tokens, width), torch.randn(width, hidden) / width**0.5, torch.randn(hidden)
     w2, b2 = torch.randn(hidden, 1) / hidden**0.5, torch.randn(1)

@@ -58,7 +58,7 @@ def test_a_cache_with_room_is_written_in_place(
     sizes: dict[str, Any],
     room: int,
 ) -> None:
-    """Past and present in the same memory; nothing but the new tokens is written, and places behind are not read."""
+    """Past and present in the same memory: only the new tokens are written, and later places are not read."""
     case = attention(**sizes)
     y, *caches = attend_in_place(run, case, room)
     assert is_near(case, [y, *(cache[:, :, :-room] for cache in caches)])
@@ -84,7 +84,7 @@ def test_a_cache_with_room_is_copied_where_present_is_other_memory(
 def test_a_cache_of_fewer_places_than_tokens_is_refused(
     run: NodeRunner, attention: Callable, attend: Callable, places: int
 ) -> None:
-    """Fewer than the past, or some room and not enough: what lies behind would be read or written."""
+    """Room for fewer tokens than the past has, or for too few new ones: memory behind would be read or written."""
     case = attention(past=9)
     case.inputs[4:6] = [torch.zeros(1, 2, places, 8) for _ in "kv"]
     with pytest.raises(Exception, match=r"the mask \[1, 4, 13\] says 9 past tokens and 4 new ones"):
@@ -96,7 +96,7 @@ def test_a_cache_of_fewer_places_than_tokens_is_refused(
 def test_a_block_of_keys_or_a_part_of_the_queries_may_end_anywhere(
     run: NodeRunner, attention: Callable, attend: Callable, is_near: Callable, tokens: int, keys: int
 ) -> None:
-    """Keys come in blocks of 256, queries in parts of 96; the last may be full, or hold one alone."""
+    """Keys come in blocks of 256, queries in parts of 96; the last may be full or hold a single one."""
     sizes = {"batch": 2, "tokens": tokens, "past": keys - tokens, "kv_heads": 1, "group": 3}
     case = attention(keys, **sizes, hidden=0.2)
     assert is_near(case, attend(run, case))

@@ -1,4 +1,4 @@
-"""What is added to takes the base's memory: its shape goes on where it is known, and nobody else's numbers change."""
+"""Operators that add to a base reuse its memory: shapes are inferred where known, and other values do not change."""
 
 from __future__ import annotations
 

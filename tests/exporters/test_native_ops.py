@@ -1,4 +1,4 @@
-"""CPU kernels that move rows equal the eager dialect on random shapes, and refuse in a sentence what does not fit."""
+"""CPU kernels that move rows equal the eager dialect on random shapes, and refuse wrong shapes with a message."""
 
 from __future__ import annotations
 

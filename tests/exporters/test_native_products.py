@@ -1,4 +1,4 @@
-"""The CPU kernels of Router and ForecastAdd: right up to rounding, in place, and a sentence where shapes do not fit."""
+"""The CPU kernels of Router and ForecastAdd: right up to rounding, in place, and with messages for wrong shapes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_random_products(run: NodeRunner, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("batch", "tokens"), [(0, 3), (1, 1), (1, 4), (2, 5), (1, 700)])
 @pytest.mark.parametrize(("width", "hidden"), [(40, 8), (700, 90)])
 def test_routers_score_every_token(run: NodeRunner, batch: int, tokens: int, width: int, hidden: int) -> None:
-    """A token that is no number has no score, and executes; the others are not touched by it."""
+    """A token of NaN has a score of NaN and executes; the other tokens are not affected."""
     x, w1, b1 = torch.randn(batch, tokens, width), torch.randn(width, hidden) / width**0.5, torch.randn(hidden)
     w2, b2 = torch.randn(hidden, 1) / hidden**0.5, torch.randn(1)
     x[-1:, -1, 3] = torch.nan

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 TOLERANCE = 1e-4  # fp32, absolute, on logits
-NEAR = 1e-4  # where two router logits are nearer than this, rounding may decide a route
+NEAR = 1e-4  # if two router logits are closer than this, rounding may decide a route
 
 _pairs: dict[Any, Any] = {}
 

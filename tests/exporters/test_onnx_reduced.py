@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 TOLERANCE = 1e-4  # fp32, absolute, on logits and stored keys
-NEAR = 1e-4  # where two router logits are nearer than this, rounding may decide a route
+NEAR = 1e-4  # if two router logits are closer than this, rounding may decide a route
 
 cases = st.fixed_dictionaries(
     {
@@ -78,7 +78,7 @@ def compare(pair: Any, case: dict[str, Any]) -> bool:
         for decision in pair.decisions:
             execute = ~(found[decision.difference] < 0)
             assert torch.equal(execute[real], tape[decision.unit].execute[real]), decision.unit
-        # Of padding too, whose routes mean nothing and may differ from PyTorch's.
+        # Includes padding, whose routes are undefined and may differ from PyTorch's.
         execute = ~(found["model.layers.1.self_attn.logit_difference"] < 0)
         present = found["present.1.slots"]
         assert present.shape[1] == slots.shape[1] + int(execute.sum(1).max())

@@ -23,11 +23,11 @@ class Mutant:
     Attributes:
         path: The file.
         module: Its tree.
-        old: The node that is replaced.
-        new: What it is replaced by.
+        old: The replaced node.
+        new: Its replacement.
         lines: First and last line of the node.
         function: Name and first line, decorators included, of the function.
-        number: Which mutant of the file it is.
+        number: Number of the mutant in its file.
     """
 
     path: Path
@@ -52,7 +52,7 @@ class Mutant:
 
 
 class Finder(MutationVisitor):
-    """mutmut's visitor, that goes into decorated functions too and knows where it is."""
+    """mutmut's visitor, which also enters decorated functions and tracks its position."""
 
     def __init__(self, path: Path, module: cst.Module, wrapper: MetadataWrapper) -> None:
         super().__init__(mutation_operators, get_ignored_lines(str(path), module.code, wrapper, None))
@@ -84,7 +84,7 @@ class Finder(MutationVisitor):
 
 
 def mutants_of(path: Path) -> list[Mutant]:
-    """Return all mutants of a file, in the order of its text."""
+    """Return all mutants of a file, in the order of its lines."""
     wrapper = MetadataWrapper(cst.parse_module(path.read_text()), unsafe_skip_copy=True)
     finder = Finder(path, wrapper.module, wrapper)
     wrapper.visit(finder)
@@ -94,7 +94,7 @@ def mutants_of(path: Path) -> list[Mutant]:
 
 
 def in_order(files: list[list[Mutant]], seed: int, first: int) -> list[Mutant]:
-    """Shuffle mutants, the same way for the same seed: `first` of every file by turns, then all others."""
+    """Shuffle mutants reproducibly: first `first` of every file, one file after the other, then all others."""
     shuffled = [random.Random(seed).sample(file, len(file)) for file in files]
     turns = [file[turn] for turn in range(first) for file in shuffled if turn < len(file)]
     rest = [mutant for file in shuffled for mutant in file[first:]]

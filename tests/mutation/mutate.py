@@ -1,12 +1,11 @@
-"""Mutation testing of `passes/`: `make mutate`. What is mutated is mutmut's choice, how mutants run is ours.
+"""Mutation testing of `passes/`: `make mutate`. mutmut chooses the mutants; we run them in a way of our own.
 
-mutmut's own runner starts the suite anew for every mutant, captures models anew with it, and leaves decorated functions
-alone: all operators of the dialect are such. Here the tests of `tests/passes` run once, under coverage. Every mutant is
-then a fork of that process, with the tiny models already captured, where one function gets other code and the tests
-that run its line are repeated until one fails. Constants of modules and defaults of arguments are not mutated, and
-neither are types that `cast` is given.
+mutmut's own runner starts the suite and captures the models again for every mutant, and it skips decorated functions,
+which all operators of the dialect are. Here the tests of `tests/passes` run once, under coverage. Every mutant is then
+a fork of that process, with the tiny models already captured: one function gets new code, and the tests that run its
+line are repeated until one fails. Module constants, argument defaults and the types given to `cast` are not mutated.
 
-Results are lines of JSON in `build/mutation/results.jsonl`; mutants that have a result are not run again.
+Results are lines of JSON in `build/mutation/results.jsonl`. Mutants that have a result do not run again.
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ from find_mutants import Mutant, in_order, mutants_of
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "build/mutation/results.jsonl"
-# Run while models are captured: their mutants capture models anew.
+# Files that run while models are captured: their mutants capture the models again.
 CAPTURING = {"clean_up.py", "set_device.py"}
-SECONDS, BYTES = 20, 4 << 30  # of the CPU and of memory, beside what the tests took unmutated
+SECONDS, BYTES = 20, 4 << 30  # limits of CPU time and memory, on top of what the unmutated tests used
 
 
 def functions(folder: Path) -> dict[tuple[str, str, int], list[types.FunctionType]]:
-    """Find the living functions of a folder by file, name and first line."""
+    """Find the function objects of a folder by file, name and first line."""
     found: dict[tuple[str, str, int], list[types.FunctionType]] = defaultdict(list)
     for thing in gc.get_objects():
         if isinstance(thing, types.FunctionType) and thing.__code__.co_filename.startswith(f"{folder}/"):
@@ -64,7 +63,7 @@ class Mutate:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef: pytest.FixtureDef[Any]) -> Iterator[Any]:
-        """Remember the captured models, which are a fixture of the session."""
+        """Remember the captured models, which are a session fixture."""
         result = yield
         if fixturedef.argname == "_built":
             self.built = result
@@ -101,7 +100,7 @@ class Mutate:
                 say("the time is over")
                 break
             tests = self.tests(session, mutant)
-            if self.options.of and not tests:  # what the other tests said stands
+            if self.options.of and not tests:  # the other tests' result remains valid
                 continue
             self.known[key] = self.result(mutant, tests) | {"key": key}
             with RESULTS.open("a") as file:
@@ -110,7 +109,7 @@ class Mutate:
         return True
 
     def tests(self, session: pytest.Session, mutant: Mutant) -> list[pytest.Item]:
-        """Return tests that run a mutant's lines, at most so many as asked for: the file's own, then the quickest."""
+        """Return tests that run a mutant's lines, up to the limit: the file's own tests first, then the quickest."""
         contexts = self.data.contexts_by_lineno(str(mutant.path))
         wanted = {name for line in range(mutant.lines[0], mutant.lines[1] + 1) for name in contexts.get(line, ())}
         own = f"test_{mutant.path.stem}"
@@ -119,7 +118,7 @@ class Mutate:
         return items[: self.options.tests]
 
     def result(self, mutant: Mutant | None, tests: list[pytest.Item]) -> dict[str, Any]:
-        """Run tests on a mutant, or on no mutant at all."""
+        """Run tests on a mutant, or on the unchanged code."""
         reader, writer = os.pipe()
         started = time.time()
         child = os.fork()
@@ -178,7 +177,7 @@ class Mutate:
             os._exit(0)
 
     def change(self, mutant: Mutant) -> bool:
-        """Give a function its mutated code; false where the mutant is no Python."""
+        """Give a function its mutated code; return False if the mutant is not valid Python."""
         try:
             module = compile(mutant.source(), str(mutant.path), "exec", dont_inherit=True)
             (code,) = [code for code in codes(module) if (code.co_name, code.co_firstlineno) == mutant.function]
@@ -197,7 +196,7 @@ def say(text: str) -> None:
 
 
 def report(results: list[dict[str, Any]]) -> None:
-    """Show survivors, and figures by file; timeouts count as killed, mutants that do not compile nowhere."""
+    """Show survivors, and figures by file; timeouts count as killed, mutants that do not compile are left out."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for result in sorted(results, key=lambda result: (result["file"], result["line"])):
         counts[result["file"]][result["status"]] += 1

@@ -35,7 +35,7 @@ class NeedTheMoon(DoNothing):
 
 
 class ReplaceModel(Pass):
-    """Returns a new model and promises something of it."""
+    """Returns a new model and checks a promise about it."""
 
     def __init__(self, result: fx.GraphModule) -> None:
         self.result = result
@@ -58,7 +58,7 @@ class BreakPromise(DoNothing):
 
 
 class DropModule(Pass):
-    """Breaks the graph: its linear is gone, the call of it is not."""
+    """Breaks the graph: removes its linear but not the call."""
 
     def call(self, model: fx.GraphModule) -> PassResult:
         delattr(model, "0")
@@ -99,10 +99,11 @@ def test_modified_survives_a_later_pass_that_changes_nothing(model: fx.GraphModu
 def test_failure_names_pass_place_remedy_and_history(model: fx.GraphModule) -> None:
     with pytest.raises(PassError) as caught:
         PassManager([DoNothing(), AddRelu(), NeedTheMoon()]).run(model)
-    assert str(caught.value) == (
-        "model.layers.0: NeedTheMoon failed: expected a moon; add a moon (ran before: DoNothing, AddRelu)"
-    )
     assert caught.value.where == "model.layers.0"
+    assert "NeedTheMoon" in caught.value.expected
+    assert "expected a moon" in caught.value.expected
+    assert "add a moon" in caught.value.remedy
+    assert "DoNothing, AddRelu" in caught.value.remedy
 
 
 def test_failure_of_the_first_pass_says_that_none_ran(model: fx.GraphModule) -> None:
@@ -120,7 +121,7 @@ def test_requires_sees_the_input_ensures_and_later_passes_the_result(model: fx.G
 
 
 def test_broken_promise_is_a_failure_of_that_pass(model: fx.GraphModule) -> None:
-    with pytest.raises(PassError, match="BreakPromise failed: promised more"):
+    with pytest.raises(PassError, match=r"BreakPromise .*promised more"):
         PassManager([BreakPromise()]).run(model)
 
 
@@ -135,9 +136,9 @@ def test_verifier_catches_a_pass_that_breaks_the_graph(
     with pytest.raises(PassError) as caught:
         manager.run(model)
     sentence = str(caught.value)
-    assert f"{culprit.__name__} failed: " in sentence
+    assert culprit.__name__ in sentence
     assert message in sentence
-    assert sentence.endswith("; this is a fault of the pass: please report it (ran before: DoNothing)")
+    assert "DoNothing" in caught.value.remedy
     assert manager.history == ["DoNothing"]
 
 

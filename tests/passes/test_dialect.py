@@ -36,7 +36,7 @@ def test_schemas_and_fake_kernels(share: float) -> None:
     opcheck(irc.select_rows.default, (mask, 32), test_utils=CHECKS)
     difference = torch.where(mask, 1.0, -1.0)
     opcheck(irc.decide_rows.default, (difference,), test_utils=CHECKS)
-    opcheck(irc.decide_rows.default, (difference, 32), test_utils=CHECKS)
+    opcheck(irc.decide_rows.default, (difference, 32), {"unit": "model.layers.0.mlp"}, test_utils=CHECKS)
     opcheck(irc.compact.default, (x, rows), test_utils=CHECKS)
     opcheck(irc.scatter.default, (irc.compact(x, rows), rows, base), test_utils=CHECKS)
     opcheck(irc.scatter_add.default, (irc.compact(x, rows), rows, base), test_utils=CHECKS)
@@ -51,7 +51,6 @@ def test_schemas_and_fake_kernels(share: float) -> None:
     opcheck(irc.rotary.default, (q, angles, angles, 4), test_utils=CHECKS)
     opcheck(irc.attention.default, (q, *others, 4, 0.5), test_utils=CHECKS)
     opcheck(irc.routed_attention.default, (irc.compact(q, rows), rows, *others, 4, 0.5), test_utils=CHECKS)
-    opcheck(irc.stored.default, (others[2], mask), test_utils=CHECKS)
     opcheck(irc.reduced_attention.default, (*_reduced_inputs(mask), 4, 0.5), test_utils=CHECKS)
 
 

@@ -1,4 +1,4 @@
-"""The dialect's operators against the same computed by hand, token by token."""
+"""The dialect's operators compared with the same computed by hand, token by token."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _forecast_add() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _rotary() -> tuple[torch.Tensor, torch.Tensor]:
-    """Two heads of 7 features, of which 4 turn, as complex numbers."""
+    """Two heads of 7 features, 4 of which rotate, as complex numbers."""
     x, angles = torch.randn(BATCH, TOKENS, 14), torch.randn(BATCH, TOKENS, 2)
     expected = x.clone()
     for head in range(2):
@@ -106,13 +106,6 @@ def test_a_norm_is_computed_in_float32_and_rounded_once_before_the_weight() -> N
     wide = x.float()
     normed = (wide / (wide.square().mean(-1, keepdim=True) + 0.5).sqrt()).bfloat16()
     torch.testing.assert_close(irc.rms_norm(x, weight, 0.5), weight * normed, rtol=2**-7, atol=0)
-
-
-def test_stored_are_past_keys_that_are_not_zero_and_executed_tokens() -> None:
-    past = torch.zeros(2, 2, 3, 4)
-    past[0, 1, 0, 3] = past[1, 0, 2, 0] = -1e-3  # one number of one head is enough
-    execute = torch.tensor([[True, False], [False, True]])
-    assert irc.stored(past, execute).tolist() == [[True, False, False, True, False], [False, False, True, False, True]]
 
 
 def test_reduced_attention_of_nothing_at_all_only_keeps_the_past() -> None:

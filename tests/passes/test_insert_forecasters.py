@@ -76,7 +76,7 @@ def test_factories_are_asked_once_a_unit(tiny: Callable, control: RoutingControl
 def test_without_routers_the_model_is_the_original(
     tiny: Callable, insert: InsertForecasters, control: RoutingControl, family: str, mode: str
 ) -> None:
-    """Exact in fp32: no mux may touch a value."""
+    """Exact in fp32: no mux may change a value."""
     model = tiny(family)
     ids = model.ids(2, 7)
     before = model.run(ids)
@@ -87,7 +87,7 @@ def test_without_routers_the_model_is_the_original(
 
 
 def test_all_approximated_differs(tiny: Callable, insert: InsertForecasters, control: RoutingControl) -> None:
-    """Guards the tests of equality: the forecasts do matter."""
+    """Makes sure that the tests of equality can fail: the forecasts change the result."""
     model = tiny()
     ids = model.ids(2, 7)
     before = model.run(ids)[0]
@@ -109,18 +109,17 @@ def test_model_without_units_is_refused_with_the_nearest_miss(captured_module: C
     model = captured_module(nn.Sequential(Odd()), torch.randn(1, 3, 4))
     with pytest.raises(PassError) as caught:
         PassManager([insert]).run(model)  # type: ignore[list-item]
-    assert str(caught.value) == (
-        "model: InsertForecasters failed: no attention or FFN unit matched "
-        "(0.ffn: none of its outputs is added to the residual stream); "
-        "only decoder-only models of Llama's shape can be converted (ran before: none)"
-    )
+    assert caught.value.where == "model"
+    assert "InsertForecasters" in caught.value.expected
+    assert "0.ffn: none of its outputs is added to the residual stream" in caught.value.expected
 
 
 def test_model_without_anything_to_miss_is_refused(captured_module: Callable, insert: InsertForecasters) -> None:
     model = captured_module(nn.Sequential(nn.ReLU()), torch.randn(1, 3, 4))
     with pytest.raises(PassError) as caught:
         insert.requires(model)
-    assert (caught.value.where, caught.value.expected) == ("model", "no attention or FFN unit matched")
+    assert caught.value.where == "model"
+    assert "(" not in caught.value.expected, "no near miss to name"
 
 
 def test_what_is_inserted_is_called_by_its_name(tiny: Callable, insert: InsertForecasters) -> None:

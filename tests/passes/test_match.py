@@ -3,10 +3,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from torch import fx
+from torch import fx, nn
 
 from passes.base import PassManager
-from passes.match import MatchResult, match_units
+from passes.match import MatchResult, Refusal, Unit, _has_linear, is_mux, match_units
 
 FAMILIES = {
     "llama": 2,
@@ -110,3 +110,38 @@ def test_why_does_not_take_a_part_of_a_name_for_the_name(tiny: Callable) -> None
 
 def test_why_without_any_unit() -> None:
     assert MatchResult((), ()).why("x").endswith("units are named like model.layers.0.mlp")
+
+
+def test_a_mux_is_a_call_of_a_module_of_that_name() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x_mux")
+    assert not is_mux(x)
+    assert is_mux(graph.call_module("mlp_mux", (x,)))
+    assert not is_mux(graph.call_module("mlp_mux.inner", (x,)))
+    assert not is_mux(graph.call_module("muxer", (x,)))
+
+
+def _unit(name: str) -> Unit:
+    return Unit(name, "ffn", 0, "block", "target", "call", "the_x", "the_y", "add", 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("a.mlp", "a.mlp: matched as ffn; reads %the_x, its output %the_y is added to the residual stream"),
+        ("mlp", "a.mlp: matched as ffn; reads %the_x, its output %the_y is added to the residual stream"),
+        ("a.attention", "a.attention: not matched: it has a reason"),
+        ("attention", "a.attention: not matched: it has a reason"),
+        ("ttention", "ttention: no submodule of that name holds linears; units are named like a.mlp, b.mlp"),
+        ("lp", "lp: no submodule of that name holds linears; units are named like a.mlp, b.mlp"),
+    ],
+)
+def test_why_takes_whole_names_or_the_ends_of_paths(name: str, said: str) -> None:
+    units = _unit("a.mlp"), _unit("b.mlp"), _unit("c.mlp")
+    assert MatchResult(units, (Refusal("a.attention", "it has a reason"),)).why(name) == said
+
+
+def test_a_linear_alone_is_no_submodule_that_holds_linears() -> None:
+    assert _has_linear(nn.Sequential(nn.ReLU(), nn.Linear(2, 2)))
+    assert not _has_linear(nn.Linear(2, 2))
+    assert not _has_linear(nn.Sequential(nn.ReLU()))

@@ -32,7 +32,7 @@ class Blender(nn.Module):
 
 
 class Grinder(nn.Module):
-    """An FFN; subclasses spoil it."""
+    """An FFN; subclasses break it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Grinder(nn.Module):
 
 
 def spoilt(name: str, **methods: Callable) -> type[Grinder]:
-    """An FFN whose `inner` or `forward` is another."""
+    """An FFN with a different `inner` or `forward`."""
     return type(name, (Grinder,), methods)
 
 
@@ -119,7 +119,7 @@ class Stage(nn.Module):
 
 
 class PostNorm(Stage):
-    """An extra norm and a factor stand between the FFN and its residual add."""
+    """An extra norm and a factor between the FFN and its residual add."""
 
     def __init__(self, grinder: nn.Module) -> None:
         super().__init__(grinder)
@@ -130,7 +130,7 @@ class PostNorm(Stage):
 
 
 class WeightFirst(PostNorm):
-    """The factor is a weight and stands before what it scales."""
+    """The factor is a weight and the first argument of the product."""
 
     def __init__(self, grinder: nn.Module) -> None:
         super().__init__(grinder)
@@ -141,7 +141,7 @@ class WeightFirst(PostNorm):
 
 
 def joined(name: str, join: Callable, base: type[Stage] = Stage) -> type[Stage]:
-    """A layer whose `join` is another."""
+    """A layer with a different `join`."""
     return type(name, (base,), {"join": join})
 
 
@@ -244,7 +244,7 @@ def test_what_holds_no_linear_is_neither_a_unit_nor_a_near_miss(captured_module:
 
 
 def test_a_layer_is_counted_where_its_first_unit_is_refused(captured_module: Callable) -> None:
-    """Of the first layer one unit is left, of the second none, of the third both: they are layers 0 and 1."""
+    """One unit of the first layer is left, none of the second, both of the third: layers 0 and 1."""
 
     class NoUnit(Stage):
         def forward(self, stream: torch.Tensor) -> torch.Tensor:
@@ -282,7 +282,7 @@ def test_a_list_of_one_result_is_that_result(captured_module: Callable, count: i
     assert [refusal.reason for refusal in found.refusals] == said
 
 
-class Chained(Stage):  # a second FFN stands between the first and the residual add
+class Chained(Stage):  # a second FFN between the first and the residual add
     def __init__(self, grinder: nn.Module) -> None:
         super().__init__(grinder)
         self.second = Grinder()

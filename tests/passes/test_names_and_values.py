@@ -1,4 +1,4 @@
-"""What passes leave on the nodes beside what is computed: names by which decisions are found, and traced values."""
+"""What passes leave on nodes: names by which decisions are found, and traced values."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from torch import fx
 
 from exporters.onnx import lowering
 from passes.base import PassManager, graph_of
-from passes.harden_routers import HardenRouters
-from passes.lower_to_compaction import LowerToCompaction
+from passes.lower_units import LowerUnits
 from passes.raise_attention import RaiseAttention
 from passes.raise_norms import RaiseNorms
 
 irc = torch.ops.irc
-STEPS = RaiseNorms(), RaiseAttention(), HardenRouters(), LowerToCompaction()
+STEPS = RaiseNorms(), RaiseAttention(), LowerUnits()
 
 
 def _nodes(model: fx.GraphModule) -> list[fx.Node]:
@@ -25,13 +24,9 @@ def _nodes(model: fx.GraphModule) -> list[fx.Node]:
 
 def test_decisions_and_rows_are_named_after_their_unit(tiny: Callable, insertions: tuple) -> None:
     graph = tiny().graph
-    PassManager([*insertions, *STEPS[:3]]).run(graph)
+    PassManager([*insertions, *STEPS]).run(graph)
     names = {node.name for node in graph.get_submodule("model.layers.1").graph.nodes}
-    kinds = "difference", "approximate", "execute", "chosen"
-    assert {f"{unit}_{kind}" for unit in ("self_attn", "mlp") for kind in kinds} <= names
-    PassManager(STEPS[3:]).run(graph)
-    names = {node.name for node in graph.get_submodule("model.layers.1").graph.nodes}
-    kinds = "executed", "skipped", "scattered"
+    kinds = "difference", "executed", "skipped", "scattered"
     assert {f"{unit}_{kind}" for unit in ("self_attn", "mlp") for kind in kinds} <= names
     inner = {node.name for node in graph.get_submodule("model.layers.1.self_attn").graph.nodes}
     assert {"executed", "routed_attention"} <= inner
@@ -42,19 +37,16 @@ def _is_result_of_attention(node: fx.Node) -> bool:
     return isinstance(source, fx.Node) and source.target == irc.attention.default
 
 
-# How many steps run, which nodes carry a value then, and how many there are of them in two layers.
+# The number of steps that run, the nodes that carry a value then, and their number in two layers.
 VALUES = [
     (1, lambda node: node.target == irc.rms_norm.default, 5),
     (2, _is_result_of_attention, 6),
     (2, lambda node: node.target == irc.rotary.default, 4),
-    (3, lambda node: node.name.endswith("_chosen"), 4),
-    (4, lambda node: node.name.endswith("_scattered"), 4),
+    (3, lambda node: node.name.endswith("_scattered"), 4),
 ]
 
 
-@pytest.mark.parametrize(
-    ("steps", "wanted", "count"), VALUES, ids=["norms", "attention", "rotations", "choices", "scatters"]
-)
+@pytest.mark.parametrize(("steps", "wanted", "count"), VALUES, ids=["norms", "attention", "rotations", "scatters"])
 def test_traced_values_go_over_to_what_takes_a_place(
     tiny: Callable, insertions: tuple, steps: int, wanted: Callable, count: int
 ) -> None:
@@ -72,4 +64,6 @@ def test_products_keep_the_values_of_their_linears(tiny: Callable, insertions: t
     assert found.keys() == {irc.routed_gate.default}
     assert all(value.shape[-1] == 48 for value in found.values())
     values = [node.meta["val"] for node in _nodes(graph) if node.target == irc.routed_matmul.default]
-    assert [value.shape[-1] for value in values if value is not None] == [32] * 4  # down and o; q was made anew
+    assert [value.shape[-1] for value in values if value is not None] == [
+        32
+    ] * 4  # down and o; q is a new node without a value

@@ -38,7 +38,7 @@ def test_numbers_are_kept(tiny: Callable, family: str) -> None:
 
 @torch.no_grad()
 def test_a_mask_may_be_given_by_name_and_a_scale_left_out(tiny: Callable) -> None:
-    """Llama's scale is the one that is meant where none is given."""
+    """Llama's scale is the default."""
     model = tiny()
     ids = model.ids(2, 9)
     before = model.run(ids)
@@ -75,7 +75,7 @@ def test_dimensions_may_be_counted_from_either_end(tiny: Callable, last: int) ->
 
 @torch.no_grad()
 def test_heads_may_be_normed_behind_the_transposition(tiny: Callable) -> None:
-    """As they are normed before it in Qwen3: each head by itself."""
+    """As Qwen3 does before the rotation: each head separately."""
     model = tiny("qwen3")
     ids = model.ids(2, 9)
     before = model.run(ids)
@@ -133,9 +133,9 @@ def _with_scaled_heads(graph: fx.Graph, scores: fx.Node) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (_without_mask, "its mask is missing or not boolean"),
-        (_with_dropout, "it drops scores out"),
-        (_with_scaled_heads, "heads come from aten.mul.Tensor"),
+        (_without_mask, "mask"),
+        (_with_dropout, "dropout"),
+        (_with_scaled_heads, "aten.mul.Tensor"),
     ],
 )
 def test_what_it_does_not_know_is_refused_by_name(tiny: Callable, change: Callable, reason: str) -> None:
@@ -143,5 +143,5 @@ def test_what_it_does_not_know_is_refused_by_name(tiny: Callable, change: Callab
     inner = _attention(graph)
     scores = next(node for node in inner.nodes if "scaled_dot_product" in str(node.target))
     change(inner, scores)
-    with pytest.raises(PassError, match=f"model.layers.0.self_attn: RaiseAttention failed: {reason}"):
+    with pytest.raises(PassError, match=f"model.layers.0.self_attn: RaiseAttention .*{reason}"):
         PassManager(PASSES).run(graph)

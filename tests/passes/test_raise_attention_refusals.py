@@ -1,4 +1,4 @@
-"""RaiseAttention on attention that is almost what it knows: every difference is refused by name, none is overlooked."""
+"""RaiseAttention on near misses: every difference from supported attention is refused by name."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _first(graph: fx.Graph, target: object) -> fx.Node:
 
 
 def _put_between(node: fx.Node, reader: fx.Node, target: object, *others: object) -> None:
-    """Let `reader` read target(node, *others) in place of a node."""
+    """Let `reader` read target(node, *others) instead of a node."""
     with node.graph.inserting_before(reader):
         new = node.graph.call_function(target, (node, *others))
     new.meta["val"] = node.meta["val"]
@@ -154,27 +154,27 @@ def _result_of_scores_beside_the_output_linear(graph: fx.Graph) -> None:
 
 CHANGES = [
     (_twice, "2 attention operators in one unit; expected one"),
-    (_additive_mask, "its mask is missing or not boolean"),
-    (_causal, "it drops scores out or is causal beside its mask"),
-    (_keys_of_no_cache, "its keys or values come from aten.add.Tensor; expected past and new ones joined"),
-    (_cache_of_another_dimension, "its cache is not the past followed by the new tokens"),
-    (_cache_of_no_dimension, "its cache is not the past followed by the new tokens"),
-    (_past_behind, "its cache is not the past followed by the new tokens"),
-    (_cache_of_three, "its cache is not the past followed by the new tokens"),
+    (_additive_mask, "mask"),
+    (_causal, "causal"),
+    (_keys_of_no_cache, "keys or values come from aten.add.Tensor"),
+    (_cache_of_another_dimension, "cache"),
+    (_cache_of_no_dimension, "cache"),
+    (_past_behind, "cache"),
+    (_cache_of_three, "cache"),
     (_other_dimensions_transposed, "heads come from aten.transpose.int"),
-    (_heads_of_four_dimensions, "heads are not split from a linear's output"),
-    (_rotation_adds_something_else, "heads are added to something that is no rotation"),
-    (_rotation_of_one_part, "its rotation does not join two halves"),
-    (_rotation_without_parts, "its rotation does not join two halves"),
-    (_halves_the_other_way_round, "its rotation takes other halves of 8 features than 0 and 4"),
-    (_halves_not_negated, "its rotation takes other halves of 8 features than 0 and 4"),
-    (_halves_that_overlap, "its rotation takes other halves of 8 features than 0 and 4"),
-    (_halves_of_other_heads, "its rotation takes other halves of 8 features than 0 and 4"),
-    (_halves_of_tokens, "its rotation takes other halves of 8 features than 0 and 4"),
-    (_angles_of_heads, "cosines and sines are not"),
-    (_result_of_scores_scaled, "the result of its scores goes through aten.mul.Tensor"),
-    (_result_of_scores_beside_the_output_linear, "the result of its scores does not reach an output linear"),
-    (_result_of_scores_read_twice, "the result of its scores goes through aten.scaled_dot_product_attention.default"),
+    (_heads_of_four_dimensions, "not split"),
+    (_rotation_adds_something_else, "not a rotation"),
+    (_rotation_of_one_part, "two halves"),
+    (_rotation_without_parts, "two halves"),
+    (_halves_the_other_way_round, "8 features at 4"),
+    (_halves_not_negated, "8 features at 4"),
+    (_halves_that_overlap, "8 features at 4"),
+    (_halves_of_other_heads, "8 features at 4"),
+    (_halves_of_tokens, "8 features at 4"),
+    (_angles_of_heads, "cosines"),
+    (_result_of_scores_scaled, "through aten.mul.Tensor"),
+    (_result_of_scores_beside_the_output_linear, "output linear"),
+    (_result_of_scores_read_twice, "through aten.scaled_dot_product_attention.default"),
 ]
 
 
@@ -184,8 +184,9 @@ def test_almost_known_attention_is_refused_by_name(tiny: Callable, change: Calla
     change(graph.get_submodule(NAME).graph)
     with pytest.raises(PassError) as caught:
         RaiseAttention().call(graph)
-    assert (caught.value.where, caught.value.expected[: len(reason)]) == (NAME, reason)
-    assert caught.value.remedy == "only attention with rotary positions, a key/value cache and a mask can be lowered"
+    assert caught.value.where == NAME
+    assert reason in caught.value.expected
+    assert caught.value.remedy
 
 
 @pytest.fixture
@@ -243,25 +244,25 @@ def _rotated_from_outside(graph: fx.Graph) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (_three_parts, "heads are joined of 3 parts; expected rotated features and others"),
-        (_rest_that_overlaps, "heads are joined of parts that are not the rotated and the other features"),
-        (_rest_that_ends_early, "heads are joined of parts that are not the rotated and the other features"),
-        (_rest_of_other_heads, "heads are joined of parts that are not the rotated and the other features"),
-        (_rotated_from_outside, "heads are joined of parts that are not the rotated and the other features"),
+        (_three_parts, "3 parts"),
+        (_rest_that_overlaps, "parts that are not"),
+        (_rest_that_ends_early, "parts that are not"),
+        (_rest_of_other_heads, "parts that are not"),
+        (_rotated_from_outside, "parts that are not"),
     ],
 )
 def test_other_parts_than_rotated_and_the_rest_are_refused(partial: object, change: Callable, reason: str) -> None:
     change(partial.graph.get_submodule(NAME).graph)
     with pytest.raises(PassError) as caught:
         RaiseAttention().call(partial.graph)
-    assert caught.value.expected.startswith(reason)
+    assert reason in caught.value.expected
 
 
-def test_what_is_no_operator_is_said_as_it_is(tiny: Callable) -> None:
+def test_a_function_that_is_not_an_operator_is_named(tiny: Callable) -> None:
     """Heads that come from a Python function are refused, not followed."""
     graph = tiny().graph
     inner = graph.get_submodule(NAME).graph
     scores = _first(inner, SDPA)
     _put_between(scores.args[0], scores, operator.neg)
-    with pytest.raises(PassError, match="heads come from <built-in function neg>"):
+    with pytest.raises(PassError, match="<built-in function neg>"):
         RaiseAttention().call(graph)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ def test_every_norm_becomes_one_operator(tiny: Callable, calls: Callable) -> Non
     graph = tiny("qwen3").graph
     PassManager([RaiseNorms()]).run(graph)
     found = calls(graph)
-    assert found["rms_norm"] == 2 * 2 + 2 * 2 + 1  # two a layer, q and k of each, and the last
+    assert found["rms_norm"] == 2 * 2 + 2 * 2 + 1  # two per layer, q and k of each, and the last
     assert "layernorm" not in print_graph(graph.get_submodule("model.layers.0").graph).replace("layernorm.weight", "")
 
 
@@ -93,39 +94,57 @@ def test_a_norm_by_hand_is_raised(captured_module: Callable, calls: Callable, ki
 aten = torch.ops.aten
 
 
-def _by_hand(
-    *,
-    cast: Any = None,
-    power: int = 2,
-    dims: tuple[int, ...] = (-1,),
-    eps: float | int = 1e-6,
-    weight_first: bool = True,
-    factor: Any = None,
-    results: str = "norm",
-    inputs: int = 1,
-    normed: str = "x",
-    weight: str = "weight",
-) -> fx.GraphModule:
-    """Return a model that calls a norm of a linear's width once; the defaults make one that is raised."""
+@dataclass(frozen=True)
+class _NormByHand:
+    """The parts of a hand-written norm; the defaults make one that is raised.
+
+    Attributes:
+        cast: Returns what is squared, from (graph, x); a cast to float32 when None.
+        power: Exponent, 2 for a root mean square.
+        dims: Dimensions of the mean.
+        eps: Added to the mean.
+        weight_first: Whether the weight is the first factor.
+        factor: Makes the arguments of an add from the weight, when not None.
+        results: What the norm returns.
+        inputs: How many inputs it has.
+        normed: `x`, or `square` for a norm that scales the squares.
+        weight: Name of the parameter.
+    """
+
+    cast: Any = None
+    power: int = 2
+    dims: tuple[int, ...] = (-1,)
+    eps: float | int = 1e-6
+    weight_first: bool = True
+    factor: Any = None
+    results: str = "norm"
+    inputs: int = 1
+    normed: str = "x"
+    weight: str = "weight"
+
+
+def _by_hand(**options: Any) -> fx.GraphModule:
+    """Return a model that calls a norm of a linear's width once."""
+    it = _NormByHand(**options)
     graph = fx.Graph()
-    placeholders = [graph.placeholder(f"input_{index}") for index in range(inputs)]
+    placeholders = [graph.placeholder(f"input_{index}") for index in range(it.inputs)]
     x = placeholders[0]
-    wide = graph.call_function(aten.to.dtype, (x, torch.float32)) if cast is None else cast(graph, x)
-    square = graph.call_function(aten.pow.Tensor_Scalar, (wide, power))
-    mean = graph.call_function(aten.mean.dim, (square, list(dims), True))
-    inverse = graph.call_function(aten.rsqrt.default, (graph.call_function(aten.add.Tensor, (mean, eps)),))
-    scaled = graph.call_function(aten.mul.Tensor, (wide if normed == "x" else square, inverse))
-    parameter = graph.create_node("get_attr", weight)
-    made = parameter if factor is None else graph.call_function(aten.add.Tensor, *factor(parameter))
-    pair = (made, scaled) if weight_first else (scaled, made)
+    wide = graph.call_function(aten.to.dtype, (x, torch.float32)) if it.cast is None else it.cast(graph, x)
+    square = graph.call_function(aten.pow.Tensor_Scalar, (wide, it.power))
+    mean = graph.call_function(aten.mean.dim, (square, list(it.dims), True))
+    inverse = graph.call_function(aten.rsqrt.default, (graph.call_function(aten.add.Tensor, (mean, it.eps)),))
+    scaled = graph.call_function(aten.mul.Tensor, (wide if it.normed == "x" else square, inverse))
+    parameter = graph.create_node("get_attr", it.weight)
+    made = parameter if it.factor is None else graph.call_function(aten.add.Tensor, *it.factor(parameter))
+    pair = (made, scaled) if it.weight_first else (scaled, made)
     result = graph.call_function(aten.mul.Tensor, pair)
-    graph.output({"norm": result, "x, norm": (wide, result), "norm, norm": (result, result), "x": wide}[results])
+    graph.output({"norm": result, "x, norm": (wide, result), "norm, norm": (result, result), "x": wide}[it.results])
     norm = fx.GraphModule(nn.ParameterDict({"weight": torch.randn(8), "other": torch.randn(8)}), graph)
 
     outer = fx.Graph()
-    given = [outer.placeholder(f"given_{index}") for index in range(inputs)]
+    given = [outer.placeholder(f"given_{index}") for index in range(it.inputs)]
     call = outer.call_module("norm", tuple(given))
-    if "," in results:
+    if "," in it.results:
         parts = [outer.call_function(operator.getitem, (call, index)) for index in range(2)]
         outer.output(tuple(parts))
     else:
@@ -134,7 +153,7 @@ def _by_hand(
 
 
 def _plus(*args: Any, **kwargs: Any) -> Callable:
-    """Make the factor of a norm: add of these, where None stands for the weight."""
+    """Make the factor of a norm: an add of these arguments, None being the weight."""
     return lambda weight: (tuple(weight if argument is None else argument for argument in args), kwargs)
 
 

@@ -1,4 +1,4 @@
-"""RouteProducts and FuseGates: the same numbers, linears on padded rows routed, what cannot be padded left alone."""
+"""RouteProducts and FuseGates: numbers stay, linears on padded rows are routed, the rest stays as it is."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_second_run_changes_nothing(tiny: Callable, insertions: tuple) -> None:
 @pytest.mark.parametrize("calls", [1, 2])
 @torch.no_grad()
 def test_a_submodule_that_is_called_twice_is_left_alone(calls: int) -> None:
-    """Its linear's rows would be those of one call."""
+    """Its linear would get the rows of one call only."""
     inside = fx.Graph()
     inside.output(inside.call_module("linear", (inside.placeholder("x"),)))
     inner = fx.GraphModule(nn.ModuleDict({"linear": nn.Linear(4, 4)}), inside)
@@ -170,7 +170,7 @@ def test_a_submodule_that_is_called_twice_is_left_alone(calls: int) -> None:
 )
 @torch.no_grad()
 def test_what_is_on_rows_in_a_submodule_is_on_rows_outside(results: Any, taken: int | None, routed: int) -> None:
-    """The submodule gives y, a linear of the rows, or x, of all tokens; a linear reads what is taken of that.
+    """The submodule returns y, a linear of the rows, or x, of all tokens; a linear reads one of them.
 
     Another one, behind it, reads the rows themselves.
     """

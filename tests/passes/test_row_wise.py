@@ -1,4 +1,4 @@
-"""Which operators keep tokens apart, to the matcher: a table of operators and arguments."""
+"""A table of operators and arguments: which of them treat each token separately."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import fx, nn
+from torch import fx
 
-from passes.match import MatchResult, Refusal, Unit, _has_linear, is_mux, is_row_wise
+from passes.row_wise import is_row_wise
 
 aten = torch.ops.aten
 END = 9223372036854775807
@@ -79,38 +79,3 @@ def test_tokens_may_be_mixed(row: Any) -> None:
 def test_without_a_shape_only_the_last_dimension_from_the_end_is_known() -> None:
     assert is_row_wise(_node(aten.softmax.int, (X, -1), {}))
     assert not is_row_wise(_node(aten.softmax.int, (X, 2), {}))
-
-
-def test_a_mux_is_a_call_of_a_module_of_that_name() -> None:
-    graph = fx.Graph()
-    x = graph.placeholder("x_mux")
-    assert not is_mux(x)
-    assert is_mux(graph.call_module("mlp_mux", (x,)))
-    assert not is_mux(graph.call_module("mlp_mux.inner", (x,)))
-    assert not is_mux(graph.call_module("muxer", (x,)))
-
-
-def _unit(name: str) -> Unit:
-    return Unit(name, "ffn", 0, "block", "target", "call", "the_x", "the_y", "add", 8)
-
-
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("a.mlp", "a.mlp: matched as ffn; reads %the_x, its output %the_y is added to the residual stream"),
-        ("mlp", "a.mlp: matched as ffn; reads %the_x, its output %the_y is added to the residual stream"),
-        ("a.attention", "a.attention: not matched: it has a reason"),
-        ("attention", "a.attention: not matched: it has a reason"),
-        ("ttention", "ttention: no submodule of that name holds linears; units are named like a.mlp, b.mlp"),
-        ("lp", "lp: no submodule of that name holds linears; units are named like a.mlp, b.mlp"),
-    ],
-)
-def test_why_takes_whole_names_or_the_ends_of_paths(name: str, said: str) -> None:
-    units = _unit("a.mlp"), _unit("b.mlp"), _unit("c.mlp")
-    assert MatchResult(units, (Refusal("a.attention", "it has a reason"),)).why(name) == said
-
-
-def test_a_linear_alone_is_no_submodule_that_holds_linears() -> None:
-    assert _has_linear(nn.Sequential(nn.ReLU(), nn.Linear(2, 2)))
-    assert not _has_linear(nn.Linear(2, 2))
-    assert not _has_linear(nn.Sequential(nn.ReLU()))

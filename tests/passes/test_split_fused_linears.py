@@ -46,7 +46,7 @@ def test_phi3_gets_the_linears_of_a_llama(tiny_of: Callable) -> None:
 
 
 class Whole(nn.Module):
-    """A linear that something reads whole beside a part of it."""
+    """A linear that one reader reads whole and another in part."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ def test_a_linear_that_is_read_whole_stays(captured_module: Callable) -> None:
 
 
 class Parts(nn.Module):
-    """A linear whose parts `cut` says, summed with weights that tell them apart."""
+    """A linear that `cut` splits into parts, summed with different weights."""
 
     def __init__(self, cut: Callable, name: str = "both", bias: bool = True) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Tracing without the cache of fake tensors and lines of Python gives the same graph, and leaves PyTorch as it was."""
+"""Tracing without the cache of fake tensors and source lines gives the same graph and restores PyTorch's settings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from passes.tracing import tracing
 
 
 class Mixing(nn.Module):
-    """Rows of symbolic number, viewed, joined and multiplied."""
+    """A symbolic number of rows, viewed, joined and multiplied."""
 
     def __init__(self) -> None:
         super().__init__()

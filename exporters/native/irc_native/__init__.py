@@ -1,4 +1,4 @@
-"""Where the operator libraries lie."""
+"""Paths of the operator libraries."""
 
 from pathlib import Path
 
@@ -7,10 +7,10 @@ def library_path(provider: str = "cpu") -> Path:
     """Return the shared library that ONNX Runtime registers.
 
     Args:
-        provider: `cpu` or `cuda`; the CUDA library is there where nvcc was found when the package was built.
+        provider: `cpu` or `cuda`; the CUDA library exists if nvcc was found when the package was built.
 
     Raises:
-        FileNotFoundError: There is none.
+        FileNotFoundError: The package does not contain it.
     """
     stem = {"cpu": "libirc_native", "cuda": "libirc_native_cuda"}[provider]
     found = sorted(Path(__file__).parent.glob(f"{stem}.*"))

@@ -1,8 +1,8 @@
 // The part of ONNX Runtime's C ABI that custom operators need, declared by hand.
 //
-// No package registry ships ONNX Runtime's headers, and the ABI is append-only: a function keeps its place in the table
-// of OrtApi for ever, so a place is all that has to be known. Models ran on ONNX Runtime 1.23, 1.24, 1.25 and 1.32;
-// tests/exporters/test_native_ops.py runs kernels that call them on the installed one. Sources: onnxruntime_c_api.h,
+// No package registry ships ONNX Runtime's headers. The ABI is append-only: a function keeps its place in the table of
+// OrtApi for ever, so the place is enough to call it. Models ran on ONNX Runtime 1.23, 1.24, 1.25 and 1.32;
+// tests/exporters/test_native_ops.py runs kernels that make these calls on the installed version. Sources: onnxruntime_c_api.h,
 // "OrtApi" and "OrtCustomOp".
 #pragma once
 
@@ -29,7 +29,7 @@ struct OrtApiBase {
   const char* (*GetVersionString)();
 };
 
-// What describes one operator for one provider and one type: 26 words, of which the last four came with API 18.
+// Describes one operator for one provider and one type: 26 words, the last four of which came with API 18.
 struct OrtCustomOp {
   uint32_t version;
   void* (*CreateKernel)(const OrtCustomOp*, const OrtApi*, const OrtKernelInfo*);
@@ -64,7 +64,7 @@ static_assert(sizeof(void*) != 8 || sizeof(OrtCustomOp) == 208, "OrtCustomOp is 
 
 namespace irc {
 
-constexpr uint32_t kApiVersion = 23;       // nothing newer than ONNX Runtime 1.23 has is used
+constexpr uint32_t kApiVersion = 23;       // uses nothing that ONNX Runtime 1.23 lacks
 constexpr uint32_t kCustomOpVersion = 18;  // the first with GetMayInplace
 constexpr int kInvalidArgument = 2, kRuntimeException = 6;  // OrtErrorCode
 constexpr int kFloat = 1, kInt64 = 7, kBool = 9, kHalf = 10, kBFloat = 16;  // ONNXTensorElementDataType

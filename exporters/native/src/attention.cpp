@@ -1,8 +1,8 @@
-// RoutedAttention: queries of executed tokens alone, against all keys; keys and values of all tokens join the cache.
+// RoutedAttention: queries of executed tokens alone, against all keys; keys and values of all tokens enter the cache.
 //
 // Softmax is taken block by block of keys with a running maximum and sum (Milakov and Gimelshein, arXiv 1805.02867;
-// Dao et al., arXiv 2205.14135), so that scores stay in the processor's cache, and blocks behind all that a query may
-// see are left out: under a causal mask that is about half of them.
+// Dao et al., arXiv 2205.14135), so that scores stay in the processor's cache. Blocks that no query may see are
+// skipped: under a causal mask, about half of them.
 
 #include <algorithm>
 #include <cmath>
@@ -14,9 +14,9 @@
 namespace irc {
 namespace {
 
-constexpr int64_t kPart = 96;    // queries of a task
+constexpr int64_t kPart = 96;    // queries per task
 constexpr int64_t kBlock = 128;  // keys at a time
-constexpr int64_t kFewQueries = 4;  // of a sequence; up to here keys are read in place of being packed
+constexpr int64_t kFewQueries = 4;  // of a sequence; with at most this many, keys are read directly instead of being packed
 
 template <class T>
 struct Problem {
@@ -57,7 +57,7 @@ void attend(const Problem<T>& p, int64_t first, int64_t last, int64_t head, floa
   }
   std::fill_n(sums, count * size, 0.0f);
   const T *keys = p.keys + p.cache(first, head), *values = p.values + p.cache(first, head);
-  int64_t low = 0;  // rows before it see nothing from here on
+  int64_t low = 0;  // earlier rows see nothing from here on
   for (int64_t from = 0; from < end; from += kBlock) {
     const int64_t block = std::min(kBlock, end - from);
     while (p.seen[first + low] <= from) ++low;
@@ -111,7 +111,7 @@ void routed_attention(const Call& call, const Attributes& attributes) {
   const int64_t batch = in.batch, kv_heads = in.kv_heads, size = in.size, tokens = in.tokens, total = in.total, past = in.past;
   const int64_t places = in.places, room = in.room, stride = kv_heads * size;
 
-  // Parts of the queries, none across two sequences.
+  // Parts of the queries; none spans two sequences.
   std::vector<int64_t> starts;
   for (int64_t row = 0; row < p.rows.count; ++row)
     if (starts.empty() || row - starts.back() == kPart || p.rows.sequence(row) != p.rows.sequence(row - 1)) starts.push_back(row);
@@ -127,7 +127,7 @@ void routed_attention(const Call& call, const Attributes& attributes) {
       const T* mask = p.mask_row(row);
       int64_t end = total;
       while (end > 0 && load(mask[end - 1]) < kUnseen) --end;
-      seen[row] = end ? end : total;  // a row that sees nothing sees all alike: finite, and means nothing
+      seen[row] = end ? end : total;  // a row that sees no key attends to all equally: finite, and never used
     }
   });
   const auto append_head = [&](int64_t index) {
@@ -137,7 +137,7 @@ void routed_attention(const Call& call, const Attributes& attributes) {
   };
   const int64_t floats = memory_of(longest, size);
   if (longest <= kFewQueries) {
-    // A step of decoding: a head's cache is appended to and attended over while it is near.
+    // A decoding step: appends to a head's cache and attends to it while it is in the processor's cache.
     const int64_t group = p.heads / kv_heads;
     float* memory = scratch(batch * kv_heads * floats);
     call.parallel(batch * kv_heads, [&](int64_t index) {
@@ -150,7 +150,7 @@ void routed_attention(const Call& call, const Attributes& attributes) {
     return;
   }
   call.parallel(batch * kv_heads, append_head);
-  // A task is a part of the queries and a share of the heads: enough tasks for all threads, and a memory for each.
+  // A task is a part of the queries and some of the heads: enough tasks for all threads, each with its own memory.
   const int64_t shares = std::min(p.heads, std::max<int64_t>(1, (4 * thread_count() + parts - 1) / parts));
   float* memory = scratch(parts * shares * floats);
   call.parallel(parts * shares, [&](int64_t task) {

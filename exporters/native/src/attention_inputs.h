@@ -1,4 +1,4 @@
-// What RoutedAttention is given, checked, and its outputs: the same on the CPU and on CUDA.
+// Checked inputs of RoutedAttention, and its outputs: the same on the CPU and on CUDA.
 #pragma once
 
 #include <algorithm>
@@ -9,8 +9,8 @@
 
 namespace irc {
 
-// The mask says how many tokens there are. A cache of just the past grows; one with room for the new tokens too is
-// written in place where past and present are the same memory.
+// The mask tells how many tokens there are. A cache of the past alone grows; one with room for the new tokens is written
+// in place if past and present are the same memory.
 template <class T>
 struct AttentionInputs {
   Input<T> q, k, v, past_k, past_v, mask;

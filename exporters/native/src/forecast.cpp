@@ -1,7 +1,7 @@
-// Router and ForecastAdd: two small products each, which a step of decoding gets in one node in place of five or six.
+// Router and ForecastAdd: two small products each, in one node instead of five or six per decoding step.
 //
-// Sums are of float32 throughout. With few rows the depth is shared out, so that each thread reads weights one after
-// another; with many, rows are, and ONNX Runtime's own products are about as fast.
+// All sums are float32. With few rows, threads share the depth, so that each reads its weights in sequence; with many
+// rows, they share the rows, and ONNX Runtime's own products are about as fast.
 
 #include <algorithm>
 #include <cstring>
@@ -13,19 +13,19 @@
 namespace irc {
 namespace {
 
-constexpr int64_t kFewRows = 4;           // up to here the depth is shared out in place of rows
-constexpr int64_t kFewNumbers = 1 << 14;  // of weights: less is not worth another thread
+constexpr int64_t kFewRows = 4;           // with at most this many, threads share the depth, not the rows
+constexpr int64_t kFewNumbers = 1 << 14;  // of weights: fewer are not worth another thread
 constexpr int64_t kMostParts = 16;
-constexpr int64_t kBlockNumbers = 1 << 12, kLeastBlock = 16;  // of weights, and of rows: what stays near while all rows are multiplied
-constexpr int64_t kLeastPart = 36, kMostPart = 192, kWholeTiles = 12;  // rows of a task, and of what they are multiples
-constexpr int64_t kStrip = 256;           // columns of a forecast at a time
+constexpr int64_t kBlockNumbers = 1 << 12, kLeastBlock = 16;  // of weights, and of rows: what stays in the processor's cache while all rows are multiplied
+constexpr int64_t kLeastPart = 36, kMostPart = 192, kWholeTiles = 12;  // rows per task, and what they are a multiple of
+constexpr int64_t kStrip = 256;           // columns of a forecast per step
 constexpr int64_t kPanel = kPanelDepth * kMostColumns;
 
-// Floats that a row takes where it is not of floats already.
+// Floats needed for a row that is not float32 already.
 template <class T>
 int64_t copy_of(int64_t depth) { return std::is_same<T, float>::value ? 0 : depth; }
 
-// In how many parts of its depth w [depth, columns] is read: as many with one thread as with many, for the same sums.
+// In how many parts of its depth w [depth, columns] is read: independent of the number of threads, for equal sums.
 inline int64_t parts_of(int64_t depth, int64_t columns) {
   int64_t parts = 1;
   while (2 * parts <= kMostParts && 2 * parts * kFewNumbers <= depth * columns) parts *= 2;
@@ -35,8 +35,8 @@ inline int64_t parts_of(int64_t depth, int64_t columns) {
 // Floats that `few_products` needs for `count` rows.
 inline int64_t sums_of(int64_t count, int64_t depth, int64_t columns) { return parts_of(depth, columns) * count * columns; }
 
-// Returns rows @ w [depth, columns] of few rows, [count, columns], at the front of `sums`. Each part of w is read as it lies
-// in memory, by one thread, once: that is what such a product waits for.
+// Returns rows @ w [depth, columns] of few rows, [count, columns], at the front of `sums`. One thread reads each part of w once,
+// in the order of memory: reading is what limits such a product.
 template <class T>
 float* few_products(const Call& call, const float* const* rows, int64_t count, int64_t depth, const T* w, int64_t columns, float* sums) {
   const int64_t parts = parts_of(depth, columns), share = (depth + parts - 1) / parts, all = count * columns;
@@ -57,7 +57,7 @@ float* few_products(const Call& call, const float* const* rows, int64_t count, i
 // Calls work(first, count, rows, panel, made) for parts of the rows, in parallel; `made` has `each` floats for a row.
 template <class T, class RowOf, class Work>
 void for_parts(const Call& call, int64_t count, int64_t depth, int64_t each, const RowOf& row_of, const Work& work) {
-  // As many parts for each thread, of nearly one size, of whole tiles of a product.
+  // The same number of parts for each thread, of nearly equal size, in whole tiles of a product.
   const int64_t share = (count + thread_count() - 1) / thread_count(), turns = (share + kMostPart - 1) / kMostPart;
   const int64_t even = std::max(kLeastPart, (share + turns - 1) / turns);
   const int64_t part = std::min(count, (even + kWholeTiles - 1) / kWholeTiles * kWholeTiles);
@@ -84,7 +84,7 @@ void router(const Call& call) {
       float sum = load(in.b2.data[0]);
       for (int64_t j = 0; j < hidden; ++j) {
         const float value = made[i * hidden + j] + load(in.b1.data[j]);
-        sum += (value < 0 ? 0.0f : value) * load(in.w2.data[j]);  // NaN stays what it is
+        sum += (value < 0 ? 0.0f : value) * load(in.w2.data[j]);  // NaN stays NaN
       }
       in.y[first + i] = sum;
     }

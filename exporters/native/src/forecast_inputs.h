@@ -1,4 +1,4 @@
-// What Router and ForecastAdd are given, checked, and their outputs: the same on the CPU and on CUDA.
+// Checked inputs of Router and ForecastAdd, and their outputs: the same on the CPU and on CUDA.
 #pragma once
 
 #include <string>
@@ -23,7 +23,7 @@ struct RouterInputs {
   }
 };
 
-// z may be base itself; else whoever asked copies base into it.
+// z may be base itself; otherwise the caller copies base into it.
 template <class T>
 struct ForecastInputs {
   Input<T> x, base, down, up, bias;

@@ -1,4 +1,4 @@
-// The seam to ONNX Runtime: statuses become exceptions here, and exceptions statuses in library.cpp.
+// The boundary to ONNX Runtime: statuses become exceptions here, and exceptions become statuses in operators.cpp.
 
 #include "kernel.h"
 

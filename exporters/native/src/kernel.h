@@ -1,4 +1,4 @@
-// What a kernel sees of ONNX Runtime: tensors that were checked, outputs, attributes, its thread pool.
+// A kernel's view of ONNX Runtime: checked tensors, outputs, attributes, the thread pool.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 
 namespace irc {
 
-// An error that becomes an OrtStatus; what() says which operator, what was found and what was expected.
+// An error that becomes an OrtStatus; what() names the operator, what was found and what was expected.
 struct Failure {
   int code;
   std::string message;
@@ -27,7 +27,7 @@ struct Shape {
   std::string text() const;
 };
 
-// A tensor of the node: `data` may be null where there is no element.
+// A tensor of the node: `data` may be null if it has no elements.
 template <class T>
 struct Input {
   const T* data;
@@ -56,10 +56,10 @@ class Call {
   // The stream of the execution provider, null on the CPU.
   void* stream() const;
 
-  // What the CUDA provider lends by its number (CudaResource in ONNX Runtime's sources), such as a cuBLAS handle.
+  // A resource of the CUDA provider by its number (CudaResource in ONNX Runtime's sources), such as a cuBLAS handle.
   void* resource(int number) const;
 
-  // Ends the call with a message about its inputs. Messages are put together only where they are needed.
+  // Ends the call with a message about its inputs. Messages are built only when they are needed.
   [[noreturn]] void fail(const std::string& what) const;
 
   // Runs task(0) ... task(count - 1) on ONNX Runtime's threads; tasks must not throw.
@@ -82,14 +82,14 @@ class Call {
   const char* name_;
 };
 
-// The attributes of RoutedAttention; that of SelectRows and DecideRows, which only CUDA heeds.
+// The attributes of RoutedAttention, and that of SelectRows and DecideRows, which only CUDA uses.
 struct Attributes {
   int64_t heads = 0, kv_heads = 0;
   float scale = 0;
   int64_t padded = 0;
 };
 
-// Rows [1, n, 2]: pairs (sequence, token), checked against [batch, tokens] and to be in order.
+// Rows [1, n, 2]: pairs (sequence, token), checked to lie within [batch, tokens] and to be in order.
 struct Rows {
   const int64_t* pairs;
   int64_t count;
@@ -98,10 +98,10 @@ struct Rows {
 };
 Rows rows_of(const Call& call, int index, int64_t batch, int64_t tokens);
 
-// Memory of the calling thread that is kept from call to call, so that a step of decoding asks the system for none.
+// Memory of the calling thread that is kept between calls, so that a decoding step allocates none.
 float* scratch(int64_t floats);
 
-// About how many threads share the work.
+// The approximate number of threads that share the work.
 int64_t thread_count();
 
 // A mask below this hides a key: models are written with -3e4 (fp16) or -1e30.

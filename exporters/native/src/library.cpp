@@ -45,7 +45,7 @@ __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOp
   return irc::register_domain(options, base, irc::add_operators);
 }
 
-// What the library is, as JSON: read by irc before it is registered.
+// A description of the library as JSON, which irc reads before it registers the library.
 __attribute__((visibility("default"))) const char* irc_native_describe() {
   static const std::string text = std::string("{\"version\": \"" IRC_VERSION "\", \"domain_version\": 1, \"cache_with_room\": true, ") +
       "\"providers\": {\"cpu\": [\"fp32\", \"fp16\", \"bf16\"]}, \"instruction_set\": \"" + irc::instruction_set().name + "\"}";

@@ -1,5 +1,5 @@
 // Compiled once for each instruction set: IRC_SET names it, the compiler's flags choose the instructions.
-// Vectors are the compiler's own; nothing of the standard library is used that the linker could share between sets.
+// Vectors are compiler extensions; nothing from the standard library is used that the linker could share between sets.
 
 #include "math.h"
 
@@ -60,7 +60,7 @@ void pack(const W* b, int64_t stride, bool turned, int64_t depth, int64_t column
   }
 }
 
-// A tile of the product: `Rows` rows of a by the first `Vectors` vectors of a panel, kept in registers.
+// A tile of the product, kept in registers: `Rows` rows of a by the first `Vectors` vectors of a panel.
 template <int Rows, int Vectors>
 void tile(const float* const* a, int64_t from, int64_t depth, const float* panel, int64_t columns, float* c,
           int64_t c_stride, bool add) {
@@ -92,7 +92,7 @@ void tile(const float* const* a, int64_t from, int64_t depth, const float* panel
   }
 }
 
-// All rows of a by one panel.
+// All rows of a times one panel.
 template <int Vectors>
 void tiles(const float* const* a, int64_t rows, int64_t from, int64_t depth, const float* panel, int64_t columns, float* c,
            int64_t c_stride, bool add) {
@@ -119,7 +119,7 @@ void multiply(const float* const* a, int64_t rows, int64_t depth, const W* b, in
   }
 }
 
-// `Count` vectors of columns, of which the last may overlap the one before: it begins at column `last`.
+// `Count` vectors of columns; the last begins at column `last` and may overlap the one before it.
 template <int Count, class W>
 void add_columns(const float* x, int64_t depth, const W* w, int64_t stride, int64_t last, float* y) {
   Vector total[Count];
@@ -137,7 +137,7 @@ void add_columns(const float* x, int64_t depth, const W* w, int64_t stride, int6
     for (int64_t j = (Count - 1) * kLanes; j < last + kLanes; ++j) y[j] += total[Count - 1][j - last];
 }
 
-// Wide rows, one after another as they lie in memory: that is worth more than sums kept in registers.
+// Wide rows, in the order of memory: that gains more than keeping sums in registers.
 template <class W>
 void add_wide(const float* x, int64_t depth, const W* w, int64_t stride, int64_t columns, float* y) {
   for (int64_t k = 0; k < depth; ++k) {
@@ -155,7 +155,7 @@ void add_row(const float* x, int64_t depth, const W* w, int64_t stride, int64_t 
       for (int64_t j = 0; j < columns; ++j) y[j] += x[k] * load(w[k * stride + j]);
     return;
   }
-  constexpr int64_t kMost = 13;  // as many sums as there are registers for
+  constexpr int64_t kMost = 13;  // as many sums as fit into registers
   if (columns > kMost * kLanes) return add_wide(x, depth, w, stride, columns, y);
   using Step = void (*)(const float*, int64_t, const W*, int64_t, int64_t, float*);
   static constexpr Step steps[] = {nullptr, add_columns<1, W>, add_columns<2, W>, add_columns<3, W>, add_columns<4, W>,
@@ -191,7 +191,7 @@ void narrow(const float* from, int64_t count, W* to) {
 // exp of numbers that are not above zero: 2^whole times a polynomial of the rest (Cephes, expf).
 inline Vector exponential(Vector x) {
   const Vector low = all(-87.0f);
-  x = x < low ? low : x;  // NaN stays what it is
+  x = x < low ? low : x;  // NaN stays NaN
   const Vector shifted = x * all(1.44269504f) - all(0.5f);
   const Integers whole = __builtin_convertvector(shifted, Integers);  // towards zero, so that the rest is small
   const Vector n = __builtin_convertvector(whole, Vector);
@@ -210,7 +210,7 @@ inline Vector exponential(Vector x) {
 }
 
 float softmax_part(float* scores, const float* mask, float scale, int64_t count, float* largest) {
-  // The tail is done in a vector too, filled up with what counts for nothing.
+  // The tail is a vector too, padded with values that do not contribute.
   Vector most = all(*largest);
   int64_t t = 0;
   for (; t < count; t += kLanes) {

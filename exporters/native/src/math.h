@@ -1,4 +1,4 @@
-// The arithmetic of the kernels: one table of functions for each type of weights, made once for each instruction set.
+// The arithmetic of the kernels: one table of functions per type of weights, compiled once per instruction set.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace irc {
 
-constexpr int64_t kMostColumns = 64;  // of a packed panel, whatever the instruction set
+constexpr int64_t kMostColumns = 64;  // of a packed panel, for every instruction set
 
 // Functions on weights of type W; everything else is float32. No function allocates or throws.
 template <class W>
@@ -28,8 +28,8 @@ struct Math {
 
 constexpr int64_t kPanelDepth = 256;  // rows of a packed panel
 
-// Softmax in parts: scores become exp(scores * scale + mask - largest), and the sum of them is returned; `largest`
-// comes in as the largest of earlier parts and goes out as the largest of all.
+// Softmax in parts: scores become exp(scores * scale + mask - largest), and their sum is returned. `largest` is the
+// largest score of earlier parts on entry, and of all parts on return.
 using SoftmaxPart = float (*)(float* scores, const float* mask, float scale, int64_t count, float* largest);
 
 struct InstructionSet {
@@ -45,7 +45,7 @@ extern const InstructionSet kBaseline;
 extern const InstructionSet kAvx2, kAvx512;
 #endif
 
-// The best that this processor has.
+// The best table for this processor.
 const InstructionSet& instruction_set();
 
 template <class W>
@@ -57,7 +57,7 @@ inline const Math<Half>& math<Half>() { return instruction_set().half; }
 template <>
 inline const Math<BFloat>& math<BFloat>() { return instruction_set().bfloat; }
 
-// The row as float32: itself, or a copy in `memory`.
+// The row as float32: the row itself, or a copy in `memory`.
 inline const float* as_floats(const float* row, int64_t, float*) { return row; }
 template <class T>
 const float* as_floats(const T* row, int64_t depth, float* memory) {

@@ -1,11 +1,11 @@
-// Sixteen-bit numbers as they lie in memory, and how they become float32 and back (round to nearest, ties to even).
+// Sixteen-bit numbers in memory, and their conversion to float32 and back (round to nearest, ties to even).
 // Everything is static: translation units of different instruction sets must not share a definition.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-// Functions that CUDA kernels call too.
+// CUDA kernels call these functions too.
 #ifdef __CUDACC__
 #define IRC_BOTH __host__ __device__
 #else
@@ -33,7 +33,7 @@ IRC_BOTH static inline uint32_t as_bits(float value) {
   return bits;
 }
 
-// What a token's entry says of it: a mask's byte, true unless it is zero, or a difference of logits, where NaN executes.
+// Whether a token executes: by a byte of a mask, true unless zero, or by a logit difference, where NaN executes.
 IRC_BOTH static inline bool executes(uint8_t mask) { return mask != 0; }
 IRC_BOTH static inline bool executes(float difference) { return !(difference < 0); }
 
@@ -47,7 +47,7 @@ IRC_BOTH static inline float load(Half value) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(number) : "h"(value.bits));
   return number;
 #else
-  // The exponent's bias is mended by a multiplication, which makes subnormal numbers right as well.
+  // A multiplication corrects the exponent's bias, which gives the right result for subnormal numbers as well.
   const float scaled = as_float(uint32_t(value.bits & 0x7fff) << 13) * as_float(0x77800000);
   const uint32_t magnitude = as_bits(scaled) | (scaled >= 65536.0f ? 0x7f800000u : 0u);
   return as_float(magnitude | uint32_t(value.bits & 0x8000) << 16);

@@ -1,4 +1,4 @@
-// The calls of ONNX Runtime: kernels are made, run and destroyed, and what they throw becomes a status.
+// Called by ONNX Runtime: creates, runs and destroys kernels, and turns what they throw into a status.
 
 #include "operators.h"
 
@@ -21,7 +21,7 @@ OrtStatus* create(const OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo*
   if (!made) return CreateStatus::call(api, kRuntimeException, "irc: out of memory");
   *kernel = made;
   Attributes& a = made->attributes;
-  // Only SelectRows and DecideRows have it, and there it may be missing.
+  // Only SelectRows and DecideRows have it, and it is optional.
   if (OrtStatus* missing = GetAttributeInt64::call(api, info, "padded", &a.padded)) ReleaseStatus::call(api, missing);
   if (!of(op)->attends) return nullptr;
   OrtStatus* status = GetAttributeInt64::call(api, info, "heads", &a.heads);
@@ -50,7 +50,7 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
   }
 }
 
-// The output may take the memory of input 2, the base, where nothing else reads it.
+// The output may reuse the memory of input 2, the base, if no other node reads it.
 size_t may_take_base(int** inputs, int** outputs) {
   static int base = 2, output = 0;
   *inputs = &base;
@@ -58,11 +58,11 @@ size_t may_take_base(int** inputs, int** outputs) {
   return 1;
 }
 
-// Of the process; shape inference is not given one.
+// For the whole process, because shape inference receives none.
 const OrtApi* known_api = nullptr;
 
-// The output has the shape of the base: without knowing so, ONNX Runtime would not give it the base's memory. The context
-// has no shape for some values and numbers below 0 for some sizes, which as an output's would be wrong: none is set then.
+// The output has the shape of the base; ONNX Runtime must know it to reuse the base's memory. If the context has no shape
+// for a value, or a negative number for a size, no shape is set, because it would be wrong for an output.
 OrtStatus* infer_base(const OrtCustomOp*, OrtShapeInferContext* context) {
   const OrtApi* api = known_api;
   constexpr size_t rank = 3;

@@ -1,4 +1,4 @@
-// How a kernel becomes an operator of ONNX Runtime, and a library's operators a domain.
+// Turns kernels into operators of ONNX Runtime, and a library's operators into a domain.
 #pragma once
 
 #include "kernel.h"
@@ -9,7 +9,7 @@ using Compute = void (*)(const Call&, const Attributes&);
 
 constexpr int kMostInputs = 7, kMostOutputs = 3;
 
-// One operator for one type. `T` in `inputs` and `outputs` stands for that type.
+// One operator for one type, which `T` in `inputs` and `outputs` denotes.
 struct Operator : OrtCustomOp {
   const char *name, *provider;
   int inputs, input_types[kMostInputs], outputs, output_types[kMostOutputs];
@@ -24,7 +24,7 @@ void plain(const Call& call, const Attributes&) { Function(call); }
 Operator make(const char* name, const char* inputs, const char* outputs, int type, Compute run, bool has_base, bool attends,
               const char* provider = "CPUExecutionProvider");
 
-// Adds a domain to a session; `add` puts the library's operators into it, once for the process: sessions keep pointers.
+// Adds a domain to a session; `add` fills it with the library's operators once per process: sessions keep pointers.
 OrtStatus* register_domain(OrtSessionOptions* options, const OrtApiBase* base,
                            OrtStatus* (*add)(const OrtApi*, OrtCustomOpDomain*));
 

@@ -1,4 +1,4 @@
-// SelectRows, DecideRows, Compact, Scatter, ScatterAdd: tokens are picked, replaced and added to.
+// SelectRows, DecideRows, Compact, Scatter, ScatterAdd: pick tokens, replace them, add to them.
 
 #include <algorithm>
 #include <cstring>
@@ -23,12 +23,12 @@ static void choose_rows(const Call& call) {
     }
 }
 
-// Read as bytes: whatever is not zero is true, even where another program wrote a 2.
+// Read as bytes: everything but zero is true, even if another program wrote a 2.
 void select_rows(const Call& call, const Attributes&) { choose_rows<uint8_t>(call); }
 
 void decide_rows(const Call& call, const Attributes&) { choose_rows<float>(call); }
 
-// Calls work(first, last) for parts of `rows` rows of `width` numbers, in parallel where there is enough to do.
+// Calls work(first, last) for parts of `rows` rows of `width` numbers, in parallel if there is enough work.
 template <class Work>
 static void for_parts(const Call& call, int64_t rows, int64_t width, const Work& work) {
   const int64_t least = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, width));
@@ -49,7 +49,7 @@ void compact(const Call& call) {
   });
 }
 
-// What Scatter and ScatterAdd share: y's rows go to their places in a copy of base, which may be base itself.
+// Shared by Scatter and ScatterAdd: y's rows go to their places in a copy of base, which may be base itself.
 template <class T, class Put>
 static void put_rows(const Call& call, const Put& put) {
   const auto y = call.input<T>(0, 3), base = call.input<T>(2, 3);

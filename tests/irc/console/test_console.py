@@ -144,7 +144,7 @@ def test_progress_in_a_pipe_is_a_line_every_ten_seconds(
     assert shown.err.splitlines() == [
         "train 10/40  loss 0.5  tokens/s 1,234  30 s left",
         "train 20/40  loss 0.5  tokens/s 1,234  20 s left",
-        "train 25/40  loss 0.5  tokens/s 1,234  26 s in all",
+        "train 25/40  loss 0.5  tokens/s 1,234  26 s total",
     ]
 
 

@@ -11,6 +11,7 @@ from irc.model.modules import (
     Record,
     Router,
     RoutingControl,
+    StoredKeys,
     StraightThroughMux,
     ZeroForecaster,
     forecast_error,
@@ -274,3 +275,15 @@ def test_control_returns_to_what_it_was_also_after_a_failure() -> None:
     assert control.mode == "route"
     with pytest.raises(AttributeError), control.using(temperatur=1.0):
         pass
+
+
+def test_stored_are_past_keys_that_are_not_zero_and_executed_tokens() -> None:
+    past = torch.zeros(2, 2, 3, 4)
+    past[0, 1, 0, 3] = past[1, 0, 2, 0] = -1e-3  # one number of one head is enough
+    control = RoutingControl(mode="forced", reduced=frozenset({"attention"}))
+    control.masks["attention"] = torch.tensor([[True, False], [False, True]])
+    mask = torch.ones(2, 1, 2, 5, dtype=torch.bool).tril(3)
+    seen, stored = StoredKeys("attention", control)(mask, past, torch.zeros(2, 2, 2))
+    assert stored.tolist() == [[True, False, False, True, False], [False, False, True, False, True]]
+    assert torch.equal(seen, mask & stored[:, None, None])
+    assert StoredKeys("another unit", control)(mask, past, torch.zeros(2, 2, 2))[1].all()

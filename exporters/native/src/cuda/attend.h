@@ -1,10 +1,10 @@
-// Attention from a tile of queries to its keys, a block each: scores, softmax and sums by blocks of keys, with a running
-// maximum and sum as on the CPU (attention.cpp).
+// Attention from a tile of queries to its keys, one thread block per tile: scores, softmax and sums by blocks of keys,
+// with a running maximum and sum as on the CPU (attention.cpp).
 //
-// A tile is some consecutive rows of one sequence, each with all query heads of one key head, so that a block of keys is
-// read once for all of them. Values arrive in shared memory while scores are computed, and the next keys while the
-// values are added up. Keys that no row of the tile may see are not read. Where a tile's keys are split over several
-// blocks, each leaves sums without their division, and MergeSplits puts them together.
+// A tile is a run of consecutive rows of one sequence, each with all query heads of one key head, so that a block of keys
+// is read once for all of them. Values are copied to shared memory while scores are computed, and the next keys while the
+// values are summed. Keys that no row of the tile may see are not read. If a tile's keys are split over several blocks,
+// each writes sums that are not divided yet, and MergeSplits merges them.
 #pragma once
 
 #include <cmath>
@@ -13,16 +13,16 @@
 
 namespace irc {
 
-// What is known of a compacted row: its place, -1 where it has none, and its keys, first ... last - 1.
+// A compacted row: its place, -1 for padding, and its keys, first ... last - 1.
 struct Row {
   int sequence, token, first, last;
 };
 
 struct Tile {
-  int row, count;  // its first row, how many
+  int row, count;  // its first row, and the number of rows
 };
 
-// Of a row, a head and a split: the largest score in powers of two, and the sum of weights relative to it.
+// For a row, a head and a split: the largest score in powers of two, and the sum of weights relative to it.
 struct Part {
   float largest, total;
 };
@@ -39,11 +39,11 @@ struct Problem {
   float scale;
   bool aligned;  // 16 bytes at a time
 
-  // Tiles: `tiles` says which rows are theirs; without it each row is one. Their query heads come in `shares`.
+  // Tiles: `tiles` holds their rows; without it each row is a tile. Their query heads come in `shares`.
   const Tile* tiles;
   int64_t tile_count;
   int tile_heads, shares;
-  // Splits of the keys; where there are several, they leave their parts here, [split, row, head] and [.., size].
+  // Splits of the keys; if there are several, they write their parts here, [split, row, head] and [.., size].
   int splits, split_keys;
   int64_t row_count;
   Part* parts;
@@ -54,9 +54,9 @@ template <class T, int kSize, int kSlots, int kKeys>
 struct Attend {
   static constexpr int phases = 10, loop_begin = 2, loop_end = 7;
   static constexpr bool kLarge = kSize > 128 || sizeof(T) > 2;
-  static constexpr int resident = (kSlots > kSide ? 1 : 2) + !kLarge;  // blocks of which registers suffice for all
+  static constexpr int resident = (kSlots > kSide ? 1 : 2) + !kLarge;  // blocks that have enough registers at once
   static constexpr int kPack = int(16 / sizeof(T)), kPacks = kSize / kPack;
-  static constexpr int kStride = kSize + kPack, kOutStride = kSize + 4;  // other banks for other rows
+  static constexpr int kStride = kSize + kPack, kOutStride = kSize + 4;  // different banks for different rows
   static constexpr int kScoreStride = kKeys + 4, kWeightStride = kScoreStride * int(sizeof(float) / sizeof(T));
   static constexpr int kHelpers = kWarps / (kSlots / kSide);  // warps that share the columns of 16 slots
   static constexpr int kScores = (kKeys / kSide + kHelpers - 1) / kHelpers, kOuts = (kSize / kSide + kHelpers - 1) / kHelpers;
@@ -82,8 +82,8 @@ struct Attend {
   struct State {
     Tile tile;
     int head, kv_head, sequence;  // its first query head
-    int from, to;                 // keys that are left
-    int row;                      // of the thread's slot, within the tile; -1 where there is none
+    int from, to;                 // the remaining keys
+    int row;                      // of the thread's slot, within the tile; -1 for none
     T added[kOwn];
     float scores[kOwn], largest, total;
     Sums<T> sums[kOuts];
@@ -130,7 +130,7 @@ struct Attend {
       index /= p.shares;
       state.kv_head = int(index % p.kv_heads);
       state.head = int(state.kv_head * (p.heads / p.kv_heads)) + share * p.tile_heads;
-      index = p.tile_count - 1 - index / p.kv_heads;  // under a causal mask the last ones have most to do
+      index = p.tile_count - 1 - index / p.kv_heads;  // under a causal mask the last ones have the most work
       state.tile = p.tiles ? p.tiles[index] : Tile{int(index), 1};
       if (thread < state.tile.count) shared.rows[thread] = p.rows[state.tile.row + thread];
     } else if constexpr (Phase == 1) {
@@ -153,7 +153,7 @@ struct Attend {
         IRC_UNROLL
         for (int i = 0; i < kOuts; ++i) clear(state.sums[i]);
       }
-      if (!again(state)) return;  // and nothing is read
+      if (!again(state)) return;  // without reading anything
       read<kSlots>(thread, shared.in.queries, [&](int own) -> const T* {
         const int of_tile = own / p.tile_heads, head = own % p.tile_heads;
         if (of_tile >= state.tile.count || head >= heads) return nullptr;
@@ -204,7 +204,7 @@ struct Attend {
       IRC_UNROLL
       for (int i = 0; i < kLanes; ++i)
         if (shared.of_thread[slot * kLanes + i] > most) most = shared.of_thread[slot * kLanes + i];
-      const float shrink = exp2f(state.largest - most);  // earlier ones were taken relative to a smaller maximum
+      const float shrink = exp2f(state.largest - most);  // earlier sums are relative to a smaller maximum
       T* weights = shared.weights + slot * kWeightStride;
       state.total *= shrink;
       IRC_UNROLL
@@ -264,7 +264,7 @@ struct Attend {
  private:
   static constexpr float kHidden = -INFINITY;
 
-  // Whether there is any of 16 slots.
+  // Whether any of 16 slots is in use.
   IRC_DEVICE bool busy(const State& state, int strip) const { return strip * kSide < state.tile.count * p.tile_heads; }
 
   static IRC_DEVICE void clear(Sums<T>& sums) {

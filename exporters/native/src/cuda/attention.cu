@@ -1,8 +1,8 @@
-// RoutedAttention: queries of executed tokens alone, against all keys; keys and values of all tokens join the cache.
+// RoutedAttention: queries of executed tokens alone, against all keys; keys and values of all tokens enter the cache.
 //
-// The host sees shapes alone, and nothing waits for the device. The first launch appends to the cache and finds out which
-// keys each row may see; with many rows a small one cuts them into tiles; then tiles attend (attend.h), and where the
-// keys of few rows were split over several blocks, a last one puts the parts together.
+// The host sees only shapes, and nothing waits for the device. The first launch appends to the cache and finds the keys
+// that each row may see. With many rows a small launch groups them into tiles. Then the tiles attend (attend.h). If the
+// keys of few rows were split over several blocks, a last launch merges the parts.
 
 #include "../attention_inputs.h"
 #include "attend.h"
@@ -11,20 +11,20 @@
 namespace irc {
 namespace {
 
-constexpr int64_t kFewRows = 32;       // up to here, and with few tokens a sequence, each row is a tile of its own
+constexpr int64_t kFewRows = 32;       // with at most this many, and few tokens per sequence, each row is its own tile
 constexpr int64_t kFewTokens = 4;
-constexpr int64_t kWantedBlocks = 1024;  // several for each multiprocessor of the largest GPUs, most of them may have no row
+constexpr int64_t kWantedBlocks = 1024;  // several per multiprocessor of the largest GPUs; most may have no row
 constexpr int64_t kLeastSplit = 128;    // keys
-constexpr int kAppended = 4;            // packs of a thread
+constexpr int kAppended = 4;            // packs per thread
 
-// A cache's memory before and after, and what joins it. Where `present` is `past`, only that is written.
+// A cache's memory before and after, and what is appended. If `present` is `past`, only the appended part is written.
 template <class T>
 struct Cache {
   const T *past, *fresh;
   T* present;
 };
 
-// Blocks 0 ... appending - 1 append to the cache, each of the others looks at a row.
+// Blocks 0 ... appending - 1 append to the cache, each of the others handles a row.
 template <class T, int Count>
 struct Prepare {
   static constexpr int phases = 3;
@@ -88,7 +88,7 @@ struct Prepare {
     } else if constexpr (Phase == 1) {
       if (!inside || thread >= kThreads / kGroup) return;
       for (int i = thread * kGroup; i < (thread + 1) * kGroup; ++i) merge(shared, i, &first, &last);
-      // Its own group's first place is read by nobody else.
+      // No other thread reads its own group's first place.
       shared.first[thread * kGroup] = first, shared.last[thread * kGroup] = last;
     } else if (thread == 0) {
       for (int i = 0; inside && i < kThreads; i += kGroup) merge(shared, i, &first, &last);
@@ -102,7 +102,7 @@ struct Prepare {
   }
 };
 
-// Cuts each sequence's rows into tiles; what is left of the table gets none. One block.
+// Groups each sequence's rows into tiles; the rest of the table stays empty. One block.
 struct CutTiles {
   static constexpr int phases = 3;
   struct Shared {
@@ -145,7 +145,7 @@ struct CutTiles {
   }
 };
 
-// y from the parts of all splits, in their order. A thread is a number of y.
+// y from the parts of all splits, in order. One thread per number of y.
 template <class T>
 struct MergeSplits {
   static constexpr int phases = 1;
@@ -161,7 +161,7 @@ struct MergeSplits {
       if (p.parts[i].largest > most) most = p.parts[i].largest;
     for (int64_t i = head; i < p.splits * heads; i += heads) {
       const Part part = p.parts[i];
-      if (part.total == 0) continue;  // sees nothing, and left no sums
+      if (part.total == 0) continue;  // sees no key, so it wrote no sums
       const float weight = exp2f(part.largest - most);
       total += weight * part.total;
       sum += weight * p.sums[i * p.size + index % p.size];
@@ -170,7 +170,7 @@ struct MergeSplits {
   }
 };
 
-// How many keys a block holds at a time, and for how many queries: as shared memory allows.
+// How many keys a block holds at a time, and for how many queries: limited by shared memory.
 constexpr int kMostKeys = 64, kFewSlots = 16;
 template <class T, int kSize>
 constexpr int kKeys = std::min(kMostKeys, int(16384 / (kSize * sizeof(T))));
@@ -201,7 +201,7 @@ void attend(const Stream& stream, Problem<T> p, bool few) {
   else stream.launch(blocks, Attend<T, kSize, slots_of_many<T>(kSize), kKeys<T, kSize>>{p});
 }
 
-// From the memory that one call needs beside its outputs.
+// Carves up the memory that one call needs beside its outputs.
 template <class Item>
 Item* take(char** memory, int64_t count) {
   Item* taken = reinterpret_cast<Item*>(*memory);

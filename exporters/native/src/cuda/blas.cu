@@ -1,5 +1,5 @@
-// Calls cublasGemmEx, which is found when it is first needed: the library is linked to no cuBLAS, so that it fits whichever
-// version ONNX Runtime uses.
+// Calls cublasGemmEx, which is looked up at its first use: this library does not link to cuBLAS, so that it works with
+// every version that ONNX Runtime uses.
 
 #include "blas.h"
 
@@ -13,7 +13,7 @@
 namespace irc {
 namespace {
 
-// The arguments of cublasGemmEx (cublas_v2.h), of which enumerations are int.
+// The arguments of cublasGemmEx (cublas_v2.h); enumerations are int.
 using Gemm = int (*)(void* handle, int transpose_a, int transpose_b, int m, int n, int k, const void* alpha, const void* a,
                      int type_a, int lead_a, const void* b, int type_b, int lead_b, const void* beta, void* c, int type_c,
                      int lead_c, int compute, int algorithm);
@@ -27,10 +27,10 @@ constexpr int type_of(const BFloat*) { return 14; }  // CUDA_R_16BF
 #ifdef IRC_EMULATED
 Gemm find_gemm() { return emulated_gemm; }
 
-// Tests ask whether this is the place of the function in ONNX Runtime's table: the CPU provider says that it has no stream.
+// Tests check the function's place in ONNX Runtime's table: the CPU provider replies that it has no stream.
 void* handle_of(const Call& call) { return std::getenv("IRC_EMULATED_HANDLE") ? call.resource(kHandle) : nullptr; }
 #else
-// The path of ONNX Runtime's CUDA provider, which is loaded by it and has no other name; empty where there is none.
+// The path of ONNX Runtime's CUDA provider, which it loads under a fixed name; empty if there is none.
 std::string provider_path() {
   std::string found;
   const auto look = [](dl_phdr_info* library, size_t, void* to) {
@@ -41,8 +41,8 @@ std::string provider_path() {
   return found;
 }
 
-// The handle is one of ONNX Runtime's cuBLAS, and another one's function must not get it: what its provider is linked to,
-// or, where that cannot be told, what is loaded, or there.
+// The handle belongs to ONNX Runtime's cuBLAS, so the function must come from the same library: the one that the provider
+// links to; if that is unknown, one that is loaded; else one that is installed.
 Gemm find_gemm() {
   struct Place {
     std::string library;
@@ -64,7 +64,7 @@ void* handle_of(const Call& call) { return call.resource(kHandle); }
 
 }  // namespace
 
-// cuBLAS counts along columns: to it these are y' = w' @ x', each as it lies in memory.
+// cuBLAS is column-major: for it these are y' = w' @ x', each unchanged in memory.
 template <class T>
 void multiply(const Call& call, const T* x, const T* w, T* y, int64_t rows, int64_t depth, int64_t columns) {
   static const Gemm gemm = find_gemm();

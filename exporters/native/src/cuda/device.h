@@ -1,10 +1,9 @@
-// What a kernel sees of CUDA: a stream that launches, copies, and turns errors into statuses.
+// A kernel's view of CUDA: a stream that launches, copies, and turns errors into statuses.
 //
-// A kernel is a struct of its arguments with `phases` parts; a barrier of the block stands between two of them. It may
-// loop: its phases loop_begin ... loop_end - 1 are repeated while `again(state)`, which all threads of a block answer
-// alike; `State` is what a thread keeps from phase to phase, in registers. The same struct runs on the device and, with
-// IRC_EMULATED, thread by thread on the host, where tests hold it against the reference
-// (tests/exporters/test_cuda_emulated.py).
+// A kernel is a struct of its arguments with `phases` parts, separated by barriers of the block. It may loop: its phases
+// loop_begin ... loop_end - 1 repeat while `again(state)`, which must be the same for all threads of a block; `State` is
+// what a thread keeps in registers between phases. The same struct runs on the device and, with IRC_EMULATED, thread by
+// thread on the host, where tests compare it with the reference (tests/exporters/test_cuda_emulated.py).
 #pragma once
 
 #include <cstdint>
@@ -38,7 +37,7 @@ constexpr int kResident<Kernel, std::void_t<typename Kernel::State>> = Kernel::r
 #define IRC_UNROLL
 constexpr const char* kProvider = "CPUExecutionProvider";
 
-// Phases Phase ... End - 1. Odd blocks run their threads backwards: no thread may need what another does in its phase.
+// Phases Phase ... End - 1. Odd blocks run their threads backwards: within a phase no thread may depend on another.
 template <int Phase, int End, class Kernel, class... State>
 void run_phases(const Kernel& kernel, int64_t block, typename Kernel::Shared& shared, State*... states) {
   if constexpr (Phase < End) {
@@ -50,7 +49,7 @@ void run_phases(const Kernel& kernel, int64_t block, typename Kernel::Shared& sh
   }
 }
 
-// Whatever reads memory unwritten goes wrong.
+// Reading memory that was not written gives wrong results.
 template <class T>
 void spoil(T* memory, int count) { std::memset(static_cast<void*>(memory), 0xff, size_t(count) * sizeof(T)); }
 
@@ -106,7 +105,7 @@ template <class Kernel>
 cudaError_t enter(const Kernel& kernel, int64_t blocks, cudaStream_t stream) {
   using Shared = typename Kernel::Shared;
   constexpr size_t bytes = std::is_empty<Shared>::value ? 0 : sizeof(Shared);
-  if constexpr (bytes > 48 * 1024) {  // more than that is asked for
+  if constexpr (bytes > 48 * 1024) {  // more must be requested
     const auto what = cudaFuncAttributeMaxDynamicSharedMemorySize;
     if (const cudaError_t error = cudaFuncSetAttribute(entry<Kernel>, what, int(bytes))) return error;
   }
@@ -121,12 +120,12 @@ struct alignas(Count * sizeof(T)) Pack {
   T value[Count];
 };
 
-struct Nothing {};  // the shared memory of kernels without any
+struct Nothing {};  // shared memory of kernels that need none
 
-// Blocks that hold `count` things, `each` in a block.
+// The number of blocks for `count` items, `each` per block.
 inline int64_t blocks_for(int64_t count, int64_t each) { return (count + each - 1) / each; }
 
-// The stream of a call. Nothing waits for the device but `fetch`.
+// The stream of a call. Only `fetch` waits for the device.
 class Stream {
  public:
   explicit Stream(const Call& call) : call_(call), stream_(static_cast<cudaStream_t>(call.stream())) {}
@@ -161,11 +160,11 @@ class Stream {
   cudaStream_t stream_;
 };
 
-// Takes memory in the order of a stream from a pool of the library's own, which keeps some of what is given back: CUDA's
-// default pool returns all of it to the system whenever a stream is waited for.
+// Allocates memory in stream order from the library's own pool, which keeps some of the freed memory: CUDA's default pool
+// returns all of it to the system at every wait for a stream.
 cudaError_t take_memory(void** memory, size_t bytes, cudaStream_t stream);
 
-// Memory of the device for one call, taken and given back in the order of the stream.
+// Device memory for one call, allocated and freed in stream order.
 template <class T>
 class Scratch {
  public:

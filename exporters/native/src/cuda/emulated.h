@@ -1,6 +1,6 @@
-// The few CUDA calls that the kernels' host side makes, on host memory, for tests without a GPU. With
-// IRC_EMULATED_ERROR set in the environment every wait for the stream ends with that error; with IRC_EMULATED_FULL there
-// is no memory until the pool is trimmed, with `always` not then either, and with `recording` a CUDA graph is recorded.
+// The few CUDA calls that the kernels' host side makes, on host memory, for tests without a GPU. With the environment
+// variable IRC_EMULATED_ERROR every wait for the stream ends with that error. With IRC_EMULATED_FULL there is no memory
+// until the pool is trimmed (`always`: not even then); with `recording` a CUDA graph is being recorded.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// RoutedGate: silu(x @ gate) * (x @ up), both products in one launch where rows are few.
+// RoutedGate: silu(x @ gate) * (x @ up), both products in one launch if there are few rows.
 
 #include <cmath>
 
@@ -9,7 +9,7 @@ namespace {
 
 IRC_BOTH inline float silu(float value) { return value / (1 + expf(-value)); }
 
-// From the parts of both products, [2, number, count, columns].
+// Combines the parts of both products, [2, number, count, columns].
 template <class T>
 struct GateParts {
   static constexpr int phases = 1;

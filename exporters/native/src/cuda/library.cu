@@ -1,4 +1,4 @@
-// Registers the kernels of domain `irc` on CUDA, one for each type, and says what a CUDA error means.
+// Registers the kernels of domain `irc` on CUDA, one for each type, and explains CUDA errors.
 
 #include <mutex>
 #include <string>
@@ -66,11 +66,11 @@ OrtStatus* add_operators(const OrtApi* api, OrtCustomOpDomain* domain) {
 
 namespace {
 
-// What a pool keeps of the memory given back to it: about what one call asks for, of a long prompt of a large model.
-// Anything above goes back to the system when the stream is waited for, where ONNX Runtime's own memory can grow.
+// How much freed memory a pool keeps: about what one call needs for a long prompt of a large model. The rest returns to
+// the system at the next wait for the stream, where ONNX Runtime's own memory can use it.
 constexpr uint64_t kKept = uint64_t(256) << 20;
 
-// A device's pool, made at its first use; null where there are more devices than are counted.
+// A device's pool, created at its first use; null for devices beyond the number that is supported.
 cudaError_t pool_of(int device, cudaMemPool_t* found) {
   constexpr int kMostDevices = 64;
   static std::mutex mutex;
@@ -103,7 +103,7 @@ cudaError_t take_memory(void** memory, size_t bytes, cudaStream_t stream) {
   if (!pool) return cudaMallocAsync(memory, bytes, stream);
   const cudaError_t error = cudaMallocFromPoolAsync(memory, bytes, pool, stream);
   if (error != cudaErrorMemoryAllocation) return error;
-  // What is kept in pieces may be enough as a whole. While a CUDA graph is recorded nothing may be waited for.
+  // Kept pieces may suffice once they are merged. While a CUDA graph is recorded, waiting is not allowed.
   cudaStreamCaptureStatus recording = cudaStreamCaptureStatusNone;
   if (cudaStreamIsCapturing(stream, &recording) || recording != cudaStreamCaptureStatusNone) return error;
   cudaGetLastError();
@@ -114,7 +114,7 @@ cudaError_t take_memory(void** memory, size_t bytes, cudaStream_t stream) {
 
 void Stream::check(cudaError_t error, const char* doing) const {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // or the next launch would find this error
+  cudaGetLastError();  // otherwise the next launch would report this error
   throw Failure{kRuntimeException, std::string(call_.name()) + ": " + explain(error) + " (CUDA error " +
                                        std::to_string(int(error)) + " when " + doing + ")"};
 }
@@ -128,7 +128,7 @@ __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOp
   return irc::register_domain(options, base, irc::add_operators);
 }
 
-// What the library is, as JSON: read by irc before it is registered. It looks for no GPU.
+// A description of the library as JSON, which irc reads before it registers the library. Does not look for a GPU.
 __attribute__((visibility("default"))) const char* irc_native_describe() {
   static const std::string text =
       "{\"version\": \"" IRC_VERSION "\", \"domain_version\": 1, \"cache_with_room\": true, \"providers\": {\"cuda\": [\"fp32\", \"fp16\", \"bf16\"]}, "

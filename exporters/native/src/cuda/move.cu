@@ -1,7 +1,7 @@
-// Compact, Scatter, ScatterAdd: rows are gathered, replaced and added to, sixteen bytes a thread where they are aligned.
+// Compact, Scatter, ScatterAdd: gather rows, replace them, add to them; sixteen bytes per thread if they are aligned.
 //
-// Rows are not looked at by the host, which would wait for the device: one that lies outside of its tensor is left out,
-// and gathered as zeros. Whoever makes them with SelectRows has none.
+// The host does not read rows, because it would wait for the device: a row outside of its tensor is skipped, and gathered
+// as zeros. SelectRows makes no such rows but padding.
 
 #include "move.h"
 
@@ -10,7 +10,7 @@ namespace {
 
 enum class Way { kGather, kReplace, kAdd };
 
-// Block: a part of a row. `whole` is [batch, tokens, packs], `part` [count, packs].
+// One block per part of a row. `whole` is [batch, tokens, packs], `part` [count, packs].
 template <class T, int Count, Way way>
 struct MoveRows {
   static constexpr int phases = 1;
@@ -18,7 +18,7 @@ struct MoveRows {
   using Numbers = Pack<T, Count>;
   const int64_t* rows;
   int64_t batch, tokens, packs, parts;  // parts of a row
-  const Numbers *from, *bias;  // no bias where null
+  const Numbers *from, *bias;  // null for no bias
   Numbers* to;
 
   template <int>
@@ -66,7 +66,7 @@ void move(const Call& call, const Input<int64_t>& rows, int64_t batch, int64_t t
   else launch<way, T, 1>(stream, rows, batch, tokens, width, from, bias, to);
 }
 
-// What Scatter and ScatterAdd share: y's rows go to their places in a copy of base, which may be base itself.
+// Shared by Scatter and ScatterAdd: y's rows go to their places in a copy of base, which may be base itself.
 template <Way way, class T>
 void put_rows(const Call& call) {
   const auto y = call.input<T>(0, 3), base = call.input<T>(2, 3);

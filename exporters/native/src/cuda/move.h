@@ -1,4 +1,4 @@
-// Rows on the device: how they are read from a call, and how their tokens are gathered and added to.
+// Rows on the device: reads them from a call, gathers their tokens and adds to them.
 #pragma once
 
 #include "device.h"
@@ -7,7 +7,7 @@ namespace irc {
 
 inline bool aligned(const void* memory) { return reinterpret_cast<uintptr_t>(memory) % 16 == 0; }
 
-// Input 1, rows [1, n, 2]: pairs (sequence, token), at which the host does not look.
+// Input 1, rows [1, n, 2]: pairs (sequence, token), which the host does not read.
 Input<int64_t> pairs(const Call& call);
 
 // The first of `count` rows, in order, whose sequence is `sequence` or a later one; rows (-1, -1) come last.

@@ -1,8 +1,8 @@
-// RoutedMatMul and ForecastAdd: products of rows, of which some may be nothing.
+// RoutedMatMul and ForecastAdd: products of rows, some of which may be padding.
 //
-// Few rows are bound by reading w. Each block sums a part of its columns and of its depth, for all rows at once, and ends
-// at once where no row is a token's; a second launch adds the parts, in their order. Many rows go to cuBLAS. How much is
-// launched depends on shapes alone, and nothing waits for the device.
+// With few rows, reading w is the bottleneck. Each block sums a part of the columns and of the depth for all rows at once,
+// and returns at once if all rows are padding; a second launch adds the parts, in order. Many rows go to cuBLAS. The
+// launches depend on shapes alone, and nothing waits for the device.
 
 #include "../forecast_inputs.h"
 #include "products.h"
@@ -10,13 +10,13 @@
 namespace irc {
 namespace {
 
-// `Rows` rows at most. A thread reads `Count` columns at once, and sums every kSlices-th row of the part of w.
+// At most `Rows` rows. A thread reads `Count` columns at once, and sums every kSlices-th row of the part of w.
 template <class T, int Rows, int Count>
 struct Product {
   static constexpr int phases = 3;
   static constexpr int kBytes = Count * int(sizeof(T));
   static constexpr int kLanes = kBytes == 16 ? 8 : kBytes == 8 ? 16 : 32, kSlices = kThreads / kLanes, kColumns = kLanes * Count;
-  static constexpr int kAhead = kBytes == 16 ? 4 : 8;  // loads of w that a thread has under way
+  static constexpr int kAhead = kBytes == 16 ? 4 : 8;  // loads of w in flight per thread
   struct Shared {
     Pack<float, Rows> x[kDepth];
     Pack<float, Count> sums[kSlices][Rows][kLanes];
@@ -24,9 +24,9 @@ struct Product {
   static_assert(sizeof(Shared) <= 48 * 1024, "the memory of a block");
   Tokens tokens;
   Source<T> source;
-  const Pack<T, Count>*w, *other;  // another matrix of the same shape, null for none, whose parts follow
+  const Pack<T, Count>*w, *other;  // `other`: a matrix of the same shape whose parts follow, or null
   int64_t depth, columns, tiles;
-  float* parts;  // [parts, count, columns]; null where there is one, which goes to the target
+  float* parts;  // [parts, count, columns]; null if there is only one, which goes to the target
   Target<T> target;
 
   template <int Phase>

@@ -1,4 +1,4 @@
-// Products of few rows, of which some may be nothing: what they are made of, and the launch that makes their parts.
+// Products of few rows, some of which may be padding: their operands, and the launch that makes their parts.
 #pragma once
 
 #include "blas.h"
@@ -8,16 +8,16 @@ namespace irc {
 
 constexpr int64_t kFewRows = 8;
 constexpr int kDepth = 512;                // rows of w in a part
-constexpr int64_t kUnknown = 0x7fffffff;  // size of a tensor that rows are of and that is not at hand
+constexpr int64_t kUnknown = 0x7fffffff;  // size of a tensor that rows point into, if it is not known
 
 IRC_BOTH inline int64_t parts_of(int64_t depth) { return depth > kDepth ? (depth + kDepth - 1) / kDepth : 1; }
 
-// Rows as the device sees them; without `pairs` all `count` tokens.
+// Rows on the device; without `pairs`, all `count` tokens.
 struct Tokens {
   const int64_t* pairs;
   int64_t count, batch, tokens;
 
-  // Which of batch * tokens a row is, -1 for nothing. Without branches, so that loads for several rows are under way at once.
+  // Which of batch * tokens a row is, -1 for padding. Without branches, so that loads for several rows overlap.
   IRC_BOTH int64_t of(int64_t row) const {
     if (!pairs) return row < count ? row : -1;
     const int64_t place = row < count ? row : 0, sequence = pairs[2 * place], token = pairs[2 * place + 1];
@@ -32,7 +32,7 @@ struct Tokens {
   }
 };
 
-// What is multiplied by w: x, of the rows [count, depth] or of all tokens [tokens, depth], or the sum of parts
+// The left operand: x, of the rows [count, depth] or of all tokens [tokens, depth], or the sum of the parts
 // [number, count, depth] of an earlier product.
 template <class T>
 struct Source {
@@ -41,7 +41,7 @@ struct Source {
   const float* parts;
   int64_t number;
 
-  // Number k of `Rows` rows, zeros for what is nothing. `token` is that of each row.
+  // Number k of `Rows` rows, zeros for padding. `token` is that of each row.
   template <int Rows>
   IRC_BOTH Pack<float, Rows> column(const Tokens& tokens, const int64_t (&token)[Rows], int64_t k, int64_t depth) const {
     Pack<float, Rows> found{};
@@ -55,7 +55,7 @@ struct Source {
   }
 };
 
-// What becomes of a sum: it is y's number [count, columns], or with the bias is added to the row's token of y.
+// The destination of a sum: y [count, columns], or, with the bias added, the row's token of y.
 template <class T>
 struct Target {
   T* y;
@@ -72,7 +72,7 @@ struct Target {
 };
 
 // One launch for at most kFewRows rows. The parts of a product are float32 [parts_of(depth), count, columns]; without
-// `parts` there must be one, and it goes to the target. The parts with an `other` matrix of w's shape follow those with w.
+// `parts` there must be only one, which goes to the target. The parts of `other`, a matrix of w's shape, follow those of w.
 template <class T>
 void multiply_few(const Stream& stream, const Tokens& tokens, const Source<T>& source, const T* w, int64_t depth,
                   int64_t columns, float* parts, const Target<T>& target, const T* other = nullptr);

@@ -1,4 +1,4 @@
-// Router: relu(x @ w1 + b1) @ w2 + b2 for every token. The second product has one column: a block for each token adds it up.
+// Router: relu(x @ w1 + b1) @ w2 + b2 for every token. The second product has one column: one block per token sums it.
 
 #include "../forecast_inputs.h"
 #include "products.h"
@@ -14,7 +14,7 @@ struct Score {
   struct Shared {
     float own[kThreads], groups[kGroups];
   };
-  const T* product;    // x @ w1, [tokens, hidden]; null where it lies in parts [number, tokens, hidden]
+  const T* product;    // x @ w1, [tokens, hidden]; null if it is in parts [number, tokens, hidden]
   const float* parts;
   int64_t number, tokens, hidden;
   const T *b1, *w2, *b2;

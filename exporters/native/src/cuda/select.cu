@@ -1,6 +1,6 @@
-// SelectRows, DecideRows and RaggedPlaces: which rows there are, and where. The host must know how many, for they are a
-// shape: one wait for the device a call. Of at most `padded` tokens the first two give as many rows as tokens instead, of
-// which the last ones are (-1, -1), and do not wait.
+// SelectRows, DecideRows and RaggedPlaces: which rows there are, and where. The host must know their number, because it is
+// a shape: one wait for the device per call. With at most `padded` tokens the first two return as many rows as tokens
+// instead, the last ones (-1, -1), and do not wait.
 
 #include <algorithm>
 
@@ -9,15 +9,15 @@
 namespace irc {
 namespace {
 
-constexpr int kOwn = 16;                    // tokens of a thread
-constexpr int64_t kPart = kOwn * kThreads;  // tokens of a block
+constexpr int kOwn = 16;                    // tokens per thread
+constexpr int64_t kPart = kOwn * kThreads;  // tokens per block
 constexpr int kGroups = kThreads / 16;
 
 struct Sums {
   int own[kThreads], groups[kGroups];
 };
 
-// A block's part of what says which tokens execute.
+// A block's part of the mask or the logit differences.
 template <class T>
 struct Part {
   const T* given;
@@ -72,7 +72,7 @@ struct WriteRows {
   const int* counts;
   int64_t tokens;
   int64_t *executed, *skipped;
-  int64_t padded;  // rows of both kinds, 0 where there is none to spare
+  int64_t padded;  // rows of both kinds, 0 without padding
 
   template <int Phase>
   IRC_BOTH void run(int64_t block, int thread, Shared& shared) const {
@@ -104,7 +104,7 @@ struct WriteRows {
       for (int i = thread / 16 * 16; i < thread; ++i) done += shared.sums.own[i];
       int64_t sequence = first / tokens, token = first % tokens;
       for (int64_t i = first; i < last; ++i) {
-        // Each token is a row of one kind; the other kind has one row less, which is missing at its end.
+        // Each token is a row of one kind; the other kind gets one row of padding at its end.
         const bool execute = executes(part.given[i]);
         const int64_t place = execute ? done : i - done;
         int64_t* to = (execute ? executed : skipped) + 2 * place;
@@ -186,7 +186,7 @@ void select_rows(const Call& call, const Attributes& attributes) { choose_rows<u
 
 void decide_rows(const Call& call, const Attributes& attributes) { choose_rows<float>(call, attributes); }
 
-// Of a batch of one, and with one new token each (a step of decoding), the longest is known without a look.
+// For a batch of one, and with one new token each (a decoding step), the longest is known without a wait.
 template <class T>
 void ragged_places(const Call& call) {
   const auto rows = call.input<int64_t>(0, 3);

@@ -1,8 +1,8 @@
-// What a warp does together: sums of products of 16 x 16 parts of matrices, on tensor cores for 16-bit numbers and by
-// plain multiplications for float32, always with sums in float32; and copies to shared memory that are waited for later.
+// Work of a whole warp: sums of products of 16 x 16 parts of matrices, on tensor cores for 16-bit numbers and by plain
+// multiplications for float32, always with sums in float32; and asynchronous copies to shared memory.
 //
-// How a warp spreads a part over its threads is its own affair: element i of one Sums stands in the same place as
-// element i of another of its type. Emulated, the first thread of a warp does everything.
+// The distribution of a part over the threads is an implementation detail: element i of one Sums has the same position as
+// element i of another of its type. In emulation the first thread of a warp does everything.
 #pragma once
 
 #include "device.h"
@@ -19,7 +19,7 @@ constexpr int kWarp = 32, kWarps = kThreads / kWarp, kSide = 16;  // of a part
 
 #ifdef IRC_EMULATED
 
-// Whether a thread takes part in what its warp does together.
+// Whether a thread takes part in the work of its warp.
 inline bool in_warp(int thread) { return thread % kWarp == 0; }
 
 template <class T>
@@ -55,8 +55,8 @@ void add_products(Sums<T> (&sums)[Count], int used, const T* a, int a_stride, co
   }
 }
 
-// Copies 16 aligned bytes, or zeros where there are none. A thread's copies since it last closed a group are a group; it
-// waits until all but the last `Open` groups are there, and others see them after the next barrier.
+// Copies 16 aligned bytes, or zeros if there are none. A thread's copies since it last closed a group form a group; it
+// waits until all but the last `Open` groups have arrived, and other threads see them after the next barrier.
 inline void copy_later(void* to, const void* from, bool any) {
   if (any) std::memcpy(to, from, 16);
   else std::memset(to, 0, 16);
@@ -69,7 +69,7 @@ void wait_for_copies() {}
 
 IRC_DEVICE bool in_warp(int) { return true; }
 
-// Two rows of four columns a thread.
+// Two rows of four columns per thread.
 template <class T>
 struct PlainSums {
   static constexpr int count = 8;
@@ -107,7 +107,7 @@ IRC_DEVICE void add_products(PlainSums<T> (&sums)[Count], int used, const T* a, 
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 
-// The types of tensor cores.
+// The types that tensor cores take.
 template <class T>
 struct TensorType {
   using Type = __half;

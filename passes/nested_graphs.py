@@ -1,11 +1,10 @@
-"""Leads a new input from the outermost graph down to a submodule, and a new output up from it."""
+"""Passes a new input from the outermost graph down to a submodule, and a new output up from it."""
 
 from __future__ import annotations
 
 import operator
 from typing import cast
 
-import torch
 from torch import fx, nn
 
 from passes.base import finish
@@ -16,15 +15,15 @@ def add_input(model: fx.GraphModule, path: str, name: str) -> fx.Node:
 
     Args:
         model: Its outermost graph; each submodule on the way is called once.
-        path: Of the submodule, such as `model.layers.0.self_attn`.
-        name: Of the input.
+        path: Path of the submodule, such as `model.layers.0.self_attn`.
+        name: Name of the input.
 
     Returns:
         The input in the submodule's graph, the last one of each graph.
     """
     outer = _append_placeholder(model.graph, name)
     changed: list[nn.Module] = [model]
-    for module, graph, call in _way(model, path):
+    for module, graph, call in _path_to(model, path):
         call.args = (*call.args, outer)
         outer = _append_placeholder(graph, name)
         changed.append(module)
@@ -38,13 +37,13 @@ def add_output(model: fx.GraphModule, path: str, node: fx.Node) -> fx.Node:
 
     Args:
         model: As in `add_input`.
-        path: Of the submodule.
-        node: Of its graph.
+        path: Path of the submodule.
+        node: A node of its graph.
 
     Returns:
         The node that holds the value in the outermost graph, its last output.
     """
-    for module, graph, call in reversed(_way(model, path)):
+    for module, graph, call in reversed(_path_to(model, path)):
         index = _append_output(graph, node)
         finish(module)
         with call.graph.inserting_after(call):
@@ -54,7 +53,7 @@ def add_output(model: fx.GraphModule, path: str, node: fx.Node) -> fx.Node:
     return node
 
 
-def _way(model: fx.GraphModule, path: str) -> list[tuple[nn.Module, fx.Graph, fx.Node]]:
+def _path_to(model: fx.GraphModule, path: str) -> list[tuple[nn.Module, fx.Graph, fx.Node]]:
     """Return (submodule, its graph, its call) for each step from the outermost graph to `path`."""
     way: list[tuple[nn.Module, fx.Graph, fx.Node]] = []
     outer: nn.Module = model
@@ -75,13 +74,8 @@ def _append_placeholder(graph: fx.Graph, name: str) -> fx.Node:
 
 
 def _append_output(graph: fx.Graph, node: fx.Node) -> int:
-    """Append to a graph's outputs, which are many; returns the index."""
+    """Append to the outputs of a graph that has several; return the index."""
     output = next(n for n in graph.nodes if n.op == "output")
     results = cast("tuple[fx.Node, ...]", output.args[0])
     output.args = (type(results)((*results, node)),)
     return len(results)
-
-
-def transposed_weight(graph: fx.Graph, linear: str) -> fx.Node:
-    """Insert the weight of a linear, by its path, as [in, out]."""
-    return graph.call_function(torch.ops.aten.t.default, (graph.get_attr(f"{linear}.weight"),))
