@@ -1,4 +1,4 @@
-"""The text that a bundle is timed on."""
+"""Loads the text that a bundle is timed on."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ def heldout_tokens(bundle: str, data: str | None) -> TextTokens:
 
     Args:
         bundle: Folder of the bundle, whose tokenizer is used.
-        data: Text, as `--data` takes it; the bundle's own when None.
+        data: A text, as `irc.text.source.load_text` reads it; the text of the bundle's conversion if None.
 
     Raises:
-        InputError: This is no bundle, or the text cannot be read.
+        InputError: The folder is not a bundle, or the text cannot be read.
     """
     folder = Path(bundle)
     if not is_bundle(folder):
         raise InputError(
-            f"{bundle}: this is no bundle; make one with irc convert, or give no BUNDLE for random weights"
+            f"{bundle}: not a bundle; make one with irc convert, or give no BUNDLE to time a model of random weights"
         )
     opened = read_bundle(folder)
     text = load_text(data or opened.recipe.data)

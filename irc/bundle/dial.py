@@ -61,7 +61,8 @@ def check_dial(model: RoutedForCausalLM, sparsity: float) -> Bundle:
     if bundle is None or not bundle.config.dial:
         where = "the model" if bundle is None else bundle.folder
         raise InputError(
-            f"{where}: it holds thresholds for its own sparsity alone; convert with --dial 0.1,0.2,0.3,0.4,0.5,0.6"
+            f"{where}: holds thresholds for its own sparsity only; convert with a dial such as 0.1,0.2,0.3,0.4,0.5",
+            options=("dial",),
         )
     low, high = bundle.config.dial[0].sparsity, bundle.config.dial[-1].sparsity
     if not isinstance(sparsity, numbers.Real):

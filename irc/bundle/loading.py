@@ -105,7 +105,8 @@ def _checked_base(bundle: Bundle, source: ModelSource) -> BaseModel:
     if found != saved.sha256:
         raise InputError(
             f"{bundle.folder}: made for a base whose weights hash to {saved.sha256[:12]}, but {base.name} hashes to "
-            f"{found[:12]}; point --base to the right model"
+            f"{found[:12]}; give the base that it was made for",
+            options=("base",),
         )
     return base
 

@@ -104,7 +104,7 @@ def check_replaceable(folder: Path) -> None:
         InputError: Something else is there.
     """
     if folder.exists() and not is_bundle(folder) and not (folder.is_dir() and not any(folder.iterdir())):
-        raise InputError(f"{folder}: exists and is not a bundle; give another --output")
+        raise InputError(f"{folder}: exists and is not a bundle; give another folder", options=("output",))
 
 
 def adapter_tensors(model: RoutedForCausalLM) -> dict[str, torch.Tensor]:

@@ -38,7 +38,7 @@ def command(
     prompts: int,
     new_tokens: int,
     **options: Any,
-) -> int:
+) -> None:
     """Verify FOLDER, what irc export wrote, against PyTorch on held-out text.
 
     Logits, perplexity, every unit's routes and greedy continuations are compared. The exit code is 3 where
@@ -46,6 +46,7 @@ def command(
     """
     from irc import console
     from irc.deployment.verification import Sample, verify
+    from irc.errors import GateMissed
 
     sample = Sample(data, tokens, seq_len, prompts, new_tokens)
     result = verify(folder, console.progress, sample, **options)
@@ -54,8 +55,7 @@ def command(
     else:
         _show(result)
     if not result["ok"]:
-        console.fail(f"{folder}: {_what_differs(result)}")
-    return 0 if result["ok"] else 3
+        raise GateMissed(f"{folder}: {_what_differs(result)}")
 
 
 def _what_differs(result: dict[str, Any]) -> str:

@@ -108,7 +108,8 @@ def _stages(conversion: Conversion) -> Iterator[tuple[str, float]]:
         with conversion.progress(f"dry run of {stage}", 1) as bar:
             figures = STAGE_RUNNERS[stage](context)
             bar.update(1)
-        yield stage, _extrapolated(figures, getattr(full, stage), getattr(few, stage), full.router, few.router)
+        settings, few_settings = (stage_named(stage).settings_in(recipe) for recipe in (full, few))
+        yield stage, _extrapolated(figures, settings, few_settings, full.router, few.router)
 
 
 def _with_few_steps(recipe: Recipe) -> Recipe:

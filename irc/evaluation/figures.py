@@ -1,4 +1,4 @@
-"""The figures of an evaluation, as the JSON keys that `irc convert` and `irc eval` share."""
+"""Turns an evaluation into the JSON object that `irc convert` and `irc eval` share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from irc.model.routed import RoutedForCausalLM
 
 
 def result_metrics(model: RoutedForCausalLM, result: Evaluation, target: float | None) -> dict[str, Any]:
-    """Return an evaluation as the JSON keys that convert and eval share."""
+    """Return an evaluation as JSON data.
+
+    Args:
+        model: The evaluated model.
+        result: Its evaluation.
+        target: Target sparsity of the conversion, or None.
+    """
     if result.routed is None:
         return {"perplexity": {"dense": result.dense}, "flops_ratio": 1.0}
     return {

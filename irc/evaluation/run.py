@@ -1,4 +1,4 @@
-"""Evaluates a bundle or a plain model on the text that the user names."""
+"""Evaluates a bundle or a plain model on text, for `irc eval`."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ from irc.text.source import Split, TextSource, load_text, pick, token_stream, wi
 
 @dataclass(frozen=True)
 class TextChoice:
-    """Which text is read, and how much of it. None stands for what the bundle's conversion read.
+    """Which text to read, and how much of it. None means the same as in the bundle's conversion.
 
     Attributes:
-        data: As `irc.text.source.load_text` takes it.
-        split: A split of the text, `all`, or `auto`: held out for the text of the conversion and for stdlib, else all.
-        tokens: Tokens to read, spread evenly; 0 reads all.
+        data: A text, as `irc.text.source.load_text` takes it.
+        split: A split of the text, `all`, or `auto`. `auto` is `heldout` for the text of the conversion and for stdlib,
+            and `all` for any other text.
+        tokens: Tokens to read, spread evenly; 0 for all.
         seq_len: Tokens per window.
     """
 
@@ -54,9 +55,9 @@ def run_evaluation(
     """Evaluate a bundle or a plain model.
 
     Args:
-        model: Which one, and how it is opened.
+        model: The model, and how to open it.
         progress: Makes progress bars.
-        choice: The text.
+        choice: The text to read.
         kv_thresholds: Thresholds of the key/value policy `reduced` to sweep.
         sparsities: Points of the bundle's dial to sweep.
 
@@ -79,7 +80,7 @@ def run_evaluation(
     if kv_thresholds:
         figures["kv_sweep"] = kv_sweep(opened, chosen, kv_thresholds, progress)
     if sparsities:  # last, because the dial stays where it is turned to
-        figures["sparsity_sweep"] = [_at(opened, share, chosen, progress) for share in sparsities]
+        figures["sparsity_sweep"] = [_figures_at(opened, share, chosen, progress) for share in sparsities]
     return {
         "model": source.name,
         "data": {
@@ -111,7 +112,9 @@ def _chosen_text(model: RoutedForCausalLM, name: str, choice: TextChoice) -> tup
     bundle = bundle_of(model)
     recipe = Recipe() if bundle is None else bundle.recipe
     if choice.data is None and _text_is_lost(bundle, recipe):
-        raise InputError(f"{name}: its {RECIPE} is missing or empty, so its text is not known; give --data")
+        raise InputError(
+            f"{name}: its {RECIPE} is missing or empty, so its text is not known; name a text", options=("data",)
+        )
     text = load_text(choice.data or recipe.data)
     split = choice.split
     if split == "auto":
@@ -122,7 +125,9 @@ def _chosen_text(model: RoutedForCausalLM, name: str, choice: TextChoice) -> tup
     limit = getattr(model.config, "max_position_embeddings", None)
     seq_len = choice.seq_len or min(recipe.seq_len, limit or recipe.seq_len)
     if limit and seq_len > limit:
-        raise InputError(f"--seq-len is {seq_len}, the model's context is {limit}; give at most {limit}")
+        raise InputError(
+            f"seq_len is {seq_len}, but the model's context is {limit}; give at most {limit}", options=("seq_len",)
+        )
     tokens = recipe.eval_tokens if choice.tokens is None else choice.tokens
     return text, split, seq_len, pick(windows(stream, seq_len, text.name), tokens)
 
@@ -132,8 +137,10 @@ def _text_is_lost(bundle: Bundle | None, recipe: Recipe) -> bool:
     return bundle is not None and bundle.config.measured.text != EvaluationText() and recipe == Recipe()
 
 
-def _at(model: RoutedForCausalLM, sparsity: float, text: torch.Tensor, progress: ProgressFactory) -> dict[str, Any]:
-    """Return a bundle's figures with its dial at a sparsity; the dial stays there."""
+def _figures_at(
+    model: RoutedForCausalLM, sparsity: float, text: torch.Tensor, progress: ProgressFactory
+) -> dict[str, Any]:
+    """Turn a bundle's dial to a sparsity and return its figures. The dial stays there."""
     turn_dial(model, sparsity)
     set_key_policy(model, model.key_policy, calibrated_keep(model))
     with progress(f"sparsity {sparsity:g}", len(text)) as bar:

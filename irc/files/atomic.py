@@ -63,7 +63,9 @@ def check_place(folder: Path) -> None:
         InputError: The folder is the working folder or contains it.
     """
     if Path.cwd().is_relative_to(folder.resolve()):
-        raise InputError(f"{folder}: is the working folder or contains it; choose another output folder")
+        raise InputError(
+            f"{folder}: is the working folder or contains it; choose another output folder", options=("output",)
+        )
 
 
 def replace_folder(staging: Path, folder: Path) -> None:
@@ -119,8 +121,9 @@ def cannot_write(path: Path, error: OSError, remedy: str | None = None, options:
     if error.errno in _DISK_FULL:
         advice = remedy or "free some space and try again"
         return IrcError(f"{path}: could not be written ({reason}); {advice}", options=options)
-    advice = remedy or "choose another output path"
-    return InputError(f"{_shortened(path)}: cannot be written ({reason}); {advice}", options=options)
+    if remedy is None:
+        remedy, options = "choose another output path", ("output",)
+    return InputError(f"{_shortened(path)}: cannot be written ({reason}); {remedy}", options=options)
 
 
 def _shortened(path: Path) -> str:

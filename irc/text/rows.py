@@ -81,7 +81,7 @@ def hub_texts(name: str) -> Iterator[str]:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"data hf:{name}: the dataset could not be loaded: {error}") from error
+        raise InputError(f"data hf:{name}: the dataset could not be loaded: {error}", options=("data",)) from error
 
 
 def _streamed(name: str) -> Iterable[dict[str, Any]]:

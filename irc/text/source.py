@@ -116,7 +116,7 @@ def load_text(spec: str) -> TextSource:
     elif spec == "stdlib-tests":
         documents = list(_stdlib_documents(tests=True))
     elif spec == "hf:":
-        raise InputError("data hf:: the name of the dataset is missing; write hf:NAME")
+        raise InputError("data hf:: the name of the dataset is missing; write hf:NAME", options=("data",))
     elif spec.startswith("hf:"):
         documents = _blocks(spec, "\n\n".join(hub_texts(spec[3:])))
     else:
@@ -126,9 +126,9 @@ def load_text(spec: str) -> TextSource:
         elif path.is_file():
             documents = _file_documents(path, path.name)
         else:
-            raise InputError(f"data {spec}: no such file or folder; give a path, 'stdlib' or 'hf:NAME'")
+            raise InputError(f"{spec}: no such file or folder; give a path, 'stdlib' or 'hf:NAME'", options=("data",))
     if not any(document.text.strip() for document in documents):
-        raise InputError(f"data {spec}: contains no text; give a file or folder that has some")
+        raise InputError(f"{spec}: contains no text; give a file or folder that has some", options=("data",))
     return TextSource(spec, tuple(documents))
 
 
@@ -241,7 +241,8 @@ def windows(stream: torch.Tensor, length: int, what: str = "text") -> torch.Tens
     count = stream.numel() // length
     if count == 0:
         raise InputError(
-            f"{what}: {stream.numel()} tokens do not fill one window of {length}; give more text or a smaller seq_len"
+            f"{what}: {stream.numel()} tokens do not fill one window of {length}; give more text or a smaller seq_len",
+            options=("seq_len",),
         )
     return stream[: count * length].view(count, length)
 

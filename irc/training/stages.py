@@ -295,7 +295,8 @@ def check_text(recipe: Recipe, streams: Mapping[str, torch.Tensor]) -> None:
         if tokens < recipe.seq_len:
             raise InputError(
                 f"the {name} split of {recipe.data} has {tokens} tokens, which do not fill one window of "
-                f"{recipe.seq_len}; give more text or a smaller seq_len"
+                f"{recipe.seq_len}; give more text or a smaller seq_len",
+                options=("data", "seq_len"),
             )
 
 

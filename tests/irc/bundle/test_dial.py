@@ -145,5 +145,5 @@ def test_turned_twice_is_turned_once(converted: Path) -> None:
 
 def test_a_bundle_without_a_dial_says_how_to_get_one(make_routed: Any, tmp_path: Path) -> None:
     make_routed().save_pretrained(tmp_path / "b")
-    with pytest.raises(InputError, match="--dial"):
+    with pytest.raises(InputError, match="dial"):
         irc.load(tmp_path / "b", sparsity=0.2)
