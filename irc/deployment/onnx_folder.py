@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from exporters.genai import genai_config
 from exporters.onnx import LEAST_ORT, MODEL, PAST_FROM, PROVIDERS, CacheShape, Description, export_onnx
@@ -93,7 +92,7 @@ def export(
             refuse_whole_sequences(policy_named(model.spec.policy), "be exported")
         merge_lora(model)
         try:
-            manifest = _write(model, _source(name, output), staging, dump_dir, provider)
+            manifest = _write(model, name, staging, dump_dir, provider)
         except PassError as error:
             raise InputError(f"{name}: {error}") from error
         if layout == "triton":
@@ -125,7 +124,7 @@ def _check_output(output: Path, force: bool) -> None:
         raise InputError(f"{output}: exists already; --force replaces it")
 
 
-def _write(model: RoutedForCausalLM, source: str, folder: Path, dump_dir: Path | None, provider: str) -> dict[str, Any]:
+def _write(model: RoutedForCausalLM, name: str, folder: Path, dump_dir: Path | None, provider: str) -> dict[str, Any]:
     base: BaseModel = model.facts["base"]
     cache = CacheShape(*cache_shape(model.config), reduced=_reduced_layers(model))
     facts = model.facts.get("config", {})
@@ -133,10 +132,7 @@ def _write(model: RoutedForCausalLM, source: str, folder: Path, dump_dir: Path |
     dtype = model.dtype
     weights = list(model.graph.parameters())
     pages = MappedPages(weights)
-    made_of = facts.get("base", {"name": base.name})
-    made_of = made_of | {"name": _without_folder(made_of["name"])}
-    shares = facts.get("sparsity") or {}
-    description = Description(__version__, _doc_string(model, made_of["name"], shares), {"irc.version": __version__})
+    description = Description(__version__, _doc_string(model, base.name), {"irc.version": __version__})
     release = partial(pages.release, weights)
     generation = _generation(base)  # what cannot be read is refused before the work
     decisions = export_onnx(model.graph, cache, dtype, folder, description, dump_dir, provider, release)
@@ -155,10 +151,9 @@ def _write(model: RoutedForCausalLM, source: str, folder: Path, dump_dir: Path |
         "least_onnxruntime": LEAST_ORT,
         "dtype": short_name(dtype),
         "provider": provider,
-        "source": source,
-        "sparsity": _sparsity(model, shares),
-        "dial": model.facts.get("dial"),
-        "base": made_of,
+        "source": _source(name),
+        "sparsity": model.facts.get("dial"),
+        "base": facts.get("base", {"name": base.name}),
         "kv_policy": policy.name,
         "kv_threshold": policy.threshold,
         "context_length": config.get("max_position_embeddings"),
@@ -170,6 +165,16 @@ def _write(model: RoutedForCausalLM, source: str, folder: Path, dump_dir: Path |
     }
     _dump(folder / MANIFEST, manifest)
     return manifest
+
+
+def _doc_string(model: RoutedForCausalLM, base: str) -> str:
+    """Say for people what the model file holds; of a path on this machine only the last part."""
+    name = Path(base).name if Path(base).is_absolute() or Path(base).is_dir() else base
+    if model.spec is None:
+        return f"{name}, exported densely by irc {__version__}."
+    shares = model.facts.get("config", {}).get("sparsity") or {}
+    target = f", target sparsity {shares['target']:g}" if "target" in shares else ""
+    return f"{name}, routed by irc {__version__}: policy {model.spec.policy}{target}."
 
 
 def _generation(base: BaseModel) -> dict[str, Any]:
@@ -184,32 +189,8 @@ def _reduced_layers(model: RoutedForCausalLM) -> tuple[int, ...]:
     return tuple(unit.layer for unit in model.units if unit.name in model.control.reduced)
 
 
-def _source(name: str, output: Path) -> str:
-    """Return what was exported: a name, or a path relative to the output, which then begins with a dot."""
-    if not Path(name).is_dir():
-        return name
-    relative = Path(os.path.relpath(Path(name).resolve(), output.resolve())).as_posix()
-    return relative if relative.startswith("..") else f"./{relative}"
-
-
-def _without_folder(name: str) -> str:
-    """Return a model's name, and of a path on this machine its last part alone."""
-    return Path(name).name if Path(name).is_absolute() or Path(name).is_dir() else name
-
-
-def _sparsity(model: RoutedForCausalLM, shares: dict[str, Any]) -> float | None:
-    """Return the share of skipped (token, unit) pairs: as measured, or where nothing was measured, as asked for."""
-    if model.spec is None:
-        return 0.0
-    return cast("float | None", shares.get("realized", shares.get("target")))
-
-
-def _doc_string(model: RoutedForCausalLM, base: str, shares: dict[str, Any]) -> str:
-    """Say for people what the model file holds."""
-    if model.spec is None:
-        return f"{base}, exported densely by irc {__version__}."
-    target = f", target sparsity {shares['target']:g}" if "target" in shares else ""
-    return f"{base}, routed by irc {__version__}: policy {model.spec.policy}{target}."
+def _source(name: str) -> str:
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def _copy_texts(base: BaseModel, folder: Path) -> None:

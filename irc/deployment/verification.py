@@ -118,7 +118,7 @@ def _check_lengths(context: int | None, seq_len: int, new_tokens: int) -> None:
 
 def _source(folder: Path, exported: OnnxFolder, bundle: str | None, base: str | None) -> tuple[str, RoutedForCausalLM]:
     """Open what a folder was exported from; return its name too."""
-    source = bundle or exported.source
+    source = bundle or exported.manifest["source"]
     if bundle is None and Path(source).is_absolute() and not Path(source).exists():
         raise InputError(f"{folder}: was exported from {source}, which is not there; name where it is by --bundle")
     model = open_model(
@@ -127,7 +127,7 @@ def _source(folder: Path, exported: OnnxFolder, bundle: str | None, base: str | 
         dtype=exported.dtype,
         device="cpu",
         key_policy=_key_policy(exported),
-        sparsity=exported.dial,
+        sparsity=exported.manifest.get("sparsity"),
         ask_hub=bundle is not None,
     )
     if bool(model.spec) != bool(exported.decisions):
