@@ -1,9 +1,9 @@
 """Mutation testing of `passes/`: `make mutate`. mutmut chooses the mutants; we run them in a way of our own.
 
 mutmut's own runner starts the suite and captures the models again for every mutant, and it skips decorated functions,
-which all operators of the dialect are. Here the tests of `tests/passes` run once, under coverage. Every mutant is then a
-fork of that process, with the tiny models already captured: one function gets new code, and the tests that run its line
-are repeated until one fails. Module constants, argument defaults and the types given to `cast` are not mutated.
+which all operators of the dialect are. Here the tests of `tests/passes` run once, under coverage. Every mutant is then
+a fork of that process, with the tiny models already captured: one function gets new code, and the tests that run its
+line are repeated until one fails. Module constants, argument defaults and the types given to `cast` are not mutated.
 
 Results are lines of JSON in `build/mutation/results.jsonl`. Mutants that have a result do not run again.
 """
