@@ -1,4 +1,4 @@
-"""Hooks of the documentation site: pages that lie outside of docs/ become part of it, and links follow them."""
+"""Hooks of the documentation site: they add pages from outside of docs/ and adapt the links to them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
 OUTSIDE = {"index.md": "README.md", "examples.md": "examples/README.md", "changelog.md": "CHANGELOG.md"}
-_LINK = re.compile(r"\[([^\]]+)\]\((?!\w+:|#)([^)#\s]+)(#[^)]*)?\)")
+_LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?!\w+:|#)([^)#\s]+)(#[^)]*)?\)")
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -21,7 +21,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Turn links between files of the repository into links between pages; a file that is no page loses its link."""
+    """Turn links between files of the repository into links between pages; other links become plain text."""
     source = ROOT / OUTSIDE.get(page.file.src_uri, f"docs/{page.file.src_uri}")
     pages = {(ROOT / path).resolve(): name for name, path in OUTSIDE.items()}
     pages |= {path.resolve(): path.name for path in (ROOT / "docs").glob("*.md")}

@@ -1,13 +1,17 @@
-"""Check and time the routed models on an NVIDIA GPU, and print all tables, in one go.
+"""Check and time routed models on an NVIDIA GPU, and print all tables.
 
     python examples/bench_gpu.py [--shape llama-3.1-8b] [--layers 32] [-o FOLDER]
 
-Needs onnxruntime-gpu and a CUDA build of torch; click is not needed. Without a GPU it says what it would run and ends.
-What it does: each operator on CUDA against the eager reference on random shapes, bit by bit (products up to
-rounding), with portable bodies and, where installed, native kernels; the card's ceilings (bf16 matrix products,
-copies); the demo model's routes and logits on CUDA against the CPU; then dense against routed in fp16 under random
-masks: prefill of 2,048 and 8,192 tokens, and decoding at batch 1, 8 and 32 after 2,048 tokens. Native kernels that
-were wrong are not timed. FOLDER gets results.json and results.md.
+Needs onnxruntime-gpu and a CUDA build of torch. Without a GPU it prints what it would run and exits. The script
+
+1. compares each operator on CUDA with the eager operator, on random shapes: bit for bit, or up to rounding for
+   products; with the portable bodies and, if they are installed, with the native kernels;
+2. measures the ceilings of the card, the rates of bf16 matrix products and of copies;
+3. compares the logits of the demo model on CUDA with those on the CPU;
+4. times the dense and the routed model in fp16 with random gates: prefill of 2,048 and 8,192 tokens, and decoding at
+   batch sizes 1, 8 and 32 after 2,048 tokens. Native kernels that failed the check are not timed.
+
+It writes results.json and results.md to FOLDER.
 """
 
 from __future__ import annotations
@@ -26,37 +30,40 @@ from typing import Any
 SPARSITIES = (0.25, 0.5, 0.7)
 PREFILL, PAST, BATCHES = (2048, 8192), 2048, (1, 8, 32)
 GOALS = {"prefill": {1: 0.94}, "decode": {1: 0.90, 8: 0.85, 32: 0.80}}
-PLAN = f"""no GPU is here; with one this would
-  1. hold each operator on CUDA against the reference, portable and native, on random shapes,
-  2. measure the rate of bf16 matrix products and of copies,
-  3. hold the demo model on CUDA against the CPU: routes and logits,
-  4. time a Llama of the shape in fp16, dense and routed at {", ".join(f"{s:.0%}" for s in SPARSITIES)} skipped:
-     prefill of {" and ".join(map(str, PREFILL))} tokens, decode at batch {", ".join(map(str, BATCHES))} after {PAST},
+PLAN = f"""No GPU found. With one, this script would
+  1. compare each operator on CUDA, portable and native, with the eager operator on random shapes,
+  2. measure the rates of bf16 matrix products and of copies,
+  3. compare the logits of the demo model on CUDA with those on the CPU,
+  4. time a Llama of the shape in fp16, dense and routed with {", ".join(f"{s:.0%}" for s in SPARSITIES)} skipped:
+     prefill of {" and ".join(map(str, PREFILL))} tokens, decoding at batch {", ".join(map(str, BATCHES))} after {PAST},
   5. write results.json and results.md."""
 
 
 def kernels(provider: str = "CUDAExecutionProvider") -> dict[str, list[dict[str, Any]]]:
-    """Hold the operators against the eager dialect; by kind of kernels, one entry for each operator and type."""
+    """Check the operators; return, for each kind of kernels, a result for each operator and data type."""
     from dataclasses import asdict
 
     from irc.bench.kernels.check import check_kernels
     from irc.runtime.native import installed_library
 
     library = installed_library("cuda")
-    kinds = {"portable": None} | ({"native": library.path} if library else {})
-    return {kind: [asdict(found) for found in check_kernels(path, provider, cases=60)] for kind, path in kinds.items()}
+    paths = {"portable": None} | ({"native": library.path} if library else {})
+    results = {}
+    for kind, path in paths.items():
+        results[kind] = [asdict(result) for result in check_kernels(path, provider, cases=60)]
+    return results
 
 
-def native_is_right(found: dict[str, list[dict[str, Any]]]) -> bool:
-    """Return whether there are native kernels, all without a wrong case."""
-    return "native" in found and not any(each["wrong"] for each in found["native"])
+def native_is_right(results: dict[str, list[dict[str, Any]]]) -> bool:
+    """Return whether native kernels are installed and all their cases were right."""
+    return "native" in results and not any(result["wrong"] for result in results["native"])
 
 
 def ceilings() -> dict[str, float]:
-    """Return the rate of bf16 matrix products (FLOP/s) and of memory (bytes/s), the best of ten."""
+    """Return the rates of bf16 matrix products (FLOP/s) and of memory (bytes/s), each the best of ten runs."""
     import torch
 
-    def best(run: Any, amount: float) -> float:
+    def best_rate(run: Any, amount: float) -> float:
         taken = []
         for _ in range(13):
             torch.cuda.synchronize()
@@ -71,24 +78,24 @@ def ceilings() -> dict[str, float]:
     source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return {
-        "gemm_flops_per_s": best(lambda: a @ b, 2.0 * size**3),
-        "bytes_per_s": best(lambda: target.copy_(source), 2.0 * source.numel()),
+        "gemm_flops_per_s": best_rate(lambda: a @ b, 2.0 * size**3),
+        "bytes_per_s": best_rate(lambda: target.copy_(source), 2.0 * source.numel()),
     }
 
 
 def correctness(work: Path, native: bool) -> dict[str, Any]:
-    """Hold an untrained bundle of the demo model on CUDA (fp32, fp16) against the CPU (fp32), under forced routes.
+    """Compare the logits of an untrained demo bundle on CUDA (fp32 and fp16) with those on the CPU (fp32).
 
-    Products of fp32 are of all its bits there, or their rounding would hide smaller errors.
+    All runs follow the same gates. TF32 is off, because its rounding would hide smaller errors.
 
     Args:
-        work: A folder for models.
-        native: Whether to run it with native operators too.
+        work: A folder for the models.
+        native: Whether to run the native kernels as well.
     """
     import numpy as np
 
     from irc.bench.models import bundle_pair
-    from irc.bundle.loading import save_bundle
+    from irc.bundle.saving import save_bundle
     from irc.model.build import build_routed
     from irc.model.checkpoint import find_base
     from irc.model.routed import RoutingSpec
@@ -97,7 +104,6 @@ def correctness(work: Path, native: bool) -> dict[str, Any]:
 
     base = find_base("demo")
     model = build_routed(base, RoutingSpec(default_rank(base.config.hidden_size)))
-    model.facts["base"] = base
     save_bundle(model, work / "demo")
     draw = np.random.default_rng(0)
     ids = draw.integers(0, base.config.vocab_size, (3, 96))
@@ -110,7 +116,7 @@ def correctness(work: Path, native: bool) -> dict[str, Any]:
         pair = bundle_pair(str(work / "demo"), work / f"{provider}-{dtype}-{ops}", dtype, None, provider)
         runtime = Runtime(pair.routed, provider, forced=True, ops=ops, tf32=False)
         cache, parts = runtime.empty_cache(3), []
-        for first, last in ((0, 80), (80, 81), (81, 96)):  # a prompt, a step, a few tokens more
+        for first, last in ((0, 80), (80, 81), (81, 96)):  # a prompt, one token, several tokens
             mask = np.ones((3, last), np.int64)
             parts.append(runtime.step(ids[:, first:last], mask, cache, execute[:, :, first:last]).logits)
         logits[provider, dtype, ops] = np.concatenate(parts, 1)
@@ -123,28 +129,28 @@ def correctness(work: Path, native: bool) -> dict[str, Any]:
 
 
 def speed(shape_name: str, layers: int, rounds: int, ops: Sequence[str]) -> dict[str, Any]:
-    """Time the shape; return what irc.bench does."""
+    """Time a model of a shape; return the result of `irc.bench.bench`."""
     from irc import console
-    from irc.bench import Load, Share, Subject, bench
+    from irc.bench import BenchOptions, Load, Share, Subject, bench
     from irc.bench.shapes import shape_named
 
     shape = shape_named(shape_name)
     shape = replace(shape, layers=layers or shape.layers)
     load = Load(prefill=PREFILL, decode_batches=BATCHES, past=PAST, decode=32, rounds=rounds)
     shares = [Share(share, share) for share in SPARSITIES]
-    return bench(Subject(shape), shares, load, console.progress, provider="cuda", dtype="fp16", ops=ops)
+    return bench(Subject(shape), shares, load, console.progress, BenchOptions("cuda", "fp16", ops))
 
 
 def tables(result: dict[str, Any]) -> str:
     """Return the results as Markdown."""
     lines = [f"{key}: {value}  " for key, value in result["machine"].items()]
     lines += ["", *(f"{key}: {value:.3g}  " for key, value in result["ceilings"].items())]
-    lines += ["", "| kernels | operator | type | wrong cases | why |", "|---|---|---|---|---|"]
+    lines += ["", "| kernels | operator | data type | wrong cases | reason |", "|---|---|---|---|---|"]
     for kind, entries in result["kernels"].items():
-        for each in entries:
-            wrong = f"{each['wrong']} of {each['cases']}"
-            lines.append(f"| {kind} | {each['operator']} | {each['dtype']} | {wrong} | {each['reason']} |")
-    lines += ["", "| on | operators | largest difference of logits |", "|---|---|---|"]
+        for entry in entries:
+            wrong = f"{entry['wrong']} of {entry['cases']}"
+            lines.append(f"| {kind} | {entry['operator']} | {entry['dtype']} | {wrong} | {entry['reason']} |")
+    lines += ["", "| run | operators | largest difference of logits |", "|---|---|---|"]
     for name, found in result["correctness"].items():
         lines.append(f"| {name} | {found['ops']} | {found['largest difference from cpu fp32']:.2e} |")
     lines += ["", "| phase | tokens | batch | skipped | operators | dense ms | routed ms | speed-up | ideal |"]
@@ -174,9 +180,9 @@ def machine() -> dict[str, str]:
     import torch
 
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    shown = subprocess.run(query, capture_output=True, text=True)
+    answer = subprocess.run(query, capture_output=True, text=True)
     return {
-        "GPU, driver": shown.stdout.strip() or torch.cuda.get_device_name(),
+        "GPU, driver": answer.stdout.strip() or torch.cuda.get_device_name(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "onnxruntime": onnxruntime.__version__,
@@ -187,7 +193,7 @@ def machine() -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="llama-3.1-8b")
-    parser.add_argument("--layers", type=int, default=0, help="Fewer layers than the shape has; 0 for all.")
+    parser.add_argument("--layers", type=int, default=0, help="Number of layers; 0 for as many as the shape has.")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("-o", "--output", type=Path, default=Path("build/bench-gpu"))
     arguments = parser.parse_args()
@@ -204,7 +210,7 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as work:
         result["correctness"] = correctness(Path(work), native)
-    console.say(json.dumps(result, indent=1))  # should the rest be cut off
+    console.say(json.dumps(result, indent=1))  # printed now in case the timing is interrupted
     result["speed"] = speed(
         arguments.shape, arguments.layers, arguments.rounds, ("portable", "native") if native else ("portable",)
     )

@@ -1,10 +1,10 @@
-"""Capture and rewrite Llamas of real size with random weights, and print time and peak memory of each.
+"""Capture and rewrite Llamas of real sizes with random weights, and print the time and peak memory of each.
 
     python examples/capture_at_scale.py            # 1B from safetensors shards (2.5 GB of disk), 8B on meta
 
-Each measurement runs in a process of its own, so that the peaks do not mix. The 1B shape is written as
-bf16 shards first; the time of reading them is told apart. Capture and rewriting touch no weight; the last column
-is the peak when afterwards every page of the weights has been touched, as training does.
+Each measurement runs in its own process, so that the peaks do not mix. The 1B model is first written as bf16 shards;
+the time to read them is reported separately. Capturing and rewriting do not touch the weights. The last column is the
+peak after every page of the weights has been touched, as in training.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ SHAPES = {
 
 
 def shape_config(shape: str) -> LlamaConfig:
-    """Return the configuration of a named shape, or that of a config.json of the user's."""
+    """Return the configuration of a named shape or of a config.json."""
     from transformers import LlamaConfig
 
     if shape in SHAPES:
         return LlamaConfig(**SHAPES[shape], max_position_embeddings=131_072, dtype="bfloat16")
     if not Path(shape).is_file():
-        sys.exit(f"{shape}: is neither a file nor one of {', '.join(SHAPES)}")
+        sys.exit(f"{shape}: no such file or shape; give a config.json or one of {', '.join(SHAPES)}")
     return LlamaConfig.from_json_file(shape)
 
 
 def write_random_model(folder: Path, shape: str) -> None:
-    """Write a random-weight bf16 checkpoint in safetensors shards, never more than one of them in memory."""
+    """Write a checkpoint of random bf16 weights in safetensors shards, with at most one shard in memory."""
     import torch
     from safetensors.torch import save_file
     from transformers import LlamaForCausalLM
@@ -78,7 +78,7 @@ def write_random_model(folder: Path, shape: str) -> None:
 
 
 def measure(shape: str, folder: Path | None) -> dict[str, float]:
-    """Capture, rewrite and (with a folder) assign and touch all weights; returns seconds and GB."""
+    """Capture and rewrite a model, with a folder also assign and touch all weights; return seconds and GB."""
     import torch
     from transformers import LlamaConfig
 
@@ -113,7 +113,7 @@ def measure(shape: str, folder: Path | None) -> dict[str, float]:
     seconds = time.monotonic() - started - reading
     peak = _peak()
     for tensor in weights.values():
-        tensor.flatten()[:: 4096 // tensor.element_size()].max()  # one element a page: now all weights are in memory
+        tensor.flatten()[:: 4096 // tensor.element_size()].max()  # reads one element per page to load all weights
     size = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
     return {
         "seconds": seconds,

@@ -1,12 +1,12 @@
-"""Time two exported models of one shape in turns, in one process: ours against another builder's output.
+"""Time two exports of the same model in turns, in one process: for example ours and another builder's.
 
     irc export MODEL -o ours
     python -m onnxruntime_genai.models.builder -m MODEL -o theirs -p fp32 -e cpu -c cache
     python examples/compare_folders.py ours theirs
 
-Both need the inputs that Hugging Face exports have (input_ids, attention_mask, past_key_values.N.key and .value), in
-fp32, and a genai_config.json.
-Printed are medians, and the first folder's time over the second's; below 1 the first is faster.
+Both need the inputs of Hugging Face exports (input_ids, attention_mask, past_key_values.N.key and .value) in fp32, and
+a genai_config.json. The script prints medians, and the time of the first folder over that of the second. Below 1, the
+first is faster.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
     from irc import console
-    from irc.bench.timed_models import GenaiFolder
+    from irc.bench.timed_models import GenaiModel
 
-    models = [GenaiFolder(folder) for folder in arguments.folders]
+    models = [GenaiModel(folder) for folder in arguments.folders]
     draw = np.random.default_rng(0)
     prompt, token = draw.integers(0, 1000, (1, arguments.prefill)), draw.integers(0, 1000, (1, 1))
     logits = [model.run(prompt, model.empty(1))[0].numpy() for model in models]
@@ -47,11 +47,11 @@ def main() -> None:
         ours, theirs = float(np.median(first)), float(np.median(second))
         rows.append([name, f"{1e3 * ours:.2f}", f"{1e3 * theirs:.2f}", f"{ours / theirs:.3f}"])
     console.table(
-        f"{arguments.folders[0].name} against {arguments.folders[1].name}, medians",
+        f"{arguments.folders[0].name} and {arguments.folders[1].name}, medians",
         ["", "first, ms", "second, ms", "first / second"],
         rows,
     )
-    console.say(f"largest difference of the prompt's logits: {np.abs(logits[0] - logits[1]).max():.2e}")
+    console.say(f"largest difference between the logits of the prompt: {np.abs(logits[0] - logits[1]).max():.2e}")
 
 
 if __name__ == "__main__":

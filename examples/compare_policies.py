@@ -1,9 +1,9 @@
-"""Hold two routing policies against each other on a tiny model, from Python: the library behind `irc compare`.
+"""Compare two routing policies on a tiny model, from Python, as `irc compare` does.
 
     python examples/compare_policies.py
 
-Few steps on a tiny model: it shows how, and which policy is ahead here says nothing about yours. Each cell is a bundle
-in OUTPUT/cells.
+The model is tiny and trains for a few steps, so the figures say nothing about your model. Each combination of policy
+and sparsity is a bundle in OUTPUT/cells.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Convert, evaluate and export a Llama of real size with random weights; print time and peak memory of each phase.
+"""Convert, evaluate and export a Llama of a real size with random weights; print time and peak memory of each phase.
 
     python examples/convert_at_scale.py                           # Llama-3.2-1B's shape: 6 GB of disk below build/
-    python examples/convert_at_scale.py --shape my/config.json    # a Llama of a shape of your own
+    python examples/convert_at_scale.py --shape my/config.json    # a Llama of your own shape
     python examples/convert_at_scale.py --shape llama-3.1-8b --until lff    # 34 GB of disk, 3.3 GB of memory
 
-Each of the three is the command of that name in a process of its own, on a text of the Python standard library. Memory
-is what Linux says of that process, read ten times a second: resident in all, private (what the process itself holds),
-and mapped (pages of the weights' files and of libraries, which the system takes back when it needs them). Each column
-has a peak of its own, so that the last two may add up to more than the first. What is written is removed in the end.
+Each command runs in its own process, on text of the Python standard library. The memory of that process is read from
+Linux ten times per second: resident memory in total, private memory, and mapped memory (pages of weight files and
+libraries, which the system can reclaim). The columns peak at different times, so the last two may add up to more than
+the first. All files are removed at the end.
 """
 
 from __future__ import annotations
@@ -32,11 +32,21 @@ Peaks = dict[str, float]
 
 
 def settings(tokens: int, batch: int, steps: int) -> list[str]:
-    """Return the recipe of a conversion of few steps, as flags."""
-    stages = [f"{stage}.{key}={value}" for stage in ("lff", "router") for key, value in
-              (("steps", steps), ("batch_size", batch))]  # fmt: skip
-    chosen = [f"router.teach_steps={steps}", f"lff.tokens={tokens}", f"router.calibration_tokens={tokens}"]
-    return [flag for setting in [*stages, *chosen, f"eval_tokens={tokens}"] for flag in ("--set", setting)]
+    """Return the flags of a conversion with few steps."""
+    values = {
+        "lff.steps": steps,
+        "lff.batch_size": batch,
+        "lff.tokens": tokens,
+        "router.steps": steps,
+        "router.batch_size": batch,
+        "router.teach_steps": steps,
+        "router.calibration_tokens": tokens,
+        "eval_tokens": tokens,
+    }
+    flags = []
+    for name, value in values.items():
+        flags += ["--set", f"{name}={value}"]
+    return flags
 
 
 def write_text(path: Path) -> None:
@@ -53,7 +63,7 @@ def write_text(path: Path) -> None:
 
 
 def add_tokenizer(folder: Path) -> None:
-    """Put the demo model's tokenizer beside random weights."""
+    """Copy the tokenizer of the demo model to a folder."""
     from irc.model.checkpoint import find_base
 
     for path in find_base("demo").folder.glob("tokenizer*"):
@@ -61,43 +71,50 @@ def add_tokenizer(folder: Path) -> None:
 
 
 def observe(process: int) -> Peaks:
-    """Return what a process holds now, in GB, and its processor seconds so far; nothing where it has ended."""
+    """Return the memory of a process in GB and its processor seconds so far, or nothing if it has ended."""
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
-        spent = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13]
+        ticks = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13]
     except (FileNotFoundError, ProcessLookupError):
         return {}
-    found = (line.split(":", 1) for line in lines if ":" in line)
-    held = {FIELDS[key]: int(value.split()[0]) * 1024 / 1e9 for key, value in found if key in FIELDS}
-    return held | {"cpu": sum(map(int, spent)) / os.sysconf("SC_CLK_TCK")}
+    seen = {"cpu": sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")}
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key in FIELDS:
+            seen[FIELDS[key]] = int(value.split()[0]) * 1024 / 1e9
+    return seen
 
 
 def run(*arguments: str, until: str = "") -> list[tuple[str, float, Peaks]]:
-    """Run `irc` in a process; returns its phases, each with its seconds and peaks, the whole process last.
+    """Run `irc` in a process and measure it.
 
     Args:
-        *arguments: Of the command line.
-        until: The phase after which it is ended.
+        *arguments: Arguments of the command line.
+        until: Phase after which the process is terminated; empty to let it finish.
+
+    Returns:
+        For each phase, and at the end for the whole process: its name, seconds and peaks.
     """
     started = time.monotonic()
     command = [sys.executable, "-m", "irc", *arguments, "--debug", "--json"]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     phases: list[tuple[str, float, Peaks]] = []
-    now: Peaks = {}
-    whole: Peaks = {}
-    said: list[str] = []
+    phase_peaks: Peaks = {}
+    total_peaks: Peaks = {}
+    log: list[str] = []
 
     def listen() -> None:
-        nonlocal now
+        nonlocal phase_peaks
         assert child.stderr is not None
         for line in child.stderr:
-            said.append(line)
+            log.append(line)
             ended = re.search(r"phase (\w+) ended after ([\d.]+) s", line)
-            if ended and ended[1] != "stages":  # which are told one by one
-                before = sum(peaks["cpu"] for _, _, peaks in phases)
-                phases.append((f"{arguments[0]}: {ended[1]}", float(ended[2]), now | {"cpu": whole["cpu"] - before}))
-                now = {}
-                print(*row(*phases[-1]), file=sys.stderr)  # a run of an hour says how far it is
+            if ended and ended[1] != "stages":  # each stage is logged as well
+                cpu_before = sum(peaks["cpu"] for _, _, peaks in phases)
+                peaks = phase_peaks | {"cpu": total_peaks["cpu"] - cpu_before}
+                phases.append((f"{arguments[0]}: {ended[1]}", float(ended[2]), peaks))
+                phase_peaks = {}
+                print(*row(*phases[-1]), file=sys.stderr)  # shows the progress of a long run
                 if ended[1] == until:
                     child.terminate()
 
@@ -105,13 +122,13 @@ def run(*arguments: str, until: str = "") -> list[tuple[str, float, Peaks]]:
     listener.start()
     while child.poll() is None:
         for key, value in observe(child.pid).items():
-            for peaks in (now, whole):
+            for peaks in (phase_peaks, total_peaks):
                 peaks[key] = max(peaks.get(key, 0.0), value)
         time.sleep(0.1)
     listener.join()
     if child.returncode and not (until and phases and phases[-1][0].endswith(f" {until}")):
-        sys.exit("".join(said[-20:]))
-    return [*phases, (arguments[0], time.monotonic() - started, whole)]
+        sys.exit("".join(log[-20:]))
+    return [*phases, (arguments[0], time.monotonic() - started, total_peaks)]
 
 
 def row(name: str, seconds: float, seen: Peaks) -> list[str]:
@@ -122,13 +139,13 @@ def row(name: str, seconds: float, seen: Peaks) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="llama-3.2-1b", help=f"{', '.join(SHAPES)}, or a config.json.")
-    parser.add_argument("--folder", type=Path, default=Path("build/at-scale"), help="Where it is written; removed.")
-    parser.add_argument("--steps", type=int, default=10, help="Steps a stage (teaching, lff, router).")
-    parser.add_argument("--batch", type=int, default=4, help="Windows a step.")
-    parser.add_argument("--seq-len", type=int, default=128, help="Tokens a window.")
-    parser.add_argument("--tokens", type=int, default=2048, help="Of statistics, threshold and evaluation, each.")
+    parser.add_argument("--folder", type=Path, default=Path("build/at-scale"), help="Work folder; removed at the end.")
+    parser.add_argument("--steps", type=int, default=10, help="Steps per stage (teaching, lff, router).")
+    parser.add_argument("--batch", type=int, default=4, help="Windows per step.")
+    parser.add_argument("--seq-len", type=int, default=128, help="Tokens per window.")
+    parser.add_argument("--tokens", type=int, default=2048, help="Tokens for statistics, threshold, evaluation, each.")
     parser.add_argument(
-        "--until", choices=["lff", "end"], default="end", help="lff: end converting there; export untrained routers."
+        "--until", choices=["lff", "end"], default="end", help="lff: stop converting there; export untrained routers."
     )
     given = parser.parse_args()
     from irc import console

@@ -1,9 +1,9 @@
-"""Convert a Llama of your own into a bundle, from Python: recipe, conversion, figures, and generation with the result.
+"""Convert your own Llama into a bundle from Python, print its figures, and generate text with it.
 
-    python examples/convert_your_own.py                                        # a tiny model that is made first
+    python examples/convert_your_own.py                                        # trains and converts a tiny model
     python examples/convert_your_own.py --model MODEL --data TEXT --sparsity 0.4 --steps 200
 
-MODEL is any folder that transformers saved a Llama, Mistral, Qwen2 or Qwen3 in, with its tokenizer.
+MODEL is a folder with a Llama, Mistral, Qwen2 or Qwen3 and its tokenizer, as transformers saves them.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from irc.recipe.stages import LffRecipe, RouterRecipe
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, default=BUNDLE)
-    parser.add_argument("--model", type=Path, help="Folder of your model.")
-    parser.add_argument("--data", help="Your text: a file or a folder.  [default: that of the tiny model]")
+    parser.add_argument("--model", type=Path, help="Folder of your model.  [default: the tiny model]")
+    parser.add_argument("--data", help="Your text: a file or a folder.  [default: the text of the tiny model]")
     parser.add_argument("--sparsity", type=float, default=0.25, help="Share of (token, unit) pairs to skip.")
     parser.add_argument("--steps", type=int, default=40, help="Steps of the router stage.")
     arguments = parser.parse_args()
@@ -47,7 +47,7 @@ def main() -> None:
     print(f"sparsity {sparsity['realized']:.3f} (attention {sparsity['attention']:.3f}, FFN {sparsity['ffn']:.3f})")
 
     model = irc.load(arguments.output)
-    tokenizer = model.facts["base"].tokenizer
+    tokenizer = model.base.tokenizer
     prompt = tokenizer("def read(", return_tensors="pt")["input_ids"]
     torch.manual_seed(0)
     written = model.generate(prompt, max_new_tokens=80, do_sample=True, temperature=0.7)

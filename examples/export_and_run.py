@@ -1,10 +1,11 @@
-"""Export a bundle to ONNX and run it with ONNX Runtime alone: the prompt, then one token at a time with a cache.
+"""Export a bundle to ONNX and generate with ONNX Runtime alone: the prompt, then one token at a time with a cache.
 
-    python examples/export_and_run.py                    # a tiny model, converted first
+    python examples/export_and_run.py                    # converts a tiny model first
     python examples/export_and_run.py --bundle BUNDLE --prompt "def main():"
 
-`Decoder` is what another program needs: onnxruntime, numpy and the folder. The routed units are nodes of domain `irc`,
-whose bodies lie in the same file, so a stock ONNX Runtime runs them. The tokens are held against PyTorch's.
+`Decoder` shows all that another program needs: onnxruntime, numpy and the folder. Routed units are nodes of domain
+`irc`. Their function bodies are in the same file, so a stock ONNX Runtime can run them. The script compares the tokens
+with those of PyTorch.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from tiny_llama import converted
 
 import irc
-from irc.deployment.onnx_folder import export
+from irc.deployment.onnx_folder import ExportOptions, export
 
 TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 
@@ -33,20 +34,20 @@ class Decoder:
         self.outputs = [value.name for value in self.session.get_outputs()]
 
     def generate(self, ids: list[int], count: int) -> list[int]:
-        """Continue token ids by the likeliest token, `count` times."""
+        """Append the most likely token to token ids, `count` times."""
         past = {name: self.empty(name) for name in self.inputs if name.startswith("past_key_values.")}
-        new, found, seen = ids, list(ids), 0
+        new, all_ids, length = ids, list(ids), 0
         for _ in range(count):
-            seen += len(new)
-            feed = {"input_ids": np.array([new]), "attention_mask": np.ones((1, seen), dtype=np.int64)}
+            length += len(new)
+            feed = {"input_ids": np.array([new]), "attention_mask": np.ones((1, length), dtype=np.int64)}
             results = dict(zip(self.outputs, self.session.run(None, feed | past), strict=True))
             past = {name: results[name.replace("past_key_values.", "present.")] for name in past}
             new = [int(results["logits"][0, -1].argmax())]
-            found += new
-        return found
+            all_ids += new
+        return all_ids
 
     def empty(self, name: str) -> np.ndarray:
-        """Return a cache of no token: batch 1, and 0 for the other size that is not fixed."""
+        """Return an empty cache: batch 1, and length 0."""
         value = self.inputs[name]
         sizes = [1, *(size if isinstance(size, int) else 0 for size in value.shape[1:])]
         return np.zeros(sizes, TYPES[value.type])
@@ -60,18 +61,18 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=40)
     arguments = parser.parse_args()
     bundle = arguments.bundle or converted()
-    facts = export(str(bundle), arguments.output, force=True)
+    facts = export(str(bundle), arguments.output, ExportOptions(force=True))
     print(f"exported {facts['routed_units']} routed units, {facts['bytes'] / 1e6:.1f} MB, to {arguments.output}")
     model = irc.load(bundle)
-    tokenizer = model.facts["base"].tokenizer
+    tokenizer = model.base.tokenizer
     ids = tokenizer(arguments.prompt)["input_ids"]
-    found = Decoder(arguments.output).generate(ids, arguments.tokens)
+    generated = Decoder(arguments.output).generate(ids, arguments.tokens)
     with torch.no_grad():
         expected = model.generate(
             torch.tensor([ids]), max_new_tokens=arguments.tokens, do_sample=False, eos_token_id=None
         )
-    print(tokenizer.decode(found))
-    same = found == expected[0].tolist()
+    print(tokenizer.decode(generated))
+    same = generated == expected[0].tolist()
     print(f"ONNX Runtime and PyTorch give {'the same tokens' if same else 'different tokens'}")
     sys.exit(0 if same else 1)
 

@@ -1,8 +1,8 @@
-"""Export a Llama of 1B shape with random weights, routers and forecasters, and print size, time and peak memory.
+"""Export a Llama of 1B shape with random weights, dense and routed, and print size, time and peak memory.
 
     python examples/export_at_scale.py             # 5 GB of disk for bf16, 7.5 GB for fp32; --dtypes bf16 for less
 
-Each export is `irc export` in a process of its own; its peak is what Linux calls VmHWM, mapped files included.
+Each `irc export` runs in its own process. The peak is Linux's VmHWM, which includes mapped files.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ sys.exit(code)
 
 
 def write_random_bundle(base: Path, bundle: Path) -> None:
-    """Insert untrained routers and forecasters into a checkpoint."""
-    from irc.bundle.loading import save_bundle
+    """Save a bundle of a checkpoint with untrained routers and forecasters."""
+    from irc.bundle.saving import save_bundle
     from irc.model.build import build_routed
     from irc.model.checkpoint import find_base
     from irc.model.routed import RoutingSpec
@@ -37,18 +37,17 @@ def write_random_bundle(base: Path, bundle: Path) -> None:
 
     found = find_base(str(base))
     model = build_routed(found, RoutingSpec(default_rank(found.config.hidden_size)), "bf16")
-    model.facts["base"] = found
     save_bundle(model, bundle)
 
 
 def measure(source: Path, output: Path, dtype: str) -> tuple[float, float, float]:
-    """Export; returns GB of weights, seconds and GB of peak memory."""
+    """Export a model; return the GB of its weights, the seconds taken, and the peak memory in GB."""
     import json
 
     command = [sys.executable, "-c", EXPORT, "export", str(source), "-o", str(output), "--dtype", dtype, "--json"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     peak = re.search(r"VmHWM:\s+(\d+) kB", done.stderr)
-    assert peak, "the peak is read from Linux's /proc"
+    assert peak, "this example needs Linux, because it reads /proc"
     weights = (output / "model.onnx.data").stat().st_size
     return weights / 1e9, json.loads(done.stdout)["seconds"]["export"], int(peak[1]) * 1024 / 1e9
 

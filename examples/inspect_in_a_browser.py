@@ -3,7 +3,7 @@
     python examples/inspect_in_a_browser.py --open
     python examples/inspect_in_a_browser.py --bundle BUNDLE --text FILE
 
-One file; nothing is loaded from elsewhere. Without --bundle a tiny model is converted first.
+The page is a single file that loads nothing from elsewhere. Without --bundle, a tiny model is converted first.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, default=Path("build/your-own/routes.html"))
     parser.add_argument("--bundle", type=Path)
-    parser.add_argument("--text", default=__file__, help="Text to show; by default this script.")
+    parser.add_argument("--text", default=__file__, help="Text to show.  [default: this script]")
     parser.add_argument("--tokens", type=int, default=120)
     parser.add_argument("--open", action="store_true", help="Open the page in a browser.")
     arguments = parser.parse_args()

@@ -2,9 +2,9 @@
 
     python examples/kill_and_resume.py --kills 100
 
-A run is killed by SIGKILL at a moment drawn from what it needs unbroken. Then the output must be whole or not there at
-all, and the next run (convert with --resume) must come to its end with an output that is, bit for bit, the one that was
-never killed (times and paths aside). Exit code 1 where it is not. Every third kill is one of an export.
+Each run is killed by SIGKILL at a random moment. Afterwards the output must be complete or absent, and the next run
+(convert with --resume) must finish with the same output as a run that was never killed, bit for bit except for times
+and paths. The exit code is 1 if that fails. Every third kill hits an export.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SETTINGS = (
     "lff.tokens=2048 lff.steps=6 lff.batch_size=4 router.steps=20 router.batch_size=4 router.calibration_tokens=4096 "
     "router.teach_steps=2 eval_tokens=1024 checkpoint_seconds=0 precision=fp32"
 ).split()
-# Of a process that has imported everything and captured once: kills hit what irc does.
+# The parent process has imported everything and captured a model once, so kills hit the work of irc, not its imports.
 FORK = multiprocessing.get_context("fork")
 
 
@@ -45,16 +45,16 @@ def main() -> int:
     parser.add_argument("--seq-len", type=int, default=64)
     parser.add_argument("--kills", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--work", type=Path, default=Path("build/kill"), help="A folder of its own; it is emptied.")
+    parser.add_argument("--work", type=Path, default=Path("build/kill"), help="Work folder; it is emptied first.")
     arguments = parser.parse_args()
     small = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
-    capture(small, torch.float32)  # for which PyTorch imports much that it imports late
+    capture(small, torch.float32)  # triggers PyTorch's late imports
     shutil.rmtree(arguments.work, ignore_errors=True)
     arguments.work.mkdir(parents=True)
     settings = [part for setting in SETTINGS for part in ("--set", setting)]
     text = ["--data", arguments.data, "--seq-len", str(arguments.seq_len), "--device", "cpu"]
-    convert = Killed("convert", ["convert", arguments.model, *text, *settings], ["--resume"], arguments)
-    export = Killed("export", ["export", str(convert.whole)], [], arguments)
+    convert = Victim("convert", ["convert", arguments.model, *text, *settings], ["--resume"], arguments)
+    export = Victim("export", ["export", str(convert.whole)], [], arguments)
     draw = random.Random(arguments.seed)
     for number in range(arguments.kills):
         (export if number % 3 == 2 else convert).kill_once(draw)
@@ -63,104 +63,107 @@ def main() -> int:
     return 1 if convert.faults or export.faults else 0
 
 
-class Killed:
-    """A verb, its unbroken result, and what became of the broken ones."""
+class Victim:
+    """A command to kill: its undisturbed output, and the outcome of the runs after a kill.
 
-    def __init__(self, verb: str, command: list[str], again: list[str], arguments: argparse.Namespace) -> None:
-        self.verb, self.command, self.again = verb, command, again
+    Args:
+        verb: Name of the command.
+        command: Arguments of the command line, without the output.
+        resume: Further arguments of every run but the first.
+        arguments: Arguments of this script.
+    """
+
+    def __init__(self, verb: str, command: list[str], resume: list[str], arguments: argparse.Namespace) -> None:
+        self.verb, self.command, self.resume = verb, command, resume
         self.whole, self.output = arguments.work / f"{verb}-whole", arguments.work / f"{verb}-killed"
-        self.said = arguments.work / f"{verb}.log"
+        self.log = arguments.work / f"{verb}.log"
         self.kills: dict[str, int] = {}
         self.finished = 0
         self.faults: list[str] = []
         started = time.monotonic()
-        code, said = self._wait(self._start(self.whole, []))
+        code, output = self._wait(self._start(self.whole, []))
         if code:
-            sys.exit(f"irc {verb} does not work unbroken: {said}")
+            sys.exit(f"irc {verb} fails without a kill: {output}")
         self.seconds = time.monotonic() - started
-        print(f"irc {verb}: {self.seconds:.1f} s unbroken", flush=True)
+        print(f"irc {verb}: {self.seconds:.1f} s without a kill", flush=True)
 
     def kill_once(self, draw: random.Random) -> None:
-        """Start the verb, kill it, and let the next run finish; one that ends before its kill does not count."""
+        """Start the command, kill it, and let the next run finish. A run that ends before its kill does not count."""
         while True:
-            process = self._start(self.output, self.again)
+            process = self._start(self.output, self.resume)
             process.join(draw.uniform(0, self.seconds))
             process.kill()
             process.join()
             if process.exitcode == -signal.SIGKILL:
-                where = self._where()
-                self.kills[where] = self.kills.get(where, 0) + 1
-                print(f"irc {self.verb}: killed {where}", flush=True)
+                moment = self._moment_of_kill()
+                self.kills[moment] = self.kills.get(moment, 0) + 1
+                print(f"irc {self.verb}: killed {moment}", flush=True)
                 self._check_whole_or_absent()
-                self._take(*self._wait(self._start(self.output, self.again)))
+                self._check_finished(*self._wait(self._start(self.output, self.resume)))
                 return
-            self._take(*self._wait(process))
+            self._check_finished(*self._wait(process))
 
     def report(self) -> None:
-        where = ", ".join(f"{count} {place}" for place, count in sorted(self.kills.items()))
-        print(f"irc {self.verb}: {sum(self.kills.values())} kills ({where}), {self.finished} finished and identical")
+        moments = ", ".join(f"{count} {moment}" for moment, count in sorted(self.kills.items()))
+        print(f"irc {self.verb}: {sum(self.kills.values())} kills ({moments}), {self.finished} finished and identical")
         left = len([path for path in self.output.parent.iterdir() if path.name.endswith((".new", ".old"))])
         if left:
-            print(f"  {left} folders of killed writes lie beside the output so far (hidden, .new)")
+            print(f"  {left} hidden folders of killed writes (.new, .old) are left next to the output")
         for fault in self.faults:
             print(f"  FAULT: {fault}")
 
     def _start(self, output: Path, more: list[str]) -> BaseProcess:
-        process = FORK.Process(target=run_irc, args=([*self.command, "-o", str(output), *more], self.said))
+        process = FORK.Process(target=run_irc, args=([*self.command, "-o", str(output), *more], self.log))
         process.start()
         return process
 
     def _wait(self, process: BaseProcess) -> tuple[int, str]:
         process.join()
-        return process.exitcode or 0, self.said.read_text().strip()[-500:]
+        return process.exitcode or 0, self.log.read_text().strip()[-500:]
 
-    def _where(self) -> str:
-        """Say how far the killed run was."""
+    def _moment_of_kill(self) -> str:
+        """Describe how far the killed run had come."""
         if self.output.exists():
-            return "after the output was there"
+            return "after the output was written"
         if any(path.name.startswith(f".{self.output.name}.") for path in self.output.parent.iterdir()):
-            return "while files lay beside the output"
+            return "while the output was written"
         work = self.output.with_name(f"{self.output.name}.partial")
         if not work.exists():
             return "before anything was written"
-        done = {path.name for path in work.iterdir()}
-        return next(
-            (
-                text
-                for name, text in (("router.json", "after both stages"), ("lff.json", "in stage router"))
-                if name in done
-            ),
-            "in stage lff or before",
-        )
+        if (work / "router.json").exists():
+            return "after both stages"
+        if (work / "lff.json").exists():
+            return "in stage router"
+        return "in stage lff or before"
 
     def _check_whole_or_absent(self) -> None:
         if self.output.exists():
             self._compare("left by a kill")
 
-    def _take(self, code: int, said: str) -> None:
+    def _check_finished(self, code: int, output: str) -> None:
         if code:
-            self.faults.append(f"did not finish: {said}")
+            self.faults.append(f"did not finish: {output}")
         else:
             self.finished += 1
             self._compare("finished")
         shutil.rmtree(self.output, ignore_errors=True)
 
-    def _compare(self, what: str) -> None:
+    def _compare(self, when: str) -> None:
         expected, found = contents(self.whole), contents(self.output)
         for name in sorted(expected.keys() | found.keys()):
             if expected.get(name) != found.get(name):
-                self.faults.append(f"{what}: {name} is another")
+                self.faults.append(f"{when}: {name} differs")
 
 
-def run_irc(arguments: list[str], said: Path) -> None:
-    with said.open("w") as opened:
+def run_irc(arguments: list[str], log: Path) -> None:
+    with log.open("w") as opened:
         os.dup2(opened.fileno(), sys.stdout.fileno())
         os.dup2(opened.fileno(), sys.stderr.fileno())
     sys.exit(irc_main(arguments))
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """Return a folder's files by name: JSON without times and paths, the rest as bytes."""
+    """Return the files of a folder by name: JSON without times and paths, all others as bytes."""
     files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
     return {name: untimed(path) if name.endswith(".json") else path.read_bytes() for name, path in files.items()}
 
@@ -168,7 +171,7 @@ def contents(folder: Path) -> dict[str, Any]:
 def untimed(path: Path) -> Any:
     def drop(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: drop(one) for key, one in value.items() if "seconds" not in key and key != "output"}
+            return {key: drop(item) for key, item in value.items() if "seconds" not in key and key != "output"}
         return value
 
     return drop(json.loads(path.read_text()))

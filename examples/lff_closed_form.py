@@ -1,10 +1,10 @@
-"""Fit the forecasters twice, in closed form and by 2,000 AdamW steps a unit, and compare time and cosine.
+"""Fit the forecasters in closed form and by 2,000 AdamW steps per unit, and compare time and cosine.
 
     python examples/lff_closed_form.py [MODEL] [--data TEXT]
 
-The first table is the `lff` stage of `irc convert` (streaming statistics, closed form, refinement) against
-AdamW from random weights on features that are extracted once and kept in memory, as the paper trains its
-forecasters, at several batch sizes. The second sweeps the rank. Cosines are means over all units on held-out text.
+The first table compares the `lff` stage of `irc convert` (streaming statistics, closed form, refinement) with AdamW
+from random weights at several batch sizes. As in the paper, AdamW trains on features that are extracted once and kept
+in memory. The second table shows several ranks. Cosines are means over all units on held-out text.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ STEPS, LR = 2_000, 1e-3
 
 
 def heldout_cosine(model: RoutedForCausalLM, heldout: torch.Tensor) -> float:
-    """Mean recoverability over all units."""
+    """Return the mean recoverability over all units."""
     with console.progress("held-out cosine", len(heldout)) as progress:
         found = evaluate(model, heldout, progress).recoverability
     return sum(found.values()) / len(found)
@@ -40,7 +40,7 @@ def heldout_cosine(model: RoutedForCausalLM, heldout: torch.Tensor) -> float:
 
 @torch.no_grad()
 def extract_features(model: RoutedForCausalLM, text: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Run the dense model once and keep input and output of every unit, each [tokens, d]."""
+    """Run the dense model once; return the inputs and outputs of every unit, each [tokens, d]."""
     inputs: dict[str, list[torch.Tensor]] = {unit.name: [] for unit in model.units}
     outputs: dict[str, list[torch.Tensor]] = {unit.name: [] for unit in model.units}
     handles = []
@@ -61,7 +61,7 @@ def extract_features(model: RoutedForCausalLM, text: torch.Tensor) -> dict[str, 
 
 
 def fit_by_adamw(forecaster: Forecaster, x: torch.Tensor, y: torch.Tensor, steps: int, batch: int) -> None:
-    """Train one forecaster from random weights by L1 + (1 - cosine) on batches of that many tokens."""
+    """Train one forecaster from random weights on L1 + (1 - cosine), with a number of tokens per batch."""
     for layer in (forecaster.down, forecaster.up):
         nn.init.kaiming_uniform_(layer.weight, a=5**0.5)
         nn.init.zeros_(layer.bias)
@@ -82,8 +82,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="demo")
     parser.add_argument("--data", default="stdlib")
-    parser.add_argument("--steps", type=int, default=STEPS, help="AdamW steps a unit")
-    parser.add_argument("--batches", type=int, nargs="*", default=[128, 512, 2_048], help="tokens of an AdamW step")
+    parser.add_argument("--steps", type=int, default=STEPS, help="AdamW steps per unit")
+    parser.add_argument("--batches", type=int, nargs="*", default=[128, 512, 2_048], help="tokens per AdamW step")
     parser.add_argument("--ranks", type=int, nargs="*", default=[10, 25, 50, 100, 200])
     arguments = parser.parse_args()
     recipe = resolve(Recipe(model=arguments.model, data=arguments.data))
@@ -96,7 +96,7 @@ def main() -> None:
     heldout_windows = pick(windows(heldout, recipe.seq_len), 32_768)
 
     def fitted(rank: int, name: str, **changes: int) -> tuple[RoutedForCausalLM, float]:
-        """Run the lff stage at a rank; returns the model and its seconds."""
+        """Run the lff stage at a rank; return the model and the seconds taken."""
         model = build_routed(base, RoutingSpec(rank), seed=recipe.seed)
         for key, value in changes.items():
             setattr(recipe.lff, key, value)
@@ -109,7 +109,7 @@ def main() -> None:
     steps = recipe.lff.steps
     rows = []
     model, closed_seconds = fitted(recipe.rank, "closed form", steps=0)
-    rows.append(["closed form alone", closed_seconds, heldout_cosine(model, heldout_windows)])
+    rows.append(["closed form only", closed_seconds, heldout_cosine(model, heldout_windows)])
     model, stage_seconds = fitted(recipe.rank, "lff", steps=steps)
     rows.append([f"lff stage (closed form + {steps} steps)", stage_seconds, heldout_cosine(model, heldout_windows)])
     started = time.monotonic()
@@ -118,17 +118,17 @@ def main() -> None:
     for batch in arguments.batches:
         started = time.monotonic()
         torch.manual_seed(recipe.seed)
-        with console.progress(f"AdamW, {batch} tokens a step", len(model.units)) as progress:
+        with console.progress(f"AdamW, {batch} tokens per step", len(model.units)) as progress:
             for done, unit in enumerate(model.units, start=1):
                 fit_by_adamw(model.part(unit, "forecaster"), *features[unit.name], arguments.steps, batch)
                 progress.update(done)
         seconds = extraction + time.monotonic() - started
-        name = f"AdamW, {arguments.steps:,} steps a unit of {batch:,} tokens"
+        name = f"AdamW, {arguments.steps:,} steps per unit of {batch:,} tokens"
         rows.append([name, seconds, heldout_cosine(model, heldout_windows)])
     stage = rows[1][1]
     console.table(
         f"{recipe.model}, rank {recipe.rank}, {recipe.lff.tokens:,} tokens",
-        ["fit", "seconds", "against lff", "held-out cosine"],
+        ["fit", "seconds", "time over lff", "held-out cosine"],
         [[name, f"{seconds:.1f}", f"{seconds / stage:.1f}x", f"{cosine:.4f}"] for name, seconds, cosine in rows],
     )
     sweep = []

@@ -1,8 +1,9 @@
-"""A small Llama, its tokenizer and a text on disk: what the other examples work on where you name nothing of your own.
+"""Train the tiny Llama that the other examples use by default, and write its tokenizer and text.
 
-    python examples/tiny_llama.py    # some seconds; build/tiny/model and build/tiny/text
+    python examples/tiny_llama.py    # takes seconds; writes build/tiny/model and build/tiny/text
 
-115,000 parameters, one token a byte, trained for 300 steps on a few files of the Python standard library.
+The model has 115,000 parameters and one token per byte. It is trained for 300 steps on a few files of the Python
+standard library.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ MODULES = """argparse ast base64 bdb calendar cmd codecs configparser contextlib
 
 
 def write_text(folder: Path) -> Path:
-    """Copy some files of the standard library; a folder of many files is split into parts by their names."""
+    """Copy some files of the standard library; `load_text` splits a folder of many files by their names."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in MODULES:
         source = Path(sysconfig.get_path("stdlib")) / f"{name}.py"
@@ -36,7 +37,7 @@ def write_text(folder: Path) -> Path:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Make a tokenizer of one token a byte, and an end-of-text token 256."""
+    """Return a tokenizer with one token per byte, and end-of-text token 256."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -45,7 +46,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write_model(folder: Path, text: Path, steps: int = 300) -> Path:
-    """Train a small Llama and save it as transformers does."""
+    """Train a small Llama and save it in the format of transformers."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=257,
@@ -77,7 +78,7 @@ def write_model(folder: Path, text: Path, steps: int = 300) -> Path:
 
 
 def model_and_text(folder: Path = FOLDER) -> tuple[Path, Path]:
-    """Return the folders of the model and the text, made where they are not there yet."""
+    """Return the folders of the model and of the text, and create them if they do not exist."""
     model, text = folder / "model", folder / "text"
     if not (model / "tokenizer.json").is_file():
         write_model(model, write_text(text))
@@ -85,7 +86,7 @@ def model_and_text(folder: Path = FOLDER) -> tuple[Path, Path]:
 
 
 def converted() -> Path:
-    """Return the bundle of the tiny model, made by its own example where it is not there yet."""
+    """Return the bundle of the tiny model, and run `convert_your_own.py` if it does not exist."""
     if not (BUNDLE / "irc_config.json").is_file():
         script = Path(__file__).with_name("convert_your_own.py")
         subprocess.run([sys.executable, str(script), "-o", str(BUNDLE)], check=True)

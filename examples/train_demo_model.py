@@ -2,12 +2,11 @@
 
     python examples/train_demo_model.py -o irc/demo --steps 2000
 
-A Llama of 7 million parameters and its byte-level BPE tokenizer, trained on the train splits of
-`stdlib` and of its test suite: about an hour on 2 CPU cores, minutes on a GPU. No held-out file of
-either is seen. Every 100 steps a checkpoint goes
-to OUTPUT/../demo-training/; the same command again continues there. Hidden matrices are trained by
-Muon, embeddings and norms by AdamW; the learning rate is constant, then falls linearly over the last
-third of the steps, in which the windows are twice as long.
+The model is a Llama of 7 million parameters with a byte-level BPE tokenizer. It is trained on the train splits of
+`stdlib` and of its test suite, which takes about an hour on 2 CPU cores and minutes on a GPU. It sees no held-out file
+of either. A checkpoint is written to build/demo-training/ every 100 steps; run the same command again to resume.
+Muon trains the hidden matrices and AdamW the embeddings and norms. The learning rate is constant, then falls linearly
+over the last third of the steps, in which the windows are twice as long.
 """
 
 from __future__ import annotations
@@ -75,7 +74,7 @@ def build_model(seed: int) -> LlamaForCausalLM:
 
 
 def build_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, AdamW for the rest."""
+    """Return Muon for the matrices inside the layers, and AdamW for all other parameters."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     return [
@@ -85,7 +84,7 @@ def build_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Warm up, stay, then fall linearly to 2 % of the peak."""
+    """Return the learning rate of a step: it warms up, stays at its peak, then falls linearly to 2 % of it."""
     decay_from = int(steps * (1 - DECAY_SHARE))
     if step < decay_from:
         return PEAK_LR * min(1.0, (step + 1) / WARM_UP)
@@ -93,7 +92,7 @@ def learning_rate(step: int, steps: int) -> float:
 
 
 def batch_at(step: int, steps: int, stream: torch.Tensor, seed: int) -> torch.Tensor:
-    """Draw the windows of one step; a function of the step alone, so that resuming changes nothing."""
+    """Draw the windows of one step. They depend only on seed and step, so resuming changes nothing."""
     length = CONTEXT // 2 if step < steps * (1 - DECAY_SHARE) else CONTEXT
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     starts = torch.randint(0, stream.numel() - length, (TOKENS_PER_STEP // length,), generator=generator)
@@ -102,7 +101,7 @@ def batch_at(step: int, steps: int, stream: torch.Tensor, seed: int) -> torch.Te
 
 @torch.no_grad()
 def heldout_loss(model: LlamaForCausalLM, held_out: torch.Tensor) -> float:
-    """Mean next-token loss in nats over held-out windows."""
+    """Return the mean next-token loss over held-out windows, in nats."""
     model.eval()
     total = sum(model(input_ids=w, labels=w, use_cache=False).loss.item() * len(w) for w in held_out.split(8))
     model.train()
@@ -138,7 +137,7 @@ def main() -> None:
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         first = state["step"]
-        print(f"continuing at step {first}", flush=True)
+        print(f"resuming at step {first}", flush=True)
 
     started = time.time()
     for step in range(first, arguments.steps):

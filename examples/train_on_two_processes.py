@@ -1,10 +1,10 @@
-"""Train one conversion on two processes and hold it against one: the same weights, up to the order of sums.
+"""Convert a model on one process and on two, and compare the weights, which differ only by the order of sums.
 
     python examples/train_on_two_processes.py
 
-`irc convert` runs under torchrun as it stands (under accelerate too: README). Every process takes its share of each
-batch; data order and routing noise are functions of seed and step, so that two draw what one would. On GPUs leave
-`--device cpu` out; on several machines give torchrun their number and the address of the first.
+`irc convert` runs under torchrun without changes (and under accelerate, see the README). Each process takes its share
+of each batch. Data order and routing noise depend only on seed and step, so two processes draw the same as one. On
+GPUs, leave `--device cpu` out. On several machines, pass torchrun their number and the address of the first.
 """
 
 from __future__ import annotations

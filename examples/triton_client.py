@@ -1,10 +1,10 @@
-"""Ask Triton Inference Server for text, and print it as it comes.
+"""Request text from Triton Inference Server and print it as it arrives.
 
     irc export build/demo-bundle -o build/triton --layout triton
     tritonserver --model-repository build/triton --model-control-mode explicit --load-model irc_text
     python examples/triton_client.py "def read_lines(path):" --max-tokens 60
 
-Needs `pip install 'tritonclient[grpc]'`. docs/serving.md says what the server needs, and how curl asks the same.
+Needs `pip install 'tritonclient[grpc]'`. docs/serving.md describes the server and the same request with curl.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main() -> int:
             for answer in ask(client, arguments.model, inputs, arguments.timeout):
                 print(answer.as_numpy("text")[0, 0].decode(), end="", flush=True)
     except (triton.InferenceServerException, queue.Empty) as error:
-        print(f"the server gave no text: {error or 'it did not answer in time'}", file=sys.stderr)
+        print(f"no text from the server: {error or 'it did not answer in time'}", file=sys.stderr)
         return 1
     stopped, skipped = answer.as_numpy("stopped")[0, 0].decode(), float(answer.as_numpy("skipped")[0, 0])
     print(f"\n{stopped}; {skipped:.1%} of the units' work skipped", file=sys.stderr)
@@ -52,14 +52,14 @@ def main() -> int:
 
 
 def tensor(name: str, kind: str, values: list[Any]) -> Any:
-    """Return an input of one request: [1, number of values]."""
-    sent = triton.InferInput(name, [1, len(values)], kind)
-    sent.set_data_from_numpy(np.array([values], dtype=TYPES[kind]))
-    return sent
+    """Return an input of a request, of shape [1, number of values]."""
+    request_input = triton.InferInput(name, [1, len(values)], kind)
+    request_input.set_data_from_numpy(np.array([values], dtype=TYPES[kind]))
+    return request_input
 
 
 def ask(client: Any, model: str, inputs: list[Any], timeout: float) -> Iterator[Any]:
-    """Send a request on a stream and yield its answers, the last of which says why the text ended."""
+    """Send a request on a stream and yield its answers. The last one says why the text ended."""
     answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
     client.start_stream(callback=lambda result, error: answers.put((result, error)))
     client.async_stream_infer(model_name=model, inputs=inputs)

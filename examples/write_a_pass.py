@@ -1,10 +1,10 @@
-"""Write a pass of your own, run it on a captured model, and see what it changed.
+"""Write your own pass, run it on a captured model, and look at what it changed.
 
     python examples/write_a_pass.py
 
-The pass replaces every SiLU by a hard swish, which needs no exponential. Passes rewrite the graphs that capture makes;
-`requires` and `ensures` are what one needs and promises, the manager verifies the graph after each and dumps
-`NN-Name.before.txt`, `.after.txt` and `.diff`.
+The pass replaces every SiLU by a hard swish, which needs no exponential. A pass rewrites the graphs of a captured
+model; its methods `requires` and `ensures` check what it needs and what it promises. The manager verifies the graph
+after each pass and dumps `NN-Name.before.txt`, `.after.txt` and `.diff`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class ReplaceSilu(Pass):
 
     def ensures(self, model: fx.GraphModule) -> None:
         if calls(model, SILU):
-            raise PassError("model", "expected no SiLU to be left", "this is a fault of the pass")
+            raise PassError("model", "expected no SiLU to be left", "this is a bug in the pass")
 
 
 def main() -> None:
@@ -62,7 +62,7 @@ def main() -> None:
     result = manager.run(model.graph)
     again = ReplaceSilu().call(result.model)
     print(f"{found} SiLU before, {calls(result.model, SILU)} after, {calls(result.model, HARD_SWISH)} hard swish")
-    print(f"changed: {result.modified}; by a second run: {again.modified}")
+    print(f"changed: {result.modified}; changed by a second run: {again.modified}")
     print(f"loss {before:.4f} before, {loss():.4f} after")
     print((output / "dump" / "00-ReplaceSilu.diff").read_text()[:600])
     print(f"dumps: {output / 'dump'}")

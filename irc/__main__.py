@@ -1,4 +1,4 @@
-"""Runs the command line: `python -m irc`, also under torchrun and accelerate launch."""
+"""Runs the command line as `python -m irc`, which torchrun and accelerate launch can start."""
 
 from __future__ import annotations
 

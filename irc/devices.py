@@ -1,4 +1,4 @@
-"""The device that a name means, refused in a sentence where it is not there."""
+"""Resolves names of devices, and refuses devices that this machine does not have."""
 
 from __future__ import annotations
 
@@ -10,31 +10,32 @@ NAMES = "auto, cpu, cuda, cuda:N or mps"
 
 
 def is_device(name: str) -> bool:
-    """Say whether a name is one of `NAMES`, there or not."""
+    """Return whether a name is one of `NAMES`, whether or not this machine has the device."""
     return re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", name) is not None
 
 
 def find_device(name: str) -> str:
-    """Return the device that a name means on this machine: its own, or for `auto` a GPU where there is one.
+    """Return the device that a name means on this machine; `auto` means a GPU if there is one, or the CPU.
 
     Args:
         name: One of `NAMES`.
 
     Raises:
-        InputError: It is no device, or PyTorch finds none of that name.
+        InputError: The name is not one of a device, or PyTorch does not find the device.
     """
     import torch
 
     if not isinstance(name, str) or not is_device(name):
-        raise InputError(f"device is {name!r}; use {NAMES}")
+        raise InputError(f"unknown device {name!r}; use {NAMES}", options=("device",))
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda"):
         found = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if not found:
-            raise InputError(f"device is '{name}', but torch sees no CUDA device; use --device cpu")
+            raise InputError(f"device is '{name}', but PyTorch finds no CUDA device; use cpu", options=("device",))
         if int(name.partition(":")[2] or 0) >= found:
-            raise InputError(f"device is '{name}', but the last CUDA device that torch sees is cuda:{found - 1}")
+            last = f"cuda:{found - 1}"
+            raise InputError(f"device is '{name}', but PyTorch finds devices up to {last}", options=("device",))
     if name == "mps" and not torch.backends.mps.is_available():
-        raise InputError("device is 'mps', but torch sees no Apple GPU; use --device cpu")
+        raise InputError("device is 'mps', but PyTorch finds no Apple GPU; use cpu", options=("device",))
     return name

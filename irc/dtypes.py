@@ -1,35 +1,34 @@
-"""The number types of weights: our short names, those of PyTorch, and how many bytes a number takes."""
+"""Data types of weights as torch has them. The table of all types is `exporters.onnx_dtypes`."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from exporters.onnx_dtypes import FLOATS, of_weights
+
 if TYPE_CHECKING:
     import torch
 
-LONG_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+LONG_NAMES = {kind.short: kind.long for kind in FLOATS}
+BYTES = {kind.short: kind.bytes for kind in FLOATS}
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """Return the type of a short or a long name.
+    """Return torch's type for a short or a long name, such as `fp32` or `float32`.
 
     Raises:
-        KeyError: There is no such type; the names are the keys and values of `LONG_NAMES`.
+        KeyError: There is no such type of weights.
     """
     import torch
 
-    long = LONG_NAMES.get(name, name)
-    if long not in LONG_NAMES.values():
-        raise KeyError(name)
-    dtype: torch.dtype = getattr(torch, long)
+    dtype: torch.dtype = getattr(torch, of_weights(name).long)
     return dtype
 
 
 def short_name(dtype: torch.dtype) -> str:
-    """Return fp32, fp16 or bf16.
+    """Return `fp32`, `fp16` or `bf16`.
 
     Raises:
-        KeyError: It is none of these.
+        KeyError: The type is not one of weights.
     """
-    return {f"torch.{long}": short for short, long in LONG_NAMES.items()}[str(dtype)]
+    return of_weights(str(dtype).removeprefix("torch.")).short

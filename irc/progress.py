@@ -1,4 +1,4 @@
-"""Progress: what long work reports to, whoever shows it."""
+"""Progress of long work, independent of how it is shown."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Where a loop reports to."""
+    """Receives the progress of a loop."""
 
     def update(self, step: int, **figures: float | str) -> None:
-        """Report that `step` steps are done."""
+        """Report that `step` steps are done, and the latest figures (`loss=2.3`)."""
 
 
 ProgressFactory = Callable[[str, int], AbstractContextManager[Progress]]
-"""Makes a progress bar from what is running and the number of steps."""
+"""Makes a progress bar from a description and a number of steps."""
 
 
-class _Nothing:
+class _Silent:
     def update(self, step: int, **figures: float | str) -> None:
-        """Say nothing."""
+        """Show nothing."""
 
 
 @contextmanager
 def silent(name: str, total: int) -> Iterator[Progress]:
-    """Make a progress bar that nobody sees: of a rehearsal, or of a process that is not the first."""
-    yield _Nothing()
+    """Make an invisible progress bar, for a dry run or for the other processes of a distributed run."""
+    yield _Silent()

@@ -1,4 +1,4 @@
-"""Tiny models, eager and captured; each is captured once a session and copied for every test."""
+"""Tiny models, eager and captured. Each is captured once per session and copied for every test."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from irc.model.capture import Captured, _relink, _root, assign_weights, capture
 from passes.tracing import tracing
 
 logging.set_verbosity_error()
-# pytest listens to loggers that hand nothing on; PyTorch would tell this one every symbol and guard of a capture.
+# pytest captures loggers that do not propagate, and PyTorch logs every symbol and guard of a capture to this one.
 _trace = loggers.getLogger("torch.__trace")
 _trace.handlers.clear()
 _trace.propagate = True
-torch.set_num_threads(1)  # tiny models only lose time to threads that wait for each other
-gc.set_threshold(50_000, 20, 50)  # libraries fill the memory that is looked through: it took a tenth of the time
+torch.set_num_threads(1)  # with tiny models, threads only wait for each other
+gc.set_threshold(50_000, 20, 50)  # otherwise garbage collection takes a tenth of the time
 
-# initializer_range is ten times the usual one: a tiny model must not be nearly linear.
+# initializer_range is ten times the usual one, so that a tiny model is not nearly linear.
 _SHAPE = {
     "vocab_size": 61,
     "hidden_size": 32,
@@ -74,14 +74,14 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that hold slow tests: several workers then end at about the same time."""
+    """Run files with slow tests first, so that all workers end at about the same time."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
 
 @dataclass
 class Tiny:
-    """A random tiny model twice: as transformers runs it, and captured with the same weights."""
+    """A random tiny model in two forms: as transformers runs it, and captured with the same weights."""
 
     config: PretrainedConfig
     eager: PreTrainedModel
@@ -100,7 +100,7 @@ class Tiny:
         return torch.randint(0, self.config.vocab_size, (batch, length), generator=generator)
 
     def run(self, ids: torch.Tensor, past: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
-        """Return logits and present of the captured model, without padding."""
+        """Run the captured model without padding; return the logits and the new cache."""
         past = past or self.no_past(len(ids))
         before = past[0].shape[2]
         positions = torch.arange(before, before + ids.shape[1]).expand_as(ids)
@@ -109,7 +109,7 @@ class Tiny:
 
 
 def build_tiny(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> Tiny:
-    """Build a random model and capture it; biases and norms get random values too."""
+    """Build a random model, with random biases and norms, and capture it."""
     torch.manual_seed(0)
     eager = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
     with torch.no_grad():
@@ -141,13 +141,13 @@ def tiny(_built: dict[tuple[str, torch.dtype], Tiny]) -> Callable[..., Tiny]:
 
 @pytest.fixture(scope="session")
 def tiny_of() -> Callable[..., Tiny]:
-    """Give `tiny_of(config, dtype)`: a tiny model of a configuration of the test's own."""
+    """Give `tiny_of(config, dtype)`: a tiny model of any configuration."""
     return build_tiny
 
 
 @pytest.fixture(scope="session")
 def captured_module() -> Callable[..., fx.GraphModule]:
-    """Give `captured_module(module, *inputs)`: any module captured in the way of `irc.model.capture`."""
+    """Give `captured_module(module, *inputs)`: any module, captured as `irc.model.capture` does."""
 
     def make(module: nn.Module, *inputs: Any) -> fx.GraphModule:
         with tracing():
@@ -160,7 +160,7 @@ def captured_module() -> Callable[..., fx.GraphModule]:
 
 @pytest.fixture(scope="session")
 def copied_capture() -> Callable[[PretrainedConfig, torch.dtype], Captured]:
-    """Give `copied_capture(config, dtype)`: as `irc.model.capture.capture`, but each architecture is captured once."""
+    """Give `copied_capture(config, dtype)`: like `irc.model.capture.capture`, but captures each architecture once."""
     known: dict[tuple[str, torch.dtype], Captured] = {}
 
     def copied(config: PretrainedConfig, dtype: torch.dtype) -> Captured:
@@ -177,7 +177,7 @@ def copied_capture() -> Callable[[PretrainedConfig, torch.dtype], Captured]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _quick_capture(copied_capture: Callable[..., Captured]) -> Iterator[None]:
-    """Let commands in this process copy a capture instead of making it for each verb again."""
+    """Let commands in this process copy a capture instead of making it again."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "capture", copied_capture)
         yield
@@ -185,7 +185,7 @@ def _quick_capture(copied_capture: Callable[..., Captured]) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _quick_registry() -> Iterator[None]:
-    """Let torch.onnx read its own translations once a session and not for every export, which takes 0.8 seconds."""
+    """Let torch.onnx read its translations once per session, because reading them for each export takes 0.8 seconds."""
     original, known = ONNXRegistry.from_torchlib, {}
 
     def from_torchlib(opset_version: int) -> ONNXRegistry:

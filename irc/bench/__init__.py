@@ -1,10 +1,10 @@
-"""`irc bench`: what routing gains in wall-clock time, against what its FLOPs promise.
+"""`irc bench`: measures the speed-up of routing, and compares it with the speed-up that FLOPs and bytes allow.
 
-`shapes` says what is timed, `models` writes it to disk, `contenders` run it, `measure` times them in turns, `ideal`
-says what skipping could gain at most, `stage` brings one point together and `run` all of them.
+`shapes` describes the models, `models` writes them to disk, `timed_models` runs them, `measure` times them in turns,
+`ideal_speedup` computes the largest possible speed-up, `scenario` times one model at one sparsity, and `run` times all.
 """
 
-from irc.bench.run import Subject, bench
+from irc.bench.run import BenchOptions, Subject, bench
 from irc.bench.scenario import Load, Share
 
-__all__ = ["Load", "Share", "Subject", "bench"]
+__all__ = ["BenchOptions", "Load", "Share", "Subject", "bench"]

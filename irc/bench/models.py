@@ -1,4 +1,4 @@
-"""Writes what is timed: a random Llama, its untrained bundle, a shallower one, and their exports."""
+"""Writes the models to time: a random Llama, its untrained bundle, a shallower Llama, and their exports."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from irc.bench.shapes import Shape
-from irc.bundle.loading import load, save_bundle
-from irc.deployment.onnx_folder import export
+from irc.bundle.loading import load
+from irc.bundle.saving import save_bundle
+from irc.bundle.source import ModelSource
+from irc.deployment.onnx_folder import ExportOptions, export
 from irc.dtypes import torch_dtype
 from irc.errors import InputError
 from irc.model.build import build_routed
@@ -22,14 +24,14 @@ from irc.recipe.recipe import default_rank
 
 
 @dataclass
-class Pair:
-    """A model in both forms.
+class ModelPair:
+    """A model in its dense and its routed form.
 
     Attributes:
-        model: Rewritten, for counting; its weights may be gone.
-        base: Folder of the dense model as Hugging Face has it.
-        dense: ONNX folder.
-        routed: ONNX folder.
+        model: The rewritten model, for counting FLOPs. Its weights may be on the meta device.
+        base: Folder of the dense model in the format of transformers.
+        dense: ONNX folder of the dense model.
+        routed: ONNX folder of the routed model.
     """
 
     model: RoutedForCausalLM
@@ -38,52 +40,52 @@ class Pair:
     routed: Path
 
 
-def random_pair(shape: Shape, work: Path, dtype: str, context: int, seed: int, provider: str = "cpu") -> Pair:
-    """Write a random Llama and its untrained bundle, and export both in the same way.
+def random_pair(shape: Shape, work: Path, dtype: str, context: int, seed: int, provider: str = "cpu") -> ModelPair:
+    """Write a random Llama and its untrained bundle, and export both with the same settings.
 
     Args:
-        shape: Of the model.
+        shape: Sizes of the model.
         work: Folder to write to.
         dtype: fp32, fp16 or bf16.
-        context: Most tokens of a text.
-        seed: Of the weights.
-        provider: Which they are exported for: cpu or cuda.
+        context: Longest text, in tokens.
+        seed: Seed of the weights.
+        provider: Execution provider to export for: cpu or cuda.
     """
     base = random_llama(shape, work / "base", dtype, context, seed)
-    found = BaseModel(str(base), base)
-    model = build_routed(found, RoutingSpec(default_rank(shape.hidden)), seed=seed)
-    model.facts["base"] = found
+    spec = RoutingSpec(default_rank(shape.hidden))
+    model = build_routed(BaseModel(str(base), base), spec, seed=seed)
     save_bundle(model, work / "bundle")
-    model.graph.to("meta")  # shapes are all that is counted from here on
-    return Pair(model, base, *_exported({"dense": str(base), "routed": str(work / "bundle")}, work, dtype, provider))
+    model.graph.to("meta")  # from here on only shapes are needed
+    sources = {"dense": str(base), "routed": str(work / "bundle")}
+    return ModelPair(model, base, *_exported(sources, work, dtype, provider))
 
 
-def bundle_pair(bundle: str, work: Path, dtype: str, sparsity: float | None, provider: str = "cpu") -> Pair:
-    """Export a bundle, and its base model densely.
+def bundle_pair(bundle: str, work: Path, dtype: str, sparsity: float | None, provider: str = "cpu") -> ModelPair:
+    """Export a bundle and its dense base model.
 
     Args:
         bundle: Folder of the bundle.
         work: Folder to write to.
         dtype: fp32, fp16 or bf16.
-        sparsity: Point of its dial, None for its own.
-        provider: Which they are exported for: cpu or cuda.
+        sparsity: Point of the bundle's dial, or None for its own sparsity.
+        provider: Execution provider to export for: cpu or cuda.
 
     Raises:
-        InputError: The bundle cannot be run token by token.
+        InputError: The bundle's policy needs whole sequences, so it cannot generate token by token.
     """
     model = load(bundle, sparsity=sparsity)
     assert model.spec is not None
     refuse_whole_sequences(policy_named(model.spec.policy), "be timed")
-    base: BaseModel = model.facts["base"]
+    base = model.base
     dense, routed = work / "dense", work / f"routed-{sparsity}"
     if not dense.exists():
-        export(base.name, dense, dtype=dtype, provider=provider)
-    export(bundle, routed, dtype=dtype, sparsity=sparsity, provider=provider)
-    return Pair(model, base.folder, dense, routed)
+        export(ModelSource(base.name, dtype=dtype), dense, ExportOptions(provider=provider))
+    export(ModelSource(bundle, dtype=dtype, sparsity=sparsity), routed, ExportOptions(provider=provider))
+    return ModelPair(model, base.folder, dense, routed)
 
 
 def random_llama(shape: Shape, folder: Path, dtype: str, context: int, seed: int) -> Path:
-    """Save a Llama with random weights as transformers does; other builders want a tokenizer, so it gets the demo's."""
+    """Save a Llama with random weights in the format of transformers, with the demo's tokenizer for other builders."""
     import torch
     from transformers import LlamaForCausalLM
 
@@ -100,12 +102,12 @@ def random_llama(shape: Shape, folder: Path, dtype: str, context: int, seed: int
 
 
 def shallower(shape: Shape, sparsity: float) -> Shape:
-    """Return the shape with a share of the layers left out, at least one staying."""
+    """Return the shape with a share of its layers removed; at least one layer stays."""
     return replace(shape, layers=max(1, round(shape.layers * (1 - sparsity))))
 
 
 def dense_export(shape: Shape, work: Path, dtype: str, context: int, seed: int) -> Path:
-    """Write a random Llama and export it densely; the folder lies in `work`."""
+    """Write a random Llama to `work` and export it; return the ONNX folder."""
     name = f"dense-{shape.layers}"
     if not (work / name).exists():
         base = random_llama(shape, work / f"base-{shape.layers}", dtype, context, seed)
@@ -114,24 +116,27 @@ def dense_export(shape: Shape, work: Path, dtype: str, context: int, seed: int) 
 
 
 def genai_export(base: Path, work: Path, provider: str, dtype: str) -> Path:
-    """Build a dense model with onnxruntime-genai's own model builder.
+    """Export a dense model with the model builder of onnxruntime-genai.
 
     Raises:
-        InputError: It is not installed, or fails.
+        InputError: The package is not installed, or the builder failed.
     """
     if importlib.util.find_spec("onnxruntime_genai") is None:
-        raise InputError("package onnxruntime-genai is not installed")
+        raise InputError(
+            "peer genai needs the package onnxruntime-genai; install it with: pip install onnxruntime-genai"
+        )
     output = work / "genai"
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", str(base), "-o", str(output)]
     command += ["-p", dtype, "-e", provider, "-c", str(work / "genai-cache")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        last = (done.stderr.strip() or "it printed nothing").splitlines()[-1]
-        raise InputError(f"onnxruntime-genai's model builder: {last}")
+    finished = subprocess.run(command, capture_output=True, text=True)
+    if finished.returncode:
+        last_line = (finished.stderr.strip() or "no error message").splitlines()[-1]
+        raise InputError(f"the model builder of onnxruntime-genai failed: {last_line}")
     return output
 
 
 def _exported(sources: dict[str, str], work: Path, dtype: str, provider: str = "cpu") -> list[Path]:
+    """Export models by the name of their folder; return the folders."""
     for name, source in sources.items():
-        export(source, work / name, dtype=dtype, provider=provider)
+        export(ModelSource(source, dtype=dtype), work / name, ExportOptions(provider=provider))
     return [work / name for name in sources]

@@ -1,4 +1,4 @@
-"""The plot of a bench: speed-up over the share that is skipped, and what it could be at most."""
+"""Plots the results of `irc bench`: measured and ideal speed-up over the skipped share."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _MARKS = {"portable": "s", "static": "^"}
 
 
 def speedup_plot(result: dict[str, Any]) -> str:
-    """Return an SVG of a bench's rows, at its first batch size and prompt length.
+    """Return a plot of the results at the first batch size and prompt length, as SVG text.
 
     Args:
-        result: What `irc.bench.bench` returned.
+        result: The result of `irc.bench.bench`.
     """
     load = result["load"]
-    length, batches = load["prefill"][0], {"prefill": load["batches"][0]}
-    batches["decode"] = (load.get("decode_batches") or load["batches"])[0]
+    length = load["prefill"][0]
+    batches = {"prefill": load["batches"][0], "decode": (load.get("decode_batches") or load["batches"])[0]}
 
     def draw(axes: Axes) -> None:
         for phase, colour in _COLOURS.items():
@@ -29,20 +29,21 @@ def speedup_plot(result: dict[str, Any]) -> str:
             rows = [row for row in rows if phase == "decode" or row["tokens"] == length]
             rows.sort(key=lambda row: row["realized"])
             for name in dict.fromkeys(name for row in rows for name in row["contenders"]):
-                mine = [row for row in rows if name in row["contenders"]]
-                if "ideal" not in mine[0]["contenders"][name]:  # the dense model, or a peer of other work
+                of_name = [row for row in rows if name in row["contenders"]]
+                figures = [row["contenders"][name] for row in of_name]
+                if "ideal" not in figures[0]:  # the dense model, or another runtime of it
                     continue
-                xs = [row["realized"] for row in mine]
+                xs = [row["realized"] for row in of_name]
                 axes.plot(
                     xs,
-                    [row["contenders"][name]["speedup"] for row in mine],
+                    [figure["speedup"] for figure in figures],
                     color=colour,
                     marker=_MARKS.get(name, "o"),
                     linestyle="none" if name == "static" else "-",
                     label=f"{phase}, {name}",
                 )
                 if name != "static":
-                    axes.plot(xs, [row["contenders"][name]["ideal"] for row in mine], color=colour, linestyle=":")
+                    axes.plot(xs, [figure["ideal"] for figure in figures], color=colour, linestyle=":")
         axes.axhline(1.0, color=BLACK, linewidth=0.8)
         axes.set(xlabel="share of (token, unit) pairs skipped (dotted: ideal)", ylabel="speed-up over dense")
         legend(axes)

@@ -1,4 +1,4 @@
-"""Where the time goes: ONNX Runtime's own profile of the dense and of the routed model, summed by operator."""
+"""Profiles the dense and the routed model with ONNX Runtime's profiler, and sums the time by operator."""
 
 from __future__ import annotations
 
@@ -7,59 +7,62 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from irc.bench.measure import Work, begun
-from irc.bench.scenario import Load, Stage
-from irc.bench.timed_models import OurModel
+from irc.bench.measure import Workload, state_after_past
+from irc.bench.scenario import Load, Scenario
+from irc.bench.timed_models import ExportedModel
 from irc.runtime.session import Runtime
 
 _REPEATS = 3
-_CONTROL = ("If", "Loop")  # their time is that of the nodes inside, which are counted by themselves
+_CONTROL_FLOW = ("If", "Loop")  # not counted: the nodes inside them are counted already
 
 
-def where_time_goes(stage: Stage, load: Load, ops: str) -> list[dict[str, Any]]:
-    """Profile a prefill and steps of decoding, at the first batch size and length.
+def profile_operators(scenario: Scenario, load: Load, ops: str) -> list[dict[str, Any]]:
+    """Profile a prefill and steps of decoding, at the first batch size and prompt length.
 
     Args:
-        stage: The models.
-        load: What is run.
+        scenario: The models.
+        load: What to run.
         ops: Kernels of our operators.
 
     Returns:
-        For each model and phase: `model`, `phase`, `sparsity` and `operators`, a list of `name`, `calls` and `ms` of
-        one prefill or one step, largest first.
+        For each model and phase: `model`, `phase`, `sparsity` and `operators`, a list of `name`, `calls` and `ms` for
+        one prefill or one step, sorted by time, largest first.
     """
-    batch, found = load.batches[0], []
+    batch, profiles = load.batches[0], []
+    sparsity = None if scenario.share is None else scenario.share.mean
     for phase in ("prefill", "decode"):
-        work = stage.work_of(batch, load.prefill[0] if phase == "prefill" else 1, load)
-        for name, folder in (("dense", stage.pair.dense), ("routed", stage.pair.routed)):
-            forced = stage.forced and name == "routed"
-            trace = stage.work / f"profile-{name}-{phase}"
-            runtime = Runtime(folder, stage.provider, forced=forced, ops=ops, profile=trace)
-            runs = _run(OurModel(runtime, forced), work, phase)
-            share = None if stage.share is None else stage.share.mean
-            place = {"model": name, "phase": phase, "sparsity": share}
-            found.append({**place, "operators": summed(runtime.end_profile(), runs)})
-    return found
+        workload = scenario.workload(batch, load.prefill[0] if phase == "prefill" else 1, load)
+        for name, folder in (("dense", scenario.pair.dense), ("routed", scenario.pair.routed)):
+            forced = scenario.forced and name == "routed"
+            trace = scenario.work / f"profile-{name}-{phase}"
+            runtime = Runtime(folder, scenario.provider, forced=forced, ops=ops, profile=trace)
+            runs = _run(ExportedModel(runtime, forced), workload, phase)
+            operators = time_by_operator(runtime.end_profile(), runs)
+            profiles.append({"model": name, "phase": phase, "sparsity": sparsity, "operators": operators})
+    return profiles
 
 
-def _run(model: OurModel, work: Work, phase: str) -> int:
-    """Run a phase, in decoding after the past; return how many runs of the session count, the last ones."""
+def _run(model: ExportedModel, workload: Workload, phase: str) -> int:
+    """Run a phase; return how many of the session's last runs belong to it."""
     if phase == "prefill":
         for _ in range(_REPEATS):
-            model.step(work.prompt, model.empty(len(work.prompt)), work.gates)
+            model.step(workload.prompt, model.empty(len(workload.prompt)), workload.prompt_gates)
         return _REPEATS
-    state = begun(model, work)
-    for index, token in enumerate(work.tokens):
-        state = model.step(token, state, None if work.steps is None else work.steps[index])
-    return len(work.tokens)
+    state = state_after_past(model, workload)
+    for index, token in enumerate(workload.tokens):
+        state = model.step(token, state, workload.gates_of_step(index))
+    return len(workload.tokens)
 
 
-def summed(trace: Path, runs: int) -> list[dict[str, Any]]:
-    """Sum the kernels of a trace that ONNX Runtime wrote, by operator, and remove it.
+def time_by_operator(trace: Path, runs: int) -> list[dict[str, Any]]:
+    """Sum the time of a trace by operator, and delete the trace.
 
     Args:
-        trace: JSON file.
-        runs: How many of the session's runs count: the last ones.
+        trace: JSON file that ONNX Runtime's profiler wrote.
+        runs: Number of runs to count, from the end of the trace.
+
+    Returns:
+        `name`, `calls` and `ms` (milliseconds) per run for each operator, sorted by time, largest first.
     """
     milliseconds: dict[str, float] = defaultdict(float)
     calls: dict[str, int] = defaultdict(int)
@@ -68,7 +71,7 @@ def summed(trace: Path, runs: int) -> list[dict[str, Any]]:
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time") and event["ts"] >= first:
             operator = event["args"]["op_name"]
-            if operator not in _CONTROL:
+            if operator not in _CONTROL_FLOW:
                 milliseconds[operator] += event["dur"] / 1e3
                 calls[operator] += 1
     trace.unlink()

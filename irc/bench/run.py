@@ -1,4 +1,4 @@
-"""bench(): writes models, times them in turns, and holds what is measured to the ideal."""
+"""`bench`: writes the models, times them in turns, and compares the speed-up with the ideal one."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import os
 import resource
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from irc.bench.models import Pair, bundle_pair, random_pair
-from irc.bench.profile import where_time_goes
-from irc.bench.scenario import PEERS, Load, Share, Stage, TextTokens
+from exporters.onnx_dtypes import of_weights
+from irc.bench.models import ModelPair, bundle_pair, random_pair
+from irc.bench.profile import profile_operators
+from irc.bench.scenario import PEERS, Load, Scenario, Share, TextTokens
 from irc.bench.shapes import Shape
-from irc.bench.timed_models import Contender
+from irc.bench.timed_models import TimedModel
 from irc.dtypes import BYTES
 from irc.errors import InputError
 from irc.progress import ProgressFactory
@@ -25,12 +26,12 @@ from irc.runtime.session import choose_provider
 
 @dataclass(frozen=True)
 class Subject:
-    """Which model is timed: a random one of a shape under drawn gates, or a bundle under its own routes.
+    """The model to time: one with random weights and random gates, or a bundle with its own routes.
 
     Attributes:
-        shape: Of the random model.
-        bundle: Folder of a bundle, empty for a random model.
-        text: What a bundle reads; None for a random model.
+        shape: Sizes of the random model.
+        bundle: Folder of a bundle, or an empty string for a random model.
+        text: Tokens that the bundle reads; None for a random model.
     """
 
     shape: Shape = field(default_factory=Shape)
@@ -38,57 +39,69 @@ class Subject:
     text: TextTokens | None = None
 
 
+@dataclass(frozen=True)
+class BenchOptions:
+    """How to run the models, and what else to time.
+
+    Attributes:
+        provider: Execution provider of ONNX Runtime: auto, cpu or cuda.
+        dtype: fp32, fp16 or bf16.
+        ops: Kernels of our operators, each timed separately (see `irc.runtime.native.choose_library`).
+        peers: Other ways to run a model, of `PEERS`.
+        profile: Whether to sum the time by operator.
+        seed: Seed of weights, tokens and gates.
+    """
+
+    provider: str = "auto"
+    dtype: str = "fp32"
+    ops: Sequence[str] = ("auto",)
+    peers: Sequence[str] = ()
+    profile: bool = False
+    seed: int = 0
+
+
 def bench(
     subject: Subject,
     shares: Sequence[Share],
     load: Load,
     progress: ProgressFactory,
-    *,
-    provider: str = "auto",
-    dtype: str = "fp32",
-    ops: Sequence[str] = ("auto",),
-    peers: Sequence[str] = (),
-    profile: bool = False,
-    seed: int = 0,
+    options: BenchOptions = BenchOptions(),
 ) -> dict[str, Any]:
-    """Time a model against its dense self, in turns in one process.
+    """Time a routed model and its dense form in turns, in one process.
 
     Args:
-        subject: The model. A random one is told what to execute, by gates that are drawn anew for every step of
-            decoding; its routers run and are counted. A bundle follows its routers.
-        shares: What the drawn gates skip; of a bundle, points of its dial, none for its own sparsity.
-        load: What is timed.
+        subject: The model. Random gates tell a random model what to execute; they are drawn anew for each step of
+            decoding, and the routers run and are timed. A bundle follows its routers.
+        shares: Shares that the random gates skip, or points of a bundle's dial; none for a bundle's own sparsity.
+        load: What to time.
         progress: Makes progress bars.
-        provider: Of ONNX Runtime.
-        dtype: fp32, fp16 or bf16.
-        ops: Kernels of our operators, each choice timed by itself (see `irc.runtime.native.choose_library`).
-        peers: What is timed beside them, of `PEERS`.
-        profile: Whether to say where the time goes, by operator.
-        seed: Of weights, tokens and gates.
+        options: How to run the models, and what else to time.
 
     Returns:
-        What `irc bench --json` prints.
+        The JSON object that `irc bench --json` prints.
 
     Raises:
         InputError: A setting cannot be used.
     """
-    provider = choose_provider(provider)
-    _check(subject, shares, load, provider, dtype, ops, peers)
+    options = replace(options, provider=choose_provider(options.provider))
+    provider, dtype, seed = options.provider, options.dtype, options.seed
+    _check(subject, shares, load, options)
     rows: list[dict[str, Any]] = []
     profiles: list[dict[str, Any]] = []
     missing: dict[str, str] = {}
-    opened: dict[Path, dict[str, Contender]] = {}
+    opened: dict[Path, dict[str, TimedModel]] = {}
     with tempfile.TemporaryDirectory() as folder:
         work, context = Path(folder), max(*load.prefill, load.past + load.decode) + 1
         with progress("bench", max(1, len(shares))) as bar:
             for done, (share, pair) in enumerate(
                 _pairs(subject, shares, work, dtype, context, seed, provider), start=1
             ):
-                stage = Stage(pair, share, subject.shape, subject.text, work, provider, dtype, seed)
-                opened = {pair.routed: opened.get(pair.routed, {})}  # those of a pair that is done are closed
-                rows += stage.rows(load, stage.contenders(ops, peers, context, missing, opened[pair.routed]))
-                if profile:
-                    profiles += where_time_goes(stage, load, ops[0])
+                scenario = Scenario(pair, share, subject.shape, subject.text, work, provider, dtype, seed)
+                opened = {pair.routed: opened.get(pair.routed, {})}  # closes the models of an earlier pair
+                models = scenario.open_models(options.ops, options.peers, context, missing, opened[pair.routed])
+                rows += scenario.rows(load, models)
+                if options.profile:
+                    profiles += profile_operators(scenario, load, options.ops[0])
                 bar.update(done, **({} if share is None else {"sparsity": share.mean}))
     return {
         "subject": subject.bundle or asdict(subject.shape),
@@ -105,8 +118,8 @@ def bench(
 
 def _pairs(
     subject: Subject, shares: Sequence[Share], work: Path, dtype: str, context: int, seed: int, provider: str
-) -> Iterator[tuple[Share | None, Pair]]:
-    """Return what is timed, point by point; a random model is the same for all."""
+) -> Iterator[tuple[Share | None, ModelPair]]:
+    """Yield the models to time for each share. A random model is the same for all shares."""
     if not subject.bundle:
         pair = random_pair(subject.shape, work, dtype, context, seed, provider)
         for share in shares:
@@ -118,44 +131,42 @@ def _pairs(
         yield share, bundle_pair(subject.bundle, work, dtype, share.mean, provider)
 
 
-def _check(
-    subject: Subject,
-    shares: Sequence[Share],
-    load: Load,
-    provider: str,
-    dtype: str,
-    ops: Sequence[str],
-    peers: Sequence[str],
-) -> None:
+def _check(subject: Subject, shares: Sequence[Share], load: Load, options: BenchOptions) -> None:
+    provider, dtype = options.provider, options.dtype
     if not shares and not subject.bundle:
-        raise InputError("--sparsities is empty; give at least one, such as 0.25")
+        raise InputError("sparsities is empty; give at least one, such as 0.25", options=("sparsities",))
     subject.shape.check()
-    for name, values in (("--batch", load.batches), ("--prefill", load.prefill), ("--ops", ops)):
+    for name, values in (("batches", load.batches), ("prefill", load.prefill), ("ops", options.ops)):
         if not values:
-            raise InputError(f"{name} is empty; give at least one")
+            raise InputError(f"{name} is empty; give at least one value", options=(name,))
     if dtype not in BYTES:
-        raise InputError(f"--dtype is '{dtype}'; choose from {', '.join(BYTES)}")
-    if dtype == "bf16" and provider == "cpu":
-        raise InputError("--dtype is bf16, which ONNX Runtime's CPU provider cannot run; give fp32 or fp16")
-    for each in ops:
-        choose_library(each, provider, dtype)  # refuses what does not load before anything is made
-    for peer in peers:
+        raise InputError(f"unknown dtype '{dtype}'; choose from {', '.join(BYTES)}", options=("dtype",))
+    if provider == "cpu" and not of_weights(dtype).on_cpu:
+        raise InputError(
+            f"dtype {dtype} does not run on ONNX Runtime's CPU provider; use fp32 or fp16", options=("dtype",)
+        )
+    for choice in options.ops:
+        choose_library(choice, provider, dtype)  # refuses a library that does not load, before anything is written
+    for peer in options.peers:
         if peer not in PEERS:
-            raise InputError(f"--peers names '{peer}'; choose from {', '.join(PEERS)}")
-    if subject.bundle and "static" in peers:
-        raise InputError("peer static is a shallower random model; it goes with --shape, not with a bundle")
+            raise InputError(f"unknown peer '{peer}'; choose from {', '.join(PEERS)}", options=("peers",))
+    if subject.bundle and "static" in options.peers:
+        raise InputError(
+            "peer static is a shallower random model and needs a shape; leave it out for a bundle", options=("peers",)
+        )
     if subject.bundle and any(share.attention != share.ffn for share in shares):
-        raise InputError("a bundle's dial sets one sparsity for the model; give shares such as 0.25")
+        raise InputError("the dial of a bundle sets one sparsity for all units; give numbers such as 0.25")
     if subject.text is not None:
         _check_text(len(subject.text), load)
 
 
 def _check_text(tokens: int, load: Load) -> None:
-    read = [(batch, load.window(length)) for batch in load.batches for length in load.prefill]
-    read += [(batch, load.window(1)) for batch in load.decode_batches or load.batches]
-    batch, window = max(read, key=math.prod)
+    needed = [(batch, load.window(length)) for batch in load.batches for length in load.prefill]
+    needed += [(batch, load.window(1)) for batch in load.decode_batches or load.batches]
+    batch, window = max(needed, key=math.prod)
     if tokens < batch * window:
         raise InputError(
-            f"the held-out part of the text has {tokens} tokens, {batch} x {window} are read; give more text, or "
-            "smaller --batch, --prefill, --past, --decode"
+            f"the held-out split of the text has {tokens} tokens, but {batch} x {window} are needed; give more text or "
+            "smaller sizes",
+            options=("data", "batches", "decode_batches", "prefill", "past", "decode"),
         )

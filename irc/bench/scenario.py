@@ -1,9 +1,9 @@
-"""One point of a bench: the contenders, the tokens and gates they are given, and the rows of figures."""
+"""Times one model at one sparsity: opens the models, draws tokens and gates, and returns the figures."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from irc.bench.ideal_speedup import dense_bytes, dense_flops, ideal_decode, ideal_prefill
-from irc.bench.measure import Timing, Work, decode_in_turns, prefill_in_turns
-from irc.bench.models import Pair, dense_export, genai_export, shallower
+from irc.bench.ideal_speedup import dense_bytes, dense_flops, ideal_decode_speedup, ideal_prefill_speedup
+from irc.bench.measure import Timing, Workload, decode_in_turns, prefill_in_turns
+from irc.bench.models import ModelPair, dense_export, genai_export, shallower
 from irc.bench.shapes import Shape
-from irc.bench.timed_models import Contender, GenaiFolder, OurModel, Transformers
+from irc.bench.timed_models import ExportedModel, GenaiModel, TimedModel, TransformersModel
+from irc.errors import IrcError
 from irc.files.untrusted import first_line
 from irc.model.flops import head_flops, unit_flops
 from irc.runtime.native import CHOICES
@@ -23,22 +24,22 @@ from irc.runtime.session import Runtime
 
 log = logging.getLogger(__name__)
 
-OTHER_RUNTIMES = ("hf-eager", "hf-compiled", "genai")  # of the dense model: nothing is skipped
+OTHER_RUNTIMES = ("hf-eager", "hf-compiled", "genai")  # they run the dense model
 PEERS = ("static", *OTHER_RUNTIMES)
 TextTokens = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Load:
-    """What is timed.
+    """What to time.
 
     Attributes:
-        batches: Sequences at a time.
-        prefill: Tokens of the prompt, each length by itself.
-        decode_batches: Sequences at a time in decoding; as many as of the prompt when empty.
+        batches: Batch sizes, each timed separately.
+        prefill: Prompt lengths in tokens, each timed separately.
+        decode_batches: Batch sizes in decoding; `batches` if empty.
         past: Tokens in the cache before decoding.
-        decode: Timed steps of one token a sequence.
-        rounds: Timed rounds, whose median counts.
+        decode: Timed steps of one token per sequence.
+        rounds: Timed rounds. The median is reported.
     """
 
     batches: Sequence[int] = (1,)
@@ -49,39 +50,44 @@ class Load:
     rounds: int = 7
 
     def window(self, length: int) -> int:
-        """Return the tokens of a text that a sequence takes: a prompt of a length, or the past and what is decoded."""
+        """Return how many tokens a sequence needs, for a prompt of this length and for past and decoded tokens."""
         return max(length, self.past + self.decode)
 
 
 @dataclass(frozen=True)
 class Share:
-    """Share of tokens that attention units skip, and FFN units."""
+    """The shares of tokens that attention units and FFN units skip.
+
+    Attributes:
+        attention: Share of attention units, 0 to 1.
+        ffn: Share of FFN units, 0 to 1.
+    """
 
     attention: float
     ffn: float
 
     @property
     def mean(self) -> float:
-        """Of all units: a layer has one of each."""
+        """The share over all units; each layer has one of each kind."""
         return (self.attention + self.ffn) / 2
 
 
 @dataclass
-class Stage:
+class Scenario:
     """One model at one sparsity.
 
     Attributes:
         pair: The model, dense and routed.
-        share: What drawn gates skip; None where a bundle follows its routers at its own sparsity.
-        shape: Of a random model.
-        text: What a bundle reads; None for a random model.
-        work: Folder for peers.
+        share: Shares that the drawn gates skip, or the point of a bundle's dial; None for a bundle's own sparsity.
+        shape: Sizes of a random model.
+        text: Tokens that a bundle reads; None for a random model.
+        work: Folder for the models of peers.
         provider: cpu or cuda.
         dtype: fp32, fp16 or bf16.
-        seed: Of tokens and gates.
+        seed: Seed of tokens and gates.
     """
 
-    pair: Pair
+    pair: ModelPair
     share: Share | None
     shape: Shape
     text: TextTokens | None
@@ -92,153 +98,195 @@ class Stage:
 
     @property
     def forced(self) -> bool:
-        """Whether gates are drawn."""
+        """Whether random gates replace the routers' decisions."""
         return self.text is None
 
-    def routed(self, ops: str) -> OurModel:
-        """Return the routed model on some kernels."""
-        return OurModel(Runtime(self.pair.routed, self.provider, forced=self.forced, ops=ops), self.forced)
+    def routed(self, ops: str) -> ExportedModel:
+        """Open the routed model with a choice of kernels."""
+        return ExportedModel(Runtime(self.pair.routed, self.provider, forced=self.forced, ops=ops), self.forced)
 
-    def contenders(
+    def open_models(
         self,
         ops: Sequence[str],
         peers: Sequence[str],
         context: int,
         missing: dict[str, str],
-        opened: dict[str, Contender],
-    ) -> dict[str, Contender]:
-        """Open what is timed, the dense model first.
+        opened: dict[str, TimedModel],
+    ) -> dict[str, TimedModel]:
+        """Open the models to time, the dense model first.
 
         Args:
             ops: Kernels of our operators.
-            peers: Other ways to run a model.
-            context: Most tokens of a text.
-            missing: Receives why a peer cannot be timed.
-            opened: What an earlier stage of the same pair opened, taken from here, and what this one opens.
+            peers: Other ways to run a model, of `PEERS`.
+            context: Longest text, in tokens.
+            missing: Reasons why peers cannot be timed, by peer; extended in place.
+            opened: Models that an earlier scenario of the same pair opened; extended in place.
+
+        Returns:
+            The models by name.
         """
         if not opened:
-            opened["dense"] = OurModel(Runtime(self.pair.dense, self.provider), False)
+            opened["dense"] = ExportedModel(Runtime(self.pair.dense, self.provider), False)
             for choice in ops:
                 routed = self.routed(choice)
-                # What was used, not what was asked for; a library by its path, beside the installed one.
+                # Name a library by its path, and any other choice by the kernels that are used in the end.
                 opened[choice if choice not in CHOICES else routed.runtime.ops] = routed
-        opened.pop("static", None)  # it has as many layers as this stage's share leaves
-        makers: dict[str, Callable[[], Contender]] = {
+        opened.pop("static", None)  # its number of layers depends on this scenario's share
+        makers: dict[str, Callable[[], TimedModel]] = {
             "static": lambda: self._static(context),
-            "hf-eager": lambda: Transformers(self.pair.base, self.dtype, self.provider, compiled=False),
-            "hf-compiled": lambda: Transformers(self.pair.base, self.dtype, self.provider, compiled=True),
-            "genai": lambda: self._genai(),
+            "hf-eager": lambda: TransformersModel(self.pair.base, self.dtype, self.provider, compiled=False),
+            "hf-compiled": lambda: TransformersModel(self.pair.base, self.dtype, self.provider, compiled=True),
+            "genai": self._genai,
         }
         for peer in peers:
             if peer in missing or peer in opened:
                 continue
             try:
-                contender = makers[peer]()
-                contender.step(np.zeros((1, 2), np.int64), contender.empty(1), None)
-                opened[peer] = contender
-            except Exception as error:  # whatever another project's code raises, the others are timed
+                model = makers[peer]()
+                model.step(np.zeros((1, 2), np.int64), model.empty(1), None)
+                opened[peer] = model
+            except Exception as error:  # a peer that fails, for any reason, must not stop the others
                 missing[peer] = first_line(error, 1000)
                 log.warning("%s is not timed: %s", peer, missing[peer])
         return dict(opened)
 
-    def rows(self, load: Load, contenders: Mapping[str, Contender]) -> list[dict[str, Any]]:
-        """Time every batch size and length; return one row for each, as `irc bench --json` prints them."""
-        rows = []
+    def rows(self, load: Load, models: Mapping[str, TimedModel]) -> list[dict[str, Any]]:
+        """Time every batch size and prompt length; return a row of figures for each, as `irc bench --json` prints."""
+        return [*self._prefill_rows(load, models), *self._decode_rows(load, models)]
+
+    def _prefill_rows(self, load: Load, models: Mapping[str, TimedModel]) -> Iterator[dict[str, Any]]:
         model = self.pair.model
         for batch in load.batches:
             for length in load.prefill:
-                work = self.work_of(batch, length, load)
-                execute = self._executed(work, contenders)[0]
-                timings = prefill_in_turns(contenders, work, load.rounds)
-                rows.append(self._row("prefill", batch, length, 1, execute, timings, ideal_prefill(model, execute)))
-                rows[-1]["dense_flops_per_s"] = dense_flops(model, batch, length) / timings["dense"].median
-        past = load.past + load.decode / 2
+                workload = self.workload(batch, length, load)
+                execute = self._executed_in_prompt(workload, models)
+                timings = prefill_in_turns(models, workload, load.rounds)
+                ideal = ideal_prefill_speedup(model, execute)
+                flops = dense_flops(model, batch, length)
+                yield {
+                    "phase": "prefill",
+                    **self._sparsities(execute),
+                    "batch": batch,
+                    "tokens": length,
+                    "contenders": self._figures(timings, ideal, length, batch * length),
+                    "dense_flops_per_s": flops / timings["dense"].median,
+                }
+
+    def _decode_rows(self, load: Load, models: Mapping[str, TimedModel]) -> Iterator[dict[str, Any]]:
+        model = self.pair.model
+        mean_past = load.past + load.decode / 2
         for batch in load.decode_batches or load.batches:
-            work = self.work_of(batch, 1, load)
-            execute = self._executed(work, contenders)[1]
-            timings = decode_in_turns(contenders, work, load.rounds)
-            ideal = ideal_decode(model, execute, past)
-            rows.append(self._row("decode", batch, load.past, load.decode, execute, timings, ideal))
-            read = load.decode * dense_bytes(model, batch, past, self.dtype)
-            rows[-1]["dense_bytes_per_s"] = read / timings["dense"].median
-        return rows
+            workload = self.workload(batch, 1, load)
+            execute = self._executed_in_steps(workload, models)
+            timings = decode_in_turns(models, workload, load.rounds)
+            ideal = ideal_decode_speedup(model, execute, mean_past)
+            bytes_read = load.decode * dense_bytes(model, batch, mean_past, self.dtype)
+            yield {
+                "phase": "decode",
+                **self._sparsities(execute),
+                "batch": batch,
+                "tokens": load.past,
+                "contenders": self._figures(timings, ideal, load.past, batch * load.decode, load.decode),
+                "dense_bytes_per_s": bytes_read / timings["dense"].median,
+            }
 
-    def work_of(self, batch: int, length: int, load: Load) -> Work:
-        """Return tokens and gates of a batch size and prompt length."""
+    def workload(self, batch: int, length: int, load: Load) -> Workload:
+        """Return the tokens and gates for a batch size and prompt length."""
+        if self.text is not None:
+            return _read_workload(self.text, batch, length, load)
+        assert self.share is not None
         random = np.random.default_rng(self.seed)
-        units = len(self.pair.model.units)
-        if self.text is None:
-            assert self.share is not None
-            skipped = np.array(
-                [getattr(self.share, unit.kind.replace("mlp", "ffn")) for unit in self.pair.model.units]
-            ).reshape(units, 1, 1)
-            vocabulary = self.pair.model.config.vocab_size
-            prompt = random.integers(0, vocabulary, (batch, length))
-            before = random.integers(0, vocabulary, (batch, load.past))
-            tokens = random.integers(0, vocabulary, (load.decode, batch, 1))
-            gates = random.random((units, batch, length)) >= skipped
-            return Work(prompt, before, tokens, gates, random.random((load.decode, units, batch, 1)) >= skipped)
-        window = load.window(length)
-        starts = np.linspace(0, len(self.text) - window, batch).astype(int)
-        windows = np.stack([self.text[start : start + window] for start in starts])
-        tokens = windows[:, load.past : load.past + load.decode].T[:, :, None]
-        return Work(windows[:, :length].copy(), windows[:, : load.past].copy(), tokens.copy(), None, None)
+        model = self.pair.model
+        units, vocabulary = len(model.units), model.config.vocab_size
+        shares = [self.share.attention if unit.kind == "attention" else self.share.ffn for unit in model.units]
+        skipped = np.array(shares).reshape(units, 1, 1)
+        return Workload(
+            prompt=random.integers(0, vocabulary, (batch, length)),
+            past=random.integers(0, vocabulary, (batch, load.past)),
+            tokens=random.integers(0, vocabulary, (load.decode, batch, 1)),
+            prompt_gates=random.random((units, batch, length)) >= skipped,
+            token_gates=random.random((load.decode, units, batch, 1)) >= skipped,
+        )
 
-    def _executed(self, work: Work, contenders: Mapping[str, Contender]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """Return what executes of the prompt [units, batch, tokens], and of the tokens [steps, units, batch]."""
-        if work.gates is not None and work.steps is not None:
-            return work.gates, work.steps[..., 0]
-        routed = next(c for name, c in contenders.items() if isinstance(c, OurModel) and name != "dense")
-        prompt = routed.routes(work.prompt, routed.empty(len(work.prompt)))
-        state = routed.empty(len(work.before))
-        routed.step(work.before, state, None)
-        steps = np.stack([routed.routes(token, state)[..., 0] for token in work.tokens])
-        return prompt, steps
+    def _executed_in_prompt(self, workload: Workload, models: Mapping[str, TimedModel]) -> NDArray[np.bool_]:
+        """Return what is executed of the prompt, bool [units, batch, tokens]."""
+        if workload.prompt_gates is not None:
+            return workload.prompt_gates
+        routed = _first_routed(models)
+        return routed.routes(workload.prompt, routed.empty(len(workload.prompt)))
 
-    def _row(
-        self,
-        phase: str,
-        batch: int,
-        tokens: int,
-        steps: int,
-        execute: NDArray[np.bool_],
-        timings: Mapping[str, Timing],
-        ideal: float,
-    ) -> dict[str, Any]:
-        read = batch * (tokens if phase == "prefill" else steps)
+    def _executed_in_steps(self, workload: Workload, models: Mapping[str, TimedModel]) -> NDArray[np.bool_]:
+        """Return what is executed of the decoded tokens, bool [steps, units, batch]."""
+        if workload.token_gates is not None:
+            return workload.token_gates[..., 0]
+        routed = _first_routed(models)
+        state = routed.empty(len(workload.past))
+        routed.step(workload.past, state, None)
+        return np.stack([routed.routes(token, state)[..., 0] for token in workload.tokens])
+
+    def _sparsities(self, execute: NDArray[np.bool_]) -> dict[str, float | None]:
+        nominal = None if self.share is None else self.share.mean
+        return {"sparsity": nominal, "realized": float(1 - execute.mean())}
+
+    def _figures(
+        self, timings: Mapping[str, Timing], ideal: float, context: int, tokens_read: int, steps: int = 1
+    ) -> dict[str, dict[str, float]]:
+        """Return the figures of every model.
+
+        Args:
+            timings: Of each model.
+            ideal: Ideal speed-up of the routed model.
+            context: Tokens in the prompt or in the cache.
+            tokens_read: Tokens that are read in a round, over all sequences.
+            steps: Steps in a round.
+        """
         dense = timings["dense"].median
         figures = {}
         for name, timing in timings.items():
             entry = {
                 "ms": 1e3 * timing.median / steps,
                 "spread": timing.spread,
-                "tokens_per_s": read / timing.median,
+                "tokens_per_s": tokens_read / timing.median,
                 "speedup": dense / timing.median,
             }
-            most = self._static_ideal(tokens) if name == "static" else ideal
             if name != "dense" and name not in OTHER_RUNTIMES:
-                entry |= {"ideal": most, "efficiency": entry["speedup"] / most}
+                entry["ideal"] = self._ideal_static_speedup(context) if name == "static" else ideal
+                entry["efficiency"] = entry["speedup"] / entry["ideal"]
             figures[name] = entry
-        nominal = None if self.share is None else self.share.mean
-        realized = float(1 - execute.mean())
-        place = {"phase": phase, "sparsity": nominal, "realized": realized, "batch": batch, "tokens": tokens}
-        return {**place, "contenders": figures}
+        return figures
 
-    def _static(self, context: int) -> Contender:
+    def _static(self, context: int) -> TimedModel:
         assert self.share is not None
         shape = shallower(self.shape, self.share.mean)
-        return OurModel(Runtime(dense_export(shape, self.work, self.dtype, context, self.seed), self.provider), False)
+        folder = dense_export(shape, self.work, self.dtype, context, self.seed)
+        return ExportedModel(Runtime(folder, self.provider), False)
 
-    def _static_ideal(self, context: int) -> float:
-        """Return dense over shallower FLOPs; of the weights too, for both follow the number of layers."""
+    def _ideal_static_speedup(self, context: int) -> float:
+        """Return the FLOPs of the dense model over those of the shallower one; the ratio of their bytes is the same."""
         assert self.share is not None
         model = self.pair.model
         units = sum(count.dense for count in unit_flops(model, context).values())
-        left = shallower(self.shape, self.share.mean).layers / self.shape.layers
-        return (head_flops(model) + units) / (head_flops(model) + units * left)
+        kept = shallower(self.shape, self.share.mean).layers / self.shape.layers
+        return (head_flops(model) + units) / (head_flops(model) + units * kept)
 
-    def _genai(self) -> Contender:
+    def _genai(self) -> TimedModel:
         folder = self.work / "genai"
         if not folder.exists():
             genai_export(self.pair.base, self.work, self.provider, self.dtype)
-        return GenaiFolder(folder, self.provider, self.dtype)
+        return GenaiModel(folder, self.provider, self.dtype)
+
+
+def _read_workload(text: TextTokens, batch: int, length: int, load: Load) -> Workload:
+    """Return a workload of windows that are spread evenly over a text."""
+    window = load.window(length)
+    starts = np.linspace(0, len(text) - window, batch).astype(int)
+    windows = np.stack([text[start : start + window] for start in starts])
+    tokens = windows[:, load.past : load.past + load.decode].T[:, :, None]
+    return Workload(windows[:, :length].copy(), windows[:, : load.past].copy(), tokens.copy(), None, None)
+
+
+def _first_routed(models: Mapping[str, TimedModel]) -> ExportedModel:
+    for name, model in models.items():
+        if isinstance(model, ExportedModel) and name != "dense":
+            return model
+    raise IrcError("no routed model is open; this is a bug in irc, please report it")

@@ -1,4 +1,4 @@
-"""The Llamas that are timed: by sizes, by a well-known name, or by a config.json."""
+"""Shapes of the random Llamas to time, given by sizes, by name, or by a config.json."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from irc.files.untrusted import read_json
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama with random weights.
+    """The sizes of a Llama.
 
     Attributes:
         hidden: Hidden size.
-        layers: Decoder layers.
-        ffn: Size inside the FFN.
-        heads: Attention heads.
-        kv_heads: Key/value heads.
-        vocab: Vocabulary.
+        layers: Number of decoder layers.
+        ffn: Inner size of the FFN.
+        heads: Number of attention heads.
+        kv_heads: Number of key/value heads.
+        vocab: Size of the vocabulary.
     """
 
     hidden: int = 1024
@@ -31,24 +31,24 @@ class Shape:
     vocab: int = 4096
 
     def check(self) -> None:
-        """Refuse sizes of which no Llama can be made.
+        """Refuse sizes that do not make a Llama.
 
         Raises:
-            InputError: Names the sizes and what must hold.
+            InputError: A size is below 1, or the sizes do not fit together.
         """
         if min(vars(self).values()) < 1:
-            raise InputError(f"a shape needs sizes of at least 1, found {vars(self)}")
+            raise InputError(f"a size is less than 1 in {vars(self)}; give sizes of at least 1")
         if self.hidden % self.heads or self.heads % self.kv_heads or self.hidden // self.heads % 2:
             raise InputError(
-                f"hidden {self.hidden}, heads {self.heads}, kv_heads {self.kv_heads}: heads must divide the hidden "
-                "size into even parts, and kv_heads must divide heads"
+                f"hidden {self.hidden}, heads {self.heads}, kv_heads {self.kv_heads} do not fit together; heads must "
+                "divide hidden, the quotient must be even, and kv_heads must divide heads"
             )
 
     def config(self, context: int) -> Any:
-        """Return transformers' configuration.
+        """Return the configuration for transformers.
 
         Args:
-            context: Most tokens of a text.
+            context: Longest text, in tokens.
         """
         from transformers import LlamaConfig
 
@@ -65,7 +65,7 @@ class Shape:
         )
 
 
-# Sizes of Meta's config.json files.
+# The sizes in Meta's config.json files.
 SHAPES = {
     "llama-3.2-1b": Shape(2048, 16, 8192, 32, 8, 128_256),
     "llama-3.2-3b": Shape(3072, 28, 8192, 24, 8, 128_256),
@@ -82,26 +82,27 @@ _KEYS = {
 
 
 def shape_named(name: str) -> Shape:
-    """Return a shape by its name, or the sizes of a config.json or of the folder that holds one.
+    """Return a shape by its name, or from a config.json or a folder that contains one.
 
     Raises:
-        InputError: There is no such name or file, or the file lacks a size.
+        InputError: There is no such name or file, or a size is missing in the file.
     """
     if name in SHAPES:
         return SHAPES[name]
     path = Path(name)
     try:
         path = path / "config.json" if path.is_dir() else path
-        found = read_json(path)
-        sizes: dict[str, Any] = {field: found.get(key) for field, key in _KEYS.items()}
+        config = read_json(path)
+        sizes: dict[str, Any] = {field: config.get(key) for field, key in _KEYS.items()}
     except OSError as error:
         raise InputError(
-            f"--shape is '{name}'; choose from {', '.join(SHAPES)}, or give a config.json ({error.strerror})"
+            f"unknown shape '{name}' ({error.strerror}); choose from {', '.join(SHAPES)}, or give a config.json",
+            options=("shape",),
         ) from error
     except (ValueError, AttributeError) as error:
-        raise InputError(f"{path}: this is no config.json of a model") from error
+        raise InputError(f"{path}: not the config.json of a model; give the one of a Llama") from error
     sizes["kv_heads"] = sizes["kv_heads"] or sizes["heads"]
     missing = [_KEYS[field] for field, value in sizes.items() if not isinstance(value, int) or isinstance(value, bool)]
     if missing:
-        raise InputError(f"{path}: {', '.join(missing)} should be a whole number; give a Llama's config.json")
+        raise InputError(f"{path}: {', '.join(missing)} must be a whole number; give the config.json of a Llama")
     return Shape(**sizes)

@@ -1,14 +1,14 @@
-"""The text that a bundle is timed on."""
+"""Loads the text that a bundle is timed on."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from irc.bench.scenario import TextTokens
-from irc.bundle.loading import CONFIG, RECIPE, read_config
+from irc.bundle.contents import read_bundle
+from irc.bundle.layout import is_bundle
 from irc.errors import InputError
 from irc.model.checkpoint import find_base
-from irc.recipe.recipe import load_recipe
 from irc.text.source import load_text, token_stream
 
 
@@ -17,19 +17,19 @@ def heldout_tokens(bundle: str, data: str | None) -> TextTokens:
 
     Args:
         bundle: Folder of the bundle, whose tokenizer is used.
-        data: Text, as `--data` takes it; the bundle's own when None.
+        data: A text, as `irc.text.source.load_text` reads it; the text of the bundle's conversion if None.
 
     Raises:
-        InputError: This is no bundle, or the text cannot be read.
+        InputError: The folder is not a bundle, or the text cannot be read.
     """
     folder = Path(bundle)
-    if not (folder / CONFIG).is_file():
+    if not is_bundle(folder):
         raise InputError(
-            f"{bundle}: this is no bundle; make one with irc convert, or give no BUNDLE for random weights"
+            f"{bundle}: not a bundle; make one with irc convert, or name none to time a model of random weights"
         )
-    recipe = folder / RECIPE
-    text = load_text(data or load_recipe(recipe if recipe.is_file() else None).data)
-    base = read_config(folder)["base"]
-    tokenizer = find_base(base["name"], base.get("revision"), ask_hub=False).tokenizer
+    opened = read_bundle(folder)
+    text = load_text(data or opened.recipe.data)
+    base = opened.config.base
+    tokenizer = find_base(base.name, base.revision, ask_hub=False).tokenizer
     tokens: TextTokens = token_stream(text.split("heldout"), tokenizer).numpy()
     return tokens

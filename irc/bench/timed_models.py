@@ -1,4 +1,4 @@
-"""What is timed: each reads tokens with a cache, and leaves its logits where they are."""
+"""The models to time, behind one interface: each reads tokens with a cache and leaves the logits on its device."""
 
 from __future__ import annotations
 
@@ -16,25 +16,31 @@ from irc.runtime.session import Runtime
 Ids = NDArray[np.int64]
 
 
-class Contender(Protocol):
+class TimedModel(Protocol):
     """A model that can be timed."""
 
     def empty(self, batch: int) -> Any:
-        """Return the state of texts that have not begun."""
+        """Return the state before the first token, for a number of sequences."""
 
     def step(self, ids: Ids, state: Any, execute: NDArray[np.bool_] | None) -> Any:
-        """Read tokens [batch, tokens] after those of the state; return the new state.
+        """Read tokens that follow those of a state.
 
-        `execute` [units, batch, tokens] tells a routed model what to run; others leave it alone.
+        Args:
+            ids: int64 [batch, tokens].
+            state: What `empty` or the step before returned.
+            execute: What a model with forced decisions executes, bool [units, batch, tokens]. Others ignore it.
+
+        Returns:
+            The new state.
         """
 
 
-class OurModel:
+class ExportedModel:
     """A folder that `irc export` wrote.
 
     Args:
-        runtime: Its session; a forced one follows `execute`, any other its routers.
-        forced: Whether it is forced.
+        runtime: Session of the folder.
+        forced: Whether the session follows `execute` instead of its routers.
     """
 
     def __init__(self, runtime: Runtime, forced: bool) -> None:
@@ -52,12 +58,12 @@ class OurModel:
         return state
 
     def routes(self, ids: Ids, state: Any) -> NDArray[np.bool_]:
-        """Return what the routers let execute, bool [units, batch, tokens]; not for timing."""
+        """Return what the routers decide to execute, bool [units, batch, tokens]. Not for timing."""
         mask = np.ones((len(ids), state.length + ids.shape[1]), np.int64)
         return self.runtime.step(ids, mask, state).execute
 
 
-class Transformers:
+class TransformersModel:
     """The dense model in Hugging Face transformers, eager or compiled.
 
     Args:
@@ -79,25 +85,25 @@ class Transformers:
         self._forward = torch.compile(model, dynamic=True) if compiled else model
 
     def empty(self, batch: int) -> Any:
-        """Return no cache: transformers makes one."""
+        """Return None, because transformers creates the cache."""
 
     def step(self, ids: Ids, state: Any, execute: NDArray[np.bool_] | None) -> Any:
-        """Run the model; on a GPU, wait for it."""
+        """Run the model and, on a GPU, wait until it is done."""
         with self._torch.inference_mode():
             tokens = self._torch.from_numpy(ids).to(self._device)
-            found = self._forward(tokens, past_key_values=state, use_cache=True).past_key_values
+            cache = self._forward(tokens, past_key_values=state, use_cache=True).past_key_values
         if self._device == "cuda":
             self._torch.cuda.synchronize()
-        return found
+        return cache
 
 
-class GenaiFolder:
-    """A folder of onnxruntime-genai's model builder, on ONNX Runtime as our own models are.
+class GenaiModel:
+    """A model that onnxruntime-genai's model builder wrote, run on ONNX Runtime like our own models.
 
     Args:
-        folder: With `model.onnx` and `genai_config.json`.
+        folder: Folder with `model.onnx` and `genai_config.json`.
         provider: cpu or cuda.
-        dtype: Of the cache: fp32, fp16 or bf16.
+        dtype: Data type of the cache: fp32, fp16 or bf16.
     """
 
     def __init__(self, folder: Path, provider: str = "cpu", dtype: str = "fp32") -> None:
@@ -116,11 +122,16 @@ class GenaiFolder:
         return [make(shape, self._element, self._provider) for _ in self._past]
 
     def step(self, ids: Ids, state: Any, execute: NDArray[np.bool_] | None) -> Any:
-        """Run the session; return the new keys and values."""
+        """Run the session and return the new keys and values."""
         return self.run(ids, state)[1:]
 
     def run(self, ids: Ids, past: Any) -> list[Any]:
-        """Return logits, then keys and values, which stay in ONNX Runtime's memory."""
+        """Return the logits and the new keys and values, all in ONNX Runtime's memory.
+
+        Args:
+            ids: int64 [batch, tokens].
+            past: Keys and values so far.
+        """
         binding = self.session.io_binding()
         length = past[0].shape()[2] + ids.shape[1]
         binding.bind_cpu_input("input_ids", ids)

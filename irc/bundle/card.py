@@ -1,4 +1,4 @@
-"""The model card of a bundle: measured figures, and how to use and to make it again."""
+"""The model card of a bundle: measured figures, how to use it, and how to make it again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def model_card(metrics: dict[str, Any], recipe: Recipe) -> str:
 
     Args:
         metrics: As in metrics.json.
-        recipe: Resolved recipe.
+        recipe: Recipe of the conversion, resolved.
     """
     perplexity, sparsity = metrics["perplexity"], metrics["sparsity"]
     rows = [
@@ -29,10 +29,10 @@ def model_card(metrics: dict[str, Any], recipe: Recipe) -> str:
     parts = f"Routers and forecasters (rank {recipe.rank})" if policy.forecasts else "Routers, without forecasters,"
     return (
         f"# {recipe.model}, {policy.name} routing at {recipe.sparsity:.0%} sparsity\n\n"
-        f"{parts} round every attention and FFN unit of `{recipe.model}`: {policy.summary}. "
+        f"{parts} around every attention and FFN unit of `{recipe.model}`: {policy.summary}. "
         "The base's own weights are not in this folder.\n\n"
         f"Measured on {metrics['data']['tokens']:,} tokens of the {text_name(metrics['data']['split'])} of "
-        f"`{recipe.data}` in windows of {recipe.seq_len}:\n\n"
+        f"`{recipe.data}` in windows of {recipe.seq_len} tokens:\n\n"
         f"| figure | value |\n|---|---|\n{table}\n\n"
         'Use it:\n\n```python\nimport irc\n\nmodel = irc.load("PATH/OF/THIS/FOLDER")\n```\n\n'
         f"{_options(recipe)}"
@@ -42,14 +42,16 @@ def model_card(metrics: dict[str, Any], recipe: Recipe) -> str:
 
 
 def _options(recipe: Recipe) -> str:
-    """Return what else the bundle's user should know, a paragraph each."""
-    told = []
+    """Return what else a user of the bundle should know, one paragraph each."""
+    paragraphs = []
     if recipe.dial:
-        told.append(
+        paragraphs.append(
             f"Other sparsities, from {min(recipe.dial):g} to {max(recipe.dial):g}: `irc.load(path, sparsity=...)`."
         )
     if recipe.kv_policy != "full":
-        told.append(f"Keys and values: policy `{recipe.kv_policy}`, threshold {recipe.kv_threshold:g}.")
+        paragraphs.append(f"Keys and values: policy `{recipe.kv_policy}`, threshold {recipe.kv_threshold:g}.")
     if "lora" in recipe.stages:
-        told.append(f"LoRA adapters (rank {recipe.lora.rank}) on {', '.join(recipe.lora.targets)} lie in `lora/`.")
-    return "".join(f"{sentence}\n\n" for sentence in told)
+        paragraphs.append(
+            f"LoRA adapters (rank {recipe.lora.rank}) on {', '.join(recipe.lora.targets)} are in `lora/`."
+        )
+    return "".join(f"{paragraph}\n\n" for paragraph in paragraphs)

@@ -1,70 +1,86 @@
-"""The sparsity dial: one trained bundle, run at any sparsity between those whose thresholds it keeps."""
+"""The sparsity dial: runs one trained bundle at any sparsity between those whose thresholds it holds."""
 
 from __future__ import annotations
 
-import copy
 import numbers
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import cast
 
 import torch
 
+from irc.bundle.config import DialPoint, SparsityFigures, UnitFigures
+from irc.bundle.contents import Bundle, bundle_of
 from irc.errors import InputError
 from irc.model.modules import Router
 from irc.model.routed import RoutedForCausalLM
 
 
 def turn_dial(model: RoutedForCausalLM, sparsity: float) -> None:
-    """Set a bundle's thresholds for another sparsity, between two that it keeps by interpolation; again, if wanted.
+    """Set a bundle's thresholds for another sparsity, interpolated between the two nearest that it holds.
+
+    The dial can be turned any number of times; every turn starts from the bundle's own thresholds.
 
     Args:
-        model: Of a bundle, as `irc.load` returns it.
+        model: A bundle's, as `irc.load` returns it.
         sparsity: Share of (token, unit) pairs to approximate.
 
     Raises:
-        InputError: The bundle keeps no other thresholds, or none on both sides of this sparsity.
+        InputError: The bundle has no dial, or the sparsity is outside it.
     """
-    points = dial_round(model, sparsity)
-    shift, keep = (_between(points, sparsity, key) for key in ("shift", "keep"))
+    bundle = check_dial(model, sparsity)
+    points = bundle.config.dial
+    shift = _interpolated(points, sparsity, lambda point: point.shift)
+    keep = _interpolated(points, sparsity, lambda point: point.keep)
     routers = {unit.name: cast(Router, model.part(unit, "router")) for unit in model.units}
-    own = model.facts.setdefault("own_thresholds", {n: r.last.bias.detach().clone() for n, r in routers.items()})
+    own = bundle.own_thresholds or {name: router.last.bias.detach().clone() for name, router in routers.items()}
     with torch.no_grad():
         for name, router in routers.items():
             router.last.bias.copy_(own[name])
             router.shift(shift[name])
-    config = copy.deepcopy(model.facts["config"])
-    config["sparsity"] = {"target": sparsity}
-    for entry in config["units"]:
-        entry["calibration_keep"] = keep[entry["name"]]
-        entry["keep_ratio"] = None  # measured at the bundle's own sparsity
-    model.facts["config"] = config
-    model.facts["dial"] = sparsity
+    # Keep ratio and recoverability were measured at the bundle's own sparsity; the forecasters are the same.
+    units = {
+        name: UnitFigures(keep[name], None, unit.recoverability) for name, unit in bundle.config.measured.units.items()
+    }
+    measured = replace(bundle.config.measured, units=units, sparsity=SparsityFigures(target=sparsity))
+    config = replace(bundle.config, measured=measured)
+    model.bundle = replace(bundle, config=config, turned_to=sparsity, own_thresholds=own)
 
 
-def dial_round(model: RoutedForCausalLM, sparsity: float) -> list[dict[str, Any]]:
-    """Return the points of a bundle's dial.
+def check_dial(model: RoutedForCausalLM, sparsity: float) -> Bundle:
+    """Return the bundle of a model, whose dial reaches a sparsity.
+
+    Args:
+        model: Rewritten model.
+        sparsity: Share of (token, unit) pairs to approximate.
 
     Raises:
-        InputError: It has none, or none on both sides of this sparsity.
+        InputError: There is no dial, or the sparsity is outside it.
     """
-    points: list[dict[str, Any]] = model.facts.get("config", {}).get("dial") or []
-    where = model.facts.get("bundle", "the bundle")
-    if not points:
+    bundle = bundle_of(model)
+    if bundle is None or not bundle.config.dial:
+        where = "the model" if bundle is None else bundle.folder
         raise InputError(
-            f"{where}: it keeps thresholds for its own sparsity alone; convert with --dial 0.1,0.2,0.3,0.4,0.5,0.6"
+            f"{where}: holds thresholds for its own sparsity only; convert with a dial such as 0.1,0.2,0.3,0.4,0.5",
+            options=("dial",),
         )
-    low, high = points[0]["sparsity"], points[-1]["sparsity"]
+    low, high = bundle.config.dial[0].sparsity, bundle.config.dial[-1].sparsity
     if not isinstance(sparsity, numbers.Real):
-        raise InputError(f"{where}: sparsity {sparsity!r} is no number; give one from {low:g} to {high:g}")
+        raise InputError(f"{bundle.folder}: sparsity {sparsity!r} is not a number; give one from {low:g} to {high:g}")
     if not low <= sparsity <= high:
-        raise InputError(f"{where}: sparsity {sparsity:g} is outside its dial, which goes from {low:g} to {high:g}")
-    return points
+        raise InputError(
+            f"{bundle.folder}: sparsity {sparsity:g} is outside its dial; give one from {low:g} to {high:g}"
+        )
+    return bundle
 
 
-def _between(points: list[dict[str, Any]], sparsity: float, key: str) -> dict[str, float]:
-    """Interpolate the units' values between the two neighbouring points."""
-    above = next(index for index, point in enumerate(points) if point["sparsity"] >= sparsity)
+def _interpolated(
+    points: Sequence[DialPoint], sparsity: float, values: Callable[[DialPoint], Mapping[str, float]]
+) -> dict[str, float]:
+    """Return the units' values between the two neighbouring points."""
+    above = next(index for index, point in enumerate(points) if point.sparsity >= sparsity)
     right = points[above]
     left = points[above - 1] if above else right
-    span = right["sparsity"] - left["sparsity"]
-    share = (sparsity - left["sparsity"]) / span if span else 0.0
-    return {unit: (1 - share) * left[key][unit] + share * value for unit, value in right[key].items()}
+    span = right.sparsity - left.sparsity
+    share = (sparsity - left.sparsity) / span if span else 0.0
+    return {unit: (1 - share) * values(left)[unit] + share * value for unit, value in values(right).items()}

@@ -1,4 +1,7 @@
-"""The command line: one lazily imported file a verb. It parses and shows; the library works."""
+"""The command line: one file per command, imported only when needed.
+
+Commands parse their arguments, call the library and print what it returns.
+"""
 
 from irc.cli.group import main
 

@@ -1,4 +1,4 @@
-"""`irc bench`: what routing gains in wall-clock time, against what its FLOPs promise."""
+"""`irc bench`: measures how much faster routing is, and compares that with the saved FLOPs."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from irc.cli.options import Decorator, common_options, files, numbers, provider_option, seed_option, words
+from irc.cli.options import Decorator, common_options, files, name_list, number_list, provider_option, seed_option
 
 if TYPE_CHECKING:
     from irc.bench import Share
 
 _SIZES = {"hidden": 1024, "layers": 8, "ffn": 2816, "heads": 16, "kv_heads": 16}
-_PHASES = {"prefill": "prefill of {tokens} tokens", "decode": "decode, one token a sequence after {tokens}"}
+_PHASES = {"prefill": "prefill of {tokens} tokens", "decode": "decode, one token per sequence after {tokens}"}
 
 
 def _size(name: str, text: str) -> Decorator:
@@ -28,13 +28,13 @@ def _count(name: str, default: int, text: str) -> Decorator:
 
 def _numbers(name: str, target: str, default: str, text: str) -> Decorator:
     return click.option(
-        f"--{name}", target, default=default, show_default=True, callback=numbers, metavar="LIST", help=text
+        f"--{name}", target, default=default, show_default=True, callback=number_list, metavar="LIST", help=text
     )
 
 
 def _shares(ctx: click.Context, parameter: click.Parameter, value: str | None) -> list[Share] | None:
-    """Read shares such as 0.25, or 0.1/0.4 for attention and FFN units."""
-    if value is None or ctx.resilient_parsing:  # completion waits for no import of torch
+    """Read fractions such as 0.25, or 0.1/0.4 for attention and FFN units."""
+    if value is None or ctx.resilient_parsing:  # shell completion must not wait for torch to be imported
         return None
     from irc.bench import Share
 
@@ -47,7 +47,7 @@ def _shares(ctx: click.Context, parameter: click.Parameter, value: str | None) -
             attention = ffn = -1.0
         if not (0 <= attention <= 1 and 0 <= ffn <= 1):
             example = "0.25,0.5, or 0.1/0.4 for attention and FFN units"
-            raise click.BadParameter(f"'{value}' is no list of shares; give some such as {example}", ctx, parameter)
+            raise click.BadParameter(f"'{value}' is not a list of fractions; use for example {example}", ctx, parameter)
         found.append(Share(attention, ffn))
     return found
 
@@ -58,43 +58,46 @@ def _shares(ctx: click.Context, parameter: click.Parameter, value: str | None) -
     "--sparsities",
     callback=_shares,
     metavar="LIST",
-    help="Shares of skipped (token, unit) pairs, or pairs 0.1/0.4 for attention and FFN; of a bundle, points of its "
-    "dial.  [default: 0.25,0.4,0.5,0.7; a bundle's own]",
+    help="Fractions of (token, unit) pairs to skip, each a number or two such as 0.1/0.4 for attention and FFN; for a "
+    "bundle, within the range of its dial.  [default: 0.25,0.4,0.5,0.7; a bundle's own]",
 )
 @click.option(
-    "--shape", metavar="NAME", help="llama-3.2-1b, llama-3.2-3b, llama-3.1-8b or a config.json, in place of sizes."
+    "--shape", metavar="NAME", help="Take all sizes from llama-3.2-1b, llama-3.2-3b, llama-3.1-8b or a config.json."
 )
 @_size("hidden", "Hidden size.")
 @_size("layers", "Decoder layers.")
-@_size("ffn", "Size inside the FFN.")
+@_size("ffn", "FFN size.")
 @_size("heads", "Attention heads.")
 @_size("kv-heads", "Key/value heads.")
-@click.option("--data", metavar="TEXT", help="What a bundle reads, held out.  [default: the text of its conversion]")
-@_numbers("batch", "batches", "1", "Sequences at a time.")
-@_numbers("decode-batch", "decode_batches", "", "Sequences at a time in decoding, if others.")
-@_numbers("prefill", "prefill", "512", "Tokens of the timed prompt.")
+@click.option(
+    "--data", metavar="TEXT", help="Text whose held-out part a bundle reads.  [default: that of its conversion]"
+)
+@_numbers("batch", "batches", "1", "Batch sizes.")
+@_numbers("decode-batch", "decode_batches", "", "Batch sizes for decoding, if different.")
+@_numbers("prefill", "prefill", "512", "Prompt lengths to time, in tokens.")
 @_count("past", 128, "Tokens in the cache before decoding.")
-@_count("decode", 64, "Timed steps of one token a sequence.")
-@_count("rounds", 7, "Timed rounds; medians count.")
+@_count("decode", 64, "Decoding steps to time.")
+@_count("rounds", 7, "Timed rounds; the median is reported.")
 @provider_option()
-@click.option("--dtype", default="fp32", show_default=True, metavar="NAME", help="fp32, fp16 or bf16.")
+@click.option("--dtype", default="fp32", show_default=True, metavar="NAME", help="Data type: fp32, fp16 or bf16.")
 @click.option(
     "--ops",
     default="auto",
     show_default=True,
-    callback=words,
+    callback=name_list,
     metavar="LIST",
-    help="Kernels of the operators of domain irc, each timed: native, portable, auto, or the path of a library.",
+    help="Kernels for irc's own operators, each timed: native, portable, auto, or the path of a library.",
 )
 @click.option(
     "--peers",
     default="",
-    callback=words,
+    callback=name_list,
     metavar="LIST",
-    help="Also time static (as many layers less), hf-eager, hf-compiled (transformers), genai (its own dense build).",
+    help="Also time static (the same share of layers removed), hf-eager and hf-compiled (transformers), and genai "
+    "(its own dense build).",
 )
-@click.option("--profile", is_flag=True, help="Also say where the time goes, by operator.")
-@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Write an SVG of the speed-ups.")
+@click.option("--profile", is_flag=True, help="Also show the time per operator.")
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Write a plot of the speed-ups (SVG).")
 @seed_option()
 @common_options
 def command(
@@ -118,25 +121,26 @@ def command(
     as_json: bool,
     **sizes: int | None,
 ) -> None:
-    """Time a routed model against its dense self on ONNX Runtime, in turns.
+    """Time a routed model and its dense original on ONNX Runtime, in alternation.
 
-    Without BUNDLE: a Llama with random weights, told by random masks what to execute. With BUNDLE: its own routes on
-    held-out text. Both forms go through the same export. Routers, compaction and forecasters are in the routed time.
-    The ideal is what the FLOPs (prefill) or the bytes read (decode) promise; efficiency is the speed-up over it.
+    With BUNDLE, the model follows its own routes on held-out text. Without it, a Llama with random weights follows
+    random routes. Both models go through the same export. The routed time includes routers, compaction and
+    forecasters. The ideal speed-up follows from the FLOPs (prefill) or the bytes read (decode); efficiency is the
+    measured speed-up divided by it.
     """
     from irc import console
-    from irc.bench import Load, Share, Subject, bench
+    from irc.bench import BenchOptions, Load, Share, Subject, bench
     from irc.bench.plot import speedup_plot
     from irc.bench.shapes import Shape, shape_named
     from irc.errors import InputError
 
     given = {name: value for name, value in sizes.items() if value is not None}
     if bundle and (shape or given):
-        raise InputError(f"{bundle}: a bundle has its own shape; leave --shape and sizes out")
+        raise InputError(f"{bundle}: a bundle has its own sizes; leave out --shape and the size options")
     if shape and given:
-        raise InputError(f"--shape {shape} says all sizes; leave --{next(iter(given)).replace('_', '-')} out")
+        raise InputError(f"--shape {shape} sets all sizes; leave out --{next(iter(given)).replace('_', '-')}")
     if data and not bundle:
-        raise InputError("--data is what a bundle reads; name one, or leave it out")
+        raise InputError("--data applies to a bundle only; give a BUNDLE or leave it out")
     if sparsities is None:
         sparsities = [] if bundle else [Share(share, share) for share in (0.25, 0.4, 0.5, 0.7)]
     text = None
@@ -145,21 +149,11 @@ def command(
 
         text = heldout_tokens(bundle, data)
     if plot and (plot.is_dir() or not plot.parent.is_dir()):
-        raise InputError(f"--plot {plot}: cannot be written; give a file in a folder that is there")
+        raise InputError(f"--plot {plot}: cannot be written; give a file in an existing folder")
     subject = Subject(shape_named(shape) if shape else Shape(**{**_SIZES, **given}), bundle, text)
     load = Load(tuple(batches), tuple(prefill), tuple(decode_batches), past, decode, rounds)
-    result = bench(
-        subject,
-        sparsities,
-        load,
-        console.progress,
-        provider=provider,
-        dtype=dtype,
-        ops=ops,
-        peers=peers,
-        profile=profile,
-        seed=seed,
-    )
+    options = BenchOptions(provider, dtype, ops, peers, profile, seed)
+    result = bench(subject, sparsities, load, console.progress, options)
     if plot:
         try:
             plot.write_text(speedup_plot(result), encoding="utf-8")
@@ -174,7 +168,7 @@ def command(
 
 
 def _show(result: dict[str, Any]) -> None:
-    """Print one table a phase, batch size and length, and the profile."""
+    """Print one table per phase, batch size and length, then the profile."""
     from irc import console
 
     headings = ["skipped", "model", "ms", "spread", "tokens/s", "speed-up", "ideal", "efficiency"]
@@ -186,7 +180,7 @@ def _show(result: dict[str, Any]) -> None:
         title = f"{_PHASES[phase].format(tokens=tokens)}, batch {batch}, {result['provider']}, {result['dtype']}"
         console.table(title, headings, [line for row in rows for line in _lines(row)])
     for entry in result["profile"]:
-        title = f"where the time goes: {entry['model']}, {entry['phase']}"
+        title = f"time per operator: {entry['model']}, {entry['phase']}"
         title += "" if entry["sparsity"] is None else f", {entry['sparsity']:.0%} skipped"
         total = sum(operator["ms"] for operator in entry["operators"])
         rows = [
@@ -194,7 +188,7 @@ def _show(result: dict[str, Any]) -> None:
             for operator in entry["operators"][:12]
         ]
         console.table(title, ["operator", "calls", "ms", "share"], rows)
-    console.say(f"{result['cores']} cores, peak memory of the process {result['peak_memory_mib']:,} MiB")
+    console.say(f"{result['cores']} cores, peak memory {result['peak_memory_mib']:,} MiB")
 
 
 def _lines(row: dict[str, Any]) -> list[list[str]]:

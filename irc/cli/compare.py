@@ -1,4 +1,4 @@
-"""`irc compare`: routing policies against each other on one model and one text."""
+"""`irc compare`: compares routing policies on one model and one text."""
 
 from __future__ import annotations
 
@@ -14,61 +14,73 @@ from irc.cli.options import (
     dtype_option,
     files,
     force_option,
-    numbers,
+    fraction_list,
+    name_list,
+    number_list,
     output_option,
     resume_option,
-    shares,
-    words,
 )
+from irc.cli.recipe_options import recipe_of, recipe_option, set_option, without_defaults
 
 
 @click.command()
 @click.argument("model", required=False, shell_complete=files)
-@output_option("Folder of the comparison: its cells, results.json and report.html.", required=True)
+@output_option("Folder for the cells, results.json and report.html.", required=True)
 @click.option(
     "--policies",
     default="informed,skipgpt,mod,random,static",
     show_default=True,
-    callback=words,
+    callback=name_list,
     metavar="LIST",
-    help="Routing policies (docs/method.md).",
+    help="Routing policies to compare (see docs/method.md).",
 )
 @click.option(
-    "--sparsities", default="0.25,0.4,0.7", show_default=True, callback=shares, metavar="LIST", help="Targets."
+    "--sparsities",
+    default="0.25,0.4,0.7",
+    show_default=True,
+    callback=fraction_list,
+    metavar="LIST",
+    help="Target sparsities.",
 )
-@click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, metavar="N", help="Seeds a cell.")
-@click.option("--lora", is_flag=True, help="Every cell with a LoRA stage too, and the dense model under that budget.")
+@click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, metavar="N", help="Seeds per cell.")
 @click.option(
-    "--budgets", default="", callback=shares, metavar="LIST", help="Shares of the router stage's steps to try too."
+    "--lora", is_flag=True, help="Also run every cell with a LoRA stage, and the dense model with the same LoRA budget."
 )
-@click.option("--ranks", default="", callback=numbers, metavar="LIST", help="Forecaster ranks to sweep.")
 @click.option(
-    "--calibration-tokens", default="", callback=numbers, metavar="LIST", help="Tokens of the lff stage to sweep."
+    "--budgets",
+    default="",
+    callback=fraction_list,
+    metavar="LIST",
+    help="Also train with these fractions of the router stage's steps.",
+)
+@click.option("--ranks", default="", callback=number_list, metavar="LIST", help="Forecaster ranks to sweep.")
+@click.option(
+    "--calibration-tokens", default="", callback=number_list, metavar="LIST", help="Tokens of the lff stage to sweep."
 )
 @click.option(
     "--variant",
     "variants",
     multiple=True,
     metavar="NAME:KEY=VALUE,...",
-    help="An option of policy informed to try beside the plain method, such as frozen:router.forecaster_lr=0.",
+    help="Also run policy informed with other settings, such as frozen:router.forecaster_lr=0. Repeatable.",
 )
 @click.option(
-    "--kv-sweep", default="", callback=shares, metavar="LIST", help="Thresholds of the key/value policy reduced."
+    "--kv-sweep",
+    default="",
+    callback=fraction_list,
+    metavar="LIST",
+    help="Thresholds of key/value policy reduced to sweep.",
 )
 @data_option(None)
-@click.option(
-    "--recipe", "recipe_file", type=click.Path(path_type=Path), metavar="FILE", help="Recipe (YAML) to start from."
-)
-@click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe field, such as router.steps=500."
-)
+@recipe_option("Recipe to start from: a YAML file or a ready one (see irc convert).")
+@set_option()
 @click.option(
     "--jobs",
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
     metavar="N",
-    help="Conversions at a time, each in a process with its share of the cores.",
+    help="Conversions to run at a time, each in a process with its share of the cores.",
 )
 @device_option()
 @dtype_option()
@@ -76,24 +88,20 @@ from irc.cli.options import (
 @force_option()
 @common_options
 def command(model: str | None, output: Path, as_json: bool, **options: Any) -> None:
-    """Train and evaluate policies on MODEL (a folder, a hub id, or demo) under one budget, and write a report.
+    """Train and evaluate routing policies on MODEL (a folder, a Hub id, or demo) and write a report.
 
-    Every cell is a conversion: same text, same steps, same seeds. A killed comparison goes on with --resume. Figures
-    are taken on held-out text; choose settings with --set eval_split=validation.
+    Every cell is one conversion; all use the same text, steps and seeds. Continue an interrupted comparison with
+    --resume. Figures are measured on held-out text; to choose settings, use --set eval_split=validation.
     """
     from irc import console
     from irc.cli.compare_tables import comparison_tables
     from irc.compare.cells import Plan, read_variants
     from irc.compare.report import check_tools, write_report
     from irc.compare.run import REPORT, compare
-    from irc.recipe.recipe import load_recipe
 
     check_tools()
-    recipe = load_recipe(options["recipe_file"], options["overrides"])
-    for name in ("device", "dtype"):
-        if options[name] != "auto":
-            setattr(recipe, name, options[name])
-    recipe.model, recipe.data = model or recipe.model, options["data"] or recipe.data
+    flags = {"model": model or None} | {name: options[name] or None for name in ("data", "device", "dtype")}
+    recipe = recipe_of(options["recipe_file"], options["overrides"], without_defaults(flags))
     plan = Plan(
         policies=options["policies"],
         sparsities=options["sparsities"],

@@ -1,4 +1,4 @@
-"""Tables that compare prints."""
+"""The tables that irc compare prints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _ONLY_WIDE = ("seeds", "attention", "FFN")
 
 
 def comparison_tables(results: dict[str, Any]) -> None:
-    """Show a comparison: a row for each policy, sparsity and option; then what follows from them."""
+    """Show a comparison: a row per policy, sparsity and variant, then the gaps and the training times."""
     rows = [
         [
             name_of(group),
@@ -36,7 +36,9 @@ def comparison_tables(results: dict[str, Any]) -> None:
         [[row[i] for i in shown] for row in rows],
     )
     if any(group["lora"] for group in results["summary"]["groups"]):
-        console.note("x dense, with LoRA: over the dense model that had the same LoRA budget, seed by seed")
+        console.note(
+            "x dense, with LoRA: relative to the dense model that was trained with the same LoRA budget and seed"
+        )
     gaps = [
         [
             gap["against"],
@@ -60,5 +62,5 @@ def comparison_tables(results: dict[str, Any]) -> None:
         for found in results["summary"]["catch_up"]
     ]
     if caught:
-        title = "shortest informed training that ends no worse than skipgpt's, as a share of its time"
-        console.table(title, ["target", "by the clock", "of processors", "seeds"], caught)
+        title = "shortest informed training that matches skipgpt's result, as a fraction of its time"
+        console.table(title, ["target", "wall clock", "processors", "seeds"], caught)

@@ -1,4 +1,4 @@
-"""`irc convert`: capture a model, insert routers and forecasters, train them, save a bundle."""
+"""`irc convert`: captures a model, inserts routers and forecasters, trains them and saves a bundle."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from irc.cli.options import (
     dtype_option,
     files,
     force_option,
+    fraction_list,
+    name_list,
     output_option,
     resume_option,
     seed_option,
     seq_len_option,
-    shares,
-    words,
 )
+from irc.cli.recipe_options import recipe_of, recipe_option, set_option, without_defaults
 
 
 def _list_fields(ctx: click.Context, _: click.Parameter, value: bool) -> None:
@@ -37,62 +38,60 @@ def _list_fields(ctx: click.Context, _: click.Parameter, value: bool) -> None:
         console.emit_json({"fields": [dict(zip(keys, each, strict=True)) for each in fields]})
     else:
         rows = [[name, json.dumps(default), text] for name, default, text in fields]
-        console.table("fields of a recipe", ["field", "default", "what it is"], rows)
+        console.table("fields of a recipe", ["field", "default", "meaning"], rows)
     ctx.exit()
 
 
 @click.command()
 @click.argument("model", required=False, shell_complete=files)
-@output_option("Folder to write the bundle to.", required=True)
+@output_option("Folder for the bundle.", required=True)
 @data_option(None)
 @click.option(
-    "--sparsity", type=float, metavar="SHARE", help="Share of (token, unit) pairs to approximate. [default: 0.25]"
+    "--sparsity", type=float, metavar="SHARE", help="Fraction of (token, unit) pairs to approximate. [default: 0.25]"
 )
 @click.option(
-    "--policy", metavar="NAME", help="informed, skipgpt, mod, random or static (docs/method.md). [default: informed]"
+    "--policy",
+    metavar="NAME",
+    help="Routing policy: informed, skipgpt, mod, random or static (see docs/method.md). [default: informed]",
 )
 @click.option(
     "--dial",
     default="",
-    callback=shares,
+    callback=fraction_list,
     metavar="LIST",
-    help="Other sparsities to keep thresholds for, such as 0.1,0.2,0.3,0.4,0.5,0.6; the bundle runs at any between.",
+    help="Also store thresholds for these sparsities, such as 0.1,0.2,0.3,0.4,0.5,0.6; the bundle can then run at any "
+    "sparsity in between.",
 )
-@click.option("--rank", type=int, metavar="N", help="Forecaster rank. [default: min(100, hidden / 10)]")
-@click.option("--forecaster", type=click.Choice(["linear", "silu"]), help="Forecaster. [default: linear]")
+@click.option("--rank", type=int, metavar="N", help="Rank of the forecasters. [default: min(100, hidden size / 10)]")
+@click.option("--forecaster", type=click.Choice(["linear", "silu"]), help="Form of the forecasters. [default: linear]")
 @click.option(
     "--stages",
-    callback=words,
+    callback=name_list,
     metavar="LIST",
-    help="Comma-separated stages of lff, router, lora. [default: as the policy needs]",
+    help="Stages to run: some of lff, router, lora, in this order. [default: those that the policy needs]",
 )
-@click.option(
-    "--recipe",
-    "recipe_file",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Recipe to start from: a YAML file, or a ready one such as llama-3.2-1b-25 (also 3.2-3b, 3.1-8b; -40, -70).",
+@recipe_option(
+    "Recipe to start from: a YAML file, or a ready one: llama-3.2-1b, llama-3.2-3b or llama-3.1-8b, each also with "
+    "-25, -40 or -70 (percent to skip)."
 )
-@click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe field, such as router.steps=500."
-)
+@set_option()
 @click.option(
     "--fields",
     is_flag=True,
     is_eager=True,
     expose_value=False,
     callback=_list_fields,
-    help="List every field of a recipe with its default and what it is, and do nothing else.",
+    help="List every field of a recipe with its default and meaning, then exit.",
 )
 @click.option(
     "--stage-cache",
     "stages_folder",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Take finished stages from DIR where one was trained in just this way, and leave new ones there.",
+    help="Reuse identical finished stages from DIR and store new ones there.",
 )
 @click.option(
-    "--dry-run", is_flag=True, help="Say what it would take (time, memory, disk) after two steps of each stage."
+    "--dry-run", is_flag=True, help="Estimate time, memory and disk space from two steps of each stage; write nothing."
 )
 @device_option()
 @dtype_option()
@@ -104,34 +103,28 @@ def _list_fields(ctx: click.Context, _: click.Parameter, value: bool) -> None:
 def command(
     model: str | None, output: Path, as_json: bool, force: bool, resume: bool, dry_run: bool, **flags: Any
 ) -> None:
-    """Convert MODEL (a folder, a hub id, or demo) into a bundle of routers and forecasters."""
+    """Convert MODEL (a folder, a Hub id, or demo) into a bundle of trained routers and forecasters."""
     from irc import console
     from irc.cli.report import conversion_report
     from irc.conversion.pipeline import convert
     from irc.conversion.work_folder import is_main_process
-    from irc.recipe.recipe import load_recipe
 
-    recipe = load_recipe(flags.pop("recipe_file"), flags.pop("overrides"))
-    stages, cache = flags.pop("stages"), flags.pop("stages_folder")
-    if stages is not None:
-        recipe.stages = stages
-    recipe.dial = flags.pop("dial") or recipe.dial
-    for name, value in {"model": model, **flags}.items():
-        if value is not None and not (name in ("device", "dtype") and value == "auto"):
-            setattr(recipe, name, value)
+    recipe_file, overrides, cache = (flags.pop(name) for name in ("recipe_file", "overrides", "stages_folder"))
+    flags |= {"model": model, "dial": flags["dial"] or None}
+    recipe = recipe_of(recipe_file, overrides, without_defaults(flags))
     if is_main_process():
         console.note(
             f"converting {recipe.model} with {recipe.data}: sparsity {recipe.sparsity}, "
             f"policy {recipe.policy}, seed {recipe.seed}"
         )
     if dry_run:
-        from irc.cli.report import plan_report
-        from irc.conversion.dry_run import rehearse
+        from irc.cli.report import dry_run_report
+        from irc.conversion.dry_run import estimate_conversion
 
-        plan = rehearse(recipe, output, console.progress)
-        console.emit_json(plan) if as_json else plan_report(plan)
+        plan = estimate_conversion(recipe, output, console.progress)
+        console.emit_json(plan) if as_json else dry_run_report(plan)
         return
-    metrics = convert(recipe, output, console.progress, force=force, resume=resume, stages=cache)
+    metrics = convert(recipe, output, console.progress, force=force, resume=resume, stage_cache_folder=cache)
     if not is_main_process():
         return
     if as_json:

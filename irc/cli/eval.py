@@ -1,4 +1,4 @@
-"""`irc eval`: perplexity and realized sparsity of a bundle or a plain model on text."""
+"""`irc eval`: measures perplexity and realized sparsity of a bundle or a plain model on text."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from irc.cli.options import (
     device_option,
     dtype_option,
     files,
+    fraction_list,
     key_policy_options,
+    name_list,
     seq_len_option,
-    shares,
     sparsity_option,
-    words,
 )
 
 if TYPE_CHECKING:
-    from irc.bundle.key_policy import KeyPolicy
+    from irc.bundle.source import ModelSource
 
 
 @click.command()
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
     type=click.Choice(["auto", "all", "train", "calibration", "validation", "heldout"]),
     default="auto",
     show_default=True,
-    help="Part of the text; auto is heldout for the text of the conversion and for stdlib, else all.",
+    help="Part of the text to read; auto means heldout for the text of the conversion and for stdlib, otherwise all.",
 )
 @click.option(
     "--tokens",
     type=click.IntRange(min=0),
     metavar="N",
-    help="Tokens to read, spread evenly; 0 reads all. [default: as in convert]",
+    help="Tokens to read, spread evenly; 0 reads all. [default: as in the conversion]",
 )
-@click.option("--base", metavar="MODEL", help="Where the bundle's base model is, if it has moved.")
+@click.option("--base", metavar="MODEL", help="The bundle's base model, if it has moved.")
 @device_option()
 @dtype_option()
 @seq_len_option(None)
@@ -49,30 +49,30 @@ if TYPE_CHECKING:
     "--sparsity-sweep",
     "sparsities",
     default="",
-    callback=shares,
+    callback=fraction_list,
     metavar="LIST",
-    help="Comma-separated sparsities within the bundle's dial: perplexity and FLOPs at each.",
+    help="Also measure perplexity and FLOPs at these sparsities, within the range of the bundle's dial.",
 )
 @key_policy_options
 @click.option(
     "--kv-sweep",
     default="",
-    callback=shares,
+    callback=fraction_list,
     metavar="LIST",
-    help="Comma-separated thresholds of the key/value policy reduced: memory saved against perplexity.",
+    help="Also measure memory and perplexity at these thresholds of key/value policy reduced.",
 )
 @click.option(
     "--tasks",
-    callback=words,
+    callback=name_list,
     metavar="LIST",
-    help="Tasks of lm-evaluation-harness in place of perplexity; without a network: code_continuation, code_closing, "
-    "code_recall (made of --data). MODEL may be an ONNX folder too.",
+    help="Run tasks of lm-evaluation-harness instead of measuring perplexity. code_continuation, code_closing and "
+    "code_recall are built from --data and need no network. MODEL may also be an ONNX folder.",
 )
 @click.option(
-    "--limit", type=click.IntRange(min=1), metavar="N", help="Questions a task. [default: all; 200 of code_...]"
+    "--limit", type=click.IntRange(min=1), metavar="N", help="Questions per task. [default: all; 200 for code_...]"
 )
 @click.option(
-    "--task-path", type=click.Path(path_type=Path), metavar="DIR", help="Folder of further task files of the harness."
+    "--task-path", type=click.Path(path_type=Path), metavar="DIR", help="Folder with more task files for the harness."
 )
 @common_options
 def command(
@@ -84,36 +84,37 @@ def command(
     tasks: list[str] | None,
     limit: int | None,
     task_path: Path | None,
-    **options: Any,
+    data: str | None,
+    split: str,
+    tokens: int | None,
+    seq_len: int | None,
+    sparsities: list[float],
+    **opening: Any,
 ) -> None:
-    """Evaluate MODEL, a bundle or a plain model (folder, hub id, or demo)."""
+    """Evaluate MODEL: a bundle or a plain model (folder, Hub id, or demo)."""
     from irc import console
-    from irc.bundle.key_policy import KeyPolicy
+    from irc.bundle.source import ModelSource
     from irc.cli.report import figures_table, kv_report, sparsity_report
     from irc.errors import InputError
-    from irc.evaluation.run import run_evaluation
+    from irc.evaluation.run import TextChoice, run_evaluation
+    from irc.recipe.key_policy import KeyPolicy
 
+    source = ModelSource(model, key_policy=KeyPolicy.chosen(kv_policy, kv_threshold), **opening)
     if tasks is not None:
-        given = {"--kv-sweep": kv_sweep, "--sparsity-sweep": options["sparsities"], "--tokens": options["tokens"]}
-        given |= {"--seq-len": options["seq_len"], "--split": options["split"] != "auto"}
+        given = {"--kv-sweep": kv_sweep, "--sparsity-sweep": sparsities, "--tokens": tokens}
+        given |= {"--seq-len": seq_len, "--split": split != "auto"}
         for flag, value in given.items():
             if value:
-                raise InputError(f"{flag} is for perplexity; --tasks read whole questions, so leave one of them out")
-        key_policy = KeyPolicy.chosen(kv_policy, kv_threshold)
-        _evaluate_tasks(model, tasks, limit, task_path, as_json, options, key_policy)
+                raise InputError(f"{flag} applies to perplexity only; leave it or --tasks out")
+        _evaluate_tasks(source, tasks, data or "stdlib", limit, task_path, as_json)
         return
-    metrics = run_evaluation(
-        model,
-        console.progress,
-        key_policy=KeyPolicy.chosen(kv_policy, kv_threshold),
-        kv_thresholds=kv_sweep,
-        **options,
-    )
+    choice = TextChoice(data, split, tokens, seq_len)
+    metrics = run_evaluation(source, console.progress, choice, kv_thresholds=kv_sweep, sparsities=sparsities)
     if as_json:
         console.emit_json(metrics)
         return
-    data = metrics["data"]
-    figures_table(f"{data['name']}, split {data['split']}, {data['tokens']:,} tokens", metrics)
+    read = metrics["data"]
+    figures_table(f"{read['name']}, split {read['split']}, {read['tokens']:,} tokens", metrics)
     if "units" in metrics:
         rows = [
             [name, f"{unit['keep_ratio']:.3f}", console.bar(unit["keep_ratio"], 20), f"{unit['recoverability']:.3f}"]
@@ -127,13 +128,7 @@ def command(
 
 
 def _evaluate_tasks(
-    model: str,
-    tasks: list[str],
-    limit: int | None,
-    task_path: Path | None,
-    as_json: bool,
-    options: dict[str, Any],
-    key_policy: KeyPolicy | None,
+    source: ModelSource, tasks: list[str], data: str, limit: int | None, task_path: Path | None, as_json: bool
 ) -> None:
     from irc import console
     from irc.cli.report import tasks_report
@@ -147,20 +142,8 @@ def _evaluate_tasks(
             "pip install 'informed-routing-compiler[tasks]'"
         ) from error
     if not tasks:
-        raise InputError("--tasks names no task; give some such as code_continuation,code_recall")
-    results = run_tasks(
-        model,
-        tasks,
-        console.progress,
-        data=options["data"] or "stdlib",
-        limit=limit,
-        task_path=task_path,
-        base=options["base"],
-        dtype=options["dtype"],
-        device=options["device"],
-        key_policy=key_policy,
-        sparsity=options["sparsity"],
-    )
+        raise InputError("--tasks is empty; give for example code_continuation,code_recall")
+    results = run_tasks(source, tasks, console.progress, data=data, limit=limit, task_path=task_path)
     if as_json:
         console.emit_json(results)
     else:

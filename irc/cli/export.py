@@ -72,24 +72,13 @@ def command(
     layers are shorter than the others', which irc's own runtime handles and onnxruntime-genai does not.
     """
     from irc import console
-    from irc.bundle.key_policy import KeyPolicy
-    from irc.deployment.onnx_folder import export
+    from irc.bundle.source import ModelSource
+    from irc.deployment.onnx_folder import ExportOptions, export
+    from irc.recipe.key_policy import KeyPolicy
 
     console.note(f"exporting {model}: dtype {dtype}, layout {layout}, provider {provider}")
-    policy = KeyPolicy.chosen(kv_policy, kv_threshold)
-    result = export(
-        model,
-        output,
-        base=base,
-        dtype=dtype,
-        layout=layout,
-        ops_library=ops_library,
-        force=force,
-        dump_dir=dump_dir,
-        key_policy=policy,
-        sparsity=sparsity,
-        provider=provider,
-    )
+    source = ModelSource(model, base, dtype, key_policy=KeyPolicy.chosen(kv_policy, kv_threshold), sparsity=sparsity)
+    result = export(source, output, ExportOptions(layout, provider, ops_library, dump_dir, force))
     if as_json:
         console.emit_json(result)
         return

@@ -1,7 +1,7 @@
-"""The group of verbs, and `main`: from the arguments to an exit code.
+"""The command line: the group of commands, and `main`, which turns arguments into an exit code.
 
-A verb is one file of this package that exposes `command`. Listing the verbs imports none of them, and
-no verb imports torch or transformers outside its function's body, so that help is immediate.
+Each command is a file of this package that defines `command`. Listing the commands imports none of them, and no
+command imports torch or transformers outside of its function, so that help appears at once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -25,64 +25,67 @@ from irc import __version__
 from irc.cli.options import Session, debug_option
 from irc.errors import IrcError
 
-VERBS = {
+COMMANDS = {
     "convert": "Add routers and forecasters to a model and train them.",
     "export": "Write a bundle or a model as an ONNX folder.",
     "verify": "Compare an ONNX folder with the PyTorch model it came from.",
-    "generate": "Continue a prompt with an exported model.",
-    "bench": "Time dense against routed on ONNX Runtime.",
+    "generate": "Generate text with an exported model.",
+    "bench": "Time the routed model and the dense one on ONNX Runtime.",
     "eval": "Measure a bundle's perplexity, sparsity and FLOPs.",
-    "compare": "Hold routing policies against each other.",
-    "inspect": "Show the units of a model or bundle and what each skips.",
-    "env": "Show versions, devices and providers that really work.",
+    "compare": "Compare routing policies.",
+    "inspect": "Show the units of a model or bundle and what each one skips.",
+    "env": "Show versions, devices and the providers that work.",
 }
-"""Every verb (the file of that name in this package) and its line in `irc --help`."""
+"""Every command (a file of that name in this package) with its line in `irc --help`."""
 
 _LONGEST_MESSAGE = 500
 
 
 class LazyGroup(click.Group):
-    """A group that imports a verb's file only to run it or to show its own help."""
+    """A group that imports a command's file only to run it or to show its help."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the verbs in the order of work."""
-        return list(VERBS)
+        """Return the commands in the order in which people use them."""
+        return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import a verb's file and return its `command`; None for an unknown verb."""
-        if cmd_name not in VERBS:
+        """Import a command's file and return its `command`; None for an unknown name."""
+        if cmd_name not in COMMANDS:
             return None
         command = importlib.import_module(f"irc.cli.{cmd_name}").command
         assert isinstance(command, click.Command)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the list of verbs from the table."""
+        """Write the list of commands from the table."""
         with formatter.section("Commands"):
-            formatter.write_dl(list(VERBS.items()))
+            formatter.write_dl(list(COMMANDS.items()))
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the verb that the arguments name.
+        """Find the command that the arguments name.
 
         Raises:
-            click.UsageError: There is none; the message suggests the nearest.
+            click.UsageError: There is no such command; the message suggests the nearest.
         """
         name = args[0]
-        if name in VERBS or name.startswith("-"):
-            ctx.ensure_object(Session).wants_json = "--json" in args
-            return super().resolve_command(ctx, args)
-        near = get_close_matches(name, VERBS, n=1, cutoff=0.5)
-        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(VERBS)}"
-        raise click.UsageError(f"no such command '{name}'; {hint}", ctx=ctx)
+        if name in COMMANDS or name.startswith("-"):
+            session = ctx.ensure_object(Session)
+            session.wants_json = "--json" in args
+            found = super().resolve_command(ctx, args)
+            session.flags = _flags(found[1])
+            return found
+        near = get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
+        hint = f"did you mean '{near[0]}'?" if near else f"choose from {', '.join(COMMANDS)}"
+        raise click.UsageError(f"unknown command '{name}'; {hint}", ctx=ctx)
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="irc")
 @debug_option()
 def group() -> None:
-    """Teach a dense decoder language model which tokens need which of its units, and skip the rest."""
+    """Teach a language model to skip the attention and FFN units that a token does not need."""
 
 
 @dataclass(frozen=True)
@@ -95,18 +98,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        arguments: Without the program's name; by default those of the process.
+        arguments: Without the program's name; by default those of this process.
 
     Returns:
-        0 done, 1 failed, 2 wrong usage or input, 3 a gate that the user set was missed.
+        0 for success, 1 for a failure, 2 for wrong usage or input, 3 for a missed limit that the user set.
     """
     from irc import console
 
     console.set_json_mode(False)
-    if sys.stderr is None:  # the caller closed it (2>&-)
-        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (for as long as the process lives)
+    if sys.stderr is None:  # closed by the caller (2>&-)
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (stays open until the process ends)
     if sys.stdout is None:
-        console.fail("stdout is closed, so there is nowhere to write; send it to a file, or to /dev/null")
+        console.fail("stdout is closed; redirect it to a file or to /dev/null")
         return 1
     _quiet_libraries()
     session = Session()
@@ -117,20 +120,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return result if type(result) is int else 0  # click returns the code of ctx.exit(code)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader (head, less) has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader (head, less) has exited
         return 1
     except (Exception, KeyboardInterrupt) as error:
-        failure = _failure(error)
+        failure = _failure(error, session.flags)
         if session.debug:
             console.note(traceback.format_exc().rstrip())
         console.fail(failure.message)
         return failure.exit_code
 
 
-def _failure(error: BaseException) -> _Failure:
-    """Turn any exception into one sentence and an exit code."""
+def _flags(command: click.Command | None) -> dict[str, str]:
+    """Return the long flag of every option of a command, by the name of its parameter."""
+    options = [each for each in command.params if isinstance(each, click.Option)] if command else []
+    return {each.name: max(each.opts, key=len) for each in options if each.name}
+
+
+def _failure(error: BaseException, flags: Mapping[str, str]) -> _Failure:
+    """Turn any exception into a one-line message and an exit code."""
     if isinstance(error, IrcError):
-        return _Failure(str(error), error.exit_code)
+        helpful = [flag for name in error.options if (flag := _flag_of(name, flags))]
+        return _Failure(f"{error} ({', '.join(helpful)})" if helpful else str(error), error.exit_code)
     if isinstance(error, KeyboardInterrupt | click.Abort):
         return _Failure("interrupted", 1)
     if isinstance(error, click.UsageError):
@@ -148,19 +158,28 @@ def _failure(error: BaseException) -> _Failure:
     return _Failure(f"{name}: {message or 'no message'} (--debug shows the traceback)", 1)
 
 
+def _flag_of(name: str, flags: Mapping[str, str]) -> str:
+    """Return how the running command sets a parameter or a recipe field; empty if it cannot."""
+    if name in flags or "overrides" not in flags:
+        return flags.get(name, "")
+    from irc.recipe.recipe import recipe_fields
+
+    return f"--set {name}=..." if name in [field for field, _, _ in recipe_fields()] else ""
+
+
 def _one_line(message: str) -> str:
     text = " ".join(message.split())
     return text if len(text) <= _LONGEST_MESSAGE else text[: _LONGEST_MESSAGE - 2] + " …"
 
 
 def _end_cleanly() -> None:
-    """Let a request to end (SIGTERM) unwind like an interrupt does, so that no half-written folder stays."""
+    """Make SIGTERM unwind the stack as an interrupt does, so that no half-written folder remains."""
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 def _quiet_libraries() -> None:
-    """Keep other libraries' chatter off the screen, and our own log on stderr, above any live bar."""
+    """Silence other libraries, and send our own log to stderr, above any progress bar."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():

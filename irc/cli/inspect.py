@@ -1,4 +1,4 @@
-"""`irc inspect`: the units of a model or bundle, what is inserted round them, and what each skips."""
+"""`irc inspect`: shows the units of a model or bundle, what is inserted around them, and what each one skips."""
 
 from __future__ import annotations
 
@@ -15,27 +15,35 @@ _WIDE = 100
 
 @click.command()
 @click.argument("model", shell_complete=files)
-@click.option("--base", metavar="MODEL", help="Where the bundle's base model is, if it has moved.")
+@click.option("--base", metavar="MODEL", help="The bundle's base model, if it has moved.")
+@click.option("--graph", "layer", type=int, metavar="LAYER", help="Print the graph of a decoder layer, counted from 0.")
 @click.option(
-    "--graph", "layer", type=int, metavar="LAYER", help="Print the graph of one decoder layer, counted from 0."
+    "--diff",
+    "as_diff",
+    is_flag=True,
+    help="Print what irc changed in the graph of that layer (layer 0 without --graph).",
 )
 @click.option(
-    "--diff", "as_diff", is_flag=True, help="Print what the rewriting changed in that graph (without --graph: layer 0)."
+    "--why", "unit", metavar="UNIT", help="Print whether a submodule such as 3.mlp matched as a unit, and why."
 )
 @click.option(
-    "--why", "unit", metavar="UNIT", help="Print what the matcher made of a submodule, such as 3.mlp, and why."
+    "--text",
+    metavar="TEXT",
+    help="Run the bundle on a text (given as for --data elsewhere) and show its routers' decisions.",
 )
-@click.option("--text", metavar="TEXT", help="Run the bundle on a text (as --data) and show what its routers decide.")
 @click.option(
     "--tokens",
     type=click.IntRange(min=1),
     default=256,
     show_default=True,
     metavar="N",
-    help="Length of --text.",
+    help="Tokens of the text to read.",
 )
 @click.option(
-    "--html", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write the decisions as a page."
+    "--html",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write the decisions to an HTML page.",
 )
 @common_options
 def command(
@@ -49,21 +57,22 @@ def command(
     tokens: int,
     html: Path | None,
 ) -> None:
-    """Show the units of MODEL, a bundle or a plain model (folder, hub id, or demo).
+    """Show the units of MODEL: a bundle or a plain model (folder, Hub id, or demo).
 
-    For every unit: the share of tokens that execute it (keep), the cosine between its forecast and its
-    output (recoverability), and its matrix-multiply FLOPs per token, dense and routed.
+    For every unit: the fraction of tokens that execute it (keep), the cosine between its forecast and its output
+    (recoverability), and its matrix-multiply FLOPs per token, dense and routed.
     """
     from irc import console
+    from irc.bundle import loading
+    from irc.bundle.source import ModelSource
     from irc.errors import InputError
-    from irc.evaluation.run import open_model
     from irc.views import inspection
 
     if html is not None and text is None:
-        raise InputError("--html shows the decisions on a text; name one with --text")
+        raise InputError("--html shows the decisions on a text; give one with --text")
     if html is not None and not html.absolute().parent.is_dir():
-        raise InputError(f"{html}: its folder does not exist; make it, or give another --html")
-    opened = open_model(model, base=base, device="cpu")
+        raise InputError(f"--html {html}: the folder does not exist; create it or give another path")
+    opened = loading.open_model(ModelSource(model, base, device="cpu"))
     texts: dict[str, str] = {}
     if unit is not None:
         texts["why"] = inspection.why(opened, unit)
@@ -83,7 +92,7 @@ def command(
 
 
 def _routes(opened: Any, model: str, text: str, tokens: int, html: Path | None) -> dict[str, Any]:
-    """Return what the routers decide on a text; write the page where one is wanted."""
+    """Return the routers' decisions on a text; write the page if --html is given."""
     from irc.views.routes import read_routes
     from irc.views.routes_page import write_routes_page
 
@@ -119,7 +128,7 @@ def _show_texts(texts: dict[str, str]) -> None:
         for line in texts["diff"].splitlines():
             console.say(line, style="bold" if line.startswith(("+++", "---")) else styles.get(line[:1]))
         if not texts["diff"]:
-            console.note("no difference: nothing is inserted in a plain model")
+            console.note("no difference: a plain model is not changed")
     elif "graph" in texts:
         for line in texts["graph"].splitlines():
             console.say(line, style=_graph_style(line))
@@ -139,11 +148,11 @@ def _show(facts: dict[str, Any]) -> None:
     console.say()
     _show_totals(facts)
     for refusal in facts["refusals"]:
-        console.say(f"no unit: {refusal['name']}: {refusal['reason']}", style="yellow")
+        console.say(f"not a unit: {refusal['name']}: {refusal['reason']}", style="yellow")
 
 
 def _show_tree(facts: dict[str, Any]) -> None:
-    """Show layers that are alike once: what a 32-layer model holds fits a screen."""
+    """Show identical layers once, so that a 32-layer model fits on a screen."""
     from irc import console
 
     content: dict[Any, object] = {}
@@ -151,7 +160,7 @@ def _show_tree(facts: dict[str, Any]) -> None:
     for _, alike in groupby(layers, key=lambda layer: [_shape(unit) for unit in layer[1]]):
         group = list(alike)
         (first, units), (last, _) = group[0], group[-1]
-        title = f"layer {first}" if first == last else f"layers {first} to {last}, alike"
+        title = f"layer {first}" if first == last else f"layers {first} to {last}, identical"
         content[title] = {_unit_label(unit): _inserted(facts, unit) for unit in units}
     inside = sum(unit["parameters"]["unit"] for unit in facts["units"])
     content[f"outside units  {_short(facts['parameters']['base'] - inside)} parameters"] = None
@@ -243,7 +252,7 @@ def _show_totals(facts: dict[str, Any]) -> None:
 
 
 def _short(number: float | None) -> str:
-    """Write a count with three digits: 786k, 1.05M, 83.9G."""
+    """Format a count with three digits: 786k, 1.05M, 83.9G."""
     if number is None:
         return "-"
     letters = iter("kMGT")

@@ -1,4 +1,4 @@
-"""Tables that convert and eval print."""
+"""The tables that irc convert and irc eval print."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def figures_table(title: str, metrics: dict[str, Any]) -> None:
 
 
 def kv_rows(kv: dict[str, Any]) -> list[list[str]]:
-    """Return the row about keys and values; none under the policy `full`."""
+    """Return the row about keys and values; empty under policy `full`."""
     if kv["policy"] == "full":
         return []
     units = f"{kv['reduced_units']} attention units, threshold {kv['threshold']:g}"
@@ -43,7 +43,7 @@ def kv_rows(kv: dict[str, Any]) -> list[list[str]]:
 
 
 def kv_report(metrics: dict[str, Any]) -> None:
-    """Show a sweep over thresholds of the key/value policy as a table and a plot."""
+    """Show a sweep over thresholds of the key/value policy, as a table and a plot."""
     dense, sweep = metrics["perplexity"]["dense"], metrics["kv_sweep"]
     rows = [
         [
@@ -63,7 +63,7 @@ def kv_report(metrics: dict[str, Any]) -> None:
 
 
 def sparsity_report(metrics: dict[str, Any]) -> None:
-    """Show a sweep of the sparsity dial as a table and a plot."""
+    """Show a sweep over sparsities, as a table and a plot."""
     dense, sweep = metrics["perplexity"]["dense"], metrics["sparsity_sweep"]
     rows = [
         [
@@ -72,13 +72,13 @@ def sparsity_report(metrics: dict[str, Any]) -> None:
         ]
         for row in sweep
     ]
-    console.table("the sparsity dial", ["target", "realized", "", "perplexity", "x dense", "FLOPs"], rows)
+    console.table("sparsity sweep", ["target", "realized", "", "perplexity", "x dense", "FLOPs"], rows)
     points = [(row["realized"], row["perplexity"], "*") for row in sweep]
-    console.plot("perplexity over sparsity", "share of pairs approximated", "perplexity", points)
+    console.plot("perplexity over sparsity", "fraction of pairs approximated", "perplexity", points)
 
 
 def tasks_report(results: dict[str, Any]) -> None:
-    """Show figures of tasks, dense and routed side by side."""
+    """Show task results, dense and routed side by side."""
     rows: list[list[object]] = []
     for task, sides in results["tasks"].items():
         first = next(iter(sides.values()))
@@ -90,14 +90,14 @@ def tasks_report(results: dict[str, Any]) -> None:
             rows.append([task, metric, first["questions"], *shown, None if error is None else f"{error:.3f}"])
     console.table(f"tasks, {results['backend']}", ["task", "figure", "questions", "dense", "routed", "error"], rows)
     if results["sparsity"]["realized"] is not None:
-        console.say(f"skipped of (token, unit) pairs, padding left out: {results['sparsity']['realized']:.3f}")
+        console.say(f"skipped (token, unit) pairs, without padding: {results['sparsity']['realized']:.3f}")
 
 
-def plan_report(plan: dict[str, Any]) -> None:
-    """Show what a conversion would take."""
+def dry_run_report(plan: dict[str, Any]) -> None:
+    """Show the estimated cost of a conversion."""
     rows = [[phase["name"], console.duration(phase["seconds"])] for phase in plan["phases"]]
-    rows.append(["in all", console.duration(plan["seconds"])])
-    console.table("time, by two steps of each stage", ["phase", "about"], rows)
+    rows.append(["total", console.duration(plan["seconds"])])
+    console.table("estimated time, from two steps of each stage", ["phase", "time"], rows)
     kinds = [
         [
             kind,
@@ -107,7 +107,10 @@ def plan_report(plan: dict[str, Any]) -> None:
         ]
         for kind in ("memory", "disk")
     ]
-    console.table("room", ["", "needed", "free", "fits"], kinds)
-    for kind, remedy in (("memory", "try a smaller batch or activation_checkpointing=true"), ("disk", "free some")):
+    console.table("space", ["", "needed", "free", "fits"], kinds)
+    for kind, remedy in (
+        ("memory", "try a smaller batch or activation_checkpointing=true"),
+        ("disk", "free some space"),
+    ):
         if not plan[kind]["fits"]:
-            console.say(f"it will not fit: {kind} is short; {remedy}")
+            console.say(f"not enough {kind}; {remedy}")

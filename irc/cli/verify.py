@@ -29,23 +29,33 @@ from irc.cli.options import common_options, data_option, ops_option, provider_op
 )
 @click.option("--tolerance", type=float, metavar="X", help="Largest difference of logits. [default: by data type]")
 @common_options
-def command(folder: Path, as_json: bool, **options: Any) -> int:
+def command(
+    folder: Path,
+    as_json: bool,
+    data: str,
+    tokens: int,
+    seq_len: int,
+    prompts: int,
+    new_tokens: int,
+    **options: Any,
+) -> None:
     """Verify FOLDER, what irc export wrote, against PyTorch on held-out text.
 
     Logits, perplexity, every unit's routes and greedy continuations are compared. The exit code is 3 where
     they differ by more than rounding.
     """
     from irc import console
-    from irc.deployment.verification import verify
+    from irc.deployment.verification import Sample, verify
+    from irc.errors import GateMissed
 
-    result = verify(folder, console.progress, **options)
+    sample = Sample(data, tokens, seq_len, prompts, new_tokens)
+    result = verify(folder, console.progress, sample, **options)
     if as_json:
         console.emit_json(result)
     else:
         _show(result)
     if not result["ok"]:
-        console.fail(f"{folder}: {_what_differs(result)}")
-    return 0 if result["ok"] else 3
+        raise GateMissed(f"{folder}: {_what_differs(result)}")
 
 
 def _what_differs(result: dict[str, Any]) -> str:

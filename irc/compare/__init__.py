@@ -1,1 +1,1 @@
-"""`irc compare`: the policies against each other on one model and one text, every cell under the same budget."""
+"""`irc compare`: compares routing policies on one model and one text, every cell with the same budget."""

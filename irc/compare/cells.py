@@ -1,8 +1,7 @@
-"""The plan of a comparison: which conversions are made, and the recipe of each."""
+"""The plan of a comparison: which conversions it makes, and the recipe of each."""
 
 from __future__ import annotations
 
-import copy
 import itertools
 import re
 from collections.abc import Iterable, Sequence
@@ -10,14 +9,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from irc.errors import InputError
+from irc.recipe.layers import Layer, build, setting_layer
 from irc.recipe.policies import policy_named
-from irc.recipe.recipe import Recipe, override
+from irc.recipe.recipe import Recipe
+from irc.recipe.stages import required_stages
 
 DENSE = "dense"
 _FIXED = frozenset(
     "model data policy sparsity seed stages eval_split eval_tokens seq_len device dtype precision".split()
 )
-_CHANGES = re.compile(r",(?=\s*[\w.]+\s*=)")  # the commas between settings, not those of a list
+_BETWEEN_SETTINGS = re.compile(r",(?=\s*[\w.]+\s*=)")  # a comma inside a list does not match
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,13 @@ class Cell:
     """One conversion of a comparison.
 
     Attributes:
-        policy: Routing policy; `dense` is the dense model under a LoRA budget (policy static that drops nothing).
+        policy: Routing policy; `dense` is the dense model with LoRA alone (policy static with nothing dropped).
         sparsity: Target.
-        seed: Of everything random.
+        seed: Seed of all random numbers.
         lora: Whether the stage lora follows.
-        variant: Name of the option that is tried, empty for the plain method.
-        changes: Settings of the recipe that differ, such as `router.steps=50`.
-        swept: The setting whose sweep the cell belongs to; empty for none.
+        variant: Name of the variant, empty for the plain method.
+        changes: Recipe settings that differ from the comparison's, such as `router.steps=50`.
+        swept: The setting whose sweep the cell belongs to, or empty.
     """
 
     policy: str
@@ -44,24 +45,22 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """What the cell's folder is called."""
+        """The name of the cell's folder."""
         parts = [self.policy, f"{self.sparsity:g}", "lora" if self.lora else "", self.variant, f"seed{self.seed}"]
         return re.sub(r"[^\w.=+-]", "_", "-".join(part for part in parts if part))
 
     def recipe(self, base: Recipe) -> Recipe:
-        """Return the cell's recipe: the comparison's, with what this cell changes.
+        """Return the comparison's recipe with the changes of this cell.
 
         Raises:
-            InputError: A change names no field of the recipe, or its value does not fit.
+            InputError: A change names a field that does not exist, or its value is not allowed.
         """
-        recipe = copy.deepcopy(base)
-        recipe.policy = "static" if self.policy == DENSE else self.policy
-        recipe.sparsity, recipe.seed = self.sparsity, self.seed
-        recipe.stages = [*policy_named(recipe.policy).stages, *(["lora"] if self.lora else [])]
-        for change in self.changes:
-            override(recipe, change)
-        recipe.check()
-        return recipe
+        policy = "static" if self.policy == DENSE else self.policy
+        stages = [*required_stages(policy_named(policy)), *(["lora"] if self.lora else [])]
+        own = {"policy": policy, "sparsity": self.sparsity, "seed": self.seed, "stages": stages}
+        source = f"cell {self.name}"
+        changes = (setting_layer(Recipe, change, source) for change in self.changes)
+        return build(Recipe, [Layer("", base.to_dict()), Layer(source, own), *changes])
 
 
 @dataclass(frozen=True)
@@ -71,12 +70,12 @@ class Plan:
     Attributes:
         policies: Routing policies.
         sparsities: Targets.
-        seeds: Every cell is made once a seed.
-        lora: Whether cells with the stage lora are made too, and the dense model under the same LoRA budget.
-        budgets: Shares of the router stage's steps; what is trained is trained again with each.
+        seeds: Every cell is made once per seed.
+        lora: Whether to repeat every cell with the stage lora, and to train the dense model with the same LoRA budget.
+        budgets: Fractions of the router stage's steps; policies that learn are trained again with each.
         ranks: Forecaster ranks to sweep, at the first sparsity and seed.
         calibration_tokens: Tokens of the lff stage to sweep, at the first sparsity and seed.
-        variants: Options by name, each a list of settings, at every sparsity and seed.
+        variants: Variants of informed by name, each a list of settings, at every sparsity and seed.
     """
 
     policies: Sequence[str]
@@ -89,29 +88,40 @@ class Plan:
     variants: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Refuse a plan that compares nothing, or names a policy twice or one that is not there.
+        """Refuse a plan that compares nothing, names something twice, or names an unknown policy.
 
         Raises:
-            InputError: Says what is wrong.
+            InputError: Names the list and the value.
         """
         for policy in self.policies:
             policy_named(policy)
         for name, values in (("policies", self.policies), ("sparsities", self.sparsities), ("seeds", self.seeds)):
             if not values:
-                raise InputError(f"--{name} is empty; give at least one")
+                raise InputError(f"the list of {name} is empty; give at least one", options=(name,))
             if len(set(values)) != len(values):
-                raise InputError(f"--{name} names one twice: {', '.join(map(str, values))}")
+                listed = ", ".join(map(str, values))
+                raise InputError(f"{name} are {listed}; name each only once", options=(name,))
         for name, changes in self.variants.items():
-            fixed = next((key for change in changes if (key := change.partition("=")[0].strip()) in _FIXED), None)
-            if fixed:
-                raise InputError(f"--variant {name} changes {fixed}, in which cells must agree; set it for all")
-        if any(not 0 < share < 1 for share in self.budgets):
-            raise InputError("--budgets are shares of the router stage's steps; give some between 0 and 1")
-        if (self.ranks or self.calibration_tokens or self.variants) and "informed" not in self.policies:
-            raise InputError("--ranks, --calibration-tokens, --variant change policy informed; name it in --policies")
+            keys = [change.partition("=")[0].strip() for change in changes]
+            if fixed := [key for key in keys if key in _FIXED]:
+                raise InputError(
+                    f"variant {name} changes {fixed[0]}, which must be the same in all cells; set it in the recipe",
+                    options=("variants", "overrides"),
+                )
+        if wrong := [share for share in self.budgets if not 0 < share < 1]:
+            raise InputError(
+                f"budgets hold {wrong[0]:g}; give fractions of the router stage's steps, between 0 and 1",
+                options=("budgets",),
+            )
+        sweeps = {"ranks": self.ranks, "calibration_tokens": self.calibration_tokens, "variants": self.variants}
+        if (given := [name for name, values in sweeps.items() if values]) and "informed" not in self.policies:
+            raise InputError(
+                f"{given[0]} apply to policy informed, which is not compared; add it to the policies",
+                options=(given[0], "policies"),
+            )
 
     def cells(self, base: Recipe) -> list[Cell]:
-        """Return all cells, those of the plain policies first, each once.
+        """Return all cells without repetition, those of the plain policies first.
 
         Args:
             base: The comparison's recipe.
@@ -140,40 +150,44 @@ class Plan:
 
 
 def _repeats(cell: Cell, seeds: Sequence[int]) -> bool:
-    """Whether a cell has the result of another seed's: nothing random is in a policy that trains nothing."""
+    """Whether a cell has the result of an earlier one: policy static is the same for every seed."""
     return cell.policy == "static" and cell.seed != seeds[0]
 
 
 def _check_names(cells: Iterable[Cell]) -> None:
-    """Refuse two different cells of one name: one would take the other's folder."""
+    """Refuse two different cells of the same name: they would share a folder."""
     seen: dict[str, Cell] = {}
     for cell in cells:
         if seen.setdefault(cell.name, cell) != cell:
             raise InputError(
-                f"two cells would both be named {cell.name}; give variants names of their own, and targets that differ "
-                "in six digits"
+                f"two cells would both be named {cell.name}; give each variant its own name, and "
+                "sparsities that differ in their first six digits",
+                options=("variants", "sparsities"),
             )
 
 
 def read_variants(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Read options such as `frozen:router.forecaster_lr=0,router.steps=100`.
+    """Read variants such as `frozen:router.forecaster_lr=0,router.steps=100`.
 
     Raises:
-        InputError: One has no name or no setting, or two have the same name.
+        InputError: A variant has no name or no setting, or two have the same name.
     """
     found: dict[str, tuple[str, ...]] = {}
     for text in texts:
         name, colon, settings = text.partition(":")
         name = name.strip()
-        changes = tuple(part.strip() for part in _CHANGES.split(settings) if part.strip())
+        changes = tuple(part.strip() for part in _BETWEEN_SETTINGS.split(settings) if part.strip())
         if not (name and colon and changes and all("=" in change for change in changes)):
-            raise InputError(f"--variant '{text}': expected NAME:KEY=VALUE[,KEY=VALUE], such as frozen:router.lr=1e-3")
+            raise InputError(
+                f"variant '{text}': expected NAME:KEY=VALUE[,KEY=VALUE], such as frozen:router.lr=1e-3",
+                options=("variants",),
+            )
         if name in found:
-            raise InputError(f"--variant: two are named '{name}'; give each a name of its own")
+            raise InputError(f"two variants are named '{name}'; give each its own name", options=("variants",))
         found[name] = changes
     return found
 
 
-def plan_facts(plan: Plan) -> dict[str, Any]:
+def plan_to_dict(plan: Plan) -> dict[str, Any]:
     """Return a plan as plain data."""
     return {key: list(value) if isinstance(value, (tuple, list)) else value for key, value in vars(plan).items()}

@@ -1,4 +1,4 @@
-"""The plots of a comparison, as SVG texts (matplotlib)."""
+"""The plots of a comparison, as SVG text (matplotlib)."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def perplexity_over_sparsity(groups: Sequence[Row], lora: bool) -> str:
 
 
 def perplexity_over_seconds(rows: Sequence[Row], sparsity: float) -> str:
-    """Plot perplexity over the seconds of training, one point a budget, seed by seed."""
+    """Plot perplexity over seconds of training, one line per seed and one point per budget."""
 
     def draw(axes: Axes) -> None:
         for policy in ("informed", "skipgpt", "mod"):
@@ -106,7 +106,7 @@ def skipped_by_unit(row: Row) -> str:
 
 
 def recoverability(row: Row) -> str:
-    """Plot the recoverability of every unit as bars, sorted (the paper's first experiment)."""
+    """Plot the recoverability of every unit as sorted bars (the paper's first experiment)."""
 
     def draw(axes: Axes) -> None:
         units = sorted(row["figures"]["units"].items(), key=lambda entry: entry[1]["recoverability"])
@@ -125,7 +125,7 @@ def sweep(rows: Sequence[Row], key: str, label: str) -> str:
     Args:
         rows: Cells whose variant is `key=value`.
         key: Such as `rank`.
-        label: Of the x axis.
+        label: Label of the x axis.
     """
 
     def draw(axes: Axes) -> None:

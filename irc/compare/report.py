@@ -1,4 +1,4 @@
-"""One HTML page of a comparison: figures, tables and plots, nothing loaded from elsewhere."""
+"""Writes the HTML report of a comparison: figures, tables and plots in one file that loads nothing else."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 
 def check_tools() -> None:
-    """Refuse where a report cannot be written, before hours of training.
+    """Check, before hours of training, that a report can be written.
 
     Raises:
         InputError: matplotlib or jinja2 is not installed.
@@ -33,7 +33,7 @@ def write_report(results: dict[str, Any], path: Path) -> None:
     """Write the report of a comparison.
 
     Args:
-        results: What `irc.compare.run.compare` returned.
+        results: As returned by `irc.compare.run.compare`.
         path: Of the HTML file.
 
     Raises:
@@ -53,7 +53,7 @@ def write_report(results: dict[str, Any], path: Path) -> None:
 
 
 def _sections(results: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield a title, a text and the plots of each part that the plan has cells for."""
+    """Yield title, text and plots of each section that the plan has cells for."""
     rows: list[Row] = results["cells"]
     groups: list[Row] = results["summary"]["groups"]
     for lora in (False, True):
@@ -62,16 +62,16 @@ def _sections(results: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield _section(title, "Bars span the seeds.", [plots.perplexity_over_sparsity(groups, lora)])
     budgets = {row["sparsity"] for row in rows if row["swept"] == "router.steps"}
     if budgets:
-        text = "Each point is a training of its own with its own schedule; those of informed include the lff stage."
+        text = "Each point is a separate training with its own schedule; those of informed include the lff stage."
         timed = [plots.perplexity_over_seconds(rows, sparsity) for sparsity in sorted(budgets)]
         yield _section("Perplexity over training time", text, timed)
-    yield _section("What is skipped: attention against FFN", "", [plots.skipped_by_kind(groups)])
+    yield _section("Skipped tokens: attention and FFN", "", [plots.skipped_by_kind(groups)])
     first = [row for row in rows if row["seed"] == rows[0]["seed"] and not (row["variant"] or row["lora"])]
     routed = [row for row in first if row["policy"] in ("informed", "skipgpt", "static")]
-    yield _section("What is skipped, layer by layer", "First seed.", [plots.skipped_by_unit(row) for row in routed])
+    yield _section("Skipped tokens by layer", "First seed.", [plots.skipped_by_unit(row) for row in routed])
     informed = [row for row in first if row["policy"] == "informed"]
     if informed:
-        text = "How well the trained forecaster of each unit stands in for it, every unit executed."
+        text = "How well the trained forecaster of each unit replaces it, measured while every unit executes."
         yield _section("Recoverability of each unit", text, [plots.recoverability(informed[0])])
     for key, title, label in (
         ("rank", "Forecaster rank", "rank"),
@@ -81,7 +81,7 @@ def _sections(results: dict[str, Any]) -> Iterator[dict[str, Any]]:
         if swept:
             yield _section(title, "", [plots.sweep(swept, key, label)])
     if results["kv_sweep"]:
-        text = "Under the key/value policy reduced, skipped tokens of strongly skipping attention units store nothing."
+        text = "Under the key/value policy reduced, attention units that skip often store nothing for skipped tokens."
         yield _section("Keys and values saved", text, [plots.kv_trade_off(results["kv_sweep"])])
 
 

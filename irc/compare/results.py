@@ -1,4 +1,4 @@
-"""From cells to figures: means over seeds, the gap that informed routing closes, the time it takes to catch up."""
+"""Turns cells into figures: means over seeds, the gap that informed routing closes, the time it takes to catch up."""
 
 from __future__ import annotations
 
@@ -9,29 +9,30 @@ from statistics import mean, stdev
 from typing import Any
 
 from irc.compare.cells import DENSE
+from irc.recipe.stages import STAGE_NAMES
 
 Row = dict[str, Any]
-_TRAINING = ("lff", "router", "lora")
 _BUDGET = frozenset({"lff.tokens", "lff.steps", "router.steps", "router.calibration_tokens"})
 
 
 def training_seconds(row: Row, kind: str = "seconds") -> float:
-    """Return what a cell's stages took, in seconds of wall-clock time (or `cpu_seconds`, of all processors)."""
+    """Return how long a cell's stages took: `seconds` of wall-clock time, or `cpu_seconds` summed over processors."""
     stages: dict[str, dict[str, float]] = row["figures"]["stages"]
-    return sum(stages[stage][kind] for stage in _TRAINING if stage in stages)
+    return sum(stages[stage][kind] for stage in STAGE_NAMES if stage in stages)
 
 
 def summarize(rows: Sequence[Row], sparsities: Sequence[float]) -> dict[str, Any]:
     """Return the figures of a comparison.
 
     Args:
-        rows: One a cell.
+        rows: One per cell.
         sparsities: Targets of the plan.
 
     Returns:
-        `groups`, one for each policy, sparsity, LoRA and variant: means and spreads over seeds;
-        `gaps`: how much of the log-perplexity gap that each other policy leaves informed closes, by sparsity, without
-        LoRA and with it; `catch_up`: the shortest informed training that is no worse than the whole one of skipgpt.
+        `groups`: means and spreads over seeds for each policy, sparsity, LoRA and variant.
+        `gaps`: the share of each other policy's log-perplexity gap to the dense model that informed closes, for each
+        sparsity, without and with LoRA.
+        `catch_up`: the shortest informed training whose result is no worse than skipgpt's full training.
     """
     others = [name for name in dict.fromkeys(row["policy"] for row in rows) if name not in ("informed", DENSE)]
     cases = itertools.product((False, True), others, sparsities)
@@ -43,7 +44,7 @@ def summarize(rows: Sequence[Row], sparsities: Sequence[float]) -> dict[str, Any
 
 
 def groups(rows: Sequence[Row]) -> list[Row]:
-    """Return the mean and the spread over seeds of cells that differ by seed alone, in the order of the cells."""
+    """Return means and spreads of cells that differ only in their seed, in the order of the cells."""
     found: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         key = (row["policy"], row["sparsity"], row["lora"], row["variant"])
@@ -66,9 +67,9 @@ def groups(rows: Sequence[Row]) -> list[Row]:
 
 
 def dense_beside(row: Row, rows: Sequence[Row]) -> float:
-    """Return the perplexity that a cell's is held against: the base's; with LoRA the dense model's of the same seed.
+    """Return the perplexity to compare a cell with: the base's, or with LoRA that of the dense LoRA cell of its seed.
 
-    That one was trained under the same LoRA budget on the same text; it is held against itself.
+    The dense LoRA cell was trained with the same LoRA budget on the same text; it is compared with itself.
     """
     if row["lora"] and (dense := _plain(rows, DENSE, 0.0, True).get(row["seed"])):
         return float(dense["figures"]["perplexity"]["routed"])
@@ -78,7 +79,7 @@ def dense_beside(row: Row, rows: Sequence[Row]) -> float:
 def gap_closed(rows: Sequence[Row], sparsity: float, lora: bool, against: str = "skipgpt") -> Row | None:
     """Return the share of another policy's log-perplexity gap to the dense model that informed closes, seed by seed.
 
-    Policy `static`, which draws nothing at random, stands for itself at every seed.
+    Policy `static` has no randomness, so its one cell is used for every seed.
     """
     informed, other = (_plain(rows, policy, sparsity, lora) for policy in ("informed", against))
     if against == "static" and other:
@@ -94,11 +95,12 @@ def gap_closed(rows: Sequence[Row], sparsity: float, lora: bool, against: str = 
 
 
 def catch_up(rows: Sequence[Row], sparsity: float) -> Row | None:
-    """Return the shortest informed training, lff included, that ends no worse than skipgpt's whole one.
+    """Return the shortest informed training, lff included, whose result is no worse than skipgpt's full training.
 
-    Only cells that were made count, of the plain method and of variants that train or read less or more: it is as fine
-    as the budgets of the plan. `share` is its time over skipgpt's by the clock, `cpu_share` that of the processors
-    (which other work on the machine does not stretch), over the seeds that have one; `reached` says how many do.
+    Candidates are the cells of the plain method and of variants that change only how much is trained or read, so the
+    resolution is that of the plan's budgets. `share` is the training time over skipgpt's in wall-clock time,
+    `cpu_share` in processor time (which other work on the machine does not distort), over the seeds that have such a
+    training; `reached` counts them.
     """
     skipgpt = _plain(rows, "skipgpt", sparsity, False)
     shares: dict[str, list[float]] = {"seconds": [], "cpu_seconds": []}
@@ -136,11 +138,11 @@ def _plain(rows: Sequence[Row], policy: str, sparsity: float, lora: bool) -> dic
 
 
 def _excess(row: Row, rows: Sequence[Row]) -> float:
-    """Return how far a cell's log-perplexity lies over that of the dense model."""
+    """Return a cell's log-perplexity minus that of the dense model."""
     return math.log(row["figures"]["perplexity"]["routed"]) - math.log(dense_beside(row, rows))
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
-    """Return mean, sample standard deviation (0 for one value), least and largest."""
+    """Return mean, sample standard deviation (0 for one value), minimum and maximum."""
     deviation = stdev(values) if len(values) > 1 else 0.0
     return {"mean": mean(values), "std": deviation, "min": min(values), "max": max(values)}

@@ -1,4 +1,4 @@
-"""compare(): trains and evaluates every cell of a plan, one after the other or several at a time, and resumes."""
+"""compare(): trains and evaluates every cell of a plan, in turn or several at once, and resumes a killed run."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ import transformers
 import yaml
 
 from irc import __version__
-from irc.bundle.loading import METRICS, RECIPE
-from irc.compare.cells import Cell, Plan, plan_facts
+from irc.bundle.layout import METRICS, RECIPE
+from irc.compare.cells import Cell, Plan, plan_to_dict
 from irc.compare.results import summarize
 from irc.compare.saved import check_same, read_figures
 from irc.conversion.pipeline import convert, resolve
 from irc.conversion.resume import check_same_recipe
 from irc.errors import InputError, IrcError
-from irc.evaluation.run import run_evaluation
+from irc.evaluation.run import TextChoice, run_evaluation
 from irc.files.atomic import write_whole
 from irc.model.checkpoint import find_base
 from irc.progress import ProgressFactory
@@ -52,23 +52,24 @@ def compare(
     force: bool = False,
     kv_thresholds: tuple[float, ...] = (),
 ) -> dict[str, Any]:
-    """Make every cell of a plan and gather the results.
+    """Make every cell of a plan and collect the results.
 
     Args:
-        plan: What is compared.
+        plan: What to compare.
         recipe: What all cells share: model, text, steps.
-        output: Folder of the comparison: `cells/NAME` holds the bundles, `stages` what several of them begin with.
+        output: Folder of the comparison: `cells/NAME` holds the bundles, `stages` the stages that they share.
         progress: Makes progress bars.
-        jobs: Conversions at a time, each a process with its share of the cores.
-        resume: Continue what lies at `output`; finished cells stay, a killed one goes on where it was.
-        force: Replace what lies at `output`.
-        kv_thresholds: Of the key/value policy `reduced`, swept on the first informed cell of each sparsity.
+        jobs: Number of conversions at a time, each in a process with its share of the cores.
+        resume: Continue the comparison at `output`: finished cells are kept, a killed one continues.
+        force: Replace the comparison at `output`.
+        kv_thresholds: Thresholds of the key/value policy `reduced` to sweep on the first informed cell of each
+            sparsity.
 
     Returns:
-        What `irc compare --json` prints and results.json holds.
+        The object that `irc compare --json` prints and results.json holds.
 
     Raises:
-        InputError: The plan is no plan, or `output` holds another comparison.
+        InputError: The plan cannot be carried out, or `output` holds something else.
     """
     cells = plan.cells(recipe)
     recipes = {cell.name: resolve(cell.recipe(recipe)) for cell in cells}
@@ -85,13 +86,13 @@ def compare(
     _open(output, facts, resume=resume, force=force)
     started = time.monotonic()
     with progress("cells", len(cells)) as bar:
-        for done, name in enumerate(_made(cells, recipes, output, progress, jobs), start=1):
+        for done, name in enumerate(_make(cells, recipes, output, progress, jobs), start=1):
             bar.update(done, newest=name)
     rows = [_row(cell, output, recipes[cell.name].stages) for cell in cells]
     sweeps = _sweeps(plan, cells, output, recipe.eval_split, progress, kv_thresholds)
     results = {
         **facts,
-        "plan": plan_facts(plan),
+        "plan": plan_to_dict(plan),
         "machine": _machine(recipe, jobs),
         "cells": rows,
         "summary": summarize(rows, list(plan.sparsities)),
@@ -107,13 +108,15 @@ _PER_CELL = ("policy", "sparsity", "seed", "stages", "checkpoint_seconds")
 
 
 def _open(output: Path, facts: dict[str, Any], *, resume: bool, force: bool) -> None:
-    """Make the folder, or check that it holds a comparison of the same model, text and recipe."""
+    """Create the folder, or check that it holds a comparison of the same model, text and recipe."""
     path = output / MANIFEST
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         if not path.is_file():
-            raise InputError(f"{output}: exists and is not a comparison; give another --output")
+            raise InputError(f"{output}: exists and is not a comparison; give another folder", options=("output",))
         if not (resume or force):
-            raise InputError(f"{output}: a comparison lies here; --resume continues it, --force starts over")
+            raise InputError(
+                f"{output}: already holds a comparison; resume it or start over", options=("resume", "force")
+            )
     if path.is_file() and resume:
         check_same(path, facts)
     try:
@@ -122,7 +125,8 @@ def _open(output: Path, facts: dict[str, Any], *, resume: bool, force: bool) -> 
         output.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(facts, indent=1) + "\n")
     except OSError as error:
-        raise IrcError(f"{output}: cannot be written ({error.strerror or error}); give another --output") from error
+        reason = error.strerror or error
+        raise IrcError(f"{output}: cannot be written ({reason}); give another folder", options=("output",)) from error
 
 
 def _remove(output: Path) -> None:
@@ -130,10 +134,10 @@ def _remove(output: Path) -> None:
         shutil.rmtree(output)
 
 
-def _made(
+def _make(
     cells: list[Cell], recipes: dict[str, Recipe], output: Path, progress: ProgressFactory, jobs: int
 ) -> Iterator[str]:
-    """Make the cells that are not made yet; yields each cell's name when it is."""
+    """Make the cells that are missing; yields the name of each cell that is there, or as soon as it is."""
     waiting = []
     for cell in cells:
         if _finished(output, cell):
@@ -144,11 +148,14 @@ def _made(
     if jobs == 1:
         for cell in waiting:
             log.info("cell %s", cell.name)
-            convert(recipes[cell.name], _folder(output, cell), progress, resume=True, stages=output / _STAGES)
+            folder = _folder(output, cell)
+            convert(recipes[cell.name], folder, progress, resume=True, stage_cache_folder=output / _STAGES)
             yield cell.name
         return
     with _processes(jobs) as (pool, running):
-        futures = {pool.submit(_convert_apart, recipes[c.name], _folder(output, c), jobs, running): c for c in waiting}
+        futures = {
+            pool.submit(_convert_in_process, recipes[c.name], _folder(output, c), jobs, running): c for c in waiting
+        }
         for future in as_completed(futures):
             future.result()
             yield futures[future].name
@@ -164,7 +171,7 @@ def _finished(output: Path, cell: Cell) -> bool:
 
 @contextmanager
 def _processes(jobs: int) -> Iterator[tuple[ThreadPoolExecutor, set[subprocess.Popen[str]]]]:
-    """Hold a pool whose conversions end when this process is interrupted."""
+    """Open a thread pool; if this process is interrupted, the conversions that it started end too."""
     running: set[subprocess.Popen[str]] = set()
     pool = ThreadPoolExecutor(jobs)
     try:
@@ -178,19 +185,19 @@ def _processes(jobs: int) -> Iterator[tuple[ThreadPoolExecutor, set[subprocess.P
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _convert_apart(recipe: Recipe, folder: Path, jobs: int, running: set[subprocess.Popen[str]]) -> None:
-    """Convert in a process of its own with its share of the cores; what it says goes to a log beside the cell."""
+def _convert_in_process(recipe: Recipe, folder: Path, jobs: int, running: set[subprocess.Popen[str]]) -> None:
+    """Convert in a separate process with its share of the cores; its messages go to a log beside the cell."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    written = folder.parent / f"{folder.name}.yaml"
+    written, log_file = (folder.parent / f"{folder.name}.{suffix}" for suffix in ("yaml", "log"))
     write_whole(written, yaml.safe_dump(recipe.to_dict(), sort_keys=False))
     threads = str(max(1, len(os.sched_getaffinity(0)) // jobs))
     command = [sys.executable, "-m", "irc", "convert", "--recipe", str(written), "-o", str(folder), "--resume"]
     command += ["--stage-cache", str(folder.parent.parent / _STAGES), "--json"]
-    with (folder.parent / f"{folder.name}.log").open("w") as said:
+    with log_file.open("w") as messages:
         process = subprocess.Popen(
             command,
             stdout=subprocess.DEVNULL,
-            stderr=said,
+            stderr=messages,
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
         )
@@ -198,10 +205,10 @@ def _convert_apart(recipe: Recipe, folder: Path, jobs: int, running: set[subproc
         code = process.wait()
         running.discard(process)
     if code:
-        last = (folder.parent / f"{folder.name}.log").read_text(errors="replace").strip().splitlines()
-        reason = last[-1].removeprefix("error: ") if last else "it printed nothing"
+        lines = log_file.read_text(errors="replace").strip().splitlines()
+        reason = lines[-1].removeprefix("error: ") if lines else "it printed nothing"
         raise IrcError(f"cell {folder.name}: the conversion ended with exit code {code} ({reason})")
-    (folder.parent / f"{folder.name}.log").unlink(missing_ok=True)
+    log_file.unlink(missing_ok=True)
     written.unlink(missing_ok=True)
 
 
@@ -229,7 +236,7 @@ def _sweeps(
         cell = next((c for c in cells if (c.policy, c.sparsity, c.variant) == ("informed", sparsity, "")), None)
         if cell is not None:
             folder = str(_folder(output, cell))
-            rows = run_evaluation(folder, progress, split=split, kv_thresholds=thresholds)["kv_sweep"]
+            rows = run_evaluation(folder, progress, TextChoice(split=split), kv_thresholds=thresholds)["kv_sweep"]
             found.append({"cell": cell.name, "sparsity": sparsity, "rows": rows})
     return found
 

@@ -1,95 +1,163 @@
-"""What a comparison left on disk, checked before anything is made of it."""
+"""Checks what a comparison left on disk before results are computed from it."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, ConfigDict, Field
 
 from irc.errors import InputError
 from irc.files.untrusted import first_line, read_json
+from irc.recipe.checked import Checked, Natural
+from irc.recipe.layers import Layer, build
 
-_FIGURES = ("perplexity", "sparsity", "flops_ratio", "units", "seconds", "stages")
-_MOST = 1e306  # a perplexity is at most exp(700), over another's
+_LARGEST = 1e306  # a perplexity is at most exp(700), divided by another
 _DEEPEST = 8
-_SLACK = 1e-6  # a share is a mean, and sums are rounded
-_UNIT = re.compile(r"[A-Za-z0-9_.]{1,200}")  # plots draw the name of one
+_SLACK = 1e-6  # shares are means, and sums are rounded
+_LARGEST_COSINE = 2  # generous: rounding takes a cosine a little beyond 1
+_UNIT_NAME = r"[A-Za-z0-9_.]{1,200}"  # plots show it
+_FIGURES = ("perplexity", "sparsity", "flops_ratio", "units", "seconds", "stages")
 
 
-def check_same(path: Path, facts: dict[str, Any]) -> None:
-    """Hold the manifest of a comparison against that of the one that would continue it.
+def _cosine(value: float) -> float:
+    """Accept a cosine, or NaN, which means that no token was forecast."""
+    if not (math.isnan(value) or abs(value) <= _LARGEST_COSINE):
+        raise ValueError("give a cosine")
+    return value
+
+
+def _unit_name(name: str) -> str:
+    if not re.fullmatch(_UNIT_NAME, name):
+        raise ValueError("expected the name of a module")
+    return name
+
+
+Perplexity = Annotated[float, Field(ge=0.5, le=_LARGEST)]
+Share = Annotated[float, Field(ge=-_SLACK, le=1 + _SLACK)]
+Seconds = Annotated[float, Field(ge=1e-9, le=1e12)]  # some are divided by
+Cosine = Annotated[float, Field(allow_inf_nan=True), AfterValidator(_cosine)]
+UnitName = Annotated[str, AfterValidator(_unit_name)]
+
+
+class _Saved(Checked):
+    """Values that a command wrote earlier; it may have written others beside them."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class _Perplexities(_Saved):
+    dense: Perplexity
+    routed: Perplexity
+    ratio: Annotated[float, Field(ge=1 / _LARGEST, le=_LARGEST)]
+
+
+class _Skipped(_Saved):
+    realized: Share
+    attention: Share
+    ffn: Share
+
+
+class _Unit(_Saved):
+    keep_ratio: Share
+    recoverability: Cosine
+
+
+class _StageTime(_Saved):
+    seconds: Seconds
+    cpu_seconds: Seconds
+
+
+class Figures(_Saved):
+    """The figures of a cell that results, tables and plots are computed from."""
+
+    perplexity: _Perplexities
+    sparsity: _Skipped
+    flops_ratio: Annotated[float, Field(ge=0, le=_LARGEST)]
+    units: dict[UnitName, _Unit]
+    seconds: dict[str, Any]
+    stages: dict[str, _StageTime]
+    tokens: Natural
+
+
+class _Text(_Saved):
+    name: Any = None
+    fingerprint: Any
+
+
+class Manifest(_Saved):
+    """What `compare.json` says about the comparison that it belongs to."""
+
+    model: Any = None
+    base_identity: Any
+    data: _Text
+    recipe: dict[str, Any]
+
+
+def check_same(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Compare the manifest of a comparison with that of the one that would continue it.
 
     Args:
         path: Of `compare.json`.
-        facts: What it would hold now.
+        manifest: What it would hold now.
 
     Raises:
         InputError: It is damaged, or another model, text or setting was compared.
     """
     output = path.parent
     try:
-        before = read_json(path)
-        recipe, data = _object(before, "recipe"), _object(before, "data")
-        identity, fingerprint = before["base_identity"], data["fingerprint"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: damaged; start over with --force") from error
-    if identity != facts["base_identity"]:
-        raise InputError(f"{output}: compares {_shown(before.get('model'))}, another model; give another --output")
-    if fingerprint != facts["data"]["fingerprint"]:
-        raise InputError(f"{output}: was made on another text ({_shown(data.get('name'))}); give another --output")
-    for key, old, new in _differing(recipe, facts["recipe"]):
+        before = build(Manifest, [Layer("", read_json(path))])
+    except (ValueError, InputError) as error:
+        raise InputError(f"{path}: damaged ({first_line(error)}); start over", options=("force",)) from error
+    if before.base_identity != manifest["base_identity"]:
         raise InputError(
-            f"{output}: was begun with {key} = {_shown(old)}, now it is {new}; give the same settings with "
-            "--resume, or another --output"
+            f"{output}: compares another model ({_shown(before.model)}); give another folder", options=("output",)
+        )
+    if before.data.fingerprint != manifest["data"]["fingerprint"]:
+        raise InputError(
+            f"{output}: compares on another text ({_shown(before.data.name)}); give another folder",
+            options=("output",),
+        )
+    for key, old, new in _differing(before.recipe, manifest["recipe"]):
+        raise InputError(
+            f"{output}: was started with {key} = {_shown(old)}, but now it is {new}; resume with the same settings, or "
+            "give another folder",
+            options=("output",),
         )
 
 
 def read_figures(path: Path, stages: Sequence[str]) -> dict[str, Any]:
-    """Return the figures of a cell that results, tables and plots count with.
+    """Return the figures of a cell that results, tables and plots are computed from.
 
     Args:
         path: Of the cell's `metrics.json`.
-        stages: That the cell was trained by.
+        stages: That trained the cell.
 
     Raises:
         InputError: The file is damaged.
     """
     try:
         metrics = read_json(path)
-        figures = {key: metrics[key] for key in _FIGURES} | {"tokens": _object(metrics, "data")["tokens"]}
+        figures = {key: metrics[key] for key in _FIGURES if key in metrics}
+        if isinstance(data := metrics.get("data"), dict) and "tokens" in data:
+            figures["tokens"] = data["tokens"]
         _check_depth(figures, _DEEPEST)
-        _check_figures(figures, stages)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
-        raise InputError(f"{path}: damaged ({reason}); delete {path.parent} and use --resume") from error
+        checked = build(Figures, [Layer("", figures)])
+        for stage in stages:
+            if stage not in checked.stages:
+                raise ValueError(f"stages.{stage} is missing")
+    except (OSError, ValueError, InputError) as error:
+        raise InputError(
+            f"{path}: damaged ({first_line(error)}); delete {path.parent} and resume", options=("resume",)
+        ) from error
     return figures
 
 
-def _check_figures(figures: dict[str, Any], stages: Sequence[str]) -> None:
-    """Raise ValueError, TypeError or KeyError where a figure is none that a conversion writes."""
-    for key, least in (("dense", 0.5), ("routed", 0.5), ("ratio", 1 / _MOST)):
-        _number(_object(figures, "perplexity"), key, least, _MOST)
-    for key in ("realized", "attention", "ffn"):
-        _number(_object(figures, "sparsity"), key, -_SLACK, 1 + _SLACK)
-    _number(figures, "flops_ratio", 0, _MOST)
-    if type(figures["tokens"]) is not int:
-        raise TypeError("tokens are no whole number")
-    _object(figures, "seconds")
-    for stage in dict.fromkeys([*stages, *_object(figures, "stages")]):
-        for key in ("seconds", "cpu_seconds"):  # some are divided by
-            _number(_object(figures["stages"], stage), key, 1e-9, 1e12)
-    for name in _object(figures, "units"):
-        if not _UNIT.fullmatch(name):
-            raise ValueError("units hold a name that is none")
-        unit = _object(figures["units"], name)
-        _number(unit, "keep_ratio", -_SLACK, 1 + _SLACK)
-        if unit["recoverability"] == unit["recoverability"]:  # no number where a forecast was none
-            _number(unit, "recoverability", -2, 2)
-
-
-def _differing(before: Any, now: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield the name of every setting that differs, as `--set` takes it, and what it was and is."""
+def _differing(before: Any, now: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield every setting that differs, by the name that `--set` takes, with its old and new value."""
     for key, value in now.items():
         old = before.get(key) if isinstance(before, dict) else None
         if isinstance(value, dict):
@@ -98,20 +166,8 @@ def _differing(before: Any, now: dict[str, Any], prefix: str = "") -> Iterator[t
             yield f"{prefix}{key}", old, value
 
 
-def _object(holder: dict[str, Any], key: str) -> dict[str, Any]:
-    found = holder[key]
-    if not isinstance(found, dict):
-        raise TypeError(f"{key} is no object")
-    return found
-
-
-def _number(holder: dict[str, Any], key: str, least: float, most: float) -> None:
-    if type(holder[key]) not in (int, float) or not least <= holder[key] <= most:
-        raise ValueError(f"{key} is no number from {least:g} to {most:g}")
-
-
 def _check_depth(value: Any, levels: int) -> None:
-    """Refuse what is nested deeper than figures are: it is written again, which fails where reading did not."""
+    """Refuse nesting deeper than figures have: writing them again would fail where reading did not."""
     inner = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
     if inner and not levels:
         raise ValueError("nested too deeply")

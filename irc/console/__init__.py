@@ -1,7 +1,7 @@
-"""What people and tools see: results on stdout, everything else on stderr; the only package that imports rich.
+"""Output: results on stdout, everything else on stderr. This is the only package that imports rich.
 
-Colours, boxes and live bars appear on terminals alone, and NO_COLOR turns colours off. Texts are shown
-as they are: square brackets in a path are no markup.
+Colours, boxes and live bars appear only on terminals, and NO_COLOR turns colours off. Text is shown literally: square
+brackets in a path are not markup.
 """
 
 from irc.console.layout import bar, table, tree

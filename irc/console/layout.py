@@ -14,19 +14,19 @@ from irc.console.styled import Styled
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Show a table on stdout; columns that hold only numbers are aligned to the right.
+    """Show a table on stdout; columns of numbers are right-aligned.
 
     Args:
-        title: Its heading, or an empty string.
-        columns: The columns' headings.
-        rows: One value a column; None shows as a dash, floats with four digits.
+        title: The heading, or an empty string.
+        columns: Headings of the columns.
+        rows: One value per column. None is shown as a dash, floats have four digits.
 
     Raises:
-        ValueError: A row is longer or shorter than `columns`.
+        ValueError: A row has more or fewer cells than there are columns.
     """
     values = [list(row) for row in rows]
     if any(len(row) != len(columns) for row in values):
-        raise ValueError(f"table {title!r}: every row needs {len(columns)} cells, one for each of {list(columns)}")
+        raise ValueError(f"table {title!r}: every row needs {len(columns)} cells, one per column of {list(columns)}")
     grid = Table(box=None, pad_edge=False, show_header=any(columns), header_style="dim", padding=(0, 2, 0, 0))
     for index, column in enumerate(columns):
         cells = [row[index] for row in values]
@@ -44,7 +44,7 @@ def _label(value: object) -> Text:
 
 
 def cell_text(value: object) -> str:
-    """Format one value: `-` for None, yes or no, thousands separators, floats with four digits."""
+    """Format a value: `-` for None, yes or no, thousands separators, floats with four digits."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -61,8 +61,8 @@ def tree(title: str, content: Mapping[Any, object] | Sequence[object]) -> None:
 
     Args:
         title: The root's label.
-        content: A mapping's keys are branches, or `key: value` where the value is a leaf; a sequence's
-            items are leaves or structures of their own; a None value leaves the bare key.
+        content: The keys of a mapping become branches, or `key: value` if the value is a leaf, or the bare key if it is
+            None. The items of a sequence become leaves or branches.
     """
     root = Tree(Text(title, style="bold"), guide_style="dim")
     _grow(root, content)
@@ -86,13 +86,13 @@ def _grow(branch: Tree, content: object) -> None:
 
 
 def bar(fraction: float, width: int = 20) -> str:
-    """Draw a fraction of 0 to 1 as a bar, in ASCII where stdout cannot encode blocks.
+    """Draw a fraction from 0 to 1 as a bar, in ASCII if stdout cannot encode blocks.
 
-    Values outside are cut to the range, and NaN is drawn empty. Only 0 is empty and only 1 is full.
+    Values outside of the range are clipped, and NaN is drawn empty. Only 0 is empty and only 1 is full.
 
     Args:
-        fraction: What to draw.
-        width: Characters in all, two or more.
+        fraction: The value to draw.
+        width: Total number of characters, at least two.
     """
     full, empty = ("#", ".") if results().options.ascii_only else ("█", "░")
     filled = 0

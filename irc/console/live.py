@@ -1,4 +1,4 @@
-"""How far a loop is: a live bar on a terminal, a plain line now and then anywhere else."""
+"""Progress of a loop: a live bar on a terminal, an occasional plain line anywhere else."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from irc.console.layout import cell_text
 from irc.console.output import messages, note
 
 LOG_INTERVAL = 10.0
-"""Least seconds between two lines of a running loop where stderr is no terminal."""
+"""Minimum seconds between two lines of a running loop if stderr is not a terminal."""
 
 _ROOM_FOR_BAR = 100
 _ROOM_FOR_TIME = 10
 
 
 class ProgressBar(Protocol):
-    """What `progress` hands to the loop."""
+    """The object that `progress` gives to the loop."""
 
     def update(self, step: int, **figures: float | str) -> None:
-        """Show that `step` steps are done, and the newest figures (`loss=2.3, tokens_per_s=1200`)."""
+        """Show that `step` steps are done, and the latest figures (`loss=2.3, tokens_per_s=1200`)."""
 
 
 @contextmanager
 def progress(description: str, total: int) -> Iterator[ProgressBar]:
-    """Show how far a loop is, on stderr.
+    """Show the progress of a loop on stderr.
 
-    A terminal gets a live bar with the newest figures and the time left; in a narrow one the bar is left
-    out, then figures from the end, then the time, never the name and the count. Anything else gets one
-    plain line at most every 10 s and one when the loop ends well.
+    A terminal gets a live bar with the latest figures and the remaining time. A narrow terminal loses the bar first,
+    then figures from the end, then the time, but never the name and the count. Anything else gets a plain line at most
+    every 10 s, and one when the loop ends without an error.
 
     Args:
         description: What is running.
-        total: Steps in all.
+        total: Number of steps.
     """
     console = messages()
     if not console.is_terminal or console.is_dumb_terminal:
@@ -55,14 +55,14 @@ def progress(description: str, total: int) -> Iterator[ProgressBar]:
 
 @contextmanager
 def _shown(live: Progress) -> Iterator[None]:
-    """Show a display; the cursor is back however it ends, also by Ctrl-C amid its start, which rich forgets."""
+    """Show a live display and always restore the cursor, even if Ctrl-C interrupts its start, where rich does not."""
     try:
         live.start()
         yield
         live.stop()
     except BaseException:
         try:
-            with suppress(IndexError):  # rich takes back what an unfinished start may not have done
+            with suppress(IndexError):  # rich undoes steps that an interrupted start did not take
                 live.stop()
         finally:
             live.console.show_cursor(True)
@@ -70,7 +70,7 @@ def _shown(live: Progress) -> Iterator[None]:
 
 
 def _columns(console: Console, description: str, total: int) -> list[ProgressColumn]:
-    """Return what a line shows in a terminal of this width; a name too long for it is broken."""
+    """Return the columns that fit into this terminal; a name that is too long is wrapped."""
     columns: list[ProgressColumn] = [TextColumn("{task.description}", markup=False, table_column=Column())]
     if console.width >= _ROOM_FOR_BAR:
         columns.append(BarColumn(bar_width=20))
@@ -81,14 +81,14 @@ def _columns(console: Console, description: str, total: int) -> list[ProgressCol
 
 
 class _FiguresColumn(ProgressColumn):
-    """The newest figures, as many as the line has room for beside other columns."""
+    """The latest figures, as many as fit beside the other columns."""
 
     def __init__(self, console: Console, others: Sequence[ProgressColumn]) -> None:
         super().__init__(table_column=Column(no_wrap=True))
         self._console, self._others = console, others
 
     def render(self, task: Task) -> Text:
-        """Show figures from the first on."""
+        """Show the figures that fit, starting with the first."""
         options = self._console.options
         taken = sum(Measurement.get(self._console, options, column(task)).maximum + 1 for column in self._others)
         shown = Text()
@@ -130,7 +130,7 @@ class _LineProgress:
             self._line(f"{duration(left)} left" if step else "")
 
     def close(self) -> None:
-        self._line(f"{duration(time.monotonic() - self._start)} in all")
+        self._line(f"{duration(time.monotonic() - self._start)} total")
 
     def _line(self, end: str) -> None:
         note("  ".join([f"{self._description} {self._step}/{self._total}", *self._figures, end]).rstrip())
@@ -142,7 +142,7 @@ def _figures(figures: Mapping[str, float | str]) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """Return seconds in words, such as `4 min 07 s`."""
+    """Format seconds, such as `4 min 07 s`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

@@ -1,4 +1,4 @@
-"""The two consoles, lines for people, and the one JSON object for tools."""
+"""The two consoles (stdout and stderr), lines for people, and one JSON object for tools."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _json_mode = False
 
 
 def set_json_mode(enabled: bool) -> None:
-    """Send every result but `emit_json`'s to stderr, so that stdout holds one JSON object."""
+    """Send everything except `emit_json` to stderr, so that stdout holds one JSON object."""
     global _json_mode
     _json_mode = enabled
 
@@ -37,19 +37,19 @@ def messages() -> Console:
 
 @cache
 def _console(stderr: bool) -> Console:
-    """Make the one console of a stream; a live bar and the lines printed meanwhile must share it."""
+    """Return the only console of a stream; a live bar and lines printed meanwhile must share it."""
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH
     return Console(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
 
 
 def width() -> int:
-    """Return how many columns results have."""
+    """Return the width of the results console, in columns."""
     return results().width
 
 
 def say(message: str = "", style: str | None = None) -> None:
-    """Show a line of the result, on stdout; long lines are left to the terminal to wrap.
+    """Show a line of the result on stdout; the terminal wraps long lines.
 
     Args:
         message: The text.
@@ -59,9 +59,9 @@ def say(message: str = "", style: str | None = None) -> None:
 
 
 def stream(piece: str, style: str | None = None) -> None:
-    """Show a piece of a text that is still growing, on stdout, at once and as it is.
+    """Show a piece of growing text on stdout, at once and unchanged.
 
-    A terminal alone gets the style, and no control character that could command it.
+    On a terminal, the piece gets the style, and control characters are replaced.
     """
     console = results()
     if console.is_terminal:
@@ -72,7 +72,7 @@ def stream(piece: str, style: str | None = None) -> None:
 
 
 def _printable(text: str) -> str:
-    """Return a text without what could command a terminal: a name in a file that somebody else wrote may hold it."""
+    """Replace control characters, which names in other people's files may contain; a terminal would obey them."""
     return "".join(
         letter if letter.isprintable() or letter in "\n\t" else "\N{REPLACEMENT CHARACTER}" for letter in text
     )
@@ -83,28 +83,28 @@ def _colours(console: Console) -> ColorSystem | None:
 
 
 def note(message: str, style: str | None = None) -> None:
-    """Show a line about the work (what is loaded, what is slow), on stderr."""
+    """Show a line about the work (what is loaded, what is slow) on stderr."""
     messages().print(_printable(message), style=style, soft_wrap=True)
 
 
 def warn(message: str) -> None:
-    """Show a warning, on stderr."""
+    """Show a warning on stderr."""
     messages().print(Text.assemble(("warning: ", "bold yellow"), _printable(message)), soft_wrap=True)
 
 
 def fail(message: str) -> None:
-    """Show why a command failed, on stderr; the caller chooses the exit code."""
+    """Show on stderr why a command failed; the caller chooses the exit code."""
     messages().print(Text.assemble(("error: ", "bold red"), _printable(message)), soft_wrap=True)
 
 
 def emit_json(data: Mapping[str, object]) -> None:
     """Write one JSON object to stdout.
 
-    Paths become strings, tensors and arrays of one element numbers; infinities and NaN, which JSON
-    does not have, become null.
+    Paths become strings; one-element tensors and arrays become numbers; infinities and NaN, which JSON lacks, become
+    null.
 
     Raises:
-        TypeError: A value has no JSON form; nothing is written.
+        TypeError: A value has no JSON form. Nothing is written then.
     """
     text = json.dumps(_plain(data), indent=2, allow_nan=False)
     sys.stdout.write(text + "\n")
@@ -125,14 +125,14 @@ def _plain(value: object) -> object:
         return _plain(scalar())
     if isinstance(value, Iterable):
         return [_plain(item) for item in value]
-    raise TypeError(f"{type(value).__name__} has no JSON form: {value!r}")
+    raise TypeError(f"a {type(value).__name__} has no JSON form: {value!r}")
 
 
 class ConsoleHandler(logging.Handler):
-    """A logging handler that writes through the stderr console, above a live bar where one is shown."""
+    """A logging handler that writes through the stderr console, above any live bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Show one record; warnings and errors are marked as such."""
+        """Show one record; warnings and errors are marked."""
         try:
             message = self.format(record)
             if record.levelno >= logging.WARNING:

@@ -1,4 +1,4 @@
-"""A plot of characters."""
+"""Plots made of characters."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _HEIGHT, _WIDTH = 12, 56
 
 
 def plot(title: str, x_label: str, y_label: str, points: Sequence[tuple[float, float, str]]) -> None:
-    """Show points on stdout, each marked by the first character of its label; a legend follows.
+    """Plot points on stdout, each marked by the first character of its label.
 
     Args:
         title: Heading.
-        x_label: Under the plot.
-        y_label: Above the plot.
+        x_label: Shown below the plot.
+        y_label: Shown above the plot.
         points: (x, y, label); a later point covers an earlier one at the same place.
     """
     xs, ys = [x for x, _, _ in points], [y for _, y, _ in points]

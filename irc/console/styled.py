@@ -1,4 +1,4 @@
-"""Coloured pieces of text for tables, trees and lines."""
+"""Coloured text for tables, trees and lines."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _RED, _YELLOW, _GREEN = (205, 70, 60), (190, 150, 20), (60, 160, 60)
 
 @dataclass(frozen=True)
 class Styled:
-    """A text in one style, for a cell of `table` or a label of `tree`; without colours it is the bare text.
+    """Text in one style, for a cell of `table` or a label of `tree`.
 
     Attributes:
-        text: What is shown.
+        text: The text.
         style: A rich style such as `green` or `dim`.
     """
 
@@ -24,7 +24,7 @@ class Styled:
 
 
 def shade(goodness: float) -> str:
-    """Return a style between red (0) and green (1); values outside are cut to the range."""
+    """Return a style between red (0) and green (1); values outside of the range are clipped."""
     if goodness != goodness:
         return "dim"
     place = 2 * min(max(goodness, 0.0), 1.0)

@@ -1,8 +1,7 @@
-"""rehearse(): a few steps of every stage, to say beforehand what a conversion takes and whether it fits."""
+"""The dry run: two steps of every stage, from which the time, memory and disk space of a conversion are estimated."""
 
 from __future__ import annotations
 
-import copy
 import os
 import resource
 import shutil
@@ -14,124 +13,139 @@ from typing import Any
 
 import torch
 
-from irc.conversion.memory import enough_memory, less_of_it
-from irc.conversion.pipeline import STAGE_RUNNERS, Conversion, capture_and_rewrite, read_inputs, resolve
+from irc.conversion.memory import enough_memory, out_of_memory
+from irc.conversion.pipeline import Conversion, capture_and_rewrite, read_inputs, resolve
 from irc.dtypes import BYTES
-from irc.errors import IrcError
 from irc.evaluation.perplexity import evaluate
 from irc.progress import ProgressFactory, silent
 from irc.recipe.recipe import Recipe
-from irc.training.stages import StageContext
+from irc.recipe.stages import stage_named
+from irc.training.stages import STAGE_RUNNERS, StageContext
 
 _STEPS = 2
-_WINDOWS = 16  # as many as calibration and evaluation read at once
-_ROUNDS = 4  # of the threshold, which may take up to eight
-_ADAM = 3  # a checkpoint holds weights and two moments
+_WINDOWS = 16  # calibration and evaluation read this many at once
+_CALIBRATION_ROUNDS = 4  # setting the threshold takes up to eight
+_COPIES_IN_CHECKPOINT = 3  # weights and two moments
+_MIB = 2**20
 
 
-def rehearse(recipe: Recipe, output: Path, progress: ProgressFactory) -> dict[str, Any]:
-    """Run two steps of every stage of a recipe and reckon with the rest; nothing is written.
+def estimate_conversion(recipe: Recipe, output: Path, progress: ProgressFactory) -> dict[str, Any]:
+    """Run two steps of every stage of a recipe and extrapolate; nothing is written.
 
     Args:
-        recipe: What is to be done.
+        recipe: Recipe of the conversion.
         output: Where the bundle would go.
         progress: Makes progress bars.
 
     Returns:
-        `recipe` as resolved, `phases` with `name` and `seconds`, `seconds` in all, and for `memory` and `disk` each
-        `needed_mib`, `free_mib` and `fits`. Memory is the measured peak of this process (of the GPU, on CUDA).
+        `recipe` as resolved; `phases`, each with `name` and `seconds`; the sum `seconds`; and for `memory` and `disk`
+        each `needed_mib`, `free_mib` and `fits`. Memory is the measured peak of this process (of the GPU, on CUDA).
 
     Raises:
         InputError: The recipe cannot be run.
+        IrcError: A batch does not fit into memory.
     """
     recipe = resolve(recipe)
     with tempfile.TemporaryDirectory() as folder:
         conversion = Conversion(recipe, output, Path(folder), progress)
         read_inputs(conversion)
-        free = _free_memory(recipe.device)
-        _refuse_hopeless(conversion, free)
+        free_memory = _free_memory(recipe.device)
+        _refuse_huge_batches(conversion, free_memory)
         started = time.monotonic()
         with enough_memory(recipe):
             capture_and_rewrite(conversion)
-            phases = [
-                ("capture", time.monotonic() - started),
-                *_stages(conversion),
-                ("evaluate", _evaluate(conversion)),
-            ]
-    weights = sum(
-        p.numel() * p.element_size() for p in conversion.model.adapter_parameters("router", "forecaster").values()
-    )
-    stages = 1 + len(recipe.stages)
-    needed = {"memory": _peak(recipe.device) + _states(conversion) / 2**20, "disk": weights * (stages + _ADAM) / 2**20}
-    found = {"memory": free, "disk": shutil.disk_usage(_existing(output)).free / 2**20}
+            phases = [("capture", time.monotonic() - started)]
+            phases += _stages(conversion)
+            phases.append(("evaluate", _evaluation(conversion)))
     return {
         "recipe": recipe.to_dict(),
         "phases": [{"name": name, "seconds": round(seconds, 1)} for name, seconds in phases],
         "seconds": round(sum(seconds for _, seconds in phases), 1),
-        **{
-            kind: {
-                "needed_mib": round(needed[kind]),
-                "free_mib": round(found[kind]),
-                "fits": needed[kind] <= found[kind],
-            }
-            for kind in needed
-        },
+        "memory": _room(_peak_memory(recipe.device) + _kept_text(conversion) / _MIB, free_memory),
+        "disk": _room(_disk(conversion), shutil.disk_usage(_existing(output)).free / _MIB),
     }
 
 
-def _refuse_hopeless(conversion: Conversion, free: float) -> None:
-    """Refuse batches whose states alone, that every layer keeps for the backward pass, take more than there is."""
+def _room(needed: float, free: float) -> dict[str, Any]:
+    return {"needed_mib": round(needed), "free_mib": round(free), "fits": needed <= free}
+
+
+def _disk(conversion: Conversion) -> float:
+    """Return the MiB that results and checkpoints of all stages take."""
+    parameters = conversion.model.adapter_parameters("router", "forecaster").values()
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    saved = 1 + len(conversion.recipe.stages) + _COPIES_IN_CHECKPOINT
+    return weights * saved / _MIB
+
+
+def _refuse_huge_batches(conversion: Conversion, free_memory: float) -> None:
+    """Refuse batches whose hidden states, which every layer keeps for the backward pass, exceed the free memory."""
     recipe, config = conversion.recipe, conversion.base.config
-    for stage in ("router", "lora"):
-        batch = getattr(recipe, stage).batch_size
-        states = batch * recipe.seq_len * config.hidden_size * config.num_hidden_layers * BYTES[recipe.dtype] / 2**20
-        if stage in recipe.stages and states > free:
-            raise IrcError(
-                f"{recipe.model}: does not fit into memory: {stage}.batch_size {batch} takes {states:,.0f} MiB at "
-                f"least, {free:,.0f} are free; {less_of_it(recipe)}"
-            )
+    for stage in map(stage_named, recipe.stages):
+        batch = stage.settings_in(recipe).batch_size
+        numbers = batch * recipe.seq_len * config.hidden_size * config.num_hidden_layers
+        states = numbers * BYTES[recipe.dtype] / _MIB
+        if stage.through_layers and states > free_memory:
+            details = f"{stage.name}.batch_size {batch} takes at least {states:,.0f} MiB, {free_memory:,.0f} are free"
+            raise out_of_memory(recipe, details)
 
 
-def _states(conversion: Conversion) -> float:
-    """Return the bytes that the stage lff keeps of the text which the rehearsal leaves out: two states, a mask."""
+def _kept_text(conversion: Conversion) -> float:
+    """Return the bytes that stage lff keeps of the text that the dry run leaves out: two hidden states and a mask."""
     recipe, model = conversion.recipe, conversion.model
     left_out = max(0, recipe.lff.tokens - _WINDOWS * recipe.seq_len) if "lff" in recipe.stages else 0
     return float(left_out * (2 * model.config.hidden_size * model.dtype.itemsize + recipe.seq_len))
 
 
 def _stages(conversion: Conversion) -> Iterator[tuple[str, float]]:
-    """Run the stages with few steps; yield what each would take with all of its own."""
+    """Run the stages with few steps; yield the seconds that each would take with all its steps."""
     full = conversion.recipe
-    few = copy.deepcopy(full)
-    window = few.seq_len
-    few.lff.steps, few.router.steps, few.lora.steps = min(_STEPS, full.lff.steps), _STEPS, _STEPS
-    few.router.teach_steps = min(_STEPS, full.router.teach_steps)
-    few.lff.tokens = min(full.lff.tokens, _WINDOWS * window)
-    few.router.calibration_tokens = min(full.router.calibration_tokens, _WINDOWS * window)
+    few = _with_few_steps(full)
     context = StageContext(
         conversion.model, few, conversion.streams["train"], conversion.streams["calibration"], conversion.work, silent
     )
     for stage in full.stages:
-        with conversion.progress(f"rehearsal of {stage}", 1) as bar:
+        with conversion.progress(f"dry run of {stage}", 1) as bar:
             figures = STAGE_RUNNERS[stage](context)
             bar.update(1)
-        yield stage, _whole(figures, getattr(full, stage), getattr(few, stage), full.router, few.router)
+        settings, few_settings = (stage_named(stage).settings_in(recipe) for recipe in (full, few))
+        yield stage, _extrapolated(figures, settings, few_settings, full.router, few.router)
 
 
-def _whole(figures: dict[str, Any], full: Any, few: Any, router: Any, few_router: Any) -> float:
-    """Return the seconds that a stage would take, from what its rehearsal measured."""
+def _with_few_steps(recipe: Recipe) -> Recipe:
+    few = recipe.model_copy(deep=True)
+    most_tokens = _WINDOWS * few.seq_len
+    few.lff.steps = min(_STEPS, recipe.lff.steps)
+    few.lff.tokens = min(recipe.lff.tokens, most_tokens)
+    few.router.steps = _STEPS
+    few.router.teach_steps = min(_STEPS, recipe.router.teach_steps)
+    few.router.calibration_tokens = min(recipe.router.calibration_tokens, most_tokens)
+    few.lora.steps = _STEPS
+    return few
+
+
+def _extrapolated(figures: dict[str, Any], full: Any, few: Any, router: Any, few_router: Any) -> float:
+    """Return the seconds that a stage would take.
+
+    Args:
+        figures: What the stage measured with few steps.
+        full: The stage's settings.
+        few: Its settings in the dry run.
+        router: Settings of stage router, which sets the threshold after every stage that routes.
+        few_router: Those of the dry run.
+    """
     seconds = 0.0
     if "closed_form_seconds" in figures:
         seconds += figures["closed_form_seconds"] * full.tokens / few.tokens
     if few.steps:
         seconds += figures.get("refine_seconds", figures.get("train_seconds", 0.0)) * full.steps / few.steps
     if "calibration_seconds" in figures:
-        a_round = figures["calibration_seconds"] / figures["calibration_rounds"]
-        seconds += _ROUNDS * a_round * router.calibration_tokens / few_router.calibration_tokens
+        per_round = figures["calibration_seconds"] / figures["calibration_rounds"]
+        seconds += _CALIBRATION_ROUNDS * per_round * router.calibration_tokens / few_router.calibration_tokens
     return float(seconds)
 
 
-def _evaluate(conversion: Conversion) -> float:
+def _evaluation(conversion: Conversion) -> float:
     """Return the seconds of the closing evaluation, from one batch of it."""
     some = conversion.heldout[:_WINDOWS]
     started = time.monotonic()
@@ -140,25 +154,27 @@ def _evaluate(conversion: Conversion) -> float:
     return (time.monotonic() - started) * len(conversion.heldout) / len(some)
 
 
-def _peak(device: str) -> float:
+def _peak_memory(device: str) -> float:
+    """Return the most MiB that this process has taken so far, of the GPU on CUDA."""
     if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 2**20
+        return torch.cuda.max_memory_allocated() / _MIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def _free_memory(device: str) -> float:
-    """Return the MiB that this process may take, what it has included."""
+    """Return the MiB that this process may take, including what it already has."""
     if device.startswith("cuda"):
-        return torch.cuda.mem_get_info()[0] / 2**20
+        return torch.cuda.mem_get_info()[0] / _MIB
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / 1024
-        held = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+        held = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / _MIB
     except (OSError, StopIteration, ValueError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**20
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / _MIB
     return available + held
 
 
 def _existing(path: Path) -> Path:
+    """Return a path or the nearest of its parents that exists."""
     path = path.absolute()
     return path if path.exists() else _existing(path.parent)

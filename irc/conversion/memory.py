@@ -1,4 +1,4 @@
-"""Memory that runs out, told from other errors, and what takes less of it."""
+"""Detects out-of-memory errors and suggests a remedy."""
 
 from __future__ import annotations
 
@@ -13,29 +13,38 @@ from irc.recipe.recipe import Recipe
 
 @contextmanager
 def enough_memory(recipe: Recipe) -> Iterator[None]:
-    """Turn the error of memory that runs out in a block into a sentence.
+    """Replace the out-of-memory errors of a block by one that says what helps.
+
+    Args:
+        recipe: What the block works on.
 
     Raises:
-        IrcError: It ran out; says what takes less.
+        IrcError: Memory ran out.
     """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if _ran_out(error):
-            raise IrcError(f"{recipe.model}: does not fit into memory; {less_of_it(recipe)}") from error
+        if _is_out_of_memory(error):
+            raise out_of_memory(recipe) from error
         raise
 
 
-def _ran_out(error: BaseException) -> bool:
-    """Say whether an error is that of memory that ran out: Python's, CUDA's, or PyTorch's own on a CPU."""
+def out_of_memory(recipe: Recipe, details: str = "") -> IrcError:
+    """Return the error to raise when a conversion does not fit into memory.
+
+    Args:
+        recipe: Recipe of the conversion.
+        details: What takes how much, if it is known.
+    """
+    remedies = ["smaller router.batch_size and lff.batch_size", "a shorter seq_len"]
+    if not recipe.activation_checkpointing:
+        remedies.append("activation_checkpointing=true")
+    cause = f": {details}" if details else ""
+    return IrcError(f"{recipe.model}: does not fit into memory{cause}; try {', '.join(remedies)}", options=("seq_len",))
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory ran out: Python's, CUDA's, or that of PyTorch's CPU allocator."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-
-
-def less_of_it(recipe: Recipe) -> str:
-    """Return what a conversion may try that takes less memory."""
-    wishes = ["smaller router.batch_size and lff.batch_size", "a shorter --seq-len"]
-    if not recipe.activation_checkpointing:
-        wishes.append("activation_checkpointing=true")
-    return "try " + ", ".join(wishes)

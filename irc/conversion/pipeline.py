@@ -1,4 +1,4 @@
-"""convert(): the whole way of a model, phase by phase. The list of phases is `PHASES`; read it first."""
+"""convert(): the whole conversion of a model, phase by phase. Start with `PHASES`, the list of phases."""
 
 from __future__ import annotations
 
@@ -6,28 +6,30 @@ import logging
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from irc.bundle.card import model_card
-from irc.bundle.key_policy import KeyPolicy, set_key_policy
-from irc.bundle.loading import check_replaceable, write_bundle
+from irc.bundle.config import DialPoint
+from irc.bundle.key_policy import set_key_policy
+from irc.bundle.layout import METRICS
+from irc.bundle.saving import check_replaceable, write_bundle
 from irc.conversion.memory import enough_memory
-from irc.conversion.resume import check_same_inputs, finished, located
+from irc.conversion.resume import check_same_inputs, finished_metrics, with_absolute_paths
 from irc.conversion.stage_cache import StageCache
 from irc.conversion.work_folder import (
-    drop,
-    held,
     is_main_process,
     load_stage,
+    open_work_folder,
+    remove_work,
     save_stage,
     stage_figures,
     work_folder,
 )
 from irc.devices import find_device
 from irc.dtypes import short_name
-from irc.errors import InputError, IrcError
+from irc.errors import InputError
 from irc.evaluation.figures import result_metrics
 from irc.evaluation.perplexity import Evaluation, evaluate
 from irc.files.atomic import check_place, staged
@@ -35,43 +37,46 @@ from irc.model.build import build_routed
 from irc.model.checkpoint import BaseModel, find_base
 from irc.model.routed import RoutedForCausalLM, RoutingSpec
 from irc.progress import ProgressFactory, silent
+from irc.recipe.key_policy import KeyPolicy
 from irc.recipe.policies import policy_named
 from irc.recipe.recipe import Recipe, text_name
-from irc.text.source import Split, TextSource, load_text, pick, token_stream, windows
+from irc.recipe.stages import StageName, required_stages
+from irc.text.source import TextSource, load_text, pick, token_stream, windows
 from irc.training.calibrate import dial_points
 from irc.training.sharding import check_batches, own_device
-from irc.training.stages import StageContext, check_text, prepare, run_lff, run_lora, run_router
+from irc.training.stages import STAGE_RUNNERS, StageContext, check_text, prepare
 
 log = logging.getLogger(__name__)
-
-STAGE_RUNNERS = {"lff": run_lff, "router": run_router, "lora": run_lora}
 
 
 @dataclass
 class Conversion:
-    """What the phases hand on.
+    """What the phases pass on.
 
     Attributes:
-        recipe: Resolved: once the inputs are read, no `auto` is left in it.
+        recipe: Resolved; after the inputs are read, it contains no `auto`.
         output: Where the bundle goes.
         work: Folder beside it with the stages' checkpoints and results.
         progress: Makes progress bars.
-        stages: Folder of finished stages to take and to leave, None for none.
+        stage_cache_folder: Folder of finished stages to reuse and to add to, None for none.
         base: The base model.
         text: The text.
         model: The rewritten model.
-        heldout: Windows of the closing evaluation: held out, or of the validation split.
+        streams: Tokens of each split, int64 [tokens].
+        heldout: Windows of the closing evaluation, int64 [windows, tokens]: held out, or of the validation split.
         seconds: Time of every phase.
         stage_figures: What every stage measured.
         keep: Share of the calibration text that each unit executes.
         dial: Thresholds of other sparsities.
+        evaluation: Result of the closing evaluation.
+        metrics: What metrics.json holds.
     """
 
     recipe: Recipe
     output: Path
     work: Path
     progress: ProgressFactory
-    stages: Path | None = None
+    stage_cache_folder: Path | None = None
     base: BaseModel = field(init=False)
     text: TextSource = field(init=False)
     model: RoutedForCausalLM = field(init=False)
@@ -80,7 +85,7 @@ class Conversion:
     seconds: dict[str, float] = field(default_factory=dict)
     stage_figures: dict[str, dict[str, Any]] = field(default_factory=dict)
     keep: dict[str, float] = field(default_factory=dict)
-    dial: list[dict[str, Any]] = field(default_factory=list)
+    dial: tuple[DialPoint, ...] = ()
     evaluation: Evaluation = field(init=False)
     metrics: dict[str, Any] = field(default_factory=dict)
 
@@ -92,38 +97,43 @@ def convert(
     *,
     force: bool = False,
     resume: bool = False,
-    stages: Path | None = None,
+    stage_cache_folder: Path | None = None,
 ) -> dict[str, Any]:
     """Convert a model into a bundle.
 
     Args:
         recipe: What to do.
-        output: Folder of the bundle; the work in progress lies beside it in `OUTPUT.partial`.
-        progress: Makes progress bars, of the first of several processes.
-        force: Replace what is at `output`, and drop unfinished work.
-        resume: Continue unfinished work; a finished bundle is returned as it is.
-        stages: Folder of finished stages: one that was trained in just the same way is taken from there, a new one
-            is left there (see `irc.conversion.stage_cache`).
+        output: Folder of the bundle. Work in progress is beside it, in `OUTPUT.partial`.
+        progress: Makes progress bars; only the first of several processes uses it.
+        force: Replace what is at `output`, and discard unfinished work.
+        resume: Continue unfinished work. A finished bundle is left as it is.
+        stage_cache_folder: Folder of finished stages: identical ones are reused from it and new ones are stored in it
+            (see `irc.conversion.stage_cache`).
 
     Returns:
         The metrics, as written to metrics.json.
+
+    Raises:
+        InputError: The recipe, the model or the text cannot be used, or something else is at `output`.
+        IrcError: Memory or disk space ran out. The finished work stays, to be resumed.
     """
     recipe = resolve(recipe)
     check_place(output)
-    if resume and (output / "metrics.json").is_file() and not work_folder(output).exists():
-        measured = finished(recipe, output)
-        drop(work_folder(output))  # what a killed removal left
-        return measured
+    work = work_folder(output)
+    if resume and (output / METRICS).is_file() and not work.exists():
+        metrics = finished_metrics(recipe, output)
+        remove_work(work)  # a killed removal may have left some
+        return metrics
     check_replaceable(output)
     if output.exists() and not force and not resume:
-        raise InputError(f"{output}: exists already; --force replaces it, --resume continues it")
-    seen = progress if is_main_process() else silent
-    conversion = Conversion(recipe, output, work_folder(output), seen, stages)
-    check_batches(recipe, {stage for stage in recipe.stages if resume and stage_figures(conversion.work, stage)})
+        raise InputError(f"{output}: exists already; replace it or resume it", options=("force", "resume"))
+    visible_progress = progress if is_main_process() else silent
+    conversion = Conversion(recipe, output, work, visible_progress, stage_cache_folder)
+    check_batches(recipe, {stage for stage in recipe.stages if resume and stage_figures(work, stage)})
     read_inputs(conversion)
-    with held(conversion.work, recipe, force=force, resume=resume):
+    with open_work_folder(work, recipe, force=force, resume=resume):
         if is_main_process():
-            check_same_inputs(conversion.work, conversion.base, conversion.text)
+            check_same_inputs(work, conversion.base, conversion.text)
         for name, phase in PHASES:
             started = time.monotonic()
             with enough_memory(recipe):
@@ -135,12 +145,16 @@ def convert(
 
 
 def resolve(recipe: Recipe) -> Recipe:
-    """Check a recipe and replace every `auto` that does not depend on the base by what it means on this machine."""
-    recipe.check()
+    """Return a checked copy of a recipe without any `auto` that does not depend on the base.
+
+    Raises:
+        InputError: Fields of the recipe do not go together, or its device is not available.
+    """
+    recipe = recipe.validated()
     policy = policy_named(recipe.policy)
-    recipe.stages = recipe.stages or policy.stages
+    recipe.stages = recipe.stages or required_stages(policy)
     if recipe.router.teach_steps < 0 or not policy.learns:
-        # What is taught is the cost of a forecast while the rest executes: no guide where most is skipped.
+        # Teaching measures the cost of one forecast while the rest executes, which says little if most is skipped.
         recipe.router.teach_steps = policy.teach_steps if recipe.sparsity <= 0.5 else 0
     recipe.device = find_device(recipe.device)
     own_device(recipe.device)
@@ -151,75 +165,120 @@ def resolve(recipe: Recipe) -> Recipe:
 
 
 def read_inputs(conversion: Conversion) -> None:
-    """Read base and text, and refuse bad input before any work is done."""
-    recipe = conversion.recipe
-    base = conversion.base = find_base(recipe.model)
-    recipe.rank = recipe.rank_for(base.config.hidden_size)
-    if "lora" in recipe.stages and recipe.lora.rank > base.config.hidden_size:
-        width = base.config.hidden_size
-        raise InputError(f"lora.rank is {recipe.lora.rank}, the model's hidden size is {width}; give at most {width}")
-    _ = base.shards
-    recipe.dtype = short_name(base.dtype("auto")) if recipe.dtype == "auto" else recipe.dtype
-    limit = getattr(base.config, "max_position_embeddings", None)
-    if limit and recipe.seq_len > limit:
-        raise InputError(f"seq_len is {recipe.seq_len}, the model's context is {limit}; give a shorter --seq-len")
+    """Read base and text, and refuse bad input before any work is done.
+
+    Raises:
+        InputError: The base or the text cannot be used, or a setting does not fit them.
+    """
+    base = conversion.base = find_base(conversion.recipe.model)
+    _fit_to_base(conversion.recipe, base)
+    _read_text(conversion)
+
+
+def _fit_to_base(recipe: Recipe, base: BaseModel) -> None:
+    """Replace the settings that depend on the base by their values, and refuse those that it does not allow."""
+    width = base.config.hidden_size
+    recipe.rank = recipe.rank_for(width)
+    if "lora" in recipe.stages and recipe.lora.rank > width:
+        raise InputError(
+            f"lora.rank is {recipe.lora.rank}, but the model's hidden size is {width}; give at most {width}",
+            options=("lora.rank",),
+        )
+    _ = base.shards  # raises if they are missing
+    if recipe.dtype == "auto":
+        recipe.dtype = short_name(base.dtype("auto"))
+    context = getattr(base.config, "max_position_embeddings", None)
+    if context and recipe.seq_len > context:
+        raise InputError(
+            f"seq_len is {recipe.seq_len}, but the model's context is {context}; give at most {context}",
+            options=("seq_len",),
+        )
+
+
+def _read_text(conversion: Conversion) -> None:
+    recipe, base, streams = conversion.recipe, conversion.base, conversion.streams
     conversion.text = load_text(recipe.data)
     for split in ("train", "calibration", recipe.eval_split):
-        conversion.streams[split] = token_stream(conversion.text.split(cast(Split, split)), base.tokenizer)
-    check_text(recipe, conversion.streams)
+        streams[split] = token_stream(conversion.text.split(split), base.tokenizer)
+    check_text(recipe, streams)
     vocabulary = base.config.vocab_size
-    largest = max(int(stream.max()) for stream in conversion.streams.values() if stream.numel())
+    largest = max(int(stream.max()) for stream in streams.values() if stream.numel())
     if largest >= vocabulary:
         raise InputError(
-            f"{recipe.model}: its tokenizer yields id {largest}, the model's vocabulary ends at {vocabulary - 1}"
+            f"{recipe.model}: its tokenizer yields id {largest}, but the model's vocabulary ends at {vocabulary - 1}"
         )
-    conversion.heldout = pick(
-        windows(conversion.streams[recipe.eval_split], recipe.seq_len, f"{recipe.eval_split} split"),
-        recipe.eval_tokens,
-    )
+    evaluation = windows(streams[recipe.eval_split], recipe.seq_len, f"{recipe.eval_split} split")
+    conversion.heldout = pick(evaluation, recipe.eval_tokens)
 
 
 def capture_and_rewrite(conversion: Conversion) -> None:
     """Capture the base and insert untrained forecasters, routers and muxes."""
     recipe = conversion.recipe
     conversion.base.check_finite()
-    spec = RoutingSpec(recipe.rank, recipe.forecaster, recipe.policy, recipe.sparsity, recipe.seed, recipe.router.reads)
+    spec = RoutingSpec(
+        rank=recipe.rank,
+        forecaster=recipe.forecaster,
+        policy=recipe.policy,
+        sparsity=recipe.sparsity,
+        seed=recipe.seed,
+        reads=recipe.router.reads,
+    )
     conversion.model = build_routed(conversion.base, spec, recipe.dtype, recipe.device, recipe.seed)
-    conversion.model.facts["base"] = conversion.base
 
 
 def run_stages(conversion: Conversion) -> None:
-    """Run every stage that is not finished, each from the result of the one before."""
-    recipe, work = conversion.recipe, conversion.work
-    train, calibration = conversion.streams["train"], conversion.streams["calibration"]
-    context = StageContext(conversion.model, recipe, train, calibration, work, conversion.progress)
+    """Run every stage that is not finished, each on the result of the one before."""
+    recipe = conversion.recipe
+    context = StageContext(
+        conversion.model,
+        recipe,
+        conversion.streams["train"],
+        conversion.streams["calibration"],
+        conversion.work,
+        conversion.progress,
+    )
     prepare(context)
     cache = None
-    if conversion.stages is not None:
-        cache = StageCache(conversion.stages, conversion.base.identity(), conversion.text.fingerprint())
+    if conversion.stage_cache_folder is not None:
+        cache = StageCache(conversion.stage_cache_folder, conversion.base.identity(), conversion.text.fingerprint())
     for stage in recipe.stages:
-        figures = stage_figures(work, stage)
-        if figures is None and cache is not None and cache.fetch(recipe, stage, work):
-            figures = stage_figures(work, stage)
+        figures = _finished_stage(conversion, cache, stage)
         if figures is None:
-            started, worked = time.monotonic(), time.process_time()
-            figures = STAGE_RUNNERS[stage](context)
-            before = figures.pop("earlier_seconds", (0.0, 0.0))  # runs of this stage that were killed
-            figures["seconds"] = before[0] + time.monotonic() - started
-            figures["cpu_seconds"] = before[1] + time.process_time() - worked
-            if is_main_process():
-                save_stage(conversion.model, work, stage, figures)
-                if cache is not None:
-                    cache.store(recipe, stage, work)
+            figures = _run_stage(conversion, context, cache, stage)
         else:
-            load_stage(conversion.model, work, stage, recipe)
+            load_stage(conversion.model, conversion.work, stage, recipe)
         conversion.stage_figures[stage] = figures
         conversion.seconds[stage] = figures["seconds"]
         log.debug("phase %s ended after %.1f s", stage, figures["seconds"])
-    keep = conversion.keep = conversion.stage_figures[recipe.stages[-1]].pop("calibration_keep")
+    conversion.keep = conversion.stage_figures[recipe.stages[-1]].pop("calibration_keep")
     if recipe.dial:
-        conversion.dial = dial_points(conversion.model, context.calibration_windows(), recipe.dial, conversion.progress)
-    set_key_policy(conversion.model, KeyPolicy(recipe.kv_policy, recipe.kv_threshold), keep)
+        points = dial_points(conversion.model, context.calibration_windows(), recipe.dial, conversion.progress)
+        conversion.dial = tuple(DialPoint(**point) for point in points)
+    set_key_policy(conversion.model, KeyPolicy(recipe.kv_policy, recipe.kv_threshold), conversion.keep)
+
+
+def _finished_stage(conversion: Conversion, cache: StageCache | None, stage: str) -> dict[str, Any] | None:
+    """Return the figures of a stage that the work folder or the cache holds, or None."""
+    figures = stage_figures(conversion.work, stage)
+    if figures is None and cache is not None and cache.fetch(conversion.recipe, stage, conversion.work):
+        figures = stage_figures(conversion.work, stage)
+    return figures
+
+
+def _run_stage(
+    conversion: Conversion, context: StageContext, cache: StageCache | None, stage: StageName
+) -> dict[str, Any]:
+    """Run a stage, save its result, and return its figures."""
+    started, worked = time.monotonic(), time.process_time()
+    figures = STAGE_RUNNERS[stage](context)
+    earlier = figures.pop("earlier_seconds", (0.0, 0.0))  # runs of this stage that were killed
+    figures["seconds"] = earlier[0] + time.monotonic() - started
+    figures["cpu_seconds"] = earlier[1] + time.process_time() - worked
+    if is_main_process():
+        save_stage(conversion.model, conversion.work, stage, figures)
+        if cache is not None:
+            cache.store(conversion.recipe, stage, conversion.work)
+    return figures
 
 
 def evaluate_heldout(conversion: Conversion) -> None:
@@ -236,19 +295,20 @@ PHASES = (
 
 
 def finish(conversion: Conversion) -> None:
-    """Write the bundle whole, and drop the work folder."""
+    """Write the bundle atomically, and remove the work folder.
+
+    Raises:
+        IrcError: The bundle cannot be written. The work folder stays.
+    """
     conversion.metrics = metrics_of(conversion)
     if not is_main_process():
         return
-    try:
-        with staged(conversion.output) as staging:
-            recipe = located(conversion.recipe).to_dict()
-            card = model_card(conversion.metrics, conversion.recipe)
-            write_bundle(conversion.model, staging, conversion.metrics, recipe, card, conversion.dial)
-    except IrcError as error:
-        said = str(error).removesuffix("; give another --output")
-        raise type(error)(f"{said}; then --resume finishes it, with the same --output: the work is kept") from error
-    drop(conversion.work)
+    remedy = f"solve this and resume; the trained stages are kept in {conversion.work}"
+    with staged(conversion.output, remedy, ("resume",)) as staging:
+        recipe = with_absolute_paths(conversion.recipe).to_dict()
+        card = model_card(conversion.metrics, conversion.recipe)
+        write_bundle(conversion.model, staging, conversion.metrics, recipe, card, conversion.dial)
+    remove_work(conversion.work)
 
 
 def metrics_of(conversion: Conversion) -> dict[str, Any]:

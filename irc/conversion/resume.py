@@ -1,19 +1,18 @@
-"""Whether unfinished work, or a bundle, goes on with what it was begun with: the recipe, the model and the text."""
+"""Checks that unfinished work, or a finished bundle, continues with the same recipe, model and text."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-from irc.bundle.config import read_config
-from irc.bundle.loading import METRICS, RECIPE
+from irc.bundle.contents import read_bundle
+from irc.bundle.layout import METRICS, RECIPE
 from irc.errors import InputError
 from irc.files.atomic import write_whole
-from irc.files.strict_yaml import parse
-from irc.files.untrusted import read_json, read_text
+from irc.files.strict_yaml import parse_yaml
+from irc.files.untrusted import parse_json, read_json, read_text
 from irc.model.checkpoint import BaseModel, find_base
 from irc.recipe.recipe import Recipe, recipe_fields, recipe_from
 from irc.text.source import TextSource, load_text
@@ -22,71 +21,105 @@ INPUTS = "inputs.json"
 _FREE_TO_CHANGE = frozenset({"checkpoint_seconds"})
 
 
-def located(recipe: Recipe) -> Recipe:
-    """Return a recipe that says the same from any folder: the paths of model and text are whole."""
-    return dataclasses.replace(recipe, model=_whole(recipe.model), data=_whole(recipe.data))
+def with_absolute_paths(recipe: Recipe) -> Recipe:
+    """Return a recipe that means the same from any folder: paths of model and text are absolute."""
+    return recipe.model_copy(update={"model": _absolute(recipe.model), "data": _absolute(recipe.data)})
 
 
-def _whole(name: str) -> str:
-    named = name in ("demo", "stdlib", "stdlib-tests") or name.startswith("hf:")
-    return name if named or not Path(name).exists() else os.path.abspath(name)
+def _absolute(name: str) -> str:
+    has_own_meaning = name in ("demo", "stdlib", "stdlib-tests") or name.startswith("hf:")
+    return name if has_own_meaning or not Path(name).exists() else os.path.abspath(name)
 
 
 def check_same_inputs(work: Path, base: BaseModel, text: TextSource) -> None:
-    """Refuse to continue work that was begun with other weights or another text, under the same names or not.
+    """Refuse to continue work that was begun with other weights or another text, even under the same names.
 
     Args:
-        work: The work folder, in which both are noted the first time.
-        base: Whose weights are trained round.
-        text: What is trained on.
+        work: The work folder. The first call writes the identity of both there.
+        base: The base model.
+        text: The text.
 
     Raises:
-        InputError: Says which differs.
+        InputError: Says which of them differs.
     """
-    noted, found = work / INPUTS, {"base": base.identity(), "text": text.fingerprint()}
+    noted = work / INPUTS
+    found = {"base": base.identity(), "text": text.fingerprint()}
     if noted.is_file():
         try:
             before = read_json(noted)
         except ValueError as error:
-            raise InputError(f"{noted}: damaged ({error}); start over with --force") from error
-        refuse_other_inputs(work, before, found, base.name, text.name)
+            raise InputError(f"{noted}: damaged ({error}); start over", options=("force",)) from error
+        _refuse_other_inputs(work, before, found, base.name, text.name)
     else:
         write_whole(noted, json.dumps(found))
 
 
-def refuse_other_inputs(where: Path, before: dict[str, Any], found: dict[str, Any], model: str, data: str) -> None:
-    """Refuse inputs that differ from those before, each known by its hash.
-
-    Raises:
-        InputError: Says which differs.
-    """
-    for key, what in (("base", f"another model at {model}"), ("text", f"another text at {data}")):
+def _refuse_other_inputs(where: Path, before: dict[str, Any], found: dict[str, str], model: str, data: str) -> None:
+    for key, what in (("base", f"model at {model}"), ("text", f"text at {data}")):
         if before.get(key) != found[key]:
-            raise InputError(f"{where}: was begun with {what}; put that back, or start over with --force")
-
-
-def check_same_recipe(recipe: Recipe, saved: Path) -> None:
-    """Refuse to continue work that was begun with other settings, naming the first that differs."""
-    try:
-        before = recipe_fields(located(recipe_from(parse(read_text(saved)))))
-    except (OSError, ValueError, InputError, AttributeError) as error:
-        raise InputError(f"{saved}: damaged, or of another version; start over with --force") from error
-    for (key, old, _), (_, value, _) in zip(before, recipe_fields(located(recipe)), strict=True):
-        automatic = (key, value) in (("rank", 0), ("dtype", "auto"))
-        if key not in _FREE_TO_CHANGE and not automatic and old != value:
             raise InputError(
-                f"{saved.parent}: was begun with {key} = {old}, now it is {value}; "
-                "give the same settings with --resume, or start over with --force"
+                f"{where}: was begun with another {what}; put the former one back, or start over", options=("force",)
             )
 
 
-def finished(recipe: Recipe, output: Path) -> dict[str, Any]:
-    """Return what a finished conversion measured, where it is one of this recipe, these weights and this text."""
-    check_same_recipe(recipe, output / RECIPE)
-    config, base, text = read_config(output), find_base(recipe.model), load_text(recipe.data)
-    before = {"base": config["base"]["sha256"], "text": config.get("data", {}).get("fingerprint")}
-    refuse_other_inputs(output, before, {"base": base.sha256(), "text": text.fingerprint()}, recipe.model, recipe.data)
+def check_same_recipe(recipe: Recipe, saved: Path) -> None:
+    """Refuse to continue work that was begun with other settings.
+
+    Args:
+        recipe: Resolved recipe.
+        saved: The recipe file of the work.
+
+    Raises:
+        InputError: Names the first setting that differs, or the file is damaged.
+    """
     try:
-        return read_json(output / METRICS)
+        text = read_text(saved)
+    except (OSError, ValueError) as error:
+        raise _damaged(saved) from error
+    _check_same_settings(recipe, text, saved)
+
+
+def _check_same_settings(recipe: Recipe, text: str, saved: Path) -> None:
+    try:
+        before = recipe_fields(with_absolute_paths(recipe_from(parse_yaml(text))))
+    except (ValueError, InputError, AttributeError) as error:
+        raise _damaged(saved) from error
+    now = recipe_fields(with_absolute_paths(recipe))
+    for (key, old, _), (_, value, _) in zip(before, now, strict=True):
+        automatic = (key, value) in (("rank", 0), ("dtype", "auto"))
+        if key not in _FREE_TO_CHANGE and not automatic and old != value:
+            raise InputError(
+                f"{saved.parent}: was begun with {key} = {old}, now it is {value}; resume with the same settings, or "
+                "start over",
+                options=("resume", "force"),
+            )
+
+
+def _damaged(saved: Path) -> InputError:
+    return InputError(f"{saved}: damaged, or of another version; start over", options=("force",))
+
+
+def finished_metrics(recipe: Recipe, output: Path) -> dict[str, Any]:
+    """Return the metrics of a finished conversion with this recipe, these weights and this text.
+
+    Args:
+        recipe: Resolved recipe.
+        output: The finished bundle.
+
+    Raises:
+        InputError: The bundle was made with another recipe, model or text, or is damaged.
+    """
+    bundle = read_bundle(output)
+    if RECIPE not in bundle.texts:
+        raise _damaged(output / RECIPE)
+    _check_same_settings(recipe, bundle.texts[RECIPE], output / RECIPE)
+    base, text = find_base(recipe.model), load_text(recipe.data)
+    before = {"base": bundle.config.base.sha256, "text": bundle.config.measured.text.fingerprint}
+    found = {"base": base.sha256(), "text": text.fingerprint()}
+    _refuse_other_inputs(output, before, found, recipe.model, recipe.data)
+    try:
+        if METRICS not in bundle.texts:
+            raise ValueError(bundle.unreadable.get(METRICS, "the file is missing"))
+        return parse_json(bundle.texts[METRICS])
     except ValueError as error:
-        raise InputError(f"{output / METRICS}: damaged ({error}); start over with --force") from error
+        raise InputError(f"{output / METRICS}: damaged ({error}); start over", options=("force",)) from error

@@ -1,4 +1,4 @@
-"""Finished stages by what they depend on, so that conversions that begin alike train the common part once."""
+"""Finished stages, stored by what they depend on: conversions that begin alike train the common part once."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from irc.conversion.work_folder import finished_mark, stage_weights
 from irc.recipe.recipe import Recipe
-
-_COMMON = ("policy", "rank", "forecaster", "seq_len", "seed", "device", "dtype", "precision", "lff")
-_FIELDS = {"lff": _COMMON, "router": (*_COMMON, "sparsity", "router")}
-"""The recipe's fields that decide the result of each stage; LoRA, which nothing follows, is not kept."""
+from irc.recipe.stages import stage_named
 
 
 @dataclass(frozen=True)
@@ -23,7 +21,7 @@ class StageCache:
     """A folder of finished stages.
 
     Attributes:
-        folder: Where they lie, each in a folder named by a hash.
+        folder: Holds one folder per stage, named by a hash.
         base: Identity of the base (see `irc.model.checkpoint`).
         text: Fingerprint of the text.
     """
@@ -33,42 +31,43 @@ class StageCache:
     text: str
 
     def fetch(self, recipe: Recipe, stage: str, work: Path) -> bool:
-        """Copy a finished stage into a work folder; False when none like it is here.
+        """Copy a finished stage into a work folder, and return whether the cache has it.
 
         Args:
             recipe: Resolved.
-            stage: `lff` or `router`; any other is never here.
+            stage: Name of the stage. Stages whose result nothing else reuses (`lora`) are never in the cache.
             work: Folder of an unfinished conversion.
         """
         found = self._place(recipe, stage)
-        if found is None or not (found / f"{stage}.json").is_file():
+        if found is None or not finished_mark(found, stage).is_file():
             return False
-        for name in (f"{stage}.safetensors", f"{stage}.json"):  # the last one says that the stage is finished
-            shutil.copyfile(found / name, work / name)
+        shutil.copyfile(stage_weights(found, stage), stage_weights(work, stage))
+        shutil.copyfile(finished_mark(found, stage), finished_mark(work, stage))
         return True
 
     def store(self, recipe: Recipe, stage: str, work: Path) -> None:
-        """Keep a stage that a work folder holds; whole or not at all."""
+        """Copy a finished stage from a work folder into the cache, atomically."""
         place = self._place(recipe, stage)
         if place is None or place.exists():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self.folder) as made:
-            partial = Path(made) / "stage"
+        with tempfile.TemporaryDirectory(dir=self.folder) as temporary:
+            partial = Path(temporary) / "stage"
             partial.mkdir()
-            for name in (f"{stage}.safetensors", f"{stage}.json"):
-                shutil.copyfile(work / name, partial / name)
+            for file in (stage_weights(work, stage), finished_mark(work, stage)):
+                shutil.copyfile(file, partial / file.name)
             try:
                 os.replace(partial, place)
-            except OSError:  # another conversion was first
-                if not place.exists():
+            except OSError:
+                if not place.exists():  # otherwise another conversion was faster
                     raise
 
     def _place(self, recipe: Recipe, stage: str) -> Path | None:
-        if stage not in _FIELDS:
+        fields = stage_named(stage).depends_on
+        if not fields:
             return None
         everything = recipe.to_dict()
-        parts: dict[str, Any] = {field: everything[field] for field in _FIELDS[stage]}
+        parts: dict[str, Any] = {field: everything[field] for field in fields}
         parts["reads"] = recipe.router.reads  # decides the shape of the routers, which every stage saves
         text = json.dumps({"stage": stage, "base": self.base, "text": self.text, **parts}, sort_keys=True)
         return self.folder / hashlib.sha256(text.encode()).hexdigest()[:24]

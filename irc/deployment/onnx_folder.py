@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from exporters.onnx import LEAST_ORT, MODEL, PAST_FROM, PROVIDERS, CacheShape, D
 from exporters.onnx_ops import OPSET, VERSION
 from exporters.triton import write_repository
 from irc import __version__
-from irc.bundle.key_policy import KeyPolicy, key_policy_of
-from irc.bundle.loading import RECIPE
+from irc.bundle.config import SparsityFigures, UnitFigures
+from irc.bundle.contents import bundle_of
+from irc.bundle.layout import RECIPE
+from irc.bundle.loading import open_model
+from irc.bundle.source import ModelSource, as_source
 from irc.dtypes import short_name
 from irc.errors import InputError
-from irc.evaluation.run import open_model
 from irc.files.atomic import cannot_write, file_sha256, staged
 from irc.files.untrusted import first_line, read_json
 from irc.model.cache import cache_shape
@@ -37,35 +40,57 @@ _TEXTS = (".json", ".jinja", ".model", ".txt")
 _KEPT = ("config.json", "generation_config.json", "chat_template.jinja", "merges.txt", "vocab.json")
 
 
+@dataclass(frozen=True)
+class ExportOptions:
+    """How a model is exported.
+
+    Attributes:
+        layout: `onnx`, or `triton` for a Triton model repository.
+        provider: `cpu`, or `cuda` for a model whose native CUDA kernels need no count of rows when it decodes. Every
+            provider runs either.
+        ops_library: With layout `triton`: path, on the server, of the native operator library to register.
+        dump_dir: Where every pass writes the graph before and after it, and the difference.
+        force: Replace an ONNX folder at the output.
+    """
+
+    layout: str = "onnx"
+    provider: str = "cpu"
+    ops_library: str | None = None
+    dump_dir: Path | None = None
+    force: bool = False
+
+    def check(self, output: Path) -> None:
+        """Refuse options that do not go together.
+
+        Args:
+            output: Folder to write.
+
+        Raises:
+            InputError: Names the option and its value.
+        """
+        if self.dump_dir is not None and self.dump_dir.resolve().is_relative_to(output.resolve()):
+            raise InputError(
+                f"--dump-dir {self.dump_dir}: lies in the output, which is replaced; give a folder beside it"
+            )
+        if self.layout not in LAYOUTS:
+            raise InputError(f"layout is '{self.layout}'; choose from {', '.join(LAYOUTS)}")
+        if self.ops_library is not None and self.layout != "triton":
+            raise InputError("--ops-library is written into a Triton repository; give --layout triton with it")
+        if self.provider not in PROVIDERS:
+            raise InputError(f"provider is '{self.provider}'; choose from {', '.join(PROVIDERS)}")
+
+
 def export(
-    name: str,
+    model: ModelSource | str,
     output: Path,
-    *,
-    base: str | None = None,
-    dtype: str = "auto",
-    layout: str = "onnx",
-    force: bool = False,
-    dump_dir: Path | None = None,
-    key_policy: KeyPolicy | None = None,
-    sparsity: float | None = None,
-    ops_library: str | None = None,
-    provider: str = "cpu",
+    options: ExportOptions = ExportOptions(),
 ) -> dict[str, Any]:
     """Export a bundle, or a plain model densely, as a folder that ONNX Runtime runs.
 
     Args:
-        name: Bundle, model folder, hub id, or demo.
+        model: Which model, and how it is opened; always on the CPU.
         output: Folder to write; complete or not there at all.
-        base: Where a bundle's base model is, if it has moved.
-        dtype: `auto` (as `irc.load` resolves it), `fp32`, `fp16` or `bf16`.
-        layout: `onnx`, or `triton` for a Triton model repository.
-        force: Replace an ONNX folder at `output`.
-        dump_dir: Where every pass leaves its before, after and diff.
-        key_policy: Whose keys and values are stored; the bundle's own policy when None.
-        sparsity: Another share to skip than the bundle's own, within its dial.
-        ops_library: Layout `triton`: path, on the server, of the native operator library to register.
-        provider: `cpu`, or `cuda` for a model whose native CUDA kernels need no count of rows when it decodes; either
-            runs the other's.
+        options: How it is exported.
 
     Returns:
         What `irc export --json` prints.
@@ -74,37 +99,31 @@ def export(
         InputError: Something cannot be exported, or `output` must not be replaced.
     """
     try:
-        _check_output(output, force)
+        _check_output(output, options.force)
     except OSError as error:
         raise cannot_write(output, error) from error
-    if dump_dir is not None and dump_dir.resolve().is_relative_to(output.resolve()):
-        raise InputError(f"--dump-dir {dump_dir}: lies in the output, which is replaced; give a folder beside it")
-    if layout not in LAYOUTS:
-        raise InputError(f"layout is '{layout}'; choose from {', '.join(LAYOUTS)}")
-    if ops_library is not None and layout != "triton":
-        raise InputError("--ops-library is written into a Triton repository; give --layout triton with it")
-    if provider not in PROVIDERS:
-        raise InputError(f"provider is '{provider}'; choose from {', '.join(PROVIDERS)}")
+    options.check(output)
+    source = replace(as_source(model), device="cpu")
     started = time.monotonic()
     with staged(output) as staging:  # a place that cannot be written is found before any work is done
-        model = open_model(name, base=base, dtype=dtype, device="cpu", key_policy=key_policy, sparsity=sparsity)
-        if model.spec is not None:
-            refuse_whole_sequences(policy_named(model.spec.policy), "be exported")
-        merge_lora(model)
+        opened = open_model(source)
+        if opened.spec is not None:
+            refuse_whole_sequences(policy_named(opened.spec.policy), "be exported")
+        merge_lora(opened)
         try:
-            manifest = _write(model, name, staging, dump_dir, provider)
+            manifest = _write(opened, _source(source.name, output), staging, options)
         except PassError as error:
-            raise InputError(f"{name}: {error}") from error
-        if layout == "triton":
-            write_repository(staging, TRITON_NAME, ops_library)
+            raise InputError(f"{source.name}: {error}") from error
+        if options.layout == "triton":
+            write_repository(staging, TRITON_NAME, options.ops_library)
             (staging / "genai_config.json").unlink(missing_ok=True)  # it names a model beside it, which has moved
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     return {
         "model": str(output),
-        "source": name,
-        "layout": layout,
+        "source": source.name,
+        "layout": options.layout,
         "dtype": manifest["dtype"],
-        "provider": provider,
+        "provider": options.provider,
         "opset": OPSET,
         "op_version": VERSION,
         "routed_units": len(manifest["units"]),
@@ -124,25 +143,27 @@ def _check_output(output: Path, force: bool) -> None:
         raise InputError(f"{output}: exists already; --force replaces it")
 
 
-def _write(model: RoutedForCausalLM, name: str, folder: Path, dump_dir: Path | None, provider: str) -> dict[str, Any]:
-    base: BaseModel = model.facts["base"]
+def _write(model: RoutedForCausalLM, source: str, folder: Path, options: ExportOptions) -> dict[str, Any]:
+    base, bundle = model.base, bundle_of(model)
     cache = CacheShape(*cache_shape(model.config), reduced=_reduced_layers(model))
-    facts = model.facts.get("config", {})
-    measured = {unit["name"]: unit for unit in facts.get("units", [])}
+    measured = {} if bundle is None else bundle.config.measured.units
     dtype = model.dtype
     weights = list(model.graph.parameters())
     pages = MappedPages(weights)
-    description = Description(__version__, _doc_string(model, base.name), {"irc.version": __version__})
+    made_of = {"name": base.name} if bundle is None else asdict(bundle.config.base)
+    made_of["name"] = _without_folder(made_of["name"])
+    shares = SparsityFigures() if bundle is None else bundle.config.measured.sparsity
+    description = Description(__version__, _doc_string(model, made_of["name"], shares), {"irc.version": __version__})
     release = partial(pages.release, weights)
     generation = _generation(base)  # what cannot be read is refused before the work
-    decisions = export_onnx(model.graph, cache, dtype, folder, description, dump_dir, provider, release)
+    decisions = export_onnx(model.graph, cache, dtype, folder, description, options.dump_dir, options.provider, release)
     _copy_texts(base, folder)
-    if (bundle := model.facts.get("bundle")) and (bundle / RECIPE).is_file():  # how it was made
-        shutil.copyfile(bundle / RECIPE, folder / RECIPE)
+    if bundle is not None and RECIPE in bundle.texts:  # how it was made
+        (folder / RECIPE).write_text(bundle.texts[RECIPE], encoding="utf-8")
     config = base.config.to_dict() | json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
     if not cache.reduced:  # onnxruntime-genai knows no cache whose layers differ in length
         _dump(folder / "genai_config.json", genai_config(config, generation, cache))
-    policy = key_policy_of(model)
+    policy = model.key_policy
     manifest = {
         "format_version": FORMAT_VERSION,
         "irc_version": __version__,
@@ -150,31 +171,22 @@ def _write(model: RoutedForCausalLM, name: str, folder: Path, dump_dir: Path | N
         "opset": OPSET,
         "least_onnxruntime": LEAST_ORT,
         "dtype": short_name(dtype),
-        "provider": provider,
-        "source": _source(name),
-        "sparsity": model.facts.get("dial"),
-        "base": facts.get("base", {"name": base.name}),
+        "provider": options.provider,
+        "source": source,
+        "sparsity": _sparsity(model, shares),
+        "dial": None if bundle is None else bundle.turned_to,
+        "base": made_of,
         "kv_policy": policy.name,
         "kv_threshold": policy.threshold,
         "context_length": config.get("max_position_embeddings"),
         "vocab_size": config["vocab_size"],
         "cache": asdict(cache),
         "past_from": PAST_FROM,
-        "units": [asdict(d) | {"keep_ratio": measured.get(d.unit, {}).get("keep_ratio")} for d in decisions],
+        "units": [asdict(d) | {"keep_ratio": measured.get(d.unit, UnitFigures()).keep_ratio} for d in decisions],
         "sha256": {path.name: file_sha256(path) for path in sorted(folder.glob(MODEL + "*"))},
     }
     _dump(folder / MANIFEST, manifest)
     return manifest
-
-
-def _doc_string(model: RoutedForCausalLM, base: str) -> str:
-    """Say for people what the model file holds; of a path on this machine only the last part."""
-    name = Path(base).name if Path(base).is_absolute() or Path(base).is_dir() else base
-    if model.spec is None:
-        return f"{name}, exported densely by irc {__version__}."
-    shares = model.facts.get("config", {}).get("sparsity") or {}
-    target = f", target sparsity {shares['target']:g}" if "target" in shares else ""
-    return f"{name}, routed by irc {__version__}: policy {model.spec.policy}{target}."
 
 
 def _generation(base: BaseModel) -> dict[str, Any]:
@@ -189,8 +201,32 @@ def _reduced_layers(model: RoutedForCausalLM) -> tuple[int, ...]:
     return tuple(unit.layer for unit in model.units if unit.name in model.control.reduced)
 
 
-def _source(name: str) -> str:
-    return str(Path(name).resolve()) if Path(name).is_dir() else name
+def _source(name: str, output: Path) -> str:
+    """Return what was exported: a name, or a path relative to the output, which then begins with a dot."""
+    if not Path(name).is_dir():
+        return name
+    relative = Path(os.path.relpath(Path(name).resolve(), output.resolve())).as_posix()
+    return relative if relative.startswith("..") else f"./{relative}"
+
+
+def _without_folder(name: str) -> str:
+    """Return a model's name, and of a path on this machine its last part alone."""
+    return Path(name).name if Path(name).is_absolute() or Path(name).is_dir() else name
+
+
+def _sparsity(model: RoutedForCausalLM, shares: SparsityFigures) -> float | None:
+    """Return the share of skipped (token, unit) pairs: as measured, or where nothing was measured, as asked for."""
+    if model.spec is None:
+        return 0.0
+    return shares.target if shares.realized is None else shares.realized
+
+
+def _doc_string(model: RoutedForCausalLM, base: str, shares: SparsityFigures) -> str:
+    """Say for people what the model file holds."""
+    if model.spec is None:
+        return f"{base}, exported densely by irc {__version__}."
+    target = "" if shares.target is None else f", target sparsity {shares.target:g}"
+    return f"{base}, routed by irc {__version__}: policy {model.spec.policy}{target}."
 
 
 def _copy_texts(base: BaseModel, folder: Path) -> None:

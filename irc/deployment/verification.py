@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from irc.bundle.key_policy import KeyPolicy
+from exporters.onnx_dtypes import of_weights
+from irc.bundle.loading import open_model
+from irc.bundle.source import ModelSource
 from irc.errors import InputError
-from irc.evaluation.run import open_model
 from irc.model.modules import Record
 from irc.model.routed import RoutedForCausalLM
 from irc.progress import Progress, ProgressFactory
+from irc.recipe.key_policy import KeyPolicy
 from irc.runtime.folder import OnnxFolder
 from irc.runtime.generation import Generator
 from irc.runtime.session import Runtime
@@ -25,7 +28,6 @@ TOLERANCE = 1e-4
 """Largest difference of logits that fp32's rounding explains; 16-bit types have `tolerance_of`."""
 
 _ROUNDINGS = 8
-_EPSILON = {"fp16": 2.0**-10, "bf16": 2.0**-7}
 
 NEAR = 1e-4
 """A route may differ where a router's two logits are nearer than this (fp32; rounding decides there)."""
@@ -33,19 +35,34 @@ NEAR = 1e-4
 _NEAR = {"fp32": NEAR, "fp16": 2e-2, "bf16": 2e-1}
 
 
+@dataclass(frozen=True)
+class Sample:
+    """The text that both models read and continue.
+
+    Attributes:
+        data: As for `irc eval`; its held-out part is read.
+        tokens: To compare logits on.
+        seq_len: Tokens per window.
+        prompts: Texts to continue greedily.
+        new_tokens: Tokens of each continuation.
+    """
+
+    data: str = "stdlib"
+    tokens: int = 4_096
+    seq_len: int = 128
+    prompts: int = 4
+    new_tokens: int = 32
+
+
 def verify(
     folder: Path,
     progress: ProgressFactory,
+    sample: Sample = Sample(),
     *,
     bundle: str | None = None,
     base: str | None = None,
-    data: str = "stdlib",
     provider: str = "auto",
     ops: str = "auto",
-    tokens: int = 4_096,
-    seq_len: int = 128,
-    prompts: int = 4,
-    new_tokens: int = 32,
     tolerance: float | None = None,
 ) -> dict[str, Any]:
     """Compare an ONNX folder with PyTorch on real text.
@@ -53,15 +70,11 @@ def verify(
     Args:
         folder: What `irc export` wrote.
         progress: Makes progress bars.
+        sample: The text that both read and continue.
         bundle: What it was exported from; by default what the folder remembers.
         base: Where the bundle's base model is, if it has moved.
-        data: Text, as for `irc eval`; its held-out part is read.
         provider: Of ONNX Runtime.
         ops: Kernels of our operators, as for `Runtime`.
-        tokens: To compare logits on.
-        seq_len: Tokens a window.
-        prompts: Texts to continue greedily with both.
-        new_tokens: Tokens of each continuation.
         tolerance: Largest absolute difference of logits; by default what `tolerance_of` says.
 
     Returns:
@@ -70,17 +83,18 @@ def verify(
     if tolerance is not None and not 0 <= tolerance < math.inf:
         raise InputError(f"--tolerance is {tolerance}; give 0 or more")
     runtime = Runtime(folder, provider, ops=ops)
-    _check_lengths(runtime.exported.manifest.get("context_length"), seq_len, new_tokens if prompts else 0)
+    data, seq_len, new_tokens = sample.data, sample.seq_len, sample.new_tokens
+    _check_lengths(runtime.exported.manifest.get("context_length"), seq_len, new_tokens if sample.prompts else 0)
     dtype = runtime.exported.dtype
     source, model = _source(folder, runtime.exported, bundle, base)
-    text = windows(token_stream(load_text(data).split("heldout"), model.facts["base"].tokenizer), seq_len, data)
-    chosen = pick(text, tokens)
+    text = windows(token_stream(load_text(data).split("heldout"), model.base.tokenizer), seq_len, data)
+    chosen = pick(text, sample.tokens)
     totals = _Totals(runtime, _NEAR[dtype])
     with progress("verify", len(chosen)) as bar:
         for index, window in enumerate(chosen):
             totals.add(model, window[None])
             bar.update(index + 1, max_abs_diff=totals.worst)
-    continued = pick(text, prompts * seq_len)[:prompts]
+    continued = pick(text, sample.prompts * seq_len)[: sample.prompts]
     with progress("continuations", len(continued)) as bar:
         same, generated = _generated(model, runtime, continued, new_tokens, bar)
     limit = tolerance_of(dtype, totals.largest) if tolerance is None else tolerance
@@ -118,17 +132,19 @@ def _check_lengths(context: int | None, seq_len: int, new_tokens: int) -> None:
 
 def _source(folder: Path, exported: OnnxFolder, bundle: str | None, base: str | None) -> tuple[str, RoutedForCausalLM]:
     """Open what a folder was exported from; return its name too."""
-    source = bundle or exported.manifest["source"]
+    source = bundle or exported.source
     if bundle is None and Path(source).is_absolute() and not Path(source).exists():
         raise InputError(f"{folder}: was exported from {source}, which is not there; name where it is by --bundle")
     model = open_model(
-        source,
-        base=base,
-        dtype=exported.dtype,
-        device="cpu",
-        key_policy=_key_policy(exported),
-        sparsity=exported.manifest.get("sparsity"),
-        ask_hub=bundle is not None,
+        ModelSource(
+            source,
+            base=base,
+            dtype=exported.dtype,
+            device="cpu",
+            key_policy=_key_policy(exported),
+            sparsity=exported.dial,
+            ask_hub=bundle is not None,
+        )
     )
     if bool(model.spec) != bool(exported.decisions):
         raise InputError(f"{folder}: exported from another kind of model than {source}")
@@ -145,7 +161,9 @@ def tolerance_of(dtype: str, largest: float) -> float:
     """
     if dtype == "fp32":
         return TOLERANCE
-    return _ROUNDINGS * _EPSILON[dtype] * 2.0 ** math.floor(math.log2(max(1.0, largest)))
+    rounding = of_weights(dtype).rounding
+    assert rounding is not None
+    return _ROUNDINGS * rounding * 2.0 ** math.floor(math.log2(max(1.0, largest)))
 
 
 def _key_policy(exported: OnnxFolder) -> KeyPolicy | None:

@@ -1,1 +1,1 @@
-"""Evaluation: a model's figures on text and on tasks."""
+"""Evaluates models on text and on tasks."""

@@ -1,16 +1,22 @@
-"""The figures of an evaluation, as the JSON keys that `irc convert` and `irc eval` share."""
+"""Turns an evaluation into the JSON object that `irc convert` and `irc eval` share."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from irc.bundle.key_policy import kv_facts
+from irc.bundle.key_policy import kv_figures
 from irc.evaluation.perplexity import Evaluation
 from irc.model.routed import RoutedForCausalLM
 
 
 def result_metrics(model: RoutedForCausalLM, result: Evaluation, target: float | None) -> dict[str, Any]:
-    """Return an evaluation as the JSON keys that convert and eval share."""
+    """Return an evaluation as JSON data.
+
+    Args:
+        model: The evaluated model.
+        result: Its evaluation.
+        target: Target sparsity of the conversion, or None.
+    """
     if result.routed is None:
         return {"perplexity": {"dense": result.dense}, "flops_ratio": 1.0}
     return {
@@ -22,7 +28,7 @@ def result_metrics(model: RoutedForCausalLM, result: Evaluation, target: float |
             "ffn": result.sparsity(model, "ffn"),
         },
         "flops_ratio": result.flops_ratio,
-        "kv": kv_facts(model, result.keep),
+        "kv": kv_figures(model, result.keep),
         "units": {
             unit.name: {"keep_ratio": result.keep[unit.name], "recoverability": result.recoverability[unit.name]}
             for unit in model.units

@@ -1,4 +1,4 @@
-"""The trade-off of the key/value policy `reduced`: memory saved against perplexity, over thresholds."""
+"""Measures the trade-off between memory saved and perplexity under the key/value policy `reduced`."""
 
 from __future__ import annotations
 
@@ -7,30 +7,31 @@ from typing import Any
 
 import torch
 
-from irc.bundle.key_policy import KeyPolicy, calibrated_keep, key_policy_of, kv_saved, set_key_policy
+from irc.bundle.key_policy import calibrated_keep, kv_saved, set_key_policy
 from irc.evaluation.perplexity import evaluate_routed
 from irc.model.routed import RoutedForCausalLM
 from irc.progress import ProgressFactory
+from irc.recipe.key_policy import KeyPolicy
 
 
 def kv_sweep(
     model: RoutedForCausalLM, text: torch.Tensor, thresholds: Sequence[float], progress: ProgressFactory
 ) -> list[dict[str, Any]]:
-    """Evaluate a model under `reduced` at several thresholds; its own policy is restored.
+    """Evaluate a model under policy `reduced` at several thresholds, then restore its own policy.
 
     Thresholds that reduce the same units share one evaluation.
 
     Args:
         model: Rewritten model of a bundle.
         text: int64 [windows, length].
-        thresholds: Each 0 to 1.
+        thresholds: Thresholds, each between 0 and 1.
         progress: Makes progress bars.
 
     Returns:
-        For each threshold `threshold`, `reduced_units`, `saved` (share of keys and values not stored), `perplexity`
-        and `sparsity` of all units on this text.
+        For each threshold: `threshold`, `reduced_units`, `saved` (the share of keys and values that is not stored),
+        `perplexity` and `sparsity` on this text.
     """
-    keep, before = calibrated_keep(model), key_policy_of(model)
+    keep, before = calibrated_keep(model), model.key_policy
     policies = [KeyPolicy("reduced", threshold) for threshold in thresholds]
     measured: dict[frozenset[str], dict[str, Any]] = {}
     rows = []

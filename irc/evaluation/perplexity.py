@@ -1,4 +1,4 @@
-"""Perplexity, realized sparsity and recoverability on text, dense and routed."""
+"""Measures perplexity, realized sparsity and recoverability on text, dense and routed."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _BATCH_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures of one text.
+    """Figures on one text.
 
     Attributes:
-        tokens: Tokens that were predicted.
-        dense: Perplexity with every unit executed, and without LoRA adapters where there are any: the base's own.
+        tokens: Number of predicted tokens.
+        dense: Perplexity of the base, with every unit executed and without LoRA adapters.
         routed: Perplexity under deterministic routing; None for a plain model.
-        keep: Share of executed tokens of every unit.
-        recoverability: Mean cosine between forecaster(x) and unit(x), every unit executed.
-        flops_ratio: Routed over dense matrix-multiply FLOPs.
-        seconds: Time taken.
+        keep: Share of tokens that each unit executes.
+        recoverability: Mean cosine between forecaster(x) and unit(x) by unit, with every unit executed.
+        flops_ratio: Matrix-multiply FLOPs of the routed model over those of the dense model.
+        seconds: Seconds taken.
     """
 
     tokens: int
@@ -41,19 +41,22 @@ class Evaluation:
     seconds: float
 
     def sparsity(self, model: RoutedForCausalLM, kind: str | None = None) -> float:
-        """Return the share of approximated (token, unit) pairs, of all units or of one kind."""
+        """Return the share of approximated (token, unit) pairs, over all units or over the units of one kind."""
         shares = [1 - self.keep[unit.name] for unit in model.units if kind in (None, unit.kind)]
         return sum(shares) / len(shares) if shares else 0.0
 
 
 @torch.no_grad()
 def evaluate_routed(model: RoutedForCausalLM, text: torch.Tensor, progress: Progress) -> tuple[float, dict[str, float]]:
-    """Return perplexity under deterministic routing and the share of executed tokens of every unit.
+    """Measure a model under deterministic routing.
 
     Args:
         model: Rewritten model.
         text: int64 [windows, length].
-        progress: Told after every batch.
+        progress: Updated after each batch.
+
+    Returns:
+        The perplexity, and the share of tokens that each unit executes.
     """
     model.train(False)
     totals = _Totals(model)
@@ -74,11 +77,11 @@ def evaluate(
     Args:
         model: Plain or rewritten.
         text: int64 [windows, length].
-        progress: Told after every batch.
-        attention_mask: [windows, length], 0 on padding, which counts nowhere; no padding when None.
+        progress: Updated after each batch.
+        attention_mask: [windows, length], 0 on padding; no padding if None.
 
     Returns:
-        Perplexities and shares over real tokens alone.
+        Figures over all tokens that are not padding.
     """
     started = time.monotonic()
     model.train(False)
@@ -86,9 +89,9 @@ def evaluate(
     rows = max(1, _BATCH_TOKENS // text.shape[1])
     for index in range(0, len(text), rows):
         batch = text[index : index + rows].to(model.device)
-        mask = (
-            torch.ones_like(batch) if attention_mask is None else attention_mask[index : index + rows].to(model.device)
-        )
+        mask = torch.ones_like(batch)
+        if attention_mask is not None:
+            mask = attention_mask[index : index + rows].to(model.device)
         totals.add_dense(batch, mask)
         if model.spec:
             totals.add_routed(batch, mask)
@@ -97,7 +100,7 @@ def evaluate(
 
 
 class _Totals:
-    """Running sums over batches."""
+    """Sums over all batches so far."""
 
     def __init__(self, model: RoutedForCausalLM) -> None:
         self.model = model
@@ -108,13 +111,13 @@ class _Totals:
         self.cosine = {unit.name: 0.0 for unit in model.units}
 
     def add_dense(self, batch: torch.Tensor, mask: torch.Tensor) -> None:
-        """Run a batch with every unit executed; where there are adapters, once more without them."""
+        """Run a batch with every unit executed, and once more without LoRA adapters if the model has any."""
         tape, states = self._run("execute", batch, mask, measure_error=True)
         for name, record in tape.items():
             assert record.cosine is not None
             self.cosine[name] += record.cosine[mask.bool()].double().sum().item()
         with adapters_off(self.model):
-            if "lora" in self.model.facts:
+            if self.model.lora is not None:
                 _, states = self._run("execute", batch, mask)
             self._count("execute", states, batch, mask)
 
@@ -141,24 +144,30 @@ class _Totals:
         self.tokens[mode] += int(mask.bool().sum())
 
     def figures(self) -> dict[str, float]:
-        """What the progress bar shows."""
-        shown = {"dense_ppl": self.perplexity("execute")}
+        """Return the figures for the progress bar."""
+        figures = {"dense_ppl": self.perplexity("execute")}
         if self.model.spec:
             keep = self.keep()
-            shown |= {"routed_ppl": self.perplexity("route"), "sparsity": 1 - sum(keep.values()) / max(1, len(keep))}
-        return shown
+            figures["routed_ppl"] = self.perplexity("route")
+            figures["sparsity"] = 1 - sum(keep.values()) / max(1, len(keep))
+        return figures
 
     def perplexity(self, mode: Mode) -> float:
         """Return the perplexity of all batches so far."""
         return math.exp(min(700.0, self.loss[mode] / max(1, self.predicted[mode])))
 
     def keep(self) -> dict[str, float]:
-        """Return the share of executed tokens of every unit; 1 in a plain model."""
+        """Return the share of tokens that each unit executes; 1 in a plain model."""
         tokens = self.tokens["route"]
         return {name: count / tokens if tokens else 1.0 for name, count in self.executed.items()}
 
     def result(self, context: int, seconds: float) -> Evaluation:
-        """Return the figures of all batches."""
+        """Return the figures over all batches.
+
+        Args:
+            context: Tokens per window, for the FLOPs.
+            seconds: Seconds taken.
+        """
         routed, keep = self.model.spec is not None, self.keep()
         tokens = max(1, self.tokens["execute"])
         return Evaluation(

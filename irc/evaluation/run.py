@@ -1,132 +1,148 @@
-"""Opens a bundle or a plain model and evaluates it on the text that the user names."""
+"""Evaluates a bundle or a plain model on text, for `irc eval`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 
-from irc.bundle.dial import dial_round, turn_dial
-from irc.bundle.key_policy import KeyPolicy, calibrated_keep, key_policy_of, set_key_policy
-from irc.bundle.loading import CONFIG, RECIPE, load
-from irc.devices import find_device
+from irc.bundle.config import EvaluationText
+from irc.bundle.contents import Bundle, bundle_of
+from irc.bundle.dial import check_dial, turn_dial
+from irc.bundle.key_policy import calibrated_keep, set_key_policy
+from irc.bundle.layout import RECIPE
+from irc.bundle.loading import open_model
+from irc.bundle.source import ModelSource, as_source
 from irc.errors import InputError
 from irc.evaluation.figures import result_metrics
 from irc.evaluation.kv_sweep import kv_sweep
 from irc.evaluation.perplexity import evaluate, evaluate_routed
-from irc.files.untrusted import check_links
-from irc.model.build import build_plain
-from irc.model.checkpoint import BaseModel, find_base
 from irc.model.flops import flops_ratio
 from irc.model.routed import RoutedForCausalLM
 from irc.progress import ProgressFactory
-from irc.recipe.recipe import Recipe, check_key_policy, load_recipe
+from irc.recipe.recipe import Recipe, check_key_policy
 from irc.text.source import Split, TextSource, load_text, pick, token_stream, windows
 
 
-def open_model(
-    name: str,
-    *,
-    base: str | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
-    key_policy: KeyPolicy | None = None,
-    sparsity: float | None = None,
-    ask_hub: bool = True,
-) -> RoutedForCausalLM:
-    """Open a bundle, under its own key/value policy and sparsity or others, or capture a plain model.
+@dataclass(frozen=True)
+class TextChoice:
+    """Which text to read, and how much of it. None means the same as in the bundle's conversion.
 
-    Without `ask_hub`, for a name that a folder gave and not the user, nothing is downloaded.
+    Attributes:
+        data: A text, as `irc.text.source.load_text` takes it.
+        split: A split of the text, `all`, or `auto`. `auto` is `heldout` for the text of the conversion and for stdlib,
+            and `all` for any other text.
+        tokens: Tokens to read, spread evenly; 0 for all.
+        seq_len: Tokens per window.
     """
-    device = find_device(device)
-    if (Path(name) / CONFIG).is_file():
-        check_links(Path(name))
-        made_with = _saved_recipe(Path(name)).dtype  # so that its figures come out again
-        model = load(name, base=base, dtype=made_with if dtype == "auto" else dtype, device=device, sparsity=sparsity)
-        if key_policy:
-            set_key_policy(model, key_policy, calibrated_keep(model))
-        return model
-    if sparsity is not None:
-        raise InputError(f"{name}: a plain model skips no token, so its sparsity cannot be set; convert it first")
-    if key_policy:
-        raise InputError(f"{name}: a plain model skips no token, so it has no key/value policy; convert it first")
-    plain = find_base(name, ask_hub=ask_hub)
-    model = build_plain(plain, dtype, device)
-    model.facts["base"] = plain
-    return model
+
+    data: str | None = None
+    split: str = "auto"
+    tokens: int | None = None
+    seq_len: int | None = None
 
 
 def run_evaluation(
-    name: str,
+    model: ModelSource | str,
     progress: ProgressFactory,
+    choice: TextChoice = TextChoice(),
     *,
-    data: str | None = None,
-    split: str = "auto",
-    tokens: int | None = None,
-    base: str | None = None,
-    seq_len: int | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
-    key_policy: KeyPolicy | None = None,
     kv_thresholds: Sequence[float] = (),
-    sparsity: float | None = None,
     sparsities: Sequence[float] = (),
 ) -> dict[str, Any]:
-    """Evaluate a bundle or a plain model; what is not said is as in the bundle's conversion.
+    """Evaluate a bundle or a plain model.
+
+    Args:
+        model: The model, and how to open it.
+        progress: Makes progress bars.
+        choice: The text to read.
+        kv_thresholds: Thresholds of the key/value policy `reduced` to sweep.
+        sparsities: Points of the bundle's dial to sweep.
 
     Returns:
         The JSON object of `irc eval`.
+
+    Raises:
+        InputError: The model cannot be opened, the text cannot be read, or a sweep does not fit the model.
     """
+    source = as_source(model)
     for threshold in kv_thresholds:
         check_key_policy("reduced", threshold)
-    model = open_model(name, base=base, dtype=dtype, device=device, key_policy=key_policy, sparsity=sparsity)
-    if sparsities and model.spec is None:
-        raise InputError(f"{name}: a plain model skips no token, so its sparsity cannot be set; convert it first")
-    if kv_thresholds:
-        calibrated_keep(model)  # refuses what has none before any work is done
-    for share in sparsities:
-        dial_round(model, share)  # likewise
-    recipe = _recipe(model)
-    if data is None and model.facts.get("config", {}).get("data") and recipe == Recipe():
-        raise InputError(f"{name}: its {RECIPE} is missing or says nothing, so its text is not known; give --data")
-    text = load_text(data or recipe.data)
-    if split == "auto":
-        known = model.facts.get("config", {}).get("data", {}).get("fingerprint")
-        split = "heldout" if text.name == "stdlib" or text.fingerprint() == known else "all"
-    stream = token_stream(_documents(text, split), _base(model).tokenizer)
-    limit = getattr(model.config, "max_position_embeddings", None)
-    length = seq_len or min(recipe.seq_len, limit or recipe.seq_len)
-    if limit and length > limit:
-        raise InputError(f"--seq-len is {length}, the model's context is {limit}; give at most {limit}")
-    chosen = pick(windows(stream, length, text.name), recipe.eval_tokens if tokens is None else tokens)
+    opened = open_model(source)
+    _refuse_sweeps(opened, source.name, kv_thresholds, sparsities)
+    text, split, seq_len, chosen = _chosen_text(opened, source.name, choice)
     with progress("evaluate", len(chosen)) as bar:
-        result = evaluate(model, chosen, bar)
-    target = model.facts.get("config", {}).get("sparsity", {}).get("target") if model.spec else None
-    figures = result_metrics(model, result, target)
+        result = evaluate(opened, chosen, bar)
+    bundle = bundle_of(opened)
+    figures = result_metrics(opened, result, None if bundle is None else bundle.config.measured.sparsity.target)
     if kv_thresholds:
-        figures["kv_sweep"] = kv_sweep(model, chosen, kv_thresholds, progress)
-    if sparsities:  # last, for the dial stays where it is turned to
-        figures["sparsity_sweep"] = [_at(model, share, chosen, progress) for share in sparsities]
+        figures["kv_sweep"] = kv_sweep(opened, chosen, kv_thresholds, progress)
+    if sparsities:  # last, because the dial stays where it is turned to
+        figures["sparsity_sweep"] = [_figures_at(opened, share, chosen, progress) for share in sparsities]
     return {
-        "model": name,
+        "model": source.name,
         "data": {
             "name": text.name,
             "fingerprint": text.fingerprint(),
             "split": split,
             "tokens": result.tokens,
-            "seq_len": length,
+            "seq_len": seq_len,
         },
         **figures,
         "seconds": {"evaluate": round(result.seconds, 2)},
     }
 
 
-def _at(model: RoutedForCausalLM, sparsity: float, text: torch.Tensor, progress: ProgressFactory) -> dict[str, Any]:
-    """Return a bundle's figures with its dial at a sparsity; the dial stays there."""
+def _refuse_sweeps(
+    model: RoutedForCausalLM, name: str, kv_thresholds: Sequence[float], sparsities: Sequence[float]
+) -> None:
+    """Refuse sweeps that the model cannot run, before any work is done."""
+    if sparsities and model.spec is None:
+        raise InputError(f"{name}: a plain model skips no token, so it has no sparsity; convert it first")
+    if kv_thresholds:
+        calibrated_keep(model)
+    for share in sparsities:
+        check_dial(model, share)
+
+
+def _chosen_text(model: RoutedForCausalLM, name: str, choice: TextChoice) -> tuple[TextSource, str, int, torch.Tensor]:
+    """Return the text, the name of its split, tokens per window, and the windows, int64 [windows, tokens]."""
+    bundle = bundle_of(model)
+    recipe = Recipe() if bundle is None else bundle.recipe
+    if choice.data is None and _text_is_lost(bundle, recipe):
+        raise InputError(
+            f"{name}: its {RECIPE} is missing or empty, so its text is not known; name a text", options=("data",)
+        )
+    text = load_text(choice.data or recipe.data)
+    split = choice.split
+    if split == "auto":
+        known = None if bundle is None else bundle.config.measured.text.fingerprint
+        split = "heldout" if text.name == "stdlib" or text.fingerprint() == known else "all"
+    documents = list(text.documents) if split == "all" else text.split(cast(Split, split))
+    stream = token_stream(documents, model.base.tokenizer)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    seq_len = choice.seq_len or min(recipe.seq_len, limit or recipe.seq_len)
+    if limit and seq_len > limit:
+        raise InputError(
+            f"seq_len is {seq_len}, but the model's context is {limit}; give at most {limit}", options=("seq_len",)
+        )
+    tokens = recipe.eval_tokens if choice.tokens is None else choice.tokens
+    return text, split, seq_len, pick(windows(stream, seq_len, text.name), tokens)
+
+
+def _text_is_lost(bundle: Bundle | None, recipe: Recipe) -> bool:
+    """Return whether a conversion read a text and the bundle no longer says which."""
+    return bundle is not None and bundle.config.measured.text != EvaluationText() and recipe == Recipe()
+
+
+def _figures_at(
+    model: RoutedForCausalLM, sparsity: float, text: torch.Tensor, progress: ProgressFactory
+) -> dict[str, Any]:
+    """Turn a bundle's dial to a sparsity and return its figures. The dial stays there."""
     turn_dial(model, sparsity)
-    set_key_policy(model, key_policy_of(model), calibrated_keep(model))
+    set_key_policy(model, model.key_policy, calibrated_keep(model))
     with progress(f"sparsity {sparsity:g}", len(text)) as bar:
         perplexity, keep = evaluate_routed(model, text, bar)
     return {
@@ -135,29 +151,3 @@ def _at(model: RoutedForCausalLM, sparsity: float, text: torch.Tensor, progress:
         "perplexity": perplexity,
         "flops_ratio": flops_ratio(model, keep, text.shape[1]),
     }
-
-
-def _recipe(model: RoutedForCausalLM) -> Recipe:
-    folder = model.facts.get("bundle")
-    return Recipe() if folder is None else _saved_recipe(folder)
-
-
-def _saved_recipe(folder: Path) -> Recipe:
-    path = folder / RECIPE
-    if not path.exists():
-        return Recipe()
-    recipe = load_recipe(path)
-    try:
-        recipe.check()
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    return recipe
-
-
-def _documents(text: TextSource, split: str) -> list[Any]:
-    return list(text.documents) if split == "all" else text.split(cast(Split, split))
-
-
-def _base(model: RoutedForCausalLM) -> BaseModel:
-    base: BaseModel = model.facts["base"]
-    return base

@@ -1,1 +1,1 @@
-"""Files: written whole or not at all, read without trust."""
+"""Writing files atomically, and reading files that others wrote safely."""

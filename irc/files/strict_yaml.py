@@ -1,4 +1,4 @@
-"""YAML that others wrote: plain data, no key twice, no aliases (a few lines of which can stand for gigabytes)."""
+"""Reads untrusted YAML: plain data only, without duplicate keys, and without aliases that expand to gigabytes."""
 
 from __future__ import annotations
 
@@ -7,54 +7,57 @@ from typing import Any
 
 import yaml
 
-_MOST_BITS = 1024  # of the largest float64
+_MAX_INTEGER_BITS = 1024  # the size of the largest float64
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 80, 80
 
 
-class _Loader(yaml.SafeLoader):
-    """Reads plain data."""
+class _StrictLoader(yaml.SafeLoader):
+    """Loads plain data."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """Refuse aliases."""
         if self.check_event(yaml.AliasEvent):
-            raise ValueError("aliases (*name) are not read; write the value out")
+            raise ValueError("aliases (*name) are not supported; write the value out")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Refuse a key that is there twice."""
-        found = super().construct_mapping(node, deep)
-        if len(found) < len(node.value):
-            raise ValueError(f"a key is there twice in the lines from {node.start_mark.line + 1} on")
-        return found
+        """Refuse duplicate keys."""
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            raise ValueError(f"duplicate key in the mapping that begins at line {node.start_mark.line + 1}")
+        return mapping
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        """Refuse a number that Python would not even write out, such as hexadecimal digits by the thousand."""
-        # Every digit is a bit or more, and Python itself reads no decimals of some thousand digits.
-        if len(node.value) > _MOST_BITS or (found := super().construct_yaml_int(node)).bit_length() > _MOST_BITS:
-            raise ValueError(f"the number in line {node.start_mark.line + 1} is larger than any that is meant")
-        return int(found)
+        """Refuse huge numbers, such as thousands of hexadecimal digits, which Python cannot print."""
+        # Check the text first: each digit is at least one bit, and Python refuses to parse thousands of decimals.
+        too_long = len(node.value) > _MAX_INTEGER_BITS
+        number = 0 if too_long else int(super().construct_yaml_int(node))
+        if too_long or number.bit_length() > _MAX_INTEGER_BITS:
+            raise ValueError(f"the number in line {node.start_mark.line + 1} is too large")
+        return number
 
 
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_int)
 
 
-def parse(text: str) -> Any:
-    """Return what a YAML text says.
+def parse_yaml(text: str) -> Any:
+    """Return the data in a YAML text.
 
     Raises:
-        ValueError: It is no YAML, nested too deeply, holds a value that cannot be, an alias, or a key twice.
+        ValueError: The text is not valid YAML, is nested too deeply, or contains an impossible value, an alias or a
+            duplicate key.
     """
     try:
-        return yaml.load(text, _Loader)
+        return yaml.load(text, _StrictLoader)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     except ValueError:
         raise
-    except Exception as error:  # values such as the 31st of February, or a timestamp that is none
+    except Exception as error:  # for example, a date such as the 31st of February
         raise ValueError((str(error) or type(error).__name__).splitlines()[0]) from error
 
 
-def shown(value: Any) -> str:
-    """Return a value as a failure shows it, at most a line."""
+def short_repr(value: Any) -> str:
+    """Return a value as an error message shows it, on one short line."""
     return _SHORT.repr(value)

@@ -1,4 +1,4 @@
-"""Safetensors files, written whole or not at all."""
+"""Writes safetensors files atomically."""
 
 from __future__ import annotations
 
@@ -12,19 +12,27 @@ from irc.errors import IrcError
 
 
 def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file whole or not at all: a temporary file beside it, synced, then renamed."""
+    """Write a safetensors file atomically: write `NAME.tmp` next to it, sync it to disk, then rename.
+
+    Args:
+        path: Where the file goes.
+        tensors: Tensors by name, of any shape and data type.
+        metadata: Text by key, stored in the file's header.
+
+    Raises:
+        IrcError: The file could not be written.
+    """
     partial = path.with_name(path.name + ".tmp")
     try:
         partial.touch()
-        mode = partial.stat().st_mode  # as of every file: safetensors makes its own for nobody else to read
+        mode = partial.stat().st_mode  # the usual mode; safetensors creates files that only their owner can read
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial, metadata)
         partial.chmod(mode)
         with partial.open("rb") as opened:
             os.fsync(opened.fileno())
         os.replace(partial, path)
     except Exception as error:
-        raise IrcError(
-            f"{path}: could not be written ({error}); free some space and try again with --resume"
-        ) from error
-    finally:  # an interrupt, which is no Exception, leaves nothing either
+        advice = "free some space and resume the run"
+        raise IrcError(f"{path}: could not be written ({error}); {advice}", options=("resume",)) from error
+    finally:  # an interrupt is not an Exception and must not leave the partial file either
         partial.unlink(missing_ok=True)

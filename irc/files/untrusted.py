@@ -1,4 +1,4 @@
-"""Files that others wrote: their size before their content, names that stay inside their folder."""
+"""Reads files that others wrote: checks sizes before reading, and keeps names and links inside their folder."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 from irc.errors import InputError
 
 MOST_TEXT = 1 << 26
-"""Bytes of a configuration file; the largest that we know, tokenizer.json, has half as many."""
+"""Largest configuration file that is read, in bytes. The largest known one, a tokenizer.json, has half as many."""
 
-_MOST_DIGITS = 400
+_MAX_DIGITS = 400
 _LINKED_FOLDERS = ("additional_chat_templates",)
 
 
@@ -19,28 +19,41 @@ def read_text(path: Path) -> str:
     """Return a configuration file's text.
 
     Args:
-        path: Of a file.
+        path: Path of the file.
 
     Raises:
-        ValueError: It is larger than any such file, or not UTF-8.
+        ValueError: The file is larger than `MOST_TEXT` bytes, or not UTF-8.
     """
     size = path.stat().st_size
     if size > MOST_TEXT:
-        raise ValueError(f"{size} bytes, where at most {MOST_TEXT} are read")
+        raise ValueError(f"the file has {size} bytes; at most {MOST_TEXT} are read")
     return path.read_text(encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file of ours, in which no key is there twice.
+    """Return the object in a JSON file.
 
     Args:
-        path: Of a file.
+        path: Path of the file.
 
     Raises:
-        ValueError: It is too large, no JSON, nested too deeply, has a key twice, or holds no object.
+        ValueError: The file is too large, is not valid JSON, is nested too deeply, has a duplicate key, or does not
+            contain an object.
+    """
+    return parse_json(read_text(path))
+
+
+def parse_json(text: str) -> dict[str, Any]:
+    """Return the object in a JSON text.
+
+    Args:
+        text: Content of a file.
+
+    Raises:
+        ValueError: It is not valid JSON, is nested too deeply, has a duplicate key, or does not contain an object.
     """
     try:
-        found = json.loads(read_text(path), object_pairs_hook=_object, parse_int=_integer)
+        found = json.loads(text, object_pairs_hook=_object, parse_int=_integer)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     if not isinstance(found, dict):
@@ -49,46 +62,49 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _integer(digits: str) -> int:
-    if len(digits) > _MOST_DIGITS:
-        raise ValueError(f"a number of {len(digits)} digits")
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"a number has {len(digits)} digits; at most {_MAX_DIGITS} are read")
     return int(digits)
 
 
 def check_links(folder: Path) -> None:
-    """Refuse a folder that holds a symbolic link to something outside of it.
+    """Refuse a folder that contains a symbolic link to something outside of it.
 
-    Links of a snapshot in the Hugging Face cache, which lead to the blobs of the same model, are inside.
+    A snapshot in the Hugging Face cache may link to the blobs of the same model.
 
     Args:
-        folder: Of a model, a bundle or an export; it may be a link itself.
+        folder: Folder of a model, a bundle or an export; it may be a link itself.
 
     Raises:
-        InputError: Names the link.
+        InputError: A link leads out of the folder.
     """
     real = folder.resolve()
-    homes = [real]
+    allowed = [real]
     if real.parent.name == "snapshots":
-        homes.append(real.parent.parent / "blobs")
-    for path in [*folder.iterdir(), *(path for name in _LINKED_FOLDERS for path in (folder / name).glob("*"))]:
+        allowed.append(real.parent.parent / "blobs")
+    paths = list(folder.iterdir())
+    for name in _LINKED_FOLDERS:
+        paths += (folder / name).glob("*")
+    for path in paths:
         if not path.is_symlink() or (path.is_dir() and path.name not in _LINKED_FOLDERS):
             continue
         try:
             target = path.resolve()
-        except (OSError, RuntimeError):  # a circle
+        except (OSError, RuntimeError):  # the links form a circle
             target = Path("/")
-        if not any(target.is_relative_to(home) for home in homes):
-            raise InputError(f"{path}: is a link that leads out of its folder; put the file itself there")
+        if not any(target.is_relative_to(place) for place in allowed):
+            raise InputError(f"{path}: is a link that leads out of its folder; replace it by the file itself")
 
 
 def check_plain(name: Any, where: Path) -> str:
-    """Return a file's name that another file holds, where it is the name of a file beside it.
+    """Return a file name that was read from a file, after checking that it names a file in the same folder.
 
     Args:
-        name: As it was read.
+        name: The name as it was read.
         where: The file that it was read from.
 
     Raises:
-        InputError: It is no text, or leads elsewhere.
+        InputError: The name is not text, or it is a path to another folder.
     """
     if (
         not isinstance(name, str)
@@ -98,12 +114,17 @@ def check_plain(name: Any, where: Path) -> str:
         or Path(name).name != name
         or "\\" in name
     ):
-        raise InputError(f"{where}: names the file {_short(name)}, which is not beside it; only plain names are read")
+        raise InputError(f"{where}: names the file {_short(name)}; give the plain name of a file in the same folder")
     return name
 
 
 def first_line(error: BaseException, most: int = 200) -> str:
-    """Return the first line of an exception's text, its kind where there is none; at most `most` characters."""
+    """Return the first line of an exception's message, or its class name if the message is empty.
+
+    Args:
+        error: The exception.
+        most: Longest result, in characters.
+    """
     return (str(error).strip() or type(error).__name__).splitlines()[0][:most]
 
 
@@ -113,8 +134,9 @@ def _short(value: Any) -> str:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(key for index, (key, _) in enumerate(pairs) if key in dict(pairs[:index]))
-        raise ValueError(f"key {_short(twice)} is there twice")
-    return found
+    mapping: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in mapping:
+            raise ValueError(f"duplicate key {_short(key)}")
+        mapping[key] = value
+    return mapping

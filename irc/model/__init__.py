@@ -1,1 +1,1 @@
-"""A dense model becomes a routed one: checkpoint, capture, modules, the rewritten graph as a transformers model."""
+"""Turns a dense model into a routed one: checkpoint, capture, modules, the rewritten graph in transformers' form."""

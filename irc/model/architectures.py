@@ -1,4 +1,4 @@
-"""The architectures that are supported: those that `tests/irc/test_architectures.py` takes from convert to verify."""
+"""The supported architectures: those that `tests/irc/test_architectures.py` converts, exports and verifies."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ TESTED = {
     "qwen3_moe": "Qwen3-MoE",
     "olmoe": "OLMoE",
 }
-"""Model type, as in config.json, to the name that people know."""
+"""Maps the model type in config.json to the name that people know."""
 
 *_FIRST, _LAST = TESTED.values()
 SUPPORTED = f"a {', '.join(_FIRST)} or {_LAST} model"
-"""All of them, for sentences."""
+"""All of them, for error messages."""
 
 
 def check_model_type(model_type: str) -> None:
-    """Refuse, by name, what is not tested: it might be captured and still compute something else.
+    """Refuse an architecture that is not tested: capture might succeed and compute something else.
 
     Raises:
         InputError: Names the architecture, and all that are supported.
@@ -48,7 +48,7 @@ def check_model_type(model_type: str) -> None:
 
 
 def check_architecture(config: PretrainedConfig) -> None:
-    """Refuse an architecture that is not tested, and weights that mean nothing without their scales.
+    """Refuse an architecture that is not tested, and quantized weights, which need scales.
 
     Raises:
         InputError: Names the architecture or the kind of weights.
@@ -58,6 +58,6 @@ def check_architecture(config: PretrainedConfig) -> None:
     if quantized is not None:
         method = quantized.get("quant_method", "quantized") if isinstance(quantized, dict) else "quantized"
         raise InputError(
-            f"its weights are stored as {str(method)[:40]} numbers with scales, which are not read; "
-            "convert the checkpoint that it was made of"
+            f"its weights are quantized ({str(method)[:40]}), which is not supported; convert the checkpoint that it "
+            "was quantized from"
         )

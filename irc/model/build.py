@@ -1,4 +1,4 @@
-"""Models from a base on disk: captured, and with untrained routers and forecasters round every unit."""
+"""Builds models from a base on disk: plain, or with untrained routers and forecasters around every unit."""
 
 from __future__ import annotations
 
@@ -26,33 +26,45 @@ log = logging.getLogger(__name__)
 
 
 def build_plain(base: BaseModel, dtype: str = "auto", device: str = "cpu") -> RoutedForCausalLM:
-    """Capture a base model without inserting anything."""
+    """Capture a base model without inserting anything.
+
+    Args:
+        base: Model on disk.
+        dtype: `auto` (fp32, or bf16 for checkpoints over 2 GB), `fp32`, `fp16` or `bf16`.
+        device: Where it will run.
+
+    Raises:
+        InputError: The model cannot be captured.
+    """
     captured = _captured(base, dtype, device)
-    return _ready(RoutedForCausalLM(captured, match_units(captured.graph), RoutingControl(), None))
+    return _ready(RoutedForCausalLM(captured, match_units(captured.graph), RoutingControl(), None, base))
 
 
 def build_routed(
     base: BaseModel, spec: RoutingSpec, dtype: str = "auto", device: str = "cpu", seed: int = 0
 ) -> RoutedForCausalLM:
-    """Capture a base model and insert untrained forecasters, routers and muxes round every unit.
+    """Capture a base model and insert untrained forecasters, routers and muxes around every unit.
 
     Args:
         base: Model on disk.
         spec: What to insert.
-        dtype: `auto` (fp32, for checkpoints of over 2 GB bf16), `fp32`, `fp16` or `bf16`.
+        dtype: `auto` (fp32, or bf16 for checkpoints over 2 GB), `fp32`, `fp16` or `bf16`.
         device: Where it will run.
-        seed: Of the inserted modules' initial weights.
+        seed: Seed of the inserted modules' initial weights.
+
+    Raises:
+        InputError: The model cannot be captured, it has no unit that can be routed, or the rank is too large.
     """
     captured = _captured(base, dtype, device)
     match = match_units(captured.graph)
     _refuse_without_units(match, base)
     if match.refusals:
         first = match.refusals[0]
-        log.warning("%d submodules are not routed; the first: %s: %s", len(match.refusals), first.name, first.reason)
+        log.warning("%d submodules are not routed. The first is %s: %s", len(match.refusals), first.name, first.reason)
     for unit in match.units:
         if spec.rank > unit.width:
             raise InputError(
-                f"rank is {spec.rank}, {unit.name} has hidden size {unit.width}; give a rank of at most {unit.width}"
+                f"rank is {spec.rank}, but {unit.name} has hidden size {unit.width}; give at most {unit.width}"
             )
     policy = policy_named(spec.policy)
     control = RoutingControl(capacity=1 - spec.sparsity if policy.capacity else None)
@@ -77,7 +89,7 @@ def build_routed(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         passes.run(captured.graph)
-    return _ready(RoutedForCausalLM(captured, match, control, spec))
+    return _ready(RoutedForCausalLM(captured, match, control, spec, base))
 
 
 def _refuse_without_units(match: MatchResult, base: BaseModel) -> None:
@@ -90,7 +102,7 @@ def _refuse_without_units(match: MatchResult, base: BaseModel) -> None:
 
 
 def _source(spec: RoutingSpec, policy: Policy) -> Reads:
-    if spec.reads == "bottleneck":  # its own router takes it from there
+    if spec.reads == "bottleneck":  # the router itself takes the bottleneck from there
         return "unit"
     return cast(Reads, spec.reads) if spec.reads else policy.reads
 

@@ -1,4 +1,4 @@
-"""The key/value cache, between transformers and the flat tensors that a captured graph takes and returns."""
+"""Converts the key/value cache between transformers' classes and the flat tensors of a captured graph."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 _FIELDS = {entry.name for entry in dataclasses.fields(CausalLMOutputWithPast)}
 
 CACHE_NAME = "cache" if "cache" in _FIELDS else "past_key_values"
-"""What models and their outputs call the cache: `cache` since transformers 5.24, `past_key_values` before."""
+"""The name of the cache in models and their outputs: `cache` since transformers 5.24, `past_key_values` before."""
 
 
 def cache_shape(config: PretrainedConfig) -> tuple[int, int, int]:
@@ -26,7 +26,7 @@ def cache_shape(config: PretrainedConfig) -> tuple[int, int, int]:
 def flat_past(
     config: PretrainedConfig, cache: Cache | None, batch: int, dtype: torch.dtype, device: torch.device
 ) -> list[torch.Tensor]:
-    """Return keys and values of every layer in turn, [batch, heads, past, size]; of length 0 without a cache."""
+    """Return k0, v0, k1, v1, ..., each [batch, heads, past, size]; past is 0 without a cache."""
     layers, heads, size = cache_shape(config)
     if cache is None or cache.get_seq_length() == 0:
         empty = torch.zeros(batch, heads, 0, size, dtype=dtype, device=device)
@@ -36,9 +36,9 @@ def flat_past(
 
 
 def updated(cache: Cache | None, present: list[torch.Tensor]) -> Cache:
-    """Put what the graph returned into a cache, a new one where the old has layers that drop tokens."""
+    """Return a cache with the keys and values that the graph returned: the given one, unless its layers drop tokens."""
     if cache is None or any(type(layer) is not DynamicLayer for layer in cache.layers):
-        # The captured graph keeps the whole past of sliding layers too, so plain layers hold it.
+        # The captured graph keeps the whole past of sliding layers too, which only plain layers can hold.
         cache = DynamicCache()
     for index, (keys, values) in enumerate(zip(present[::2], present[1::2], strict=True)):
         if len(cache.layers) <= index:

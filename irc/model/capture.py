@@ -1,8 +1,8 @@
-"""Capture: a Hugging Face causal language model becomes a graph per submodule, by torch.export.
+"""Captures a Hugging Face causal language model with torch.export, as one graph per submodule.
 
-The model is captured as a twin on the meta device (no weights are touched, no memory is used), with a
-key/value cache and dynamic batch, length and past length. Afterwards the real linears are put back into
-the graphs and the weights are assigned, never copied.
+A twin of the model on the meta device is captured, with a key/value cache and dynamic batch, length and past length; it
+has no weights and takes no memory. Afterwards linears replace their captured graphs, and weights are assigned without a
+copy.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ log = logging.getLogger(__name__)
 _BATCH, _LENGTH, _PAST = 2, 3, 5
 _CALL_NUMBER = re.compile(r"@\d+")
 _NUMBERS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
-_WANTED = "convert a checkpoint of bfloat16, float16 or float32"
+_WANTED = "convert a checkpoint in bfloat16, float16 or float32"
 _DYNAMIC_ROPE = ("dynamic", "longrope")
-_COMPUTED = ".rotary_emb.inv_freq"  # older checkpoints hold it; it follows from the configuration
+_COMPUTED = ".rotary_emb.inv_freq"  # older checkpoints contain it; it follows from the configuration
 
 
 @dataclass
@@ -47,9 +47,9 @@ class Captured:
     Attributes:
         graph: `graph(input_ids, attention_mask, position_ids, *past)` returns
             `(logits, *present)`; past and present are k0, v0, k1, v1, ..., each
-            [batch, key/value heads, length, head size]. Weights are meta until `assign_weights`.
+            [batch, key/value heads, length, head size]. Weights are on the meta device until `assign_weights`.
         config: The Hugging Face configuration.
-        dtype: Data type of the capture; another dtype needs a capture of its own.
+        dtype: Data type of the capture. Another data type needs another capture.
     """
 
     graph: fx.GraphModule
@@ -65,7 +65,7 @@ def capture(config: PretrainedConfig, dtype: torch.dtype) -> Captured:
         dtype: Data type of weights and activations.
 
     Raises:
-        InputError: The architecture is none that transformers can build, or torch.export refuses it.
+        InputError: transformers cannot build the architecture, or torch.export cannot capture it.
     """
     _refuse_unsupported(config)
     twin = _meta_twin(config, dtype)
@@ -95,14 +95,14 @@ def assign_weights(captured: Captured, weights: Mapping[str, torch.Tensor], devi
     """Give a captured model its weights without copying them, and move its graphs to their device.
 
     Args:
-        captured: Still on the meta device.
-        weights: Name to tensor, as in the original model's state dict (tied names may be missing).
+        captured: Model on the meta device.
+        weights: By name, as in the original model's state dict; tied names may be missing. A warning names weights that
+            the model does not use.
         device: Where the model will run.
 
-    A warning names weights that the model does not read.
-
     Raises:
-        InputError: A weight is missing, has another shape than the configuration says, or is tied to one that differs.
+        InputError: A weight is missing, has a shape that the configuration does not imply, or differs from one that it
+            is tied to.
     """
     shared: dict[str, nn.Parameter] = {}
     model = captured.graph
@@ -110,7 +110,7 @@ def assign_weights(captured: Captured, weights: Mapping[str, torch.Tensor], devi
     for name, other in tied.items():
         if name in weights and other in weights and not _same(weights[name], weights[other]):
             raise InputError(
-                f"weight {name} is not {other}, to which the configuration ties it; where both are meant, set "
+                f"weight {name} differs from {other}, but the configuration ties them; if both are needed, set "
                 "tie_word_embeddings to false in config.json"
             )
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
@@ -122,23 +122,23 @@ def assign_weights(captured: Captured, weights: Mapping[str, torch.Tensor], devi
             raise InputError(f"weight {name} is {list(source.shape)}, the configuration says {list(parameter.shape)}")
         if source.dtype not in _NUMBERS:
             kind = str(source.dtype).removeprefix("torch.")
-            raise InputError(f"weight {name} is stored as {kind}, without its scale it means nothing; {_WANTED}")
+            raise InputError(f"weight {name} is stored as {kind}, which needs a scale; {_WANTED}")
         if stored not in shared:
-            # A mixed-dtype checkpoint is converted here; the same dtype and device is no copy.
+            # Mixed-dtype checkpoints are converted here; if dtype and device agree, nothing is copied.
             shared[stored] = nn.Parameter(source.detach().to(device, captured.dtype), requires_grad=False)
         _set(model, name, shared[stored])
-    _tell_unread(captured.config.model_type, weights.keys() - shared.keys() - tied.keys())
+    _warn_about_unused(captured.config.model_type, weights.keys() - shared.keys() - tied.keys())
     _rebuild_buffers(captured, device)
     PassManager([SetDevice(device)]).run(model)
 
 
 def _refuse_unsupported(config: PretrainedConfig) -> None:
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    parts = [rope, *rope.values()] if isinstance(rope, dict) else []  # one for all layers, or one for each kind
+    parts = [rope, *rope.values()] if isinstance(rope, dict) else []  # one for all layers, or one per kind
     for kind in (part.get("rope_type") for part in parts if isinstance(part, dict)):
         if kind in _DYNAMIC_ROPE:
             raise InputError(
-                f"{config.model_type}: rope type '{kind}' changes with the text's length, which a graph cannot hold; "
+                f"{config.model_type}: rope type '{kind}' depends on the text's length, which a graph cannot express; "
                 "use a model with default, linear, yarn or llama3 rope"
             )
     if getattr(config, "is_encoder_decoder", False):
@@ -151,7 +151,7 @@ def _meta_twin(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
             twin: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     except Exception as error:
         raise InputError(
-            f"{config.model_type}: transformers has no causal language model for it that can be captured "
+            f"{config.model_type}: transformers has no causal language model of this type that can be captured "
             f"({first_line(error)}); convert {SUPPORTED}"
         ) from error
     twin.train(False)
@@ -162,7 +162,7 @@ def _meta_twin(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 def _example_inputs(config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
     layers, heads, size = cache_shape(config)
     meta: dict[str, Any] = {"device": "meta"}
-    # Plain, not of the configuration: sliding layers too keep their whole past, and the mask cuts the window.
+    # Plain layers, whatever the configuration says: sliding layers keep their whole past, and the mask cuts the window.
     cache = DynamicCache()
     for layer in range(layers):
         key, value = (torch.zeros(_BATCH, heads, _PAST, size, dtype=dtype, **meta) for _ in range(2))
@@ -190,7 +190,7 @@ def _dynamic_shapes(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def _relink(module: nn.Module, twin: nn.Module) -> None:
-    """Put the twin's linears in the place of their captured graphs, so that peft and matching find them."""
+    """Replace captured graphs of linears by the twin's linears, so that peft and matching find them."""
     for name, source in twin.named_modules():
         if isinstance(source, nn.Linear):
             try:
@@ -202,7 +202,7 @@ def _relink(module: nn.Module, twin: nn.Module) -> None:
 
 
 def _root(module: nn.Module) -> fx.GraphModule:
-    """Make the unflattened module's outermost graph a plain GraphModule with flat inputs and outputs."""
+    """Return the outermost graph of the unflattened module as a plain GraphModule with flat inputs and outputs."""
     graph = module.graph
     assert isinstance(graph, fx.Graph)
     for node in graph.nodes:
@@ -239,12 +239,12 @@ def _same(weight: torch.Tensor, other: torch.Tensor) -> bool:
     return weight.dtype == other.dtype and torch.equal(weight, other)
 
 
-def _tell_unread(model_type: str, names: Set[str]) -> None:
-    """Warn of weights without a place, such as biases that the configuration switches off."""
+def _warn_about_unused(model_type: str, names: Set[str]) -> None:
+    """Warn about weights that the model does not use, such as biases that the configuration switches off."""
     unread = sorted(name for name in names if not name.endswith(_COMPUTED))
     if unread:
         log.warning(
-            "%d weights of the checkpoint are not read, the %s that config.json describes has no place for them: %s%s",
+            "%d weights of the checkpoint are not used; the %s that config.json describes lacks them: %s%s",
             len(unread),
             model_type,
             ", ".join(unread[:3]),
@@ -253,16 +253,16 @@ def _tell_unread(model_type: str, names: Set[str]) -> None:
 
 
 def _rebuild_buffers(captured: Captured, device: torch.device | str) -> None:
-    """Compute non-persistent buffers (rotary frequencies), which a meta twin does not hold."""
+    """Compute non-persistent buffers (rotary frequencies), which a model on the meta device does not have."""
     twin = _meta_twin(captured.config, captured.dtype)
     made: dict[str, nn.Module] = {}
     for name, buffer in list(captured.graph.named_buffers(remove_duplicate=False)):
         if buffer.device.type != "meta":
             continue
         captured_owner, _, leaf = name.rpartition(".")
-        owner = _CALL_NUMBER.sub("", captured_owner)  # a module that is called twice has two graphs
+        owner = _CALL_NUMBER.sub("", captured_owner)  # the graph of a second call has a number
         scale = getattr(twin.get_submodule(owner), "scalar_embed_scale", None)
-        if leaf == "embed_scale" and scale is not None:  # Gemma's embedding is built of more than the configuration
+        if leaf == "embed_scale" and scale is not None:  # Gemma's embedding needs more than the configuration
             value = torch.tensor(scale, dtype=buffer.dtype, device=device)
             setattr(captured.graph.get_submodule(captured_owner), leaf, value)
             continue

@@ -41,8 +41,8 @@ class BaseModel:
     """A causal language model in a local folder.
 
     Attributes:
-        name: What the user asked for.
-        folder: Where its files are.
+        name: What the user called it.
+        folder: Folder with its files.
     """
 
     name: str
@@ -50,21 +50,21 @@ class BaseModel:
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        """Configuration; code that a folder may hold is never run.
+        """Configuration. Code in the folder is never run.
 
         Raises:
-            InputError: It cannot be read, or is of an architecture or a kind of weights that is not supported.
+            InputError: It cannot be read, or the architecture or kind of weights is not supported.
         """
         try:
             raw = json.loads(read_text(self.folder / "config.json"))
             if "configuration_files" in raw:
-                raise ValueError("it names other configuration files, which are not read")
-            # transformers makes a list as long as there are layers, of any part, before anyone can look
+                raise ValueError("it names other configuration files, which is not supported")
+            # transformers builds a list with one entry per layer before the number can be checked
             if raw.get("model_type") in CONFIG_MAPPING:
                 check_model_type(raw["model_type"])
             layers = raw.get("num_hidden_layers", 0)
             if not isinstance(layers, int) or layers > _MOST_LAYERS:
-                raise ValueError(f"num_hidden_layers {str(layers)[:40]}, more than any model has")
+                raise ValueError(f"num_hidden_layers is {str(layers)[:40]}, more than any model has")
             config: PretrainedConfig = AutoConfig.from_pretrained(
                 self.folder, trust_remote_code=False, local_files_only=True
             )
@@ -78,9 +78,13 @@ class BaseModel:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Tokenizer of the folder."""
+        """Tokenizer of the folder.
+
+        Raises:
+            InputError: The folder holds no usable tokenizer.
+        """
         tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.folder, self.name)
-        tokenizer.model_max_length = int(1e30)  # windows are cut by us; no warning about long texts
+        tokenizer.model_max_length = int(1e30)  # we cut windows ourselves, so no warning about long texts
         return tokenizer
 
     @property
@@ -88,7 +92,7 @@ class BaseModel:
         """The safetensors files, in order.
 
         Raises:
-            InputError: There are none, or the index names one that is not there, or is outside of the folder.
+            InputError: One is missing, or the index names one outside of the folder.
         """
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
@@ -103,7 +107,7 @@ class BaseModel:
         if missing:
             pickles = any(self.folder.glob("*.bin"))
             why = (
-                "only pickled .bin weights, which are never loaded: save it with safe_serialization"
+                "only pickled .bin weights, which are never loaded; save it with safe_serialization"
                 if pickles
                 else "no weights"
             )
@@ -111,14 +115,17 @@ class BaseModel:
         return shards
 
     def weights(self) -> Weights:
-        """Return all weights, memory-mapped: pages are read when they are touched."""
+        """Return all weights, memory-mapped: pages are read when they are used."""
         return Weights(self.shards)
 
     def check_sizes(self, weights: Weights) -> None:
-        """Refuse a configuration of more layers or larger sizes than any weight has, before anything is made from it.
+        """Refuse a configuration with more layers or larger sizes than the weights, before anything is built from it.
+
+        Args:
+            weights: All weights of the checkpoint.
 
         Raises:
-            InputError: Names the value and the largest that the checkpoint bears out.
+            InputError: Names the value and the largest that the weights allow.
         """
         largest = max((size for shape in weights.shapes.values() for size in shape), default=0)
         for name in (*_COUNTS, *_SIZES):
@@ -126,18 +133,22 @@ class BaseModel:
             most = len(weights) if name in _COUNTS else largest
             if value is not None and (type(value) is not int or not 0 < value <= most):
                 raise InputError(
-                    f"{self.name}: config.json says {name} {str(value)[:40]}, the checkpoint's weights allow for "
-                    f"{most} at most"
+                    f"{self.name}: config.json says {name} {str(value)[:40]}, but the checkpoint's weights allow at "
+                    f"most {most}"
                 )
 
     def check_finite(self) -> None:
-        """Refuse weights with NaN or infinity, naming the first; no shard stays in memory."""
+        """Refuse weights with NaN or infinity. No shard stays in memory.
+
+        Raises:
+            InputError: Names the first such weight.
+        """
         for shard in self.shards:
             tensors = _mapped(shard)
             pages = MappedPages(tensors.values())
             for key, tensor in tensors.items():
-                # In pieces: what isfinite allocates for a large embedding would be the peak of a conversion.
-                real = tensor.is_floating_point() and tensor.itemsize > 1  # of 8 bits: refused where it is assigned
+                # In pieces, because isfinite of a whole embedding would set the memory peak of a conversion.
+                real = tensor.is_floating_point() and tensor.itemsize > 1  # 8-bit weights are refused by assign_weights
                 pieces = tensor.flatten().split(_PIECE) if real else ()
                 if not all(bool(torch.isfinite(piece).all()) for piece in pieces):
                     raise InputError(
@@ -146,7 +157,7 @@ class BaseModel:
                 pages.release([tensor])
 
     def sha256(self) -> str:
-        """Return the SHA-256 over all shards in order, as they are when it is asked for first."""
+        """Return the SHA-256 over all shards in order, computed by the first call."""
         return self._sha256
 
     @cached_property
@@ -159,9 +170,9 @@ class BaseModel:
         return digest.hexdigest()
 
     def identity(self) -> str:
-        """Return a SHA-256 of all that decides what the model computes: weights, configuration and tokenizer.
+        """Return a SHA-256 of everything that decides what the model computes: weights, configuration and tokenizer.
 
-        Names, paths and versions of libraries in the configuration do not count.
+        Names, paths and library versions in the configuration do not count.
         """
         ignored = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
         config = {key: value for key, value in self.config.to_dict().items() if key not in ignored}
@@ -172,27 +183,32 @@ class BaseModel:
         return digest.hexdigest()
 
     def dtype(self, wanted: str) -> torch.dtype:
-        """Resolve a `--dtype`: `auto` is fp32, but bf16 for checkpoints over 2 GB."""
+        """Return the data type for a name: `auto` is fp32, or bf16 for checkpoints over 2 GB.
+
+        Raises:
+            InputError: There is no such type.
+        """
         if wanted != "auto":
             try:
                 return torch_dtype(wanted)
             except KeyError:
                 known = ", ".join(("auto", *LONG_NAMES, *LONG_NAMES.values()))
-                raise InputError(f"dtype is '{wanted}'; choose from {known}") from None
+                raise InputError(f"dtype is '{wanted}'; choose from {known}", options=("dtype",)) from None
         size = sum(shard.stat().st_size for shard in self.shards)
         return torch.bfloat16 if size > _LARGE_MODEL_BYTES else torch.float32
 
 
 def find_base(name: str, revision: str | None = None, *, ask_hub: bool = True) -> BaseModel:
-    """Resolve MODEL: `demo`, a local folder, or a hub id (downloaded, safetensors only).
+    """Find a model: `demo`, a local folder, or a hub id (downloaded, safetensors only).
 
     Args:
-        name: What is looked for.
-        revision: Of a hub id.
-        ask_hub: False where a folder names the model and not the user: then only the local cache is looked at.
+        name: Name or path of the model.
+        revision: Revision of a hub id.
+        ask_hub: Whether a hub id may be downloaded. False if a file names the model and not the user; then only the
+            local cache is searched.
 
     Raises:
-        InputError: Nothing is there under that name, or the folder holds a link that leads out of it.
+        InputError: There is no such model, or its folder holds a link that leads out of it.
     """
     if name == "demo":
         return BaseModel(name, Path(str(resources.files("irc"))) / "demo")
@@ -208,9 +224,7 @@ def find_base(name: str, revision: str | None = None, *, ask_hub: bool = True) -
     if not name.strip():
         raise InputError("the model's name is empty; give a folder, a hub id such as org/name, or demo")
     if len(name) > 200 or folder.exists() or name.startswith((".", "/")) or name.count("/") != 1:
-        raise InputError(
-            f"{name[:200]}: there is no such model folder; give a folder, a hub id such as org/name, or demo"
-        )
+        raise InputError(f"{name[:200]}: no such model folder; give a folder, a hub id such as org/name, or demo")
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.safetensors", "tokenizer*", "*.txt"]
@@ -219,19 +233,20 @@ def find_base(name: str, revision: str | None = None, *, ask_hub: bool = True) -
     except Exception as error:
         if not ask_hub:
             raise InputError(
-                f"{name}: is neither a folder here nor in the local cache, and what a folder names is not downloaded; "
-                f"name it yourself (--base or --bundle {name}) to download it"
+                f"{name}: is neither a folder nor in the local cache, and a model that only a file names is not "
+                "downloaded; name it yourself to download it",
+                options=("base", "bundle"),
             ) from error
-        raise InputError(f"{name}: no such folder, and the hub did not give it ({first_line(error)})") from error
+        raise InputError(f"{name}: no such folder, and the hub does not provide it ({first_line(error)})") from error
     check_links(Path(path))
     return BaseModel(name, Path(path))
 
 
 class Weights(Mapping[str, torch.Tensor]):
-    """Weights by name. Only one shard is held: what a reader converts or copies leaves memory with its shard.
+    """Weights by name. Only one shard is held at a time, so a converted or copied weight does not keep its shard.
 
     Attributes:
-        shapes: Of all weights.
+        shapes: Shapes of all weights.
     """
 
     def __init__(self, shards: Sequence[Path]) -> None:
@@ -259,7 +274,7 @@ class Weights(Mapping[str, torch.Tensor]):
 def _mapped(shard: Path) -> dict[str, torch.Tensor]:
     try:
         with safe_open(shard, framework="pt") as opened:
-            return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - safe_open is no mapping
+            return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - not a mapping
     except Exception as error:
         raise InputError(f"{shard}: truncated or not a safetensors file ({first_line(error)})") from error
 
@@ -267,5 +282,5 @@ def _mapped(shard: Path) -> dict[str, torch.Tensor]:
 def _is_folder(folder: Path) -> bool:
     try:
         return folder.is_dir()
-    except (OSError, ValueError):  # a name that no file can have
+    except (OSError, ValueError):  # not a possible file name
         return False

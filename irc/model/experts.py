@@ -1,8 +1,8 @@
-"""Mixtures of experts as plain linears: what capture puts in the place of transformers' fused experts.
+"""Mixtures of experts as plain linears, which replace transformers' fused experts before capture.
 
-Checkpoints hold each expert's matrices by themselves, transformers joins them when it loads. Here they stay apart, so
-that weights are assigned without copying. In PyTorch every expert computes every token; `passes.route_experts` lets the
-exported model compute what each expert was chosen for.
+Checkpoints hold each expert's matrices separately, and transformers joins them when it loads a model. Here they stay
+separate, so that weights are assigned without a copy. In PyTorch every expert computes every token;
+`passes.route_experts` makes the exported model compute an expert only for the tokens that chose it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Expert(nn.Module):
         self.act = ACT2FN[activation]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Compute [batch, tokens, d] from the same."""
+        """Return [batch, tokens, d] for x [batch, tokens, d]."""
         result: torch.Tensor = self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
         return result
 
@@ -42,9 +42,9 @@ class Experts(nn.Module):
     Args:
         width: Hidden size d.
         hidden: Hidden size of each expert.
-        count: Experts.
-        per_token: Experts that a token meets.
-        normalised: Whether the weights of these sum to one.
+        count: Number of experts.
+        per_token: Experts that each token uses.
+        normalised: Whether the weights of a token's experts sum to one.
         activation: Name of the experts' activation.
     """
 
@@ -55,7 +55,7 @@ class Experts(nn.Module):
         self.experts = nn.ModuleList(Expert(width, hidden, activation) for _ in range(count))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Compute [batch, tokens, d] from the same."""
+        """Return [batch, tokens, d] for x [batch, tokens, d]."""
         best, index = torch.topk(torch.softmax(self.gate(x), dim=-1, dtype=torch.float32), self.per_token, dim=-1)
         if self.normalised:
             best = best / best.sum(-1, keepdim=True)
@@ -68,10 +68,10 @@ class Experts(nn.Module):
 
 
 def separate_experts(twin: PreTrainedModel, config: PretrainedConfig) -> None:
-    """Put `Experts` in the place of every mixture of experts of a twin on the meta device.
+    """Replace every mixture of experts of a model on the meta device by `Experts`.
 
     Raises:
-        InputError: The mixture is of a kind that is not known.
+        InputError: The mixture is of an unknown kind.
     """
     for name, module in list(twin.named_modules()):
         if not hasattr(module, "experts"):
@@ -79,14 +79,14 @@ def separate_experts(twin: PreTrainedModel, config: PretrainedConfig) -> None:
         options = _options(config)
         if options is None or hasattr(module, "shared_expert"):
             raise InputError(
-                f"{config.model_type}: its mixture of experts is of a kind that is not supported; "
+                f"{config.model_type}: this kind of mixture of experts is not supported; "
                 "convert a Mixtral, Qwen3-MoE or OLMoE model, or a dense one"
             )
         dtype = next(module.parameters()).dtype
         parent, _, leaf = name.rpartition(".")
         with torch.device("meta"):
             setattr(twin.get_submodule(parent), leaf, Experts(**options).to(dtype).train(False))
-        # The twin left its own choice in the configuration, which a model without transformers' experts refuses.
+        # Building the twin wrote its choice into the configuration, which a model without fused experts refuses.
         config._experts_implementation = "eager"
 
 
@@ -105,7 +105,7 @@ def _options(config: Any) -> dict[str, Any] | None:
 
 
 def stored_name(name: str, config: PretrainedConfig) -> str:
-    """Return the name that a weight has in checkpoints: Mixtral's differ from those of all others."""
+    """Return the name of a weight in checkpoints; only Mixtral's differ."""
     if config.model_type != "mixtral" or ".mlp." not in name:
         return name
     name = name.replace(".mlp.", ".block_sparse_moe.")
@@ -113,6 +113,6 @@ def stored_name(name: str, config: PretrainedConfig) -> str:
 
 
 def share_of_experts(config: PretrainedConfig) -> float:
-    """Return which part of its experts a token meets; 1 for a dense model."""
+    """Return the share of the experts that each token uses; 1 for a dense model."""
     options = _options(config)
     return options["per_token"] / options["count"] if options else 1.0

@@ -1,11 +1,12 @@
-"""Matrix-multiply FLOPs per token, dense and routed, counted from the captured model itself.
+"""Matrix-multiply FLOPs per token, dense and routed, counted on the captured model.
 
-A linear costs 2 * in * out per token. Attention scores and their weighted sum cost 4 * context * heads *
-head size per executed token, where context is the mean number of keys a token sees in a window. Routers are
-charged for every token, K and V too (for executed tokens only in units of the key/value policy `reduced`,
-whose queries meet executed keys alone); Q, scores, O and the FFN for executed tokens only, forecasters for
-the others: that is what the lowered model computes. An expert of a mixture is charged for the share of tokens that it
-serves on average.
+A linear costs 2 * in * out per token. Attention scores and their weighted sum cost 4 * context * heads * head size per
+executed token, where context is the mean number of keys that a token sees in a window.
+
+Counted is what the lowered model computes. Every token pays for routers, K and V; executed tokens pay for Q, scores, O
+and the FFN; approximated tokens pay for forecasters. In attention units that the key/value policy `reduced` applies to,
+only executed tokens pay for K and V, and queries see executed keys alone. An expert of a mixture is counted for the
+share of tokens that use it on average.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ class UnitFlops:
     """FLOPs per token of one unit.
 
     Attributes:
-        always: Spent on every token in the dense and in the routed model (K and V).
-        gated: Spent on executed tokens (Q and O; or the whole FFN).
-        scores: Spent on executed tokens: scores of all keys of the context, and their weighted sum.
-        router: Spent on every token of the routed model.
-        forecaster: Spent on approximated tokens.
+        always: For every token, in the dense and in the routed model (K and V).
+        gated: For executed tokens (Q and O, or the whole FFN).
+        scores: For executed tokens: scores of all keys in the context, and their weighted sum.
+        router: For every token of the routed model.
+        forecaster: For approximated tokens.
         reduced: Whether skipped tokens have no keys.
     """
 
@@ -58,13 +59,13 @@ def unit_flops(model: RoutedForCausalLM, context: int) -> dict[str, UnitFlops]:
 
     Args:
         model: Plain or rewritten.
-        context: Tokens a window; causal attention then sees (context + 1) / 2 keys on average.
+        context: Tokens per window; causal attention sees (context + 1) / 2 keys on average.
     """
     return {unit.name: _count(model, unit, (context + 1) / 2) for unit in model.units}
 
 
 def head_flops(model: RoutedForCausalLM) -> float:
-    """FLOPs per token of everything linear outside the units (the language-model head)."""
+    """Return the FLOPs per token of the linears outside the units (the language-model head)."""
     inside = tuple(f"{unit.name}." for unit in model.units)
     total = 0.0
     for name, module in _linears(model.graph):
@@ -74,12 +75,12 @@ def head_flops(model: RoutedForCausalLM) -> float:
 
 
 def flops_ratio(model: RoutedForCausalLM, keep: dict[str, float], context: int) -> float:
-    """Return routed over dense FLOPs, the head counted in both.
+    """Return the ratio of routed to dense FLOPs; both include the head.
 
     Args:
         model: Rewritten model.
         keep: Share of executed tokens of every unit.
-        context: Tokens a window.
+        context: Tokens per window.
     """
     counts = unit_flops(model, context)
     head = head_flops(model)
@@ -109,13 +110,13 @@ def _count(model: RoutedForCausalLM, unit: Unit, keys: float) -> UnitFlops:
         for role in added:
             added[role] = sum(2.0 * m.in_features * m.out_features for _, m in _linears(model.part(unit, role)))
         router = model.part(unit, "router")
-        if isinstance(router, BottleneckRouter):  # it computes the bottleneck of every token for itself
+        if isinstance(router, BottleneckRouter):  # it computes the bottleneck of every token itself
             added["router"] += 2.0 * router.bottleneck.in_features * router.bottleneck.out_features
     return UnitFlops(always, gated, scores, reduced=unit.name in model.control.reduced, **added)
 
 
 def _ungated(submodule: nn.Module) -> set[str]:
-    """Names of the linears that K and V need: those from which the key/value outputs can be reached."""
+    """Return the names of the linears that K and V depend on."""
     graph = cast(fx.Graph, submodule.graph)
     output = next(node for node in graph.nodes if node.op == "output").args[0]
     results = list(cast(Any, output)) if isinstance(output, (list, tuple)) else [output]
@@ -130,7 +131,7 @@ def _ungated(submodule: nn.Module) -> set[str]:
 
 
 def _linears(module: nn.Module) -> list[tuple[str, nn.Linear]]:
-    """All linears by name; a LoRA wrapper counts once, as merging makes it."""
+    """Return all linears with their names; a linear with LoRA adapters counts once, as if they were merged."""
     found = []
     for name, child in module.named_modules():
         if isinstance(child, nn.Linear) and "lora_" not in name:

@@ -1,7 +1,7 @@
-"""The head apart from the rest: what comes before it, and losses whose logits exist for a part of the tokens at a time.
+"""Separates the language-model head from the body, and computes losses with the logits of a few tokens at a time.
 
-The logits of a vocabulary of 128,256 take 0.5 MB a token in fp32, and a loss and its gradient several times that:
-more than all else that a step keeps. Most passes of a conversion want no logits at all.
+With a vocabulary of 128,256, logits take 0.5 MB per token in fp32, and a loss with its gradient several times that:
+more than everything else that a training step keeps. Most forward passes of a conversion need no logits at all.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ def split_head(graph: fx.GraphModule, *, with_cache: bool = False) -> tuple[fx.G
         with_cache: Whether the body returns keys and values too.
 
     Returns:
-        The body, with the inputs of `graph`, that returns what the head reads, [batch, tokens, d], or with the cache a
-        tuple of that and of what `graph` returns beside the logits; and the head, from
-        there to the logits (a factor or a soft cap behind the linear included). Where no linear makes the logits the
-        body returns them, and there is no head.
+        The body and the head. The body takes the inputs of `graph` and returns the hidden states that the head reads,
+        [batch, tokens, d]; with `with_cache`, a tuple of these and everything else that `graph` returns. The head
+        computes the logits from them, including a factor or a soft cap after the linear. If no linear computes the
+        logits, the body returns them and the head is None.
     """
     output = next(iter(graph.graph.find_nodes(op="output")))
     logits, *present = cast(list[fx.Node], output.args[0])
-    head = _linear_behind(graph, logits)
+    head = _linear_before(graph, logits)
     body = fx.Graph()
     inside: dict[fx.Node, fx.Node] = {}
     for node in graph.graph.nodes:
@@ -43,7 +43,7 @@ def split_head(graph: fx.GraphModule, *, with_cache: bool = False) -> tuple[fx.G
             inside[node] = body.node_copy(node, inside.__getitem__)
     states = logits if head is None else head.all_input_nodes[0]
     body.output((inside[states], *map(inside.__getitem__, present)) if with_cache else inside[states])
-    made = _made(graph, body, "Body")
+    made = _module_of(graph, body, "Body")
     if head is None:
         return made, None
     tail = fx.Graph()
@@ -52,20 +52,20 @@ def split_head(graph: fx.GraphModule, *, with_cache: bool = False) -> tuple[fx.G
         if node.op != "output" and node.all_input_nodes and behind.keys() >= set(node.all_input_nodes):
             behind[node] = tail.node_copy(node, behind.__getitem__)
     tail.output(behind[logits])
-    return made, _made(graph, tail, "Head")
+    return made, _module_of(graph, tail, "Head")
 
 
-def _made(root: fx.GraphModule, graph: fx.Graph, name: str) -> fx.GraphModule:
-    """Make a module of a graph that shares what it calls with `root`, and drop what its output does not need."""
-    made = fx.GraphModule(root, graph, class_name=name)
-    made.graph.eliminate_dead_code()
-    made.delete_all_unused_submodules()
-    made.recompile()
-    return made
+def _module_of(root: fx.GraphModule, graph: fx.Graph, name: str) -> fx.GraphModule:
+    """Return a module of a graph that shares submodules with `root`, without nodes that its output does not need."""
+    module = fx.GraphModule(root, graph, class_name=name)
+    module.graph.eliminate_dead_code()
+    module.delete_all_unused_submodules()
+    module.recompile()
+    return module
 
 
-def _linear_behind(graph: fx.GraphModule, logits: fx.Node) -> fx.Node | None:
-    """Return the call of the linear that the logits come from, by nodes of one input each."""
+def _linear_before(graph: fx.GraphModule, logits: fx.Node) -> fx.Node | None:
+    """Return the call of the linear that computes the logits, or None; only nodes with one input may follow it."""
     node = logits
     while not (node.op == "call_module" and isinstance(graph.get_submodule(str(node.target)), nn.Linear)):
         if node.op != "call_function" or len(node.all_input_nodes) != 1:
@@ -75,20 +75,20 @@ def _linear_behind(graph: fx.GraphModule, logits: fx.Node) -> fx.Node | None:
 
 
 def parts(tokens: int, vocabulary: int) -> Iterator[slice]:
-    """Cut tokens so that the logits of each part hold at most `LOGITS_AT_ONCE` numbers."""
+    """Yield slices of the tokens whose logits hold at most `LOGITS_AT_ONCE` numbers each."""
     rows = max(1, LOGITS_AT_ONCE // vocabulary)
     for start in range(0, tokens, rows):
         yield slice(start, min(tokens, start + rows))
 
 
 def summed_loss(states: torch.Tensor, vocabulary: int, part_loss: PartLoss) -> torch.Tensor:
-    """Sum a loss over parts of the tokens; its gradient is taken part by part, so that no logits are kept for it.
+    """Sum a loss over parts of the tokens. The gradient is computed part by part, so no logits are kept for it.
 
     Args:
-        states: What the head reads [tokens, d].
-        vocabulary: Numbers in the logits of a token.
-        part_loss: Returns the scalar loss of a part from its states and its place; of what it reads nothing else
-            learns.
+        states: Hidden states that the head reads [tokens, d].
+        vocabulary: Size of the vocabulary.
+        part_loss: Returns the scalar loss of a part, given its states and its slice of the tokens. Gradients reach the
+            states alone.
     """
     if not (torch.is_grad_enabled() and states.requires_grad):
         losses = [part_loss(states[rows], rows) for rows in parts(len(states), vocabulary)]
@@ -98,13 +98,13 @@ def summed_loss(states: torch.Tensor, vocabulary: int, part_loss: PartLoss) -> t
 
 
 def token_losses(logits: Logits, states: torch.Tensor, targets: torch.Tensor, vocabulary: int) -> torch.Tensor:
-    """Return the cross-entropy of every token, float32 [tokens]; no gradient.
+    """Return the cross-entropy of every token, float32 [tokens], without a gradient.
 
     Args:
         logits: The head.
-        states: What it reads [tokens, d].
+        states: Hidden states that it reads [tokens, d].
         targets: int64 [tokens].
-        vocabulary: Numbers in the logits of a token.
+        vocabulary: Size of the vocabulary.
     """
     with torch.no_grad():
         found = [

@@ -19,7 +19,7 @@ Mode = Literal["route", "sample", "execute", "approximate", "forced"]
 
 
 def router_hidden(width: int, rank: int) -> int:
-    """Hidden size of a router: d//4 - 2r, never under 8 (arXiv 2510.13831: d//4 - 200 at r = 100)."""
+    """Return the hidden size of a router: d//4 - 2r, at least 8 (arXiv 2510.13831: d//4 - 200 at r = 100)."""
     return max(8, width // 4 - 2 * rank)
 
 
@@ -33,7 +33,7 @@ class Router(nn.Sequential):
 
     @property
     def last(self) -> nn.Linear:
-        """The linear that makes the two logits."""
+        """The linear that computes the two logits."""
         last = self[2]
         assert isinstance(last, nn.Linear)
         return last
@@ -77,7 +77,7 @@ class BottleneckRouter(Router):
 
     def __init__(self, forecaster: Forecaster, hidden: int) -> None:
         super().__init__(forecaster.down.out_features, hidden)
-        # In a tuple: no submodules, so that no parameter has two names.
+        # In a tuple, which makes them no submodules, so that no parameter has two names.
         self._shared = (forecaster.down, forecaster.act)
 
     @property
@@ -93,7 +93,7 @@ class BottleneckRouter(Router):
 
 
 class ZeroForecaster(nn.Module):
-    """The greedy baseline's forecast: a skipped unit adds nothing to the residual stream."""
+    """The forecaster of greedy policies: a skipped unit adds nothing to the residual stream."""
 
     form = ZeroForm()
 
@@ -104,14 +104,14 @@ class ZeroForecaster(nn.Module):
 
 @dataclass
 class Record:
-    """What one mux saw in one forward call; every tensor is [batch, tokens].
+    """What one mux recorded in one forward call; every tensor is [batch, tokens].
 
     Attributes:
         execute: 1 where the unit was executed, 0 where approximated.
-        soft: Probability of executing that carries the router's gradient (sampling only).
-        difference: Logit of execute minus logit of approximate (only where a router is).
-        l1: Mean absolute error of the forecast over d (only where asked for).
-        cosine: Cosine between forecast and unit output (only where asked for).
+        soft: Probability of executing, which carries the router's gradient (sampling only).
+        difference: Execute logit minus approximate logit (only with a router).
+        l1: Mean absolute error of the forecast over d (only if measured).
+        cosine: Cosine between forecast and unit output (only if measured).
     """
 
     execute: torch.Tensor
@@ -123,22 +123,23 @@ class Record:
 
 @dataclass
 class RoutingControl:
-    """How every mux of one model decides; all muxes of a model share one.
+    """How the muxes of a model decide; all of them share one control.
 
     Attributes:
         mode: `route` follows the routers' argmax (inference), `sample` draws hard Gumbel-softmax
             decisions (training), `execute` and `approximate` ignore the routers, `forced` follows `masks`.
-        temperature: Of the sampling.
+        temperature: Temperature of the sampling.
         shift: Added to every logit difference in sampling.
-        noise_scale: Of the sampling noise; 0 samples nothing.
-        noise: Uniform draws per unit, [batch, tokens], for the sampling; reproducible because they are given.
+        noise_scale: Scale of the sampling noise; 0 turns it off.
+        noise: Uniform draws per unit, [batch, tokens], for the sampling. The caller draws them, which makes them
+            reproducible.
         masks: Per unit, bool [batch, tokens], True where the unit executes.
-        tape: Receives a `Record` per unit and call while not None.
-        measure_error: Whether records hold the forecast's error.
+        tape: Receives a `Record` per unit and call, unless it is None.
+        measure_error: Whether records contain the forecast's error.
         reduced: Attention units whose skipped tokens store no keys and values (inference only).
         capacity: Share of each sequence's tokens that execute, by rank of the logit difference (Mixture-of-Depths);
-            None where every token is judged by itself.
-        real: bool [batch, tokens], false on padding, for ranking; None if all tokens are real.
+            None if every token is decided on its own.
+        real: bool [batch, tokens], False on padding, for ranking; None without padding.
     """
 
     mode: Mode = "route"
@@ -154,13 +155,13 @@ class RoutingControl:
     real: torch.Tensor | None = None
 
     def decide(self, unit: str, logits: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-        """Return which tokens of a unit execute in any mode but `sample`, bool [batch, tokens].
+        """Return which tokens of a unit execute in every mode except `sample`, bool [batch, tokens].
 
-        Logits of NaN execute.
+        Tokens whose logits are NaN execute.
 
         Args:
-            unit: Its name.
-            logits: Of its router, [batch, tokens, 2]; without it every token executes in mode `route`.
+            unit: Name of the unit.
+            logits: Logits of its router [batch, tokens, 2]; without them every token executes in mode `route`.
             like: Any tensor [batch, tokens, ...] on the right device.
         """
         if self.mode == "route" and logits is not None:
@@ -180,7 +181,7 @@ class RoutingControl:
         return ~(soft < 0.5), soft
 
     def top(self, difference: torch.Tensor, capacity: float) -> torch.Tensor:
-        """Return the best-ranked share of each sequence's real tokens; of equal ones the earlier goes first."""
+        """Select the best-ranked share of each sequence's real tokens; of equal tokens the earlier ranks first."""
         real = torch.ones_like(difference, dtype=torch.bool) if self.real is None else self.real
         count = (capacity * real.sum(-1, keepdim=True)).round()
         order = difference.detach().masked_fill(~real, -torch.inf).argsort(dim=-1, descending=True, stable=True)
@@ -189,7 +190,7 @@ class RoutingControl:
 
     @contextmanager
     def using(self, **changes: Any) -> Iterator[RoutingControl]:
-        """Set attributes inside a `with` block."""
+        """Set attributes within a `with` block."""
         before = {key: getattr(self, key) for key in changes}
         for key, value in changes.items():
             setattr(self, key, value)
@@ -240,7 +241,7 @@ class Mux(nn.Module):
 
 
 class StoredKeys(nn.Module):
-    """Says which tokens of an attention unit have keys in its cache: in a reduced unit, those that executed.
+    """Finds the tokens of an attention unit that have keys in its cache: in a reduced unit, those that executed.
 
     Args:
         unit: Name of the unit.
@@ -280,9 +281,9 @@ def difference_of(logits: torch.Tensor) -> torch.Tensor:
 
 
 class StraightThroughMux(torch.autograd.Function):
-    """Hard choice forward; backward as if the output were soft * y + (1 - soft) * forecast at soft = hard.
+    """Chooses hard in the forward pass; backward is that of soft * y + (1 - soft) * forecast at soft = hard.
 
-    Forward values are exact copies of y or forecast (no rounding by a multiplication with a gate).
+    Forward values are exact copies of y or forecast, not rounded by a multiplication with a gate.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Weights that are mapped files: which parts of memory they are, and how they leave it once they were read."""
+"""Releases memory-mapped weights: finds their pages, and frees them after they were read."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from pathlib import Path
 import torch
 from torch import nn
 
-_WORTH = 1 << 28
-"""Bytes of a model's mapped weights from which on releasing them is worth a word to the system."""
+_LEAST_BYTES = 1 << 28
+"""Below this many mapped bytes, releasing weights is not worth a system call."""
 
 
 class MappedPages:
-    """The places of weights that are mapped from safetensors files; none on other devices and systems.
+    """The memory pages of weights that are mapped from safetensors files. Empty on other devices and systems.
 
-    Released pages are read from the file again when they are touched (from the system's cache, where it has them
-    still). A weight that was written to, or may be, is private memory and never released.
+    A released page is read from the file again when it is touched, or from the system's cache if it is still there. A
+    weight that was written to, or that requires a gradient, is private memory and is never released.
 
     Args:
-        weights: Whose places are noted.
-        least: Bytes of mapped weights under which nothing is ever released.
+        weights: Weights whose pages can be released.
+        least: With fewer mapped bytes than this, nothing is ever released.
     """
 
-    def __init__(self, weights: Iterable[torch.Tensor], least: int = _WORTH) -> None:
+    def __init__(self, weights: Iterable[torch.Tensor], least: int = _LEAST_BYTES) -> None:
         regions = _regions()
         self._lengths: dict[int, int] = {}
         for weight in weights:
@@ -38,11 +38,11 @@ class MappedPages:
             self._lengths.clear()
 
     def bytes(self) -> int:
-        """Return the size of all mapped weights."""
+        """Return the size of all mapped weights in bytes."""
         return sum(self._lengths.values())
 
     def release(self, weights: Iterable[torch.Tensor]) -> None:
-        """Let some of the weights leave memory."""
+        """Release the pages of some of the weights."""
         for weight in weights if self._lengths else ():
             if weight._version == 0 and not weight.requires_grad:
                 first, _ = _whole_pages(weight)
@@ -51,9 +51,9 @@ class MappedPages:
 
 @contextmanager
 def released(model: nn.Module, blocks: list[str]) -> Iterator[None]:
-    """Release the mapped weights of every block as soon as it was computed, for the time of a `with` block.
+    """Within a `with` block, release the mapped weights of each block of the model as soon as it was computed.
 
-    For passes that nothing is propagated back through: their second reader would read the file again.
+    For forward passes without a backward pass, which would read the file again.
 
     Args:
         model: Captured model.
@@ -61,9 +61,12 @@ def released(model: nn.Module, blocks: list[str]) -> Iterator[None]:
     """
     pages = MappedPages(model.parameters())
     handles = []
+
+    def release(module: nn.Module, *_: object) -> None:
+        pages.release(module.parameters())
+
     for name in blocks if pages.bytes() else ():
-        hook = lambda module, *_: pages.release(module.parameters())  # noqa: E731 - one line
-        handles.append(model.get_submodule(name).register_forward_hook(hook))
+        handles.append(model.get_submodule(name).register_forward_hook(release))
     try:
         yield
     finally:
@@ -72,7 +75,7 @@ def released(model: nn.Module, blocks: list[str]) -> Iterator[None]:
 
 
 def _whole_pages(tensor: torch.Tensor) -> tuple[int, int]:
-    """Return first and last address of the whole pages of a tensor in this process's memory; the same for none."""
+    """Return the first address of a tensor's whole pages and the address after them; equal if there are none."""
     if tensor.device.type != "cpu" or not tensor.is_contiguous() or type(tensor.data) is not torch.Tensor:
         return 0, 0
     first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -81,7 +84,7 @@ def _whole_pages(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 def _regions() -> list[tuple[int, int]]:
-    """Return start and end of every mapping of a file, under whatever name: caches of hubs link to files of hashes."""
+    """Return start and end of every mapped file. Names do not count: hub caches link to files named by hashes."""
     if not sys.platform.startswith("linux"):
         return []
     found = []

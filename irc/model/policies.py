@@ -1,4 +1,4 @@
-"""The routers and forecasters of every policy: what `irc.recipe.policies` describes, as modules."""
+"""Makes the routers and forecasters that `irc.recipe.policies` describes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from irc.recipe.policies import Policy
 
 
 class RandomRouter(nn.Module):
-    """Logits whose difference is at least 0 for a random share 1 - sparsity of the tokens.
+    """Routes at random: the difference of the logits is at least 0 for a share 1 - sparsity of the tokens.
 
-    The draws depend on seed and shape alone: the same call gives the same routes.
+    The draws depend on seed and shape alone, so the same call gives the same routes.
     """
 
     def __init__(self, sparsity: float, seed: int) -> None:
@@ -21,47 +21,47 @@ class RandomRouter(nn.Module):
         self.seed = seed
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return logits [batch, tokens, 2] for x [batch, tokens, d], of which only the shape is read."""
+        """Return logits [batch, tokens, 2] for x [batch, tokens, d], of which only the shape matters."""
         generator = torch.Generator().manual_seed(self.seed)
         draws = torch.rand(x.shape[:-1], generator=generator).to(x.device)
         return torch.stack([draws, torch.full_like(draws, self.sparsity)], -1)
 
 
 class StaticRouter(nn.Module):
-    """The same logits for every token: a unit that always executes, or never."""
+    """Gives every token the same logits: the unit always executes, or never."""
 
     def __init__(self) -> None:
         super().__init__()
         self.logits = nn.Parameter(torch.tensor([1.0, 0.0]))
 
     def choose(self, execute: bool) -> None:
-        """Let the unit execute always, or never."""
+        """Make the unit always execute, or never."""
         with torch.no_grad():
             self.logits.copy_(torch.tensor([1.0, 0.0] if execute else [0.0, 1.0]))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return logits [batch, tokens, 2] for x [batch, tokens, d], of which only the shape is read."""
-        # Of x, so that an exported graph does not merge the decisions of units that agree.
+        """Return logits [batch, tokens, 2] for x [batch, tokens, d], of which only the shape matters."""
+        # Depends on x, so that an exported graph does not merge the decisions of units that agree.
         return 0 * x[..., :2] + self.logits
 
 
 def make_forecaster(policy: Policy, width: int, rank: int, activation: str) -> nn.Module:
-    """Return what stands in for a skipped unit of hidden size `width`."""
+    """Return what replaces a skipped unit of hidden size `width`."""
     return Forecaster(width, rank, activation) if policy.forecasts else ZeroForecaster()
 
 
 def make_router(policy: Policy, width: int, rank: int, sparsity: float, seed: int) -> nn.Module:
     """Return the router of one unit.
 
-    Without forecasters a router has hidden size d // 4 (SkipGPT), with them d // 4 - 2 * rank, so that both policies
-    hold as many parameters.
+    Without forecasters a router has hidden size d // 4 (SkipGPT). With forecasters it has d // 4 - 2 * rank, so that
+    both kinds of policy have the same number of parameters.
 
     Args:
-        policy: Whose router.
+        policy: Policy that the router belongs to.
         width: Hidden size d of the unit.
-        rank: Of the forecaster.
+        rank: Rank of the forecaster.
         sparsity: Target share of skipped tokens; only `random` reads it.
-        seed: Of this unit's draws; only `random` reads it.
+        seed: Seed of this unit's draws; only `random` reads it.
     """
     if policy.learns:
         return Router(width, router_hidden(width, rank) if policy.forecasts else max(8, width // 4))

@@ -1,4 +1,4 @@
-"""The rewritten model as a Hugging Face model: forward, loss, cache and generation over the captured graph."""
+"""The captured model in Hugging Face's form: forward, loss, cache and generation."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from irc.errors import InputError
+from irc.model import storage
 from irc.model.cache import CACHE_NAME, flat_past, updated
 from irc.model.capture import Captured
+from irc.model.checkpoint import BaseModel
 from irc.model.head import split_head
 from irc.model.modules import RoutingControl
+from irc.recipe.key_policy import KeyPolicy
 from irc.recipe.policies import policy_named, refuse_whole_sequences
+from irc.recipe.stages import LoraRecipe
 from passes.base import PassManager
 from passes.match import MatchResult, Unit
 from passes.set_device import SetDevice
@@ -30,15 +34,15 @@ _REFUSED = ("inputs_embeds", "output_attentions", "output_hidden_states")
 
 @dataclass(frozen=True)
 class RoutingSpec:
-    """The shape of what is inserted.
+    """What is inserted into a model.
 
     Attributes:
-        rank: Bottleneck of the forecasters.
+        rank: Rank of the forecasters.
         forecaster: `linear` or `silu`.
-        policy: Name of the routing policy (see `irc.model.policies`).
-        sparsity: Target share of skipped tokens, where the policy fixes it by structure (`mod`, `random`).
-        seed: Of the draws of policy `random`.
-        reads: What routers read, as in `passes.insert_routers`; empty for what the policy says.
+        policy: Name of the routing policy (see `irc.recipe.policies`).
+        sparsity: Target share of skipped tokens, if the policy fixes it by structure (`mod`, `random`).
+        seed: Seed of the draws of policy `random`.
+        reads: What routers read, as in `passes.insert_routers`; empty for the policy's default.
     """
 
     rank: int
@@ -50,13 +54,18 @@ class RoutingSpec:
 
 
 class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
-    """A captured causal language model, rewritten or not, that transformers' own generation drives.
+    """A captured causal language model, plain or with routers; transformers' own generation runs it.
 
     Attributes:
         graph: The captured model (see `irc.model.capture.Captured`).
-        match: Its units as they were matched in the original graph, and the refusals.
-        control: How all muxes decide; mode `route` (deterministic argmax) unless training says otherwise.
-        spec: What was inserted, None for a plain model.
+        match: Units that were found in the original graph, and rejected submodules.
+        control: How all muxes decide: mode `route` (deterministic argmax), unless training sets another.
+        spec: What was inserted; None for a plain model.
+        base: The model on disk that was captured.
+        lora: Settings of its LoRA adapters; None without adapters.
+        key_policy: Which keys and values are stored.
+        bundle: What is known of the bundle that the model was loaded from; None otherwise. Read it with
+            `irc.bundle.contents.bundle_of`.
     """
 
     config_class = PretrainedConfig
@@ -64,21 +73,29 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
 
     def __init__(
-        self, captured: Captured, match: MatchResult, control: RoutingControl, spec: RoutingSpec | None
+        self,
+        captured: Captured,
+        match: MatchResult,
+        control: RoutingControl,
+        spec: RoutingSpec | None,
+        base: BaseModel,
     ) -> None:
         super().__init__(captured.config)
+        self.base = base
         self.graph = captured.graph
         self.match = match
         self.control = control
         self.spec = spec
-        self.facts: dict[str, Any] = {}
-        # In a dictionary: no submodules, so that no parameter has two names.
-        self._apart: dict[bool, tuple[fx.GraphModule, fx.GraphModule | None]] = {}
+        self.lora: LoraRecipe | None = None
+        self.key_policy = KeyPolicy()
+        self.bundle: object | None = None
+        # In a dictionary, which makes them no submodules, so that no parameter has two names.
+        self._split: dict[bool, tuple[fx.GraphModule, fx.GraphModule | None]] = {}
         self.generation_config = GenerationConfig.from_model_config(captured.config)
 
     @property
     def units(self) -> tuple[Unit, ...]:
-        """The units, in the order in which a token meets them."""
+        """The units, in the order in which a token passes through them."""
         return self.match.units
 
     def part(self, unit: Unit, role: str) -> nn.Module:
@@ -86,7 +103,7 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         return self.graph.get_submodule(f"{unit.name}_{role}")
 
     def adapter_parameters(self, *roles: str) -> dict[str, nn.Parameter]:
-        """Return the parameters of all forecasters and/or routers by their names in the bundle."""
+        """Return the parameters of all `forecaster` and `router` parts with these roles, named as in the bundle."""
         return {
             f"{unit.name}_{role}.{name}": parameter
             for unit in self.units
@@ -111,23 +128,23 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: int64 [batch, tokens].
-            attention_mask: [batch, past + tokens], 0 on padding; all ones when None.
-            position_ids: int64 [batch, tokens]; counted from the mask when None.
+            attention_mask: [batch, past + tokens], 0 on padding; None for all ones.
+            position_ids: int64 [batch, tokens]; None to count them from the mask.
             past_key_values: Cache of earlier tokens; updated and returned.
-            labels: int64 [batch, tokens], -100 where no loss counts; shifted inside.
-            use_cache: Whether to return the cache; True when None and not training.
-            logits_to_keep: Compute logits of the last so many tokens alone, or of the tokens at these indices [kept]; 0
-                for all.
+            labels: int64 [batch, tokens], -100 for tokens without loss; shifted here.
+            use_cache: Whether to return the cache; None for True unless training.
+            logits_to_keep: Compute logits of the last N tokens only, or of the tokens at these indices [kept]; 0 for
+                all.
             return_dict: False for a plain tuple.
             cache: The name of `past_key_values` since transformers 5.24.
-            **others: Options of transformers' generation that mean nothing here.
+            **others: Options of transformers' generation that have no meaning here.
 
         Returns:
-            Logits [batch, tokens or kept, vocabulary], the loss (over all tokens) when labels are given, the cache.
+            Logits [batch, tokens or kept, vocabulary], the loss over all tokens if labels are given, and the cache.
 
         Raises:
-            InputError: An input has another shape, or what is asked for is not in the graph: embeddings as input,
-                hidden states or attention weights as output.
+            InputError: An input has the wrong shape, or the graph does not provide what is asked for: embeddings as
+                input, hidden states or attention weights as output.
         """
         self._refuse(others)
         cache = past_key_values if cache is None else cache
@@ -156,15 +173,15 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         position_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
     ) -> list[torch.Tensor]:
-        """Return what the graph takes, from the arguments of `forward`; tells the control what is padding.
+        """Return the inputs of the graph for arguments of `forward`, and tell the control which tokens are padding.
 
         Raises:
-            InputError: An argument has another shape.
+            InputError: An argument has the wrong shape.
         """
         if input_ids.ndim != 2 or 0 in input_ids.shape or input_ids.dtype not in (torch.int64, torch.int32):
             raise InputError(
                 f"input_ids is {str(input_ids.dtype).removeprefix('torch.')} {list(input_ids.shape)}; give int64 "
-                "[batch, tokens], at least one token"
+                "[batch, tokens] with at least one token"
             )
         batch, tokens = input_ids.shape
         if self.control.capacity is not None:
@@ -182,31 +199,31 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         return [input_ids, attention_mask, position_ids, *past]
 
     def states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Return what the head reads, [batch, tokens, d], without computing logits; arguments as of `forward`."""
+        """Return the hidden states that the head reads, [batch, tokens, d]; arguments as in `forward`."""
         states: torch.Tensor = self._parts()[0](*self.graph_inputs(input_ids, attention_mask))
         return states
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """Return the logits [..., vocabulary] of what the head reads [..., d]."""
+        """Return the logits [..., vocabulary] of hidden states that the head reads [..., d]."""
         head = self._parts()[1]
         return states if head is None else cast(torch.Tensor, head(states))
 
     def _parts(self, with_cache: bool = False) -> tuple[fx.GraphModule, fx.GraphModule | None]:
-        if with_cache not in self._apart:
-            self._apart[with_cache] = split_head(self.graph, with_cache=with_cache)
-        return self._apart[with_cache]
+        if with_cache not in self._split:
+            self._split[with_cache] = split_head(self.graph, with_cache=with_cache)
+        return self._split[with_cache]
 
     def _refuse(self, options: dict[str, Any]) -> None:
         for name in _REFUSED:
             if options.get(name) is not None and options[name] is not False:
-                raise InputError(f"{name} is not in the captured graph; leave it out, or ask the base model")
+                raise InputError(f"{name} is not in the captured graph; leave it out, or use the base model")
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Continue text, by transformers' own generation.
+        """Continue text with transformers' own generation.
 
         Raises:
-            InputError: The policy's routes depend on tokens that are not there yet, or what is asked for is not in the
-                graph (see `forward`).
+            InputError: The policy's routes depend on later tokens, or the graph does not provide what is asked for (see
+                `forward`).
         """
         self._refuse(kwargs)
         if self.spec is not None:
@@ -214,49 +231,50 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         return super().generate(*args, **kwargs)
 
     def save_pretrained(self, save_directory: str | PathLike[Any], *args: Any, **kwargs: Any) -> None:
-        """Save as a bundle (see `irc.bundle.loading.save_bundle`).
+        """Save as a bundle (see `irc.bundle.saving.save_bundle`).
+
+        Args:
+            save_directory: Folder to write.
+            *args: Ignored; transformers takes more.
+            **kwargs: Ignored, except `push_to_hub`.
 
         Raises:
-            InputError: `push_to_hub` is asked for; upload the folder once it is there.
+            InputError: `push_to_hub` is set; upload the folder after you have saved it.
         """
-        from irc.bundle.loading import save_bundle
-
         if kwargs.get("push_to_hub"):
-            raise InputError("push_to_hub: a bundle is saved to a folder; upload that, as with `hf upload NAME FOLDER`")
-        save_bundle(self, Path(save_directory))
+            raise InputError("push_to_hub is not supported; save to a folder, then run `hf upload NAME FOLDER`")
+        storage.storage().save(self, Path(save_directory))
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> RoutedForCausalLM:
         """Load a bundle: `irc.load`, with its arguments."""
-        from irc.bundle.loading import load
-
-        return load(*args, **kwargs)
+        return cast(RoutedForCausalLM, storage.storage().load(*args, **kwargs))
 
     def get_input_embeddings(self) -> nn.Module:
-        """Return the embedding: token ids [batch, tokens] to [batch, tokens, d]."""
+        """Return the embedding, which maps token ids [batch, tokens] to [batch, tokens, d]."""
         return self.graph.get_submodule("model.embed_tokens")
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """Refuse: a bundle lies beside its base, whose vocabulary it has.
+        """Refuse to resize: a bundle belongs to its base, whose vocabulary it shares.
 
         Raises:
             InputError: Always.
         """
-        raise InputError("the vocabulary of a routed model is its base's; resize the base and convert that")
+        raise InputError("a routed model has the vocabulary of its base; resize the base and convert it again")
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RoutedForCausalLM:
-        """Move the model, and its graphs, which name their device; they are of the data type of their capture."""
+        """Move the model and its graphs, which name their device. Their data type is that of the capture."""
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
         if probe.dtype != self.dtype:
             raise InputError(
-                f"the graph was captured in {str(self.dtype).removeprefix('torch.')} and stays in it; "
+                f"the graph was captured in {str(self.dtype).removeprefix('torch.')} and cannot change; "
                 f"load the model with dtype='{str(probe.dtype).removeprefix('torch.')}'"
             )
         moved = probe.device != self.device
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if moved:
             PassManager([SetDevice(probe.device)]).run(self.graph)
-            self._apart.clear()
+            self._split.clear()
         return self
 
 
@@ -264,7 +282,7 @@ def _check_shape(name: str, tensor: torch.Tensor, batch: int, length: int) -> No
     if tensor.ndim == 4:
         raise InputError(
             f"{name} has 4 dimensions, as for a cache of fixed size (cache_implementation='static'), which the graph "
-            "does not take; leave that out, and give 0 and 1 [batch, past + tokens]"
+            "does not support; leave that out, and give 0 and 1 in [batch, past + tokens]"
         )
     if tensor.shape != (batch, length):
         raise InputError(
@@ -273,5 +291,5 @@ def _check_shape(name: str, tensor: torch.Tensor, batch: int, length: int) -> No
 
 
 def positions(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Count positions from an attention mask [batch, length]: padding takes none; int64, same shape."""
+    """Count positions from an attention mask [batch, length], skipping padding; int64, same shape."""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)

@@ -1,4 +1,4 @@
-"""The tokenizer of a folder: read from that folder alone, without its code and without a hub."""
+"""Loads a tokenizer from a folder, and from nowhere else: no code of the folder runs and no hub is asked."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from irc.errors import InputError
 from irc.files.untrusted import check_plain, first_line, read_text
 
 _CONFIG = "tokenizer_config.json"
-_FILES = ("_file", "_spm", "sp_model")  # how the keys end under which tokenizers name files
-_NEVER_READ = ("special_tokens_map_file",)  # such a key often holds a path of whoever made the tokenizer
-# Names that transformers follows out of the folder.
+_FILES = ("_file", "_spm", "sp_model")  # endings of keys that name files
+_NEVER_READ = ("special_tokens_map_file",)  # often holds a path on its author's machine
+# Keys that transformers follows out of the folder.
 _REFUSED = ("gguf_file", "fast_tokenizer_files", "init_inputs", "vocab", "merges")
 _READ = (_CONFIG, "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "config.json")
 
@@ -23,11 +23,11 @@ def load_tokenizer(folder: Path, name: str) -> Any:
     """Load a tokenizer.
 
     Args:
-        folder: Where its files are.
-        name: What to call the folder in a failure.
+        folder: Folder with its files.
+        name: What errors call the folder.
 
     Raises:
-        InputError: It has none that works, or one that names files outside of the folder.
+        InputError: The folder holds no usable tokenizer, or one that names files outside of the folder.
     """
     try:
         for file in _READ:
@@ -39,7 +39,7 @@ def load_tokenizer(folder: Path, name: str) -> Any:
     except InputError:
         raise
     except BaseException as error:
-        # A panic of the Rust library is no Exception.
+        # A panic of the Rust library is not an Exception.
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             raise InputError(f"{name}: the folder holds no usable tokenizer ({first_line(error)})") from error
         raise
@@ -47,10 +47,10 @@ def load_tokenizer(folder: Path, name: str) -> Any:
 
 def _check_files(config: Any, path: Path) -> None:
     if not isinstance(config, dict):
-        raise ValueError(f"{_CONFIG} holds no keys and values")
+        raise ValueError(f"{_CONFIG} does not hold keys and values")
     for key in _REFUSED:
         if config.get(key):
-            raise InputError(f"{path}: holds {key}, which is not read; leave it out")
+            raise InputError(f"{path}: holds {key}, which is not supported; remove it")
     never_read = (*_NEVER_READ, *(["tokenizer_file"] if path.with_name("tokenizer.json").is_file() else []))
     for key, value in config.items():
         if key.endswith(_FILES) and key not in never_read and value is not None:

@@ -1,7 +1,7 @@
-"""The routing policies, as data: what each skips by, what takes a skipped unit's place, and how it is trained.
+"""The routing policies, as data: how each decides, what replaces a skipped unit, and how it is trained.
 
-All go through the same passes and the same loop, so that they compare fairly. `informed` is what the project is
-about (arXiv 2510.13831); the others are what it is measured against.
+All policies go through the same passes and the same training loop, so that comparisons are fair. `informed` is the
+project's subject (arXiv 2510.13831); the others are its baselines.
 """
 
 from __future__ import annotations
@@ -11,28 +11,30 @@ from typing import Literal
 
 from irc.errors import InputError
 
+PolicyName = Literal["informed", "skipgpt", "mod", "random", "static"]
+"""The names of the policies; `POLICIES` describes each."""
+
 Reads = Literal["unit", "stream", "layer"]
-"""What a router reads: the unit's normed input, the residual stream before the unit, or the layer's input."""
+"""Input of a router: the unit's normed input, the residual stream before the unit, or the layer's input."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What a policy is.
+    """A routing policy.
 
     Attributes:
-        name: As `--policy` takes it.
+        name: The name that `--policy` takes.
         summary: One line for people.
-        forecasts: Whether a forecaster stands in for a skipped unit; otherwise it adds nothing.
-        reads: What its routers read.
+        forecasts: Whether a forecaster replaces a skipped unit; otherwise a skipped unit adds nothing.
+        reads: Input of its routers.
         learns: Whether its routers are trained.
-        causal: Whether a token's route depends on that token and earlier ones alone; only then can the model
-            generate text and be exported.
+        causal: Whether a token's route depends only on this token and earlier ones; only then can the model generate
+            text and be exported.
         capacity: Whether a fixed share of each sequence executes, by rank.
-        teach_steps: Steps in which its routers first learn what skipping costs, for targets up to 0.5 and unless the
-            recipe says otherwise.
+        teach_steps: Default number of steps that teach its routers the cost of skipping, for targets up to 0.5.
     """
 
-    name: str
+    name: PolicyName
     summary: str
     forecasts: bool
     reads: Reads
@@ -41,28 +43,38 @@ class Policy:
     capacity: bool = False
     teach_steps: int = 0
 
-    @property
-    def stages(self) -> list[str]:
-        """The stages that the policy needs."""
-        return ["lff", "router"] if self.forecasts else ["router"]
 
-
-POLICIES = {
+POLICIES: dict[str, Policy] = {
     policy.name: policy
     for policy in (
-        Policy("informed", "execute or forecast, by a router of the unit's input", True, "unit", teach_steps=30),
-        Policy("skipgpt", "execute or skip, by a router of the layer's input (arXiv 2506.04179)", False, "layer"),
+        Policy(
+            "informed",
+            "a router of the unit's input chooses between executing and forecasting",
+            True,
+            "unit",
+            teach_steps=30,
+        ),
+        Policy(
+            "skipgpt",
+            "a router of the layer's input chooses between executing and skipping (arXiv 2506.04179)",
+            False,
+            "layer",
+        ),
         Policy(
             "mod",
-            "the best-ranked tokens of each sequence execute (Mixture-of-Depths, arXiv 2404.02258)",
+            "the highest-ranked tokens of each sequence execute (Mixture-of-Depths, arXiv 2404.02258)",
             False,
             "layer",
             causal=False,
             capacity=True,
         ),
-        Policy("random", "execute or forecast, by chance", True, "unit", learns=False, causal=False),
+        Policy("random", "chance chooses between executing and forecasting", True, "unit", learns=False, causal=False),
         Policy(
-            "static", "whole units dropped, least important first (ShortGPT, arXiv 2403.03853)", False, "stream", False
+            "static",
+            "whole units are dropped, least important first (ShortGPT, arXiv 2403.03853)",
+            False,
+            "stream",
+            False,
         ),
     )
 }
@@ -72,7 +84,7 @@ def policy_named(name: str) -> Policy:
     """Return a policy.
 
     Raises:
-        InputError: There is none of that name.
+        InputError: There is no policy of that name.
     """
     if name not in POLICIES:
         raise InputError(f"policy is '{name}'; choose from {', '.join(POLICIES)}")
@@ -80,13 +92,17 @@ def policy_named(name: str) -> Policy:
 
 
 def refuse_whole_sequences(policy: Policy, wish: str) -> None:
-    """Refuse a policy that routes whole sequences, for what meets tokens one by one.
+    """Refuse a policy that routes whole sequences where tokens arrive one by one.
+
+    Args:
+        policy: The model's policy.
+        wish: What it was asked to do, such as `generate text`.
 
     Raises:
-        InputError: Says why.
+        InputError: The policy is not causal.
     """
     if not policy.causal:
         raise InputError(
-            f"policy {policy.name} cannot {wish}: {policy.summary}, so that a token's route is known only with the "
-            "whole text; it serves irc eval and irc compare"
+            f"policy {policy.name} cannot {wish}: {policy.summary}, so a token's route depends on the whole text; use "
+            "it with irc eval and irc compare"
         )

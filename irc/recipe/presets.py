@@ -1,4 +1,4 @@
-"""The recipes that come with the tool, by name: a model, and the share to skip in per cent."""
+"""The ready recipes that come with irc: each is named after a model and the percentage to skip."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from irc.errors import InputError
-from irc.files.strict_yaml import parse, shown
+from irc.files.strict_yaml import parse_yaml, short_repr
 from irc.files.untrusted import read_text
 
 SHARES = (25, 40, 70)
@@ -22,13 +22,13 @@ def ready_names() -> list[str]:
 
 
 def read_recipe(name: Path) -> dict[str, Any]:
-    """Return what a recipe holds: of a ready one by its name, or of a file.
+    """Return the content of a ready recipe or of a YAML file.
 
     Args:
-        name: `llama-3.2-1b-40`, the same without a share (25 per cent), or the path of a YAML file.
+        name: `llama-3.2-1b-40`, the same without a percentage (which means 25), or the path of a YAML file.
 
     Raises:
-        InputError: There is no such recipe or file, or it holds no keys and values.
+        InputError: There is no such recipe or file, or it does not hold keys and values.
     """
     stem, share = _split(str(name))
     if stem in _stems() and not name.is_file():
@@ -36,23 +36,21 @@ def read_recipe(name: Path) -> dict[str, Any]:
         found: dict[str, Any] = yaml.safe_load(text)
         return found if share is None else {**found, "sparsity": share / 100}
     try:
-        data = parse(read_text(name))
+        data = parse_yaml(read_text(name))
     except FileNotFoundError as error:
-        raise InputError(f"recipe {name}: cannot be read: there is no such file; {_ready()}") from error
+        raise InputError(f"recipe {name}: no such file; {_ready()}") from error
     except IsADirectoryError as error:
-        raise InputError(f"recipe {name}: it is a folder; give a YAML file or a ready recipe; {_ready()}") from error
+        raise InputError(f"recipe {name}: is a folder; give a YAML file or a ready recipe; {_ready()}") from error
     except (OSError, ValueError) as error:
         raise InputError(f"recipe {name}: cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(data, dict):
-        instead = "it is empty" if data is None else f"found {shown(data)}"
-        raise InputError(
-            f"recipe {name}: holds no keys and values ({instead}); expected keys and values, such as sparsity: 0.25"
-        )
+        found_instead = "it is empty" if data is None else f"it holds {short_repr(data)}"
+        raise InputError(f"recipe {name}: {found_instead}; expected keys and values, such as sparsity: 0.25")
     return data
 
 
 def _ready() -> str:
-    return f"the ready ones are {', '.join(_stems())}, each with -{', -'.join(map(str, SHARES))}"
+    return f"ready recipes are {', '.join(_stems())}, each also with -{', -'.join(map(str, SHARES))}"
 
 
 def _split(name: str) -> tuple[str, int | None]:

@@ -1,145 +1,145 @@
-"""The recipe: every choice of a conversion, as dataclasses with a help text for each field."""
+"""The recipe: every choice of a conversion, with its default, its bounds and its help on the field."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import difflib
-import math
-import operator
-import types
-import typing
-from dataclasses import dataclass, field
+import copy
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
+from pydantic import AfterValidator, Field, model_validator
+
+from irc.dtypes import LONG_NAMES
 from irc.errors import InputError
-from irc.files.strict_yaml import parse, shown
-from irc.recipe.policies import Policy, policy_named
+from irc.recipe.checked import Checked, Natural, Real, Share
+from irc.recipe.layers import Layer, build, setting_layer
+from irc.recipe.policies import PolicyName, policy_named
 from irc.recipe.presets import read_recipe
-from irc.recipe.stages import LffRecipe, LoraRecipe, RouterRecipe, setting
+from irc.recipe.refusals import LARGEST_INTEGER, Conflict, shown_value
+from irc.recipe.stages import STAGE_NAMES, LffRecipe, LoraRecipe, RouterRecipe, StageName, required_stages, stage_named
 
-STAGES = ("lff", "router", "lora")
-PRECISIONS = ("auto", "fp32", "bf16")
-EVAL_SPLITS = ("heldout", "validation")
-KEY_POLICIES = ("full", "reduced")
-_LARGEST_SEED, _LARGEST_INTEGER = 2**32, 2**53
-_LEAST = {
-    "eval_tokens": 0,
-    "checkpoint_seconds": 0,
-    "lff.tokens": 1,
-    "lff.steps": 0,
-    "lff.batch_size": 1,
-    "router.steps": 1,
-    "router.batch_size": 1,
-    "router.calibration_tokens": 1,
-    "lff.ridge": 0,
-    "lff.lr": 0,
-    "router.lr": 0,
-    "router.forecaster_lr": 0,
-    "lora.lr": 0,
-    "lora.forecaster_lr": 0,
-    "lora.router_lr": 0,
-    "router.temperature_start": 0.001,
-    "router.temperature_end": 0.001,
-    "router.sparsity_weight": 0,
-    "router.cosine_weight": 0,
-    "router.clip": 0,
-    "router.noise_end": 0,
-    "router.entropy_weight": 0,
-    "router.teach_steps": -1,
-    "lora.steps": 1,
-    "lora.batch_size": 1,
-    "lora.rank": 1,
-    "lora.alpha": 1,
-}
+_LARGEST_SEED = 2**32
 
 
-@dataclass
-class Recipe:
-    """Everything that decides what `irc convert` makes."""
+def _known_dtype(name: str) -> str:
+    known = ("auto", *LONG_NAMES, *LONG_NAMES.values())
+    if name not in known:
+        raise ValueError(f"choose from {', '.join(known)}")
+    return name
 
-    model: str = setting("demo", "local folder, hub id, or demo")
-    data: str = setting("stdlib", "text file, folder, .jsonl, .parquet, hf:NAME, or stdlib")
-    policy: str = setting("informed", "routing policy: informed, skipgpt, mod, random or static")
-    sparsity: float = setting(0.25, "share of (token, unit) pairs to approximate, 0 to 1")
-    rank: int = setting(0, "forecaster rank; 0 means min(100, hidden size / 10)")
-    forecaster: str = setting("linear", "linear or silu")
-    stages: list[str] = field(
-        default_factory=list, metadata={"help": "stages, in order; none means those that the policy needs"}
+
+class Recipe(Checked):
+    """Everything that decides what `irc convert` makes.
+
+    Values are checked when the recipe is made and when a field is set. Setting a field of a stage does not check it
+    against the fields of other stages; `validated` does.
+    """
+
+    model: str = Field(default="demo", description="local folder, Hugging Face Hub id, or demo")
+    data: str = Field(default="stdlib", description="text file, folder, .jsonl, .parquet, hf:NAME, or stdlib")
+    policy: PolicyName = Field(
+        default="informed", description="routing policy: informed, skipgpt, mod, random or static"
     )
-    dial: list[float] = field(
-        default_factory=list,
-        metadata={"help": "sparsities whose thresholds the bundle keeps, to run at any between"},
+    sparsity: Share = Field(default=0.25, description="fraction of (token, unit) pairs to approximate, 0 to 1")
+    rank: Natural = Field(default=0, description="forecaster rank; 0 means min(100, hidden size / 10)")
+    forecaster: Literal["linear", "silu"] = Field(
+        default="linear", description="form of the forecaster: linear or silu"
     )
-    kv_policy: str = setting("full", "whose keys and values are stored: full, or reduced (see kv_threshold)")
-    kv_threshold: float = setting(0.5, "reduced: no tokens that attention units skipping at least this share skip")
-    seq_len: int = setting(256, "tokens a window")
-    eval_tokens: int = setting(32_768, "held-out tokens that the closing evaluation reads; 0 means all")
-    eval_split: str = setting("heldout", "text of the closing evaluation: heldout, or validation to choose settings by")
-    seed: int = setting(0, "seed of data order, noise and initial weights")
-    device: str = setting("auto", "cpu, cuda, cuda:N, mps, or auto")
-    dtype: str = setting("auto", "weights' data type: fp32, bf16, or auto (fp32; bf16 for checkpoints of over 2 GB)")
-    precision: str = setting("auto", "autocast in training: fp32, bf16, or auto (bf16 where the processor has it)")
-    activation_checkpointing: bool = setting(False, "keep only layers' inputs for the backward pass: less memory")
-    checkpoint_seconds: float = setting(30.0, "seconds between checkpoints inside a stage")
-    lff: LffRecipe = field(default_factory=LffRecipe, metadata={"help": "stage lff"})
-    router: RouterRecipe = field(default_factory=RouterRecipe, metadata={"help": "stage router"})
-    lora: LoraRecipe = field(default_factory=LoraRecipe, metadata={"help": "stage lora"})
+    stages: list[StageName] = Field(
+        default_factory=list, description="stages to run, in order; empty runs those that the policy needs"
+    )
+    dial: list[Share] = Field(
+        default_factory=list, description="sparsities to store thresholds for; the bundle can run at any in between"
+    )
+    kv_policy: Literal["full", "reduced"] = Field(
+        default="full", description="which tokens' keys and values are stored: full, or reduced (see kv_threshold)"
+    )
+    kv_threshold: Share = Field(
+        default=0.5,
+        description="reduced: attention units that skip at least this share store nothing for skipped tokens",
+    )
+    seq_len: int = Field(default=256, ge=2, le=LARGEST_INTEGER, description="tokens per window")
+    eval_tokens: Natural = Field(
+        default=32_768, description="held-out tokens that the final evaluation reads; 0 means all"
+    )
+    eval_split: Literal["heldout", "validation"] = Field(
+        default="heldout", description="text of the final evaluation: heldout, or validation for choosing settings"
+    )
+    seed: int = Field(
+        default=0, ge=-_LARGEST_SEED, le=_LARGEST_SEED, description="seed of data order, noise and initial weights"
+    )
+    device: str = Field(default="auto", description="cpu, cuda, cuda:N, mps, or auto")
+    dtype: Annotated[str, AfterValidator(_known_dtype)] = Field(
+        default="auto",
+        description="data type of the weights: fp32, bf16, or auto (fp32; bf16 for checkpoints over 2 GB)",
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto", description="autocast during training: fp32, bf16, or auto (bf16 if the processor supports it)"
+    )
+    activation_checkpointing: bool = Field(
+        default=False, description="recompute activations in the backward pass: less memory, more time"
+    )
+    checkpoint_seconds: Annotated[Real, Field(ge=0)] = Field(
+        default=30.0, description="seconds between checkpoints within a stage"
+    )
+    lff: LffRecipe = Field(default_factory=LffRecipe, description="stage lff")
+    router: RouterRecipe = Field(default_factory=RouterRecipe, description="stage router")
+    lora: LoraRecipe = Field(default_factory=LoraRecipe, description="stage lora")
 
-    def check(self) -> None:
-        """Refuse values that cannot work together.
+    @model_validator(mode="after")
+    def _check_target_range(self) -> Self:
+        ends, budget = self.router.target_range, self.router.budget
+        if ends and not (len(ends) == 2 and 0 <= ends[0] < ends[1] <= 1):
+            raise Conflict(
+                f"router.target_range is {shown_value(ends)}; give two rising fractions, such as [0.1, 0.6]",
+                "router.target_range",
+            )
+        if ends and budget in ("unit", "recoverability"):
+            raise Conflict(
+                f"router.target_range needs router.budget model or flops, but router.budget is {budget}",
+                "router.target_range",
+                "router.budget",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_policy(self) -> Self:
+        policy = policy_named(self.policy)
+        if self.dial and (policy.capacity or not policy.learns):
+            raise Conflict(f"policy {self.policy} has no threshold to adjust; leave dial empty", "dial", "policy")
+        if self.dial and self.router.budget != "model":
+            raise Conflict(
+                f"dial needs router.budget model, but router.budget is {self.router.budget}", "dial", "router.budget"
+            )
+        if self.router.reads == "bottleneck" and not policy.forecasts:
+            raise Conflict(
+                f"router.reads is bottleneck, but policy {self.policy} has no forecasters; choose another",
+                "router.reads",
+                "policy",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_stages(self) -> Self:
+        listed = ", ".join(self.stages)
+        if sorted(self.stages, key=STAGE_NAMES.index) != self.stages:
+            raise Conflict(f"stages are {listed}; they run in the order {', '.join(STAGE_NAMES)}", "stages")
+        needed = required_stages(policy_named(self.policy))
+        if self.stages and [name for name in self.stages if not stage_named(name).optional] != needed:
+            raise Conflict(
+                f"stages are {listed}, but policy {self.policy} needs {', '.join(needed)}; lora may follow them",
+                "stages",
+                "policy",
+            )
+        return self
+
+    def validated(self) -> Self:
+        """Return a copy whose fields have been checked against each other, those of the stages included.
 
         Raises:
-            InputError: Names the field, its value and what it may be.
+            InputError: Names the fields, their values and what is allowed.
         """
-        if not 0.0 <= self.sparsity <= 1.0:
-            raise InputError(f"sparsity is {self.sparsity}; give a share between 0 and 1, such as 0.25")
-        policy = policy_named(self.policy)
-        if any(type(share) not in (int, float) or not 0 <= share <= 1 for share in self.dial):
-            raise InputError(f"dial is {shown(self.dial)}; give shares between 0 and 1, such as 0.1,0.3,0.5")
-        if self.dial and (policy.capacity or not policy.learns):
-            raise InputError(f"policy {self.policy} has no threshold to turn; leave --dial out")
-        if self.forecaster not in ("linear", "silu"):
-            raise InputError(f"forecaster is '{self.forecaster}'; choose linear or silu")
-        if not 0.0 <= self.router.distill <= 1.0:
-            raise InputError(f"router.distill is {self.router.distill}; give a share between 0 and 1")
-        self.router.check(policy.forecasts)
-        if self.dial and self.router.budget != "model":
-            raise InputError(
-                f"dial needs router.budget model, not '{self.router.budget}': it sets one sparsity for all"
-            )
-        if self.eval_split not in EVAL_SPLITS:
-            raise InputError(f"eval_split is '{self.eval_split}'; choose from {', '.join(EVAL_SPLITS)}")
-        if self.precision not in PRECISIONS:
-            raise InputError(f"precision is '{self.precision}'; choose from {', '.join(PRECISIONS)}")
-        unknown = [stage for stage in self.stages if stage not in STAGES]
-        if unknown or sorted(self.stages, key=STAGES.index) != self.stages:
-            raise InputError(f"stages are {', '.join(self.stages)}; give some of {', '.join(STAGES)}, in this order")
-        needed = policy.stages
-        if self.stages and [stage for stage in self.stages if stage != "lora"] != needed:
-            raise InputError(
-                f"stages are {', '.join(self.stages)}; with policy {self.policy} they are {','.join(needed)}, "
-                f"and lora after them if wanted ({_why(policy)})"
-            )
-        check_key_policy(self.kv_policy, self.kv_threshold)
-        if abs(self.seed) > _LARGEST_SEED:
-            raise InputError(f"seed is {self.seed}; give one between -{_LARGEST_SEED} and {_LARGEST_SEED}")
-        if self.rank < 0:
-            raise InputError(f"rank is {self.rank}; give a positive number, or 0 for the default")
-        if self.seq_len < 2:
-            raise InputError(f"seq_len is {self.seq_len}; a window needs at least 2 tokens")
-        if not 0 <= self.lora.dropout < 1:
-            raise InputError(f"lora.dropout is {self.lora.dropout}; give a share of at least 0 and below 1")
-        if not self.lora.targets:
-            raise InputError("lora.targets is empty; give names of linears, such as [q_proj, v_proj]")
-        for name, least in _LEAST.items():
-            value = operator.attrgetter(name)(self)
-            if not value >= least:  # neither is NaN
-                raise InputError(f"{name} is {value}; give at least {least}")
-        for name, value, _ in recipe_fields(self):
-            if isinstance(value, float) and not math.isfinite(value):
-                raise InputError(f"{name} is {value}; give a finite number")
+        return build(type(self), [Layer("", self.model_dump())])
 
     def rank_for(self, width: int) -> int:
         """Return the forecaster rank for a hidden size.
@@ -149,155 +149,84 @@ class Recipe:
         """
         rank = self.rank or default_rank(width)
         if rank > width:
-            raise InputError(f"rank is {rank}, the model's hidden size is {width}; give a rank of at most {width}")
+            raise InputError(f"rank is {rank}, but the model's hidden size is {width}; give a rank of at most {width}")
         return rank
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, ready for YAML or JSON."""
-        return dataclasses.asdict(self)
+        return self.model_dump()
 
 
 def default_rank(width: int) -> int:
-    """Forecaster rank for a hidden size: the paper's 100 for 3,072 and above, a tenth of smaller ones."""
+    """Return the default forecaster rank for a hidden size: a tenth of it, but at most the paper's 100."""
     return max(1, min(100, width // 10))
 
 
-def _why(policy: Policy) -> str:
-    if policy.forecasts:
-        return "routers need forecasters, and without the stage router nothing is routed"
-    return "it has no forecasters, and without the stage router nothing is routed"
-
-
 def check_key_policy(name: str, threshold: float) -> None:
-    """Refuse what is no key/value policy.
+    """Refuse a key/value policy that does not exist, or a threshold outside of 0 to 1.
 
     Raises:
-        InputError: Names the field, its value and what it may be.
+        InputError: Names the field, its value and what is allowed.
     """
-    if name not in KEY_POLICIES:
-        raise InputError(f"kv_policy is '{name}'; choose from {', '.join(KEY_POLICIES)}")
-    if not 0.0 <= threshold <= 1.0:
-        raise InputError(f"kv_threshold is {threshold}; give a share between 0 and 1, such as 0.5")
+    build(Recipe, [Layer("", {"kv_policy": name, "kv_threshold": threshold})])
 
 
-def load_recipe(path: Path | None, overrides: typing.Sequence[str] = ()) -> Recipe:
-    """Read a recipe file and apply `a.b=c` overrides.
+def load_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and change some of its fields.
 
     Args:
-        path: YAML file or name of a ready recipe, or None for the defaults.
+        path: YAML file or name of a ready recipe; None for the defaults.
         overrides: Such as `router.steps=500`; values are YAML.
 
     Raises:
-        InputError: The file cannot be read, a key is unknown, or a value has the wrong type.
+        InputError: The file cannot be read, a key is unknown, a value is not allowed, or values do not go together.
     """
-    recipe = Recipe() if path is None else recipe_from(read_recipe(path), f"recipe {path}")
-    for text in overrides:
-        override(recipe, text)
-    return recipe
+    layers = [] if path is None else [recipe_layer(path)]
+    return build(Recipe, [*layers, *(setting_layer(Recipe, text) for text in overrides)])
 
 
-def override(recipe: Recipe, text: str) -> None:
-    """Set one field of a recipe.
-
-    Args:
-        recipe: Changed in place.
-        text: Such as `router.steps=500`; the value is YAML.
+def recipe_layer(path: Path) -> Layer:
+    """Return the values of a recipe: of a ready one by its name, or of a YAML file.
 
     Raises:
-        InputError: There is no such field, or the value does not fit it.
+        InputError: It cannot be read.
     """
-    key, separator, value = (part.strip() for part in text.partition("="))
-    if not (key and separator):
-        missing = "the key before = is missing; " if separator else ""
-        raise InputError(f"--set {text}: {missing}expected key=value, such as router.steps=500")
-    try:
-        parsed = parse(value)
-    except ValueError as error:
-        raise InputError(f"--set {key}={value[:40]}: the value cannot be read as YAML ({error})") from error
-    target: Any = recipe
-    prefix = ""
-    *parts, leaf = key.split(".")
-    with _naming("recipe"):
-        for part in parts:
-            target, prefix = getattr(target, _known(target, part, prefix, key)), f"{prefix}{part}."
-        _assign(target, _known(target, leaf, prefix, key), parsed, key)
+    return Layer(f"recipe {path}", read_recipe(path))
 
 
-def recipe_fields(part: Any = None, prefix: str = "") -> list[tuple[str, Any, str]]:
-    """Return (name as `--set` takes it, default, help) of every field of a recipe, in order."""
+def recipe_from(data: Mapping[str, Any], source: str = "recipe") -> Recipe:
+    """Build a recipe from plain data.
+
+    Args:
+        data: Nested keys and values.
+        source: Where it was read; errors begin with it.
+
+    Raises:
+        InputError: A key is unknown, a value is not allowed, or values do not go together.
+    """
+    return build(Recipe, [Layer(source, data)])
+
+
+def recipe_fields(recipe: Recipe | None = None) -> list[tuple[str, Any, str]]:
+    """Return (name as `--set` takes it, value, help) of every field, in order.
+
+    Args:
+        recipe: Whose values; by default the defaults.
+    """
+    return _fields(recipe or Recipe(), "")
+
+
+def _fields(part: Checked, prefix: str) -> list[tuple[str, Any, str]]:
     found: list[tuple[str, Any, str]] = []
-    part = part or Recipe()
-    for entry in dataclasses.fields(part):
-        value = getattr(part, entry.name)
-        if dataclasses.is_dataclass(value):
-            found += recipe_fields(value, f"{prefix}{entry.name}.")
+    for name, field in type(part).model_fields.items():
+        value = getattr(part, name)
+        if isinstance(value, Checked):
+            found += _fields(value, f"{prefix}{name}.")
         else:
-            found.append((prefix + entry.name, value, entry.metadata["help"]))
+            found.append((prefix + name, copy.copy(value), field.description or ""))
     return found
 
 
 def text_name(split: str) -> str:
-    """Return what people call the text of the closing evaluation."""
+    """Return how the text of the final evaluation is called."""
     return "held-out text" if split == "heldout" else f"{split} text"
-
-
-def recipe_from(data: dict[str, Any], source: str = "recipe") -> Recipe:
-    """Build a recipe from plain data; unknown keys are refused with the nearest right one, in the name of `source`."""
-    recipe = Recipe()
-    with _naming(source):
-        _fill(recipe, data, "")
-    return recipe
-
-
-@contextlib.contextmanager
-def _naming(source: str) -> typing.Iterator[None]:
-    """Begin what is refused inside with where it was read."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{source}: {error}") from error
-
-
-def _fill(target: Any, data: dict[str, Any], prefix: str) -> None:
-    for key, value in data.items():
-        name = _known(target, str(key), prefix, prefix + str(key))
-        current = getattr(target, name)
-        if dataclasses.is_dataclass(current):
-            if not isinstance(value, dict):
-                raise InputError(f"{prefix}{key}: expected keys and values, found {shown(value)}")
-            _fill(current, value, f"{prefix}{key}.")
-        else:
-            _assign(target, name, value, prefix + str(key))
-
-
-def _known(target: Any, key: str, prefix: str, full: str) -> str:
-    names = [entry.name for entry in dataclasses.fields(target)] if dataclasses.is_dataclass(target) else []
-    if key in names:
-        return key
-    if not names:
-        raise InputError(f"unknown key {full}; there is nothing below {prefix[:-1]}")
-    near = difflib.get_close_matches(key, names, n=1)
-    below = f" below {prefix[:-1]}" if prefix else ""
-    hint = f"did you mean {prefix}{near[0]}?" if near else f"known{below} are {', '.join(names)}"
-    raise InputError(f"unknown key {full}; {hint}")
-
-
-def _assign(target: Any, name: str, value: Any, full: str) -> None:
-    wanted = typing.get_type_hints(type(target))[name]
-    origin: Any = wanted.__origin__ if isinstance(wanted, types.GenericAlias) else wanted
-    if dataclasses.is_dataclass(origin):
-        raise InputError(
-            f"{full} is {shown(value)}, but it is a group of fields; set one of them, such as {full}.steps"
-        )
-    if origin is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError, OverflowError):
-            value = float(value)
-    if isinstance(value, int) and abs(value) > _LARGEST_INTEGER:
-        raise InputError(f"{full} is larger than any that can be meant; give a smaller number")
-    if (
-        not isinstance(value, origin)
-        or (isinstance(value, bool) and origin is not bool)
-        or (wanted == list[str] and not all(isinstance(part, str) for part in value))
-    ):
-        raise InputError(f"{full} is {shown(value)}; expected {getattr(origin, '__name__', origin)}")
-    setattr(target, name, value)

@@ -1,93 +1,185 @@
-"""The recipe's parts: what each stage does, field by field."""
+"""The stages of a conversion: what each is called, what it sets, and which policies need it.
+
+Every other place that lists stages reads `STAGES`. `irc.training.stages` maps their names to the functions that run
+them.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Literal, Protocol
 
-from irc.errors import InputError
+from pydantic import Field
 
-READS = ("", "unit", "stream", "layer", "bottleneck")
-BUDGETS = ("model", "flops", "unit", "recoverability")
+from irc.recipe.checked import Checked, Count, Natural, Real, Share
+from irc.recipe.policies import Policy
+from irc.recipe.refusals import LARGEST_INTEGER
 
-
-def setting(default: Any, text: str) -> Any:
-    """Declare a recipe field with its default and its help."""
-    return field(default=default, metadata={"help": text})
-
-
-@dataclass
-class LffRecipe:
-    """Stage `lff`: fit the forecasters."""
-
-    tokens: int = setting(65_536, "calibration tokens of the streaming pass, from the train split")
-    ridge: float = setting(1e-4, "ridge of the regression, relative to the mean input variance")
-    steps: int = setting(50, "refinement steps by L1 + (1 - cosine); 0 leaves the closed form")
-    batch_size: int = setting(8, "windows a refinement step")
-    lr: float = setting(1e-3, "refinement learning rate, cosine to zero")
+StageName = Literal["lff", "router", "lora"]
+Weight = Annotated[Real, Field(ge=0)]
 
 
-@dataclass
-class RouterRecipe:
-    """Stage `router`: train the routers, then set their decision threshold."""
+class LffRecipe(Checked):
+    """Settings of stage `lff`, which fits the forecasters."""
 
-    reads: str = setting("", "what routers read: unit (its normed input), stream, layer; empty for the policy's own")
-    start: float = setting(0.0, "logit for execution that untrained routers start with: 3 begins nearly dense")
-    steps: int = setting(200, "training steps")
-    batch_size: int = setting(8, "windows a step")
-    lr: float = setting(5e-3, "learning rate of the routers, cosine to a tenth")
-    forecaster_lr: float = setting(2e-3, "learning rate of the forecasters in this stage; 0 freezes them")
-    temperature_start: float = setting(5.0, "Gumbel-softmax temperature at the first step")
-    temperature_end: float = setting(1.0, "temperature at the last step, linear in between")
-    sparsity_weight: float = setting(8.0, "weight of |(1 - sparsity) - mean execution|")
-    cosine_weight: float = setting(0.1, "weight of mean(1 - cosine) over approximated tokens")
-    clip: float = setting(0.0, "largest norm of the gradient; 0 for no bound")
-    noise_end: float = setting(1.0, "scale of the sampling noise at the last step, falling over the second half")
-    entropy_weight: float = setting(0.0, "weight of the mean entropy of the routers' decisions")
-    budget: str = setting("model", "what meets the target: model, flops (of the model), unit (each), recoverability")
-    target_range: list[float] = field(
+    tokens: Count = Field(
+        default=65_536, description="calibration tokens for the closed-form fit, from the train split"
+    )
+    ridge: Weight = Field(default=1e-4, description="ridge of the regression, relative to the mean input variance")
+    steps: Natural = Field(default=50, description="refinement steps on L1 + (1 - cosine); 0 keeps the closed form")
+    batch_size: Count = Field(default=8, description="windows per refinement step")
+    lr: Weight = Field(default=1e-3, description="learning rate of the refinement, cosine decay to zero")
+
+    def trains(self, policy: Policy) -> bool:
+        """Whether the stage reads batches of text under a policy."""
+        return self.steps > 0
+
+
+class RouterRecipe(Checked):
+    """Settings of stage `router`, which trains the routers, then sets their decision threshold."""
+
+    reads: Literal["", "unit", "stream", "layer", "bottleneck"] = Field(
+        default="",
+        description="what routers read: unit (its normed input), stream, layer, bottleneck; empty: set by policy",
+    )
+    start: Real = Field(
+        default=0.0, description="initial logit for executing; at 3, training begins with nearly all executed"
+    )
+    steps: Count = Field(default=200, description="training steps")
+    batch_size: Count = Field(default=8, description="windows per step")
+    lr: Weight = Field(default=5e-3, description="learning rate of the routers, cosine decay to a tenth")
+    forecaster_lr: Weight = Field(
+        default=2e-3, description="learning rate of the forecasters in this stage; 0 freezes them"
+    )
+    temperature_start: Real = Field(default=5.0, ge=0.001, description="Gumbel-softmax temperature at the first step")
+    temperature_end: Real = Field(default=1.0, ge=0.001, description="temperature at the last step, reached linearly")
+    sparsity_weight: Weight = Field(default=8.0, description="weight of |(1 - sparsity) - mean execution|")
+    cosine_weight: Weight = Field(default=0.1, description="weight of mean(1 - cosine) over approximated tokens")
+    clip: Weight = Field(default=0.0, description="largest gradient norm; 0 turns clipping off")
+    noise_end: Weight = Field(
+        default=1.0, description="scale of the sampling noise at the last step; falls in the second half"
+    )
+    entropy_weight: Weight = Field(default=0.0, description="weight of the mean entropy of the routers' decisions")
+    budget: Literal["model", "flops", "unit", "recoverability"] = Field(
+        default="model",
+        description="what meets the target: model, flops (of the model), unit (each one), recoverability",
+    )
+    target_range: list[Real] = Field(
         default_factory=list,
-        metadata={"help": "lowest and highest target, of which every step draws one; none trains for sparsity alone"},
+        description="lowest and highest target; each step draws one between them. Empty: always sparsity",
     )
-    teach_steps: int = setting(-1, "steps that first teach routers what skipping costs; -1: 30, informed up to 0.5")
-    distill: float = setting(0.0, "share of the loss that is the divergence from the dense model's logits, 0 to 1")
-    calibration_tokens: int = setting(49_152, "tokens that set the threshold, from the calibration split")
-
-    def check(self, forecasts: bool) -> None:
-        """Refuse values that cannot work together.
-
-        Args:
-            forecasts: Whether the policy has forecasters.
-
-        Raises:
-            InputError: Names the field, its value and what it may be.
-        """
-        if self.reads not in READS:
-            raise InputError(f"router.reads is '{self.reads}'; choose from {', '.join(READS[1:])}")
-        if self.reads == "bottleneck" and not forecasts:
-            raise InputError("router.reads is 'bottleneck', but this policy has no forecasters; leave it out")
-        if self.budget not in BUDGETS:
-            raise InputError(f"router.budget is '{self.budget}'; choose from {', '.join(BUDGETS)}")
-        ends = self.target_range
-        numbers = all(type(end) in (int, float) for end in ends)
-        if ends and not (numbers and len(ends) == 2 and 0 <= ends[0] < ends[1] <= 1):
-            raise InputError(f"router.target_range is {ends}; give two shares in ascending order, such as [0.1, 0.6]")
-        if ends and self.budget in ("unit", "recoverability"):
-            raise InputError(f"router.target_range needs a budget of the whole model, not '{self.budget}'")
-
-
-@dataclass
-class LoraRecipe:
-    """Stage `lora` (optional): low-rank adapters on the base's linears, routing on."""
-
-    steps: int = setting(200, "training steps")
-    batch_size: int = setting(8, "windows a step")
-    lr: float = setting(2e-4, "learning rate, cosine to zero")
-    forecaster_lr: float = setting(0.0, "learning rate of the forecasters in this stage; 0 freezes them")
-    router_lr: float = setting(0.0, "learning rate of the routers, under sampled routes; 0 freezes them")
-    rank: int = setting(16, "rank of the adapters")
-    alpha: int = setting(32, "scale of the adapters: alpha / rank")
-    dropout: float = setting(0.1, "dropout before the adapters")
-    targets: list[str] = field(
-        default_factory=lambda: ["q_proj", "v_proj", "gate_proj"], metadata={"help": "names of the adapted linears"}
+    teach_steps: int = Field(
+        default=-1,
+        ge=-1,
+        le=LARGEST_INTEGER,
+        description="steps that first teach routers the cost of skipping; -1: 30 for informed up to sparsity 0.5",
     )
+    distill: Share = Field(
+        default=0.0, description="share of the loss given to divergence from the dense model's logits"
+    )
+    calibration_tokens: Count = Field(
+        default=49_152, description="tokens that set the threshold, from the calibration split"
+    )
+
+    def trains(self, policy: Policy) -> bool:
+        """Whether the stage reads batches of text under a policy."""
+        return policy.learns or (policy.forecasts and self.forecaster_lr > 0)
+
+
+class LoraRecipe(Checked):
+    """Settings of stage `lora`, which trains low-rank adapters on the base's linears while tokens are routed."""
+
+    steps: Count = Field(default=200, description="training steps")
+    batch_size: Count = Field(default=8, description="windows per step")
+    lr: Weight = Field(default=2e-4, description="learning rate of the adapters, cosine decay to zero")
+    forecaster_lr: Weight = Field(
+        default=0.0, description="learning rate of the forecasters in this stage; 0 freezes them"
+    )
+    router_lr: Weight = Field(
+        default=0.0, description="learning rate of the routers, with sampled routes; 0 freezes them"
+    )
+    rank: Count = Field(default=16, description="rank of the adapters")
+    alpha: Count = Field(default=32, description="scale of the adapters: alpha / rank")
+    dropout: Real = Field(default=0.1, ge=0, lt=1, description="dropout in front of the adapters")
+    targets: list[str] = Field(
+        default_factory=lambda: ["q_proj", "v_proj", "gate_proj"],
+        min_length=1,
+        description="names of the linears that get adapters",
+    )
+
+    def trains(self, policy: Policy) -> bool:
+        """Whether the stage reads batches of text under a policy."""
+        return True
+
+
+StageSettings = LffRecipe | RouterRecipe | LoraRecipe
+
+
+class HoldsSettings(Protocol):
+    """What holds the settings of every stage, by the stage's name: a recipe."""
+
+    lff: LffRecipe
+    router: RouterRecipe
+    lora: LoraRecipe
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a conversion.
+
+    Attributes:
+        name: As `--stages` takes it; also the recipe's field that holds its settings.
+        settings: The class of its settings.
+        help: What the stage does, one line.
+        follows: The stage before it, if the policy has that one.
+        optional: Whether a conversion may leave it out.
+        needs_forecasters: Whether only policies with forecasters have it.
+        through_layers: Whether it propagates gradients through the decoder layers, which keep their inputs for that.
+        depends_on: The recipe's fields that decide its result, besides base and text; empty if results are not shared
+            between conversions.
+    """
+
+    name: StageName
+    settings: type[StageSettings]
+    help: str
+    follows: StageName | None = None
+    optional: bool = False
+    needs_forecasters: bool = False
+    through_layers: bool = True
+    depends_on: tuple[str, ...] = ()
+
+    def settings_in(self, recipe: HoldsSettings) -> StageSettings:
+        """Return the stage's settings in a recipe."""
+        found: StageSettings = getattr(recipe, self.name)
+        return found
+
+
+_COMMON = ("policy", "rank", "forecaster", "seq_len", "seed", "device", "dtype", "precision", "lff")
+STAGES = (
+    Stage("lff", LffRecipe, "fit the forecasters", needs_forecasters=True, through_layers=False, depends_on=_COMMON),
+    Stage(
+        "router",
+        RouterRecipe,
+        "train the routers, then set their decision threshold",
+        follows="lff",
+        depends_on=(*_COMMON, "sparsity", "router"),
+    ),
+    Stage("lora", LoraRecipe, "train LoRA adapters on the base's linears", follows="router", optional=True),
+)
+"""All stages, in the order in which they run."""
+
+STAGE_NAMES: tuple[StageName, ...] = tuple(stage.name for stage in STAGES)
+
+
+def stage_named(name: str) -> Stage:
+    """Return a stage.
+
+    Raises:
+        KeyError: There is no stage of that name.
+    """
+    return {str(stage.name): stage for stage in STAGES}[name]
+
+
+def required_stages(policy: Policy) -> list[StageName]:
+    """Return the stages that a policy cannot do without, in order."""
+    return [stage.name for stage in STAGES if not stage.optional and (policy.forecasts or not stage.needs_forecasters)]

@@ -8,7 +8,7 @@ from typing import Any
 
 from exporters.onnx import DATA, MODEL, PAST_FROM, CacheShape, Decision
 from exporters.onnx_ops import VERSION
-from irc.bundle.loading import CONFIG
+from irc.bundle.layout import CONFIG
 from irc.dtypes import LONG_NAMES
 from irc.errors import InputError
 from irc.files.atomic import file_sha256
@@ -46,6 +46,18 @@ class OnnxFolder:
     def decisions(self) -> list[Decision]:
         """Where each routed unit says what it decided; empty for a dense model."""
         return [Decision(u["unit"], u["difference"]) for u in self.manifest["units"]]
+
+    @property
+    def source(self) -> str:
+        """What was exported: a name, or the path of a folder."""
+        source = str(self.manifest["source"])
+        return str((self.folder / source).resolve()) if source.startswith(".") else source
+
+    @property
+    def dial(self) -> float | None:
+        """The sparsity that a bundle was set to for the export; None for its own."""
+        # Folders of format version 2 and older hold it under another name.
+        return self.manifest["dial"] if "dial" in self.manifest else self.manifest.get("sparsity")
 
     @property
     def counts_past_by_mask(self) -> bool:
@@ -124,6 +136,6 @@ def _check_types(manifest: dict[str, Any], hashes: dict[str, Any]) -> None:
         raise TypeError("a hash is no text")
     if not isinstance(manifest["source"], str) or not isinstance(manifest["base"], dict):
         raise TypeError("source or base is of another kind")
-    for key in ("kv_threshold", "sparsity"):
+    for key in ("kv_threshold", "sparsity", "dial"):
         if manifest.get(key) is not None and type(manifest[key]) not in (int, float):
             raise TypeError(f"{key} is no number")

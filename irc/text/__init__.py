@@ -1,1 +1,1 @@
-"""Text: where it comes from, its rows, its tokens."""
+"""Loading text, splitting it, and turning it into windows of tokens."""

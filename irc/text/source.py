@@ -1,7 +1,7 @@
-"""Text sources, their splits, and the token windows that training and evaluation read.
+"""Loads text, splits it, and cuts it into the windows of tokens that training and evaluation read.
 
-A source is a list of named documents. Its splits are fixed by hashes of names and offsets, never by
-order or by a random generator, so that every command sees the same held-out text.
+A source is a list of named documents. Hashes of names and offsets decide the splits, not the order of the documents
+and not a random generator, so every command sees the same held-out text.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from irc.text.rows import hub_texts, json_texts, parquet_texts
 
 Split = Literal["train", "calibration", "validation", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "calibration", "validation", "heldout")
-_NEEDED = frozenset({"train", "calibration", "heldout"})
+_REQUIRED_SPLITS = frozenset({"train", "calibration", "heldout"})
 
 TEXT_SUFFIXES = frozenset(
     ".txt .md .rst .py .js .ts .c .h .cpp .java .go .rs .tex .html .xml .csv .yaml .yml .toml".split()
@@ -34,18 +34,18 @@ _STDLIB_TESTS = frozenset("test tests idle_test".split())
 
 
 class Tokenizer(Protocol):
-    """What `windows` needs of a Hugging Face tokenizer."""
+    """The part of a Hugging Face tokenizer that `token_stream` uses."""
 
     eos_token_id: int | None
 
     def __call__(self, text: str, /, *, add_special_tokens: bool) -> dict[str, list[int]]:
-        """Return `input_ids` of a text."""
+        """Return a dict whose `input_ids` are the token ids of a text."""
         ...
 
 
 @dataclass(frozen=True)
 class Document:
-    """One piece of text and the name that decides which split it belongs to."""
+    """A piece of text, and the name that decides its split."""
 
     name: str
     text: str
@@ -53,11 +53,11 @@ class Document:
 
 @dataclass(frozen=True)
 class TextSource:
-    """Documents from one place, with a stable three-way split.
+    """Documents from one place, with stable splits.
 
     Attributes:
-        name: What the user asked for (a path, `stdlib`, `hf:NAME`).
-        documents: The text, in a stable order.
+        name: The source as the user named it (a path, `stdlib`, `hf:NAME`).
+        documents: The documents, in a stable order.
     """
 
     name: str
@@ -66,13 +66,13 @@ class TextSource:
     def split(self, split: Split) -> list[Document]:
         """Return the documents of one split.
 
-        One document in ten is `heldout`, one in twenty `calibration`, one in twenty `validation`, all others are
-        `train` (see `split_of`).
+        One document in ten is `heldout`, one in twenty is `calibration`, one in twenty is `validation`, and all others
+        are `train` (see `split_of`).
         """
         return [document for document in self.documents if split_of(document.name) == split]
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of all names and texts; equal text gives an equal fingerprint."""
+        """Return the SHA-256 of all names and texts, in hexadecimal. Equal text has an equal fingerprint."""
         digest = hashlib.sha256()
         for document in self.documents:
             for part in (document.name, document.text):
@@ -85,9 +85,9 @@ class TextSource:
 def split_of(name: str) -> Split:
     """Return the split of a document name: 80 % train, 5 % calibration, 5 % validation, 10 % held out.
 
-    Numbered pieces of one file (`name#3`) take turns, so that a file of three pieces has train, calibration and
-    held-out text; other names are spread by their SHA-256. Figures are reported on held-out text, thresholds set on
-    calibration text, settings chosen on validation text.
+    Numbered pieces of one file (`name#3`) are assigned in turn, so a file of three pieces has train, calibration and
+    held-out text. All other names are assigned by their SHA-256. Figures are reported on held-out text, thresholds are
+    set on calibration text, and settings are chosen on validation text.
     """
     _, mark, number = name.rpartition("#")
     if mark and number.isdecimal():
@@ -102,21 +102,21 @@ def split_of(name: str) -> Split:
 
 
 def load_text(spec: str) -> TextSource:
-    """Read the text that `--data` names.
+    """Load the text that the setting `data` names.
 
     Args:
         spec: `stdlib`, `stdlib-tests`, `hf:NAME[:CONFIG]` (streamed, see `irc.text.rows`), a text file, a .jsonl or
             .parquet file with a text column, or a folder of such files.
 
     Raises:
-        InputError: Nothing is there, it is not text, or it is empty.
+        InputError: The source does not exist, is not text, or is empty.
     """
     if spec == "stdlib":
         documents = list(_stdlib_documents(tests=False))
     elif spec == "stdlib-tests":
         documents = list(_stdlib_documents(tests=True))
     elif spec == "hf:":
-        raise InputError("--data hf:: a dataset's name is missing; give hf:NAME")
+        raise InputError("hf:: the name of the dataset is missing; write hf:NAME", options=("data",))
     elif spec.startswith("hf:"):
         documents = _blocks(spec, "\n\n".join(hub_texts(spec[3:])))
     else:
@@ -126,22 +126,22 @@ def load_text(spec: str) -> TextSource:
         elif path.is_file():
             documents = _file_documents(path, path.name)
         else:
-            raise InputError(f"--data {spec}: there is no such file or folder; give a path, 'stdlib' or 'hf:NAME'")
+            raise InputError(f"{spec}: no such file or folder; give a path, 'stdlib' or 'hf:NAME'", options=("data",))
     if not any(document.text.strip() for document in documents):
-        raise InputError(f"--data {spec}: it holds no text; give a non-empty text file or folder")
+        raise InputError(f"{spec}: contains no text; give a file or folder that has some", options=("data",))
     return TextSource(spec, tuple(documents))
 
 
 def _stdlib_documents(*, tests: bool) -> Iterator[Document]:
-    """Yield the sources of the running Python's standard library, generated tables left out.
+    """Yield the sources of the running Python's standard library, without generated tables.
 
     Args:
-        tests: Yield its test suite instead of the library itself (some distributions ship none).
+        tests: Yield the library's test suite instead of the library. Some distributions do not ship it.
     """
     root = Path(sysconfig.get_path("stdlib"))
     paths: list[Path] = []
     for folder, children, files in os.walk(root):
-        # Pruned here: installed packages lie below the library, and walking them can take most of a minute.
+        # Skip these folders while walking: installed packages are below the library and take most of a minute to walk.
         children[:] = [child for child in children if child not in _STDLIB_SKIPPED]
         paths += [Path(folder, file) for file in files if file.endswith(".py")]
     for path in sorted(paths):
@@ -163,16 +163,19 @@ def _folder_documents(root: Path) -> Iterator[Document]:
 
 
 def _in_every_split(documents: list[Document]) -> list[Document]:
-    """Return the documents, cut into blocks where whole ones would leave a split empty (a folder of few files)."""
+    """Return the documents, cut into blocks if a split would be empty otherwise (in a folder of few files)."""
+    if _fills_every_split(documents):
+        return documents
     blocks = [block for document in documents for block in _blocks(document.name, document.text)]
-    for pieces in (documents, blocks):
-        if {split_of(piece.name) for piece in pieces} >= _NEEDED:
-            return pieces
-    return documents
+    return blocks if _fills_every_split(blocks) else documents
+
+
+def _fills_every_split(documents: Sequence[Document]) -> bool:
+    return {split_of(document.name) for document in documents} >= _REQUIRED_SPLITS
 
 
 def _file_documents(path: Path, name: str) -> list[Document]:
-    """Split one file into blocks of lines, so that a single file too has held-out text."""
+    """Return the rows of a table, or the blocks of a text file, so that even a single file has held-out text."""
     if path.suffix.lower() == ".jsonl":
         return [Document(f"{name}#{i}", text) for i, text in enumerate(json_texts(path, _read_text(path)))]
     if path.suffix.lower() == ".parquet":
@@ -184,15 +187,15 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
+        raise InputError(f"{path}: not UTF-8 text (at byte {error.start}); convert it to UTF-8") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _blocks(name: str, text: str) -> list[Document]:
-    """Cut text at line ends into numbered blocks of at most 4,096 characters, a hundred of them if it can be.
+    """Cut text at line ends into numbered blocks, about a hundred of them, each of 256 to 4,096 characters at most.
 
-    The blocks take turns in the splits (see `split_of`), so that even a short file has all three.
+    The blocks are assigned to the splits in turn (see `split_of`), so even a short file has text in each of them.
     """
     limit = min(_BLOCK_CHARACTERS, max(_LEAST_BLOCK_CHARACTERS, len(text) // 100))
     blocks: list[str] = []
@@ -209,25 +212,25 @@ def _blocks(name: str, text: str) -> list[Document]:
 
 
 def token_stream(documents: Sequence[Document], tokenizer: Tokenizer) -> torch.Tensor:
-    """Tokenise documents into one stream with an end-of-text token after each.
+    """Tokenize documents into one stream, with an end-of-text token after each.
 
     Returns:
         int64 [tokens].
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids = array("q")  # of 8 bytes a token; a list takes 36
+    ids = array("q")  # 8 bytes per token; a list takes 36
     for document in documents:
         ids.extend(tokenizer(document.text, add_special_tokens=False)["input_ids"] + end)
     return torch.frombuffer(ids, dtype=torch.int64) if ids else torch.zeros(0, dtype=torch.int64)
 
 
 def windows(stream: torch.Tensor, length: int, what: str = "text") -> torch.Tensor:
-    """Cut a stream into whole windows; the rest shorter than one window is dropped.
+    """Cut a stream into whole windows and drop the remainder.
 
     Args:
         stream: int64 [tokens].
-        length: Tokens a window.
-        what: Name of the text, for the error.
+        length: Tokens per window.
+        what: Name of the text, for the error message.
 
     Returns:
         int64 [windows, length].
@@ -238,13 +241,21 @@ def windows(stream: torch.Tensor, length: int, what: str = "text") -> torch.Tens
     count = stream.numel() // length
     if count == 0:
         raise InputError(
-            f"{what}: {stream.numel()} tokens are less than one window of {length}; "
-            "give more text or a shorter --seq-len"
+            f"{what}: {stream.numel()} tokens do not fill one window of {length}; give more text or a smaller seq_len",
+            options=("seq_len",),
         )
     return stream[: count * length].view(count, length)
 
 
 def pick(text: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Return about `tokens` tokens of windows [windows, length] spread evenly over the text; all of them when 0."""
+    """Pick windows that are spread evenly over a text.
+
+    Args:
+        text: int64 [windows, length].
+        tokens: About how many tokens to pick; 0 for all.
+
+    Returns:
+        int64 [picked windows, length], at least one window.
+    """
     count = len(text) if tokens <= 0 else max(1, min(len(text), tokens // text.shape[1]))
     return text[torch.linspace(0, len(text) - 1, count).long()]

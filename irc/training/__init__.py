@@ -1,1 +1,1 @@
-"""The stages: what they fit, their losses, the one loop, and what makes them fit on small and on many machines."""
+"""Training: the stages, their losses, the training loop, and support for small machines and for several processes."""

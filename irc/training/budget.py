@@ -1,4 +1,4 @@
-"""What meets the sparsity target: the model as a whole, its FLOPs, or every unit by itself."""
+"""Defines what must meet the sparsity target: the whole model, its FLOPs, or each unit."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from irc.model.flops import unit_flops
 from irc.model.modules import Record
 from irc.model.routed import RoutedForCausalLM
 
-_MOST = 0.95  # of a unit's tokens that a budget of its own lets it skip
+_MAX_SHARE = 0.95  # largest share of its tokens that `allocate_shares` lets a unit skip
 _BATCH = 16
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much is skipped, and where.
+    """How much to skip, and in which units.
 
     Attributes:
-        sparsity: Target share to approximate.
-        weights: What each unit counts in that share, summing to 1.
-        targets: Share of its tokens that each unit skips; None where the model meets the target as a whole.
+        sparsity: Target share of (token, unit) pairs to approximate.
+        weights: Weight of each unit in that share; the weights sum to 1.
+        targets: Share of its tokens that each unit should skip, or None if only the model as a whole has a target.
     """
 
     sparsity: float
@@ -32,42 +32,45 @@ class Budget:
     targets: dict[str, float] | None = None
 
     def loss(self, execution: Mapping[str, torch.Tensor], sparsity: float) -> torch.Tensor:
-        """Return the mean distance between what executes and what should.
+        """Return the mean distance between the executed and the target shares.
 
-        The distance is taken over all processes; its gradient is each process's own share of it.
+        The distance is that of all processes together. Its gradient is the part that this process contributes.
 
         Args:
-            execution: Mean execution of every unit, scalars that carry the routers' gradient.
+            execution: Mean execution of each unit, scalars that carry the routers' gradient.
             sparsity: Target share of this step.
+
+        Returns:
+            A scalar.
         """
         if self.targets is None:
-            met = sum((self.weights[unit] * mean for unit, mean in execution.items()), torch.zeros(())).reshape(1)
-            wanted = met.new_tensor([1 - sparsity])
+            executed = sum((self.weights[unit] * mean for unit, mean in execution.items()), torch.zeros(())).reshape(1)
+            wanted = executed.new_tensor([1 - sparsity])
         else:
-            met = torch.stack(list(execution.values()))
-            wanted = met.new_tensor([1 - self.targets[unit] for unit in execution])
-        gap = reduce(met.detach().clone(), "mean") - wanted
-        distance: torch.Tensor = (gap.sign() * (met - met.detach()) + gap.abs()).mean()
+            executed = torch.stack(list(execution.values()))
+            wanted = executed.new_tensor([1 - self.targets[unit] for unit in execution])
+        gap = reduce(executed.detach().clone(), "mean") - wanted
+        distance: torch.Tensor = (gap.sign() * (executed - executed.detach()) + gap.abs()).mean()
         return distance
 
     def realized(self, skipped: Mapping[str, float]) -> float:
-        """Return the share that the target counts, from the share of its tokens that each unit skips."""
+        """Return the model's skipped share as the target counts it, from the share that each unit skips."""
         return sum(self.weights[unit] * share for unit, share in skipped.items())
 
-    def missed(self, skipped: Mapping[str, float]) -> float:
-        """Return how far the shares that units skip are from what they should."""
+    def distance(self, skipped: Mapping[str, float]) -> float:
+        """Return the mean distance of the skipped shares from their targets."""
         if self.targets is None:
             return abs(self.realized(skipped) - self.sparsity)
         return sum(abs(share - self.targets[unit]) for unit, share in skipped.items()) / len(skipped)
 
 
 def plain_budget(units: list[str], sparsity: float) -> Budget:
-    """Return the budget in which all (token, unit) pairs count alike."""
+    """Return the budget in which all (token, unit) pairs count equally."""
     return Budget(sparsity, dict.fromkeys(units, 1 / len(units)))
 
 
 def make_budget(model: RoutedForCausalLM, kind: str, sparsity: float, text: torch.Tensor) -> Budget:
-    """Return a model's budget.
+    """Return the budget of a model.
 
     Args:
         model: Rewritten model with fitted forecasters.
@@ -81,35 +84,40 @@ def make_budget(model: RoutedForCausalLM, kind: str, sparsity: float, text: torc
     if kind == "unit":
         return Budget(sparsity, plain.weights, dict.fromkeys(plain.weights, sparsity))
     if kind == "flops":
-        saved = {n: f.gated + f.scores - f.forecaster for n, f in unit_flops(model, text.shape[1]).items()}
+        saved: dict[str, float] = {}
+        for name, flops in unit_flops(model, text.shape[1]).items():
+            saved[name] = flops.gated + flops.scores - flops.forecaster
         return Budget(sparsity, {name: value / sum(saved.values()) for name, value in saved.items()})
     if kind == "recoverability":
         merits = {name: 1 / max(1 - cosine, 1e-3) for name, cosine in _recoverability(model, text).items()}
-        return Budget(sparsity, plain.weights, shared_out(merits, sparsity))
-    raise IrcError(f"router.budget is '{kind}'; this is a fault of irc")
+        return Budget(sparsity, plain.weights, allocate_shares(merits, sparsity))
+    raise IrcError(f"unknown router.budget '{kind}'; this is a bug in irc, please report it")
 
 
-def shared_out(merits: Mapping[str, float], mean: float) -> dict[str, float]:
-    """Share a mean out over units in proportion to their merits, none getting more than 0.95.
+def allocate_shares(merits: Mapping[str, float], mean: float) -> dict[str, float]:
+    """Return a share for each unit in proportion to its merit, at most 0.95 each.
 
     Args:
-        merits: Of every unit, above 0.
-        mean: Of the shares that are returned.
+        merits: Merit of each unit, above 0.
+        mean: Mean of the returned shares. A mean above 0.95 raises the limit to itself.
     """
-    most = max(_MOST, mean)
+    limit = max(_MAX_SHARE, mean)
     shares: dict[str, float] = {}
     while len(shares) < len(merits):
-        rest = {name: merit for name, merit in merits.items() if name not in shares}
+        open_merits = {name: merit for name, merit in merits.items() if name not in shares}
         left = mean * len(merits) - sum(shares.values())
-        scale = left / sum(rest.values())
-        full = [name for name, merit in rest.items() if merit * scale > most]
-        shares |= dict.fromkeys(full, most) if full else {name: merit * scale for name, merit in rest.items()}
+        scale = left / sum(open_merits.values())
+        at_limit = [name for name, merit in open_merits.items() if merit * scale > limit]
+        if at_limit:
+            shares |= dict.fromkeys(at_limit, limit)
+        else:
+            shares |= {name: merit * scale for name, merit in open_merits.items()}
     return {name: shares[name] for name in merits}
 
 
 @torch.no_grad()
 def _recoverability(model: RoutedForCausalLM, text: torch.Tensor) -> dict[str, float]:
-    """Return the mean cosine between every unit and its forecast, the model running densely."""
+    """Return the mean cosine between each unit's output and its forecast while every unit is executed."""
     total = dict.fromkeys((unit.name for unit in model.units), 0.0)
     for batch in text.split(_BATCH):
         tape: dict[str, Record] = {}

@@ -1,4 +1,4 @@
-"""Sets the routers' decision threshold on calibration text, for one target sparsity or a range of them (the dial)."""
+"""Sets the routers' decision threshold on calibration text, for one target sparsity or for each point of a dial."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,20 +23,24 @@ log = logging.getLogger(__name__)
 
 _ROUNDS = 8
 _TOLERANCE = 0.001
-_FAR = 0.02  # from the target; worth a word
+_WARN_DISTANCE = 0.02  # distance from the target at which a warning is logged
 _BATCH = 16
 
 
 def set_threshold(
     model: RoutedForCausalLM, text: torch.Tensor, budget: Budget, progress: ProgressFactory
 ) -> dict[str, Any]:
-    """Set the threshold where the policy has one to set; return what each unit executes of the calibration text.
+    """Set the decision threshold if the policy has one.
 
     Args:
         model: Rewritten model.
         text: Calibration windows, int64 [windows, length].
-        budget: What is to be approximated.
+        budget: What to approximate.
         progress: Makes a progress bar.
+
+    Returns:
+        `calibration_sparsity` and `calibration_keep` (the share of tokens that each unit executes) on the calibration
+        text. See `calibrate` for the other figures when a threshold was set.
     """
     assert model.spec is not None
     policy = policy_named(model.spec.policy)
@@ -51,55 +56,77 @@ def calibrate(
 ) -> dict[str, Any]:
     """Set a threshold on the logit difference so that argmax routing meets the target sparsity.
 
-    Routing changes the hidden states that later routers read, so the quantile is taken again under the
-    new routes until realized sparsity stands within 0.001 of the target, or the rounds are used up: then
-    the best threshold met stays. It is folded into the execute bias of every router.
+    Routing changes the hidden states that later routers read. The quantile is therefore taken again under the new
+    routes, until the realized sparsity is within 0.001 of the target or 8 rounds have passed. The best threshold found
+    is added to the execute bias of each router.
+
+    Args:
+        model: Rewritten model.
+        text: Calibration windows, int64 [windows, length].
+        budget: What to approximate.
+        progress: Makes a progress bar.
 
     Returns:
-        Shift (the units' mean), rounds, and on the calibration text the realized sparsity and `calibration_keep`,
-        the share of tokens that each unit executes.
+        `threshold_shift` (mean over the units), `calibration_rounds`, `calibration_seconds`, and on the calibration
+        text `calibration_sparsity` and `calibration_keep` (the share of tokens that each unit executes).
+
+    Raises:
+        IrcError: The routers' weights are not finite.
     """
     started = time.monotonic()
     biases = _biases(model)
-    total, gap, rounds = 0.0, math.inf, 0
-    keep: dict[str, float] = {}
-    best = (math.nan, total, {unit: bias.clone() for unit, bias in biases.items()}, keep)
+    shift = 0.0
+    rounds = 0
+    best = _Threshold(math.inf, math.nan, shift, _cloned(biases), {})
     with progress("threshold", _ROUNDS) as bar:
         for rounds in range(1, _ROUNDS + 1):
             differences = _differences(model, text)
-            keep_now = {unit: 1 - (values < 0).double().mean().item() for unit, values in differences.items()}
-            skipped = {unit: 1 - share for unit, share in keep_now.items()}
-            realized, missed = budget.realized(skipped), budget.missed(skipped)
+            keep = {unit: 1 - (values < 0).double().mean().item() for unit, values in differences.items()}
+            skipped = {unit: 1 - share for unit, share in keep.items()}
+            realized, distance = budget.realized(skipped), budget.distance(skipped)
             bar.update(rounds, sparsity=realized)
-            if missed < gap:
-                gap, keep = missed, keep_now
-                best = (realized, total, {unit: bias.clone() for unit, bias in biases.items()}, keep)
-            if gap <= _TOLERANCE or rounds == _ROUNDS:
+            if distance < best.distance:
+                best = _Threshold(distance, realized, shift, _cloned(biases), keep)
+            if best.distance <= _TOLERANCE or rounds == _ROUNDS:
                 break
             shifts = _shifts(differences, budget)
             for unit, bias in biases.items():
                 bias[EXECUTE] -= shifts[unit]
-            total -= sum(shifts.values()) / len(shifts)
-        bar.update(_ROUNDS, sparsity=best[0])
-    realized, total, kept, keep = best
-    if not all(bool(bias.isfinite().all()) for bias in kept.values()):
+            shift -= sum(shifts.values()) / len(shifts)
+        bar.update(_ROUNDS, sparsity=best.realized)
+    if not all(bool(bias.isfinite().all()) for bias in best.biases.values()):
         raise IrcError("the routers' weights are no longer finite numbers; lower router.lr, or set router.clip=1")
-    if abs(realized - budget.sparsity) > _FAR:
+    if abs(best.realized - budget.sparsity) > _WARN_DISTANCE:
         log.warning(
-            "the threshold gives a sparsity of %.3f on the calibration text in place of %.3f: many tokens are alike to "
-            "the routers",
-            realized,
+            "the threshold gives a sparsity of %.3f on the calibration text instead of %.3f, because the routers give "
+            "many tokens the same logits",
+            best.realized,
             budget.sparsity,
         )
     for unit, bias in biases.items():
-        bias.copy_(kept[unit])
+        bias.copy_(best.biases[unit])
     return {
-        "threshold_shift": total,
+        "threshold_shift": best.shift,
         "calibration_rounds": float(rounds),
-        "calibration_sparsity": realized,
+        "calibration_sparsity": best.realized,
         "calibration_seconds": time.monotonic() - started,
-        "calibration_keep": keep,
+        "calibration_keep": best.keep,
     }
+
+
+@dataclass(frozen=True)
+class _Threshold:
+    """A threshold that was tried: its distance from the target, realized sparsity, mean shift, biases and shares."""
+
+    distance: float
+    realized: float
+    shift: float
+    biases: dict[str, torch.Tensor]
+    keep: dict[str, float]
+
+
+def _cloned(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def _shifts(differences: dict[str, torch.Tensor], budget: Budget) -> dict[str, float]:
@@ -112,24 +139,30 @@ def _shifts(differences: dict[str, torch.Tensor], budget: Budget) -> dict[str, f
 def dial_points(
     model: RoutedForCausalLM, text: torch.Tensor, targets: Sequence[float], progress: ProgressFactory
 ) -> list[dict[str, Any]]:
-    """Find the thresholds of other sparsities; the model's own stay as they are.
+    """Find the thresholds of other sparsities. The model's own threshold does not change.
+
+    Args:
+        model: Rewritten model.
+        text: Calibration windows, int64 [windows, length].
+        targets: Sparsities, in any order.
+        progress: Makes a progress bar.
 
     Returns:
-        For each target, in ascending order: `sparsity`, `realized`, `shift` (what to add to the execute logit of each
-        unit) and `keep` (what each unit then executes of the calibration text).
+        For each target, in ascending order: `sparsity`, `realized`, `shift` (to add to the execute logit of each unit)
+        and `keep` (the share of the calibration text that each unit then executes).
     """
     biases = _biases(model)
-    own = {unit: bias.clone() for unit, bias in biases.items()}
+    own = _cloned(biases)
     points = []
     for target in sorted(targets):
-        found = calibrate(model, text, plain_budget(list(biases), target), progress)
+        figures = calibrate(model, text, plain_budget(list(biases), target), progress)
         shift = {unit: (bias[EXECUTE] - own[unit][EXECUTE]).item() for unit, bias in biases.items()}
         points.append(
             {
                 "sparsity": target,
-                "realized": found["calibration_sparsity"],
+                "realized": figures["calibration_sparsity"],
                 "shift": shift,
-                "keep": found["calibration_keep"],
+                "keep": figures["calibration_keep"],
             }
         )
         for unit, bias in biases.items():
@@ -149,22 +182,22 @@ def measured_keep(model: RoutedForCausalLM, text: torch.Tensor) -> dict[str, flo
 
 def _biases(model: RoutedForCausalLM) -> dict[str, torch.Tensor]:
     """Return the last bias of every router, [2], by unit."""
-    found: dict[str, torch.Tensor] = {}
+    biases: dict[str, torch.Tensor] = {}
     for unit in model.units:
         router = model.part(unit, "router")
         assert isinstance(router, Router)
-        found[unit.name] = router.last.bias
-    return found
+        biases[unit.name] = router.last.bias
+    return biases
 
 
 def _differences(model: RoutedForCausalLM, text: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the logit differences of all tokens by unit under deterministic routing, float32 [tokens]."""
-    found: dict[str, list[torch.Tensor]] = {unit.name: [] for unit in model.units}
+    """Return each unit's logit differences under deterministic routing, float32 [tokens]."""
+    parts: dict[str, list[torch.Tensor]] = {unit.name: [] for unit in model.units}
     for batch in text.split(_BATCH):
         for name, record in _tape(model, batch).items():
             assert record.difference is not None
-            found[name].append(record.difference.flatten().cpu())
-    return {name: torch.cat(parts) for name, parts in found.items()}
+            parts[name].append(record.difference.flatten().cpu())
+    return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
 
 def _tape(model: RoutedForCausalLM, batch: torch.Tensor) -> dict[str, Record]:

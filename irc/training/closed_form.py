@@ -1,8 +1,8 @@
-"""Forecasters in closed form: one streaming pass of sufficient statistics, then reduced-rank regression.
+"""Fits forecasters in closed form: one streaming pass for statistics, then a reduced-rank regression.
 
-Nothing is stored per token. Per unit the pass keeps weighted sums of x, y, x'x and x'y in float64.
-The regression minimises the squared error with every token weighted by 1 / |y|^2, so that it fits the
-direction of each token's output (what the cosine measures) rather than the few tokens of large norm.
+Nothing is stored per token. For each unit, the pass keeps weighted sums of x, y, x'x and x'y in float64.
+The regression minimizes the squared error with each token weighted by 1 / |y|^2, so it fits the direction of every
+token's output, which the cosine measures, rather than the few tokens of large norm.
 """
 
 from __future__ import annotations
@@ -19,15 +19,17 @@ from irc.model.modules import Forecaster
 from irc.model.routed import RoutedForCausalLM
 from passes.match import Unit
 
-_EXACT = 1024  # widths up to here are decomposed in full
-_BESIDE, _ITERATIONS = 32, 12
+_EXACT_WIDTH = 1024  # up to this width the eigenvectors come from a full decomposition
+_OVERSAMPLING, _ITERATIONS = 32, 12  # extra vectors and iterations of the subspace iteration
 
 
 @dataclass
 class UnitStatistics:
-    """Weighted sums over tokens for one unit of hidden size d, float64.
+    """Weighted sums over the tokens of one unit of hidden size d, in float64.
 
     Attributes:
+        width: Hidden size d.
+        device: Device of the sums.
         weight: Sum of token weights.
         x: Sum of inputs [d].
         y: Sum of outputs [d].
@@ -69,14 +71,14 @@ class UnitStatistics:
 
 
 def reduced_rank_regression(statistics: UnitStatistics, rank: int, ridge: float) -> tuple[torch.Tensor, ...]:
-    """Solve for the best affine map of a rank (Izenman 1975).
+    """Find the best affine map of a given rank (Izenman 1975).
 
-    A ridge regression is fitted, then projected on the top eigenvectors of its fitted outputs' covariance.
+    The ridge regression is projected onto the leading eigenvectors of the covariance of its fitted outputs.
 
     Args:
         statistics: Sums of the streaming pass.
         rank: Rank of the map, at most d.
-        ridge: Relative to the mean input variance.
+        ridge: Strength of the ridge, relative to the mean variance of the inputs.
 
     Returns:
         down [rank, d], up [d, rank] and bias [d], such that y ~ up @ down @ x + bias.
@@ -88,14 +90,14 @@ def reduced_rank_regression(statistics: UnitStatistics, rank: int, ridge: float)
     damping = ridge * cov_xx.diagonal().mean().clamp(min=1e-12)
     damped = cov_xx + damping * torch.eye(statistics.width, dtype=cov_xx.dtype, device=cov_xx.device)
     solution = torch.linalg.solve(damped, cov_xy)
-    if statistics.width > _EXACT and rank + _BESIDE < statistics.width:
+    if statistics.width > _EXACT_WIDTH and rank + _OVERSAMPLING < statistics.width:
 
         def fitted_of(vectors: torch.Tensor) -> torch.Tensor:
-            # cov_xx @ solution is cov_xy - damping * solution: no product of two large matrices.
+            # Use cov_xx @ solution = cov_xy - damping * solution to avoid a product of two large matrices.
             product: torch.Tensor = solution.T @ (cov_xy @ vectors - damping * (solution @ vectors))
             return product
 
-        up = leading_vectors(fitted_of, statistics.width, rank, solution)
+        up = leading_eigenvectors(fitted_of, statistics.width, rank, solution)
     else:
         fitted = solution.T @ cov_xx @ solution
         up = torch.linalg.eigh((fitted + fitted.T) / 2)[1][:, -rank:]
@@ -103,34 +105,43 @@ def reduced_rank_regression(statistics: UnitStatistics, rank: int, ridge: float)
     return down, up, mean_y - up @ (down @ mean_x)
 
 
-def leading_vectors(
+def leading_eigenvectors(
     product: Callable[[torch.Tensor], torch.Tensor], width: int, rank: int, like: torch.Tensor
 ) -> torch.Tensor:
-    """Return the eigenvectors of a symmetric matrix's largest eigenvalues by subspace iteration [width, rank].
+    """Return the eigenvectors of the largest eigenvalues of a symmetric matrix, by subspace iteration.
 
-    A full decomposition takes half a minute on one core at a width of 4,096, this a fraction of it. What it finds may
-    be turned within nearly equal eigenvalues, which costs the fit nothing to speak of.
+    At a width of 4,096 a full decomposition takes half a minute on one core; this takes a fraction of that. Vectors of
+    nearly equal eigenvalues may be rotated among themselves, which hardly changes the fit.
 
     Args:
-        product: The matrix times a block of vectors [width, k].
-        width: Of the matrix, positive semi-definite.
-        rank: How many.
-        like: Has the data type and device.
+        product: Multiplies the matrix, which is positive semi-definite, by a block of vectors [width, k].
+        width: Width of the matrix.
+        rank: Number of eigenvectors.
+        like: A tensor with the data type and device of the result.
+
+    Returns:
+        [width, rank].
     """
     generator = torch.Generator().manual_seed(0)
-    vectors = torch.randn(width, rank + _BESIDE, generator=generator, dtype=like.dtype).to(like.device)
+    vectors = torch.randn(width, rank + _OVERSAMPLING, generator=generator, dtype=like.dtype).to(like.device)
     for _ in range(_ITERATIONS):
         vectors = torch.linalg.qr(product(vectors))[0]
     inner = vectors.T @ product(vectors)
-    turned = torch.linalg.eigh((inner + inner.T) / 2)[1]
-    found: torch.Tensor = vectors @ turned[:, -rank:]
-    return found
+    rotation = torch.linalg.eigh((inner + inner.T) / 2)[1]
+    leading: torch.Tensor = vectors @ rotation[:, -rank:]
+    return leading
 
 
 def set_closed_form(forecaster: Forecaster, statistics: UnitStatistics, rank: int, ridge: float) -> None:
     """Write the closed-form solution into a forecaster.
 
-    A `silu` forecaster starts in SiLU's nearly linear range: a bottleneck bias of 6 makes silu(h + 6) ~ h + 6.
+    A `silu` forecaster starts in the nearly linear range of SiLU: with a bottleneck bias of 6, silu(h + 6) ~ h + 6.
+
+    Args:
+        forecaster: Changed in place.
+        statistics: Sums of the streaming pass over its unit.
+        rank: Rank of the forecaster.
+        ridge: Strength of the ridge, relative to the mean variance of the inputs.
     """
     down, up, bias = reduced_rank_regression(statistics, rank, ridge)
     shift = 0.0
@@ -146,15 +157,18 @@ def set_closed_form(forecaster: Forecaster, statistics: UnitStatistics, rank: in
 
 
 @contextmanager
-def gathering(
+def gather_statistics(
     model: RoutedForCausalLM, keep: torch.Tensor | None = None, units: Sequence[Unit] | None = None
 ) -> Iterator[dict[str, UnitStatistics]]:
     """Gather statistics of units from all forward calls inside the `with` block.
 
     Args:
         model: Rewritten model.
-        keep: bool [batch, tokens] of real tokens; all are real when None.
-        units: Of which; all when None.
+        keep: bool [batch, tokens], true for real tokens; no padding if None.
+        units: The units; all of the model if None.
+
+    Yields:
+        The statistics by unit name; they grow with each forward call.
     """
     units = model.units if units is None else units
     statistics = {unit.name: UnitStatistics(unit.width, model.device) for unit in units}

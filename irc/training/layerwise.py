@@ -1,8 +1,8 @@
-"""A dense pass layer by layer: all text through one layer, then through the next.
+"""Runs a dense pass layer by layer: all text through one layer, then all text through the next.
 
-The usual order, batch by batch through all layers, reads all weights for each batch and gathers what is asked of every
-layer at once. In this order one layer's weights and one layer's statistics are in use at a time; what has to be kept
-is the hidden state of the text, [tokens, d].
+The usual order, batch by batch through all layers, reads all weights for each batch and keeps the statistics of every
+layer in memory. The order here needs the weights and statistics of only one layer at a time, and keeps the hidden
+states of the text, [tokens, d].
 """
 
 from __future__ import annotations
@@ -23,26 +23,30 @@ Advance = Callable[[int], None]
 def layer_by_layer(
     model: RoutedForCausalLM, batches: Sequence[torch.Tensor]
 ) -> Iterator[tuple[tuple[Unit, ...], Callable[[Advance], None]]]:
-    """Give layer after layer: its units, and what computes it for all batches.
+    """Yield the layers in order, each with its units and a function that computes it for all batches.
 
-    The caller calls that exactly once before it asks for the next layer, with a function that is told the windows of
-    each batch that is done. The weights of a layer that is done leave memory where they are mapped files. Call it
-    without gradients and with the control's mode set.
+    Call that function exactly once before you ask for the next layer. Pass it a function that takes the number of
+    windows in each finished batch. After a layer, its weights leave memory if they are mapped from files. Disable
+    gradients and set the mode of the model's control before you begin.
 
     Args:
         model: Rewritten model.
         batches: int64 [windows, length] each.
+
+    Yields:
+        The units of a layer, and the function that computes it.
     """
     blocks = outermost({unit.block for unit in model.units})
     inputs = [model.graph_inputs(batch.to(model.device)) for batch in batches]
     pages = MappedPages(model.graph.parameters())
-    for name, block, work in _Walk(blocks, [len(batch) for batch in batches]).through(model.graph, "", inputs):
-        yield tuple(unit for unit in model.units if _is_in(unit.block, name)), work
+    interpreter = _LayerwiseInterpreter(blocks, [len(batch) for batch in batches])
+    for name, block, compute in interpreter.run(model.graph, "", inputs):
+        yield tuple(unit for unit in model.units if _is_in(unit.block, name)), compute
         pages.release(block.parameters())
 
 
 def outermost(names: set[str]) -> list[str]:
-    """Return the names of modules that lie in no other of them."""
+    """Return the names of the modules that are not inside another of the named modules, sorted."""
     return sorted(name for name in names if not any(other != name and _is_in(name, other) for other in names))
 
 
@@ -50,76 +54,90 @@ def _is_in(name: str, other: str) -> bool:
     return not other or name == other or name.startswith(other + ".")
 
 
-class _Walk:
-    """Interprets nested captured graphs for several batches at once, up to their last block."""
+class _LayerwiseInterpreter:
+    """Interprets nested captured graphs for several batches at once, up to the last block.
+
+    Args:
+        blocks: Names of the blocks.
+        sizes: Windows in each batch.
+    """
 
     def __init__(self, blocks: Sequence[str], sizes: Sequence[int]) -> None:
-        self.left = set(blocks)
-        self.sizes = sizes
+        self._pending = set(blocks)
+        self._sizes = sizes
 
-    def through(
+    def run(
         self, module: nn.Module, path: str, inputs: list[list[Any]]
     ) -> Iterator[tuple[str, nn.Module, Callable[[Advance], None]]]:
-        """Give every block of a module with what computes it; `inputs` are taken over, a list for each batch."""
+        """Yield the name and module of each block, and the function that computes it.
+
+        Args:
+            module: A captured graph module.
+            path: Its path in the model.
+            inputs: Inputs of the module for each batch. The lists are emptied as the inputs are read.
+        """
         graph = module.graph
         assert isinstance(graph, fx.Graph)
         values: list[dict[fx.Node, Any]] = [{} for _ in inputs]
-        dies = _last_uses(graph)
+        unused_after = _last_uses(graph)
         placeholders = iter(range(len(graph.nodes)))
         for node in graph.nodes:
-            if node.op == "output" or not self.left:
+            if node.op == "output" or not self._pending:
                 return
             if node.op == "placeholder":
-                place = next(placeholders)
+                index = next(placeholders)
                 for known, given in zip(values, inputs, strict=True):
-                    known[node], given[place] = given[place], None
+                    known[node], given[index] = given[index], None
                 continue
             target = f"{path}.{node.target}".lstrip(".")
             inner = module.get_submodule(str(node.target)) if node.op == "call_module" else module
-            if node.op == "call_module" and target in self.left:
-                yield target, inner, self._work(node, inner, values)
-                self.left.remove(target)
-            elif node.op == "call_module" and any(_is_in(block, target) for block in self.left):
-                handed = [list(fx.node.map_arg(node.args, known.__getitem__)) for known in values]
-                yield from self.through(inner, target, handed)
+            if node.op == "call_module" and target in self._pending:
+                yield target, inner, self._compute(node, inner, values)
+                self._pending.remove(target)
+            elif node.op == "call_module" and any(_is_in(block, target) for block in self._pending):
+                arguments = [list(fx.node.map_arg(node.args, known.__getitem__)) for known in values]
+                yield from self.run(inner, target, arguments)
             else:
                 for known in values:
-                    known[node] = _computed(module, node, known)
+                    known[node] = _evaluate(module, node, known)
             for known in values:
-                for dead in dies.get(node, ()):
-                    known.pop(dead, None)
+                for unused in unused_after.get(node, ()):
+                    known.pop(unused, None)
 
-    def _work(self, node: fx.Node, block: nn.Module, values: list[dict[fx.Node, Any]]) -> Callable[[Advance], None]:
-        def work(advance: Advance) -> None:
-            for known, size in zip(values, self.sizes, strict=True):
+    def _compute(self, node: fx.Node, block: nn.Module, values: list[dict[fx.Node, Any]]) -> Callable[[Advance], None]:
+        def compute(advance: Advance) -> None:
+            for known, size in zip(values, self._sizes, strict=True):
                 result = block(*fx.node.map_arg(node.args, known.__getitem__))
-                known[node] = _needed(node, result)
+                known[node] = _used_results(node, result)
                 advance(size)
 
-        return work
+        return compute
 
 
 def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """Return, by the node after which they are not needed, values that only computing needs, not the output."""
-    dies: dict[fx.Node, list[fx.Node]] = {}
+    """Return the values that no later computation reads, by the last node that uses them; outputs do not count."""
+    unused_after: dict[fx.Node, list[fx.Node]] = {}
     seen: set[fx.Node] = set()
     for node in reversed(list(graph.nodes)):
-        if node.op != "output":
-            for dead in [value for value in (*node.all_input_nodes, node) if value not in seen]:
-                dies.setdefault(node, []).append(dead)
-                seen.add(dead)
-    return dies
+        if node.op == "output":
+            continue
+        for value in (*node.all_input_nodes, node):
+            if value not in seen:
+                unused_after.setdefault(node, []).append(value)
+                seen.add(value)
+    return unused_after
 
 
-def _needed(node: fx.Node, result: Any) -> Any:
-    """Return a block's results without those that go nowhere but out (its keys and values)."""
+def _used_results(node: fx.Node, result: Any) -> Any:
+    """Return the results of a block, without those that only the graph's output reads (keys and values)."""
     if not isinstance(result, (tuple, list)):
         return result
-    onward = {user.args[1] for user in node.users if any(reader.op != "output" for reader in user.users)}
-    return tuple(value if index in onward else None for index, value in enumerate(result))
+    used = {user.args[1] for user in node.users if any(reader.op != "output" for reader in user.users)}
+    return tuple(value if index in used else None for index, value in enumerate(result))
 
 
-def _computed(module: nn.Module, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
+def _evaluate(module: nn.Module, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
+    """Return the value of one node, computed from the values of its arguments."""
     if node.op == "get_attr":
         value: Any = module
         for part in str(node.target).split("."):

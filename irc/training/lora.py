@@ -1,4 +1,4 @@
-"""LoRA on the base's linears, by peft, saved and loaded as a peft folder."""
+"""Puts LoRA adapters on the base's linears with peft, and saves and loads them as a peft folder."""
 
 from __future__ import annotations
 
@@ -26,22 +26,21 @@ def lora_config(model: RoutedForCausalLM, recipe: LoraRecipe) -> LoraConfig:
     """Return peft's configuration for the recipe's linears inside the model's units.
 
     Raises:
-        InputError: A named linear is nowhere in the units.
+        InputError: No unit contains a linear that the recipe names.
     """
-    inside = [unit.name for unit in model.units]
-    linears = [
-        name.removesuffix(".base_layer")  # so is a linear called that carries adapters already
-        for name, module in model.graph.named_modules()
-        if isinstance(module, nn.Linear) and "lora_" not in name
-    ]
+    units = [unit.name for unit in model.units]
+    linears: list[str] = []
+    for name, module in model.graph.named_modules():
+        if isinstance(module, nn.Linear) and "lora_" not in name:
+            path = name.removesuffix(".base_layer")  # peft's name for a linear that already has adapters
+            if path.rpartition(".")[0] in units:
+                linears.append(path)
     names: list[str] = []
     for target in recipe.targets:
-        found = [name for name in linears if name.endswith("." + target) and name.rpartition(".")[0] in inside]
+        found = [path for path in linears if path.endswith(f".{target}")]
         if not found:
-            there = {name.rpartition(".")[2] for name in linears if name.rpartition(".")[0] in inside}
-            raise InputError(
-                f"lora.targets: no linear named {target} in the model's units; choose from {', '.join(sorted(there))}"
-            )
+            known = ", ".join(sorted({path.rpartition(".")[2] for path in linears}))
+            raise InputError(f"lora.targets: no unit of the model has a linear '{target}'; choose from {known}")
         names += found
     return LoraConfig(
         r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout, target_modules=names, task_type="CAUSAL_LM"
@@ -49,12 +48,12 @@ def lora_config(model: RoutedForCausalLM, recipe: LoraRecipe) -> LoraConfig:
 
 
 def inject_lora(model: RoutedForCausalLM, recipe: LoraRecipe, seed: int) -> None:
-    """Put LoRA adapters on the model's linears; only they are trainable afterwards."""
+    """Put LoRA adapters on the model's linears. Afterwards only the adapters are trainable."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(lora_config(model, recipe), model.graph)
-    model.train(model.training)  # peft's dropouts are born in training mode
-    model.facts["lora"] = recipe
+    model.train(model.training)  # peft creates dropout modules in training mode
+    model.lora = recipe
 
 
 def lora_parameters(model: RoutedForCausalLM) -> dict[str, nn.Parameter]:
@@ -64,22 +63,23 @@ def lora_parameters(model: RoutedForCausalLM) -> dict[str, nn.Parameter]:
 
 @contextmanager
 def adapters_off(model: RoutedForCausalLM) -> Iterator[None]:
-    """Let a model compute as if it had no adapters, for the time of a `with` block."""
+    """Turn a model's adapters off inside a `with` block."""
     layers = [module for module in model.graph.modules() if isinstance(module, LoraLayer)]
-    before = [layer._disable_adapters for layer in layers]
+    disabled_before = [layer._disable_adapters for layer in layers]
     for layer in layers:
         layer._disable_adapters = True
     try:
         yield
     finally:
-        for layer, was in zip(layers, before, strict=True):
-            layer._disable_adapters = was
+        for layer, disabled in zip(layers, disabled_before, strict=True):
+            layer._disable_adapters = disabled
 
 
 def save_lora(model: RoutedForCausalLM, folder: Path) -> None:
-    """Write `adapter_config.json` and `adapter_model.safetensors`, as peft's own loaders read them."""
+    """Write `adapter_config.json` and `adapter_model.safetensors` in peft's format."""
     folder.mkdir(parents=True, exist_ok=True)
-    recipe = model.facts["lora"]
+    recipe = model.lora
+    assert recipe is not None
     config = lora_config(model, recipe)
     config.inference_mode = True
     config.save_pretrained(str(folder))
@@ -90,8 +90,13 @@ def save_lora(model: RoutedForCausalLM, folder: Path) -> None:
 def load_lora(model: RoutedForCausalLM, folder: Path, recipe: LoraRecipe) -> None:
     """Put saved adapters on a model.
 
+    Args:
+        model: Changed in place; the adapters are frozen.
+        folder: A folder that `save_lora` wrote.
+        recipe: The recipe that the adapters were trained with.
+
     Raises:
-        InputError: The folder's weights do not fit the model.
+        InputError: The weights are damaged or do not fit the model and recipe.
     """
     path = folder / WEIGHTS
     try:
@@ -99,36 +104,36 @@ def load_lora(model: RoutedForCausalLM, folder: Path, recipe: LoraRecipe) -> Non
     except Exception as error:
         raise InputError(f"{path}: missing, truncated or not a safetensors file ({first_line(error)})") from error
     if any(recipe.rank not in tensor.shape for tensor in tensors.values()):
-        raise InputError(f"{path}: its rank is not {recipe.rank}, as the recipe has it; it belongs to another recipe")
+        raise InputError(f"{path}: its rank is not {recipe.rank}, the rank in the recipe; use the recipe it belongs to")
     expected = _shapes(model, recipe)
     for name in sorted(expected.keys() ^ tensors.keys()):
-        missing = "misses" if name in expected else "holds an unknown"
-        raise InputError(f"{path}: it {missing} weight {name}; it belongs to another model or recipe")
+        problem = "has no" if name in expected else "has an unknown"
+        raise InputError(f"{path}: {problem} weight {name}; use the model and recipe it belongs to")
     for name, tensor in tensors.items():
         if list(tensor.shape) != expected[name]:
             raise InputError(f"{path}: {name} is {list(tensor.shape)}, expected {expected[name]}")
-    inject_lora(model, recipe, 0)  # what it allocates is now known to be no more than the file holds
+    inject_lora(model, recipe, 0)  # allocates no more than the file contains, as the checks above have shown
     set_peft_model_state_dict(model.graph, tensors)
     for parameter in lora_parameters(model).values():
         parameter.requires_grad_(False)
 
 
 def merge_lora(model: RoutedForCausalLM) -> None:
-    """Add the adapters to the linears that they adapt, and put the plain linears back."""
+    """Add the adapters to the weights of their linears, and remove the adapters."""
     for name, module in list(model.graph.named_modules()):
         if isinstance(module, LoraLayer):
             module.merge(safe_merge=True)
             parent, _, leaf = name.rpartition(".")
             setattr(model.graph.get_submodule(parent), leaf, module.get_base_layer())
-    model.facts.pop("lora", None)
+    model.lora = None
 
 
 def _shapes(model: RoutedForCausalLM, recipe: LoraRecipe) -> dict[str, list[int]]:
-    """Return the shapes of the adapters that a recipe puts into a model, by their saved names."""
+    """Return the shapes of the adapters that a recipe creates, by the names under which they are saved."""
     shapes: dict[str, list[int]] = {}
     for name in lora_config(model, recipe).target_modules or ():
-        found = model.graph.get_submodule(name)
-        linear = found.get_base_layer() if isinstance(found, LoraLayer) else found
+        module = model.graph.get_submodule(name)
+        linear = module.get_base_layer() if isinstance(module, LoraLayer) else module
         assert isinstance(linear, nn.Linear)
         shapes[f"{name}.lora_A.weight"] = [recipe.rank, linear.in_features]
         shapes[f"{name}.lora_B.weight"] = [linear.out_features, recipe.rank]

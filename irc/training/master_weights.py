@@ -1,4 +1,4 @@
-"""AdamW on float32 copies of 16-bit parameters: steps smaller than their spacing add up and are not rounded away."""
+"""AdamW with float32 copies of 16-bit parameters, so that steps smaller than their rounding error add up."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 
 class MasterAdamW(torch.optim.AdamW):
-    """AdamW that keeps float32 weights of its own for parameters of 16 bits; others it updates as AdamW does.
+    """AdamW that keeps float32 copies of 16-bit parameters. Other parameters are updated as by AdamW.
 
-    `take_gradients` moves gradients to these weights, where they can be averaged and clipped; `step` does it otherwise.
+    `take_gradients` moves the gradients to the copies, where you can average and clip them. `step` calls it if you did
+    not.
 
     Args:
-        groups: `params`, a list, and `lr` of each group.
-        weight_decay: Of all groups.
+        groups: Parameter groups, each with `params`, a list, and `lr`.
+        weight_decay: Weight decay of all groups.
     """
 
     def __init__(self, groups: Sequence[dict[str, Any]], weight_decay: float) -> None:
@@ -24,10 +25,11 @@ class MasterAdamW(torch.optim.AdamW):
         super().__init__(list(groups), weight_decay=weight_decay)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters, as AdamW does."""
-        super().add_param_group({**param_group, "params": [self._own(each) for each in param_group["params"]]})
+        """Add a group of parameters."""
+        weights = [self._new_master(parameter) for parameter in param_group["params"]]
+        super().add_param_group({**param_group, "params": weights})
 
-    def _own(self, parameter: nn.Parameter) -> Tensor:
+    def _new_master(self, parameter: nn.Parameter) -> Tensor:
         if parameter.dtype not in (torch.float16, torch.bfloat16):
             return parameter
         if parameter not in self._masters:
@@ -40,7 +42,7 @@ class MasterAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def set_weight(self, parameter: nn.Parameter, weight: Tensor) -> None:
-        """Set a parameter and its copy, from a weight of either precision."""
+        """Set a parameter and its copy. The weight may have either precision."""
         parameter.copy_(weight)
         if parameter in self._masters:
             self._masters[parameter].copy_(weight)
@@ -53,13 +55,13 @@ class MasterAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update the copies, then round them into the parameters.
+        """Update the copies and round them into the parameters.
 
         Raises:
-            RuntimeError: There is a closure.
+            RuntimeError: A closure was given.
         """
         if closure is not None:
-            raise RuntimeError("MasterAdamW.step takes no closure; compute gradients before it")
+            raise RuntimeError("MasterAdamW.step does not accept a closure; compute the gradients before you call it")
         self.take_gradients()
         super().step()
         for parameter, master in self._masters.items():
@@ -67,7 +69,7 @@ class MasterAdamW(torch.optim.AdamW):
         return None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget gradients, the parameters' too."""
+        """Clear the gradients of the copies and of the parameters."""
         super().zero_grad(set_to_none)
         for parameter in self._masters:
             parameter.grad = None

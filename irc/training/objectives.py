@@ -1,4 +1,4 @@
-"""What each stage minimises, as modules that `irc.training.loop` runs."""
+"""The losses of the stages, as modules that `irc.training.loop` trains."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from irc.model.modules import Record
 from irc.model.routed import RoutedForCausalLM
 from irc.recipe.policies import policy_named
 from irc.recipe.stages import RouterRecipe
-from irc.training.budget import Budget, plain_budget
+from irc.training.budget import Budget
 from irc.training.loop import Objective, step_noise
 from irc.training.lora import adapters_off
 
@@ -24,7 +24,12 @@ Figures = dict[str, float]
 
 
 class ForecastObjective(Objective):
-    """Stage `lff`: L1 + (1 - cosine) between every forecaster and its unit, the base running densely."""
+    """Loss of stage `lff`: L1 + (1 - cosine) between each forecaster and its unit, with every unit executed.
+
+    Args:
+        model: Rewritten model.
+        lr: Learning rate of the forecasters.
+    """
 
     through_layers = False
 
@@ -38,60 +43,60 @@ class ForecastObjective(Objective):
         return [{"params": self.model.adapter_parameters("forecaster"), "lr": self.lr}]
 
     def forward(self, windows: torch.Tensor, step: int) -> tuple[torch.Tensor, Figures]:
-        """Return the loss, summed over units and averaged over tokens, and the mean cosine.
+        """Return the loss and the mean cosine.
 
         Args:
             windows: int64 [batch, tokens].
             step: Not used.
+
+        Returns:
+            The loss, summed over the units and averaged over the tokens, and `cosine`.
         """
         tape: dict[str, Record] = {}
         with self.model.control.using(mode="execute", tape=tape, measure_error=True):
             self.model.states(windows)
-        l1 = torch.stack([_some(record.l1).mean() for record in tape.values()])
-        cosine = torch.stack([_some(record.cosine).mean() for record in tape.values()])
+        l1 = torch.stack([_recorded(record.l1).mean() for record in tape.values()])
+        cosine = torch.stack([_recorded(record.cosine).mean() for record in tape.values()])
         return (l1 + 1 - cosine).sum(), {"cosine": cosine.mean().item()}
 
 
 class RoutingObjective(Objective):
-    """Stages `router` and `lora`: language-model loss, the sparsity target, and the skipped tokens' cosine.
+    """Loss of stages `router` and `lora`: language-model loss, sparsity target, and cosine error of skipped tokens.
 
     Args:
         model: Rewritten model.
         recipe: Weights, learning rates and temperatures of the router stage.
-        sparsity: Target share of approximated (token, unit) pairs.
-        seed: Of the sampling noise.
+        budget: How much to skip, and where.
+        seed: Seed of the sampling noise.
         steps: Length of the stage, for the temperature.
-        lora: Parameter groups to train instead (the stage lora); the temperature then stays at its end.
-        sampled: Whether that stage samples its routes, which routers need to learn.
-        budget: What meets the target; the model as a whole when None.
+        lora: Parameter groups that stage `lora` trains instead; the temperature then stays at its final value.
+        sampled: Whether stage `lora` samples its routes, which routers need in order to learn.
     """
 
     def __init__(
         self,
         model: RoutedForCausalLM,
         recipe: RouterRecipe,
-        sparsity: float,
+        budget: Budget,
         seed: int,
         steps: int,
         lora: Sequence[dict[str, Any]] = (),
         sampled: bool = False,
-        budget: Budget | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.recipe = recipe
-        self.sparsity = sparsity
+        self.budget = budget
         self.seed = seed
         self.steps = steps
         self.lora, self.sampled = list(lora), sampled or not lora
-        self.budget = budget or plain_budget([unit.name for unit in model.units], sparsity)
         policy = policy_named(model.spec.policy if model.spec else "informed")
         self._learns, self._ranked = policy.learns, policy.capacity
-        self._drawn = policy.forecasts and not policy.learns
+        self._random = policy.forecasts and not policy.learns
         self._cosine_weight = recipe.cosine_weight if policy.forecasts else 0.0
 
     def trainable(self) -> list[dict[str, Any]]:
-        """Routers, and forecasters where they keep learning; or what the stage lora trains."""
+        """The routers, and the forecasters if they keep learning; or the parameter groups of stage `lora`."""
         if self.lora:
             return self.lora
         groups = [{"params": self.model.adapter_parameters("router"), "lr": self.recipe.lr}] if self._learns else []
@@ -105,16 +110,16 @@ class RoutingObjective(Objective):
         return end if self.lora else start + (end - start) * step / max(1, self.steps - 1)
 
     def noise_scale(self, step: int) -> float:
-        """Return the scale of the sampling noise of a step: 1 in the first half, then falling to its end."""
+        """Return the scale of the sampling noise at a step: 1 in the first half, then falling to `noise_end`."""
         if self.lora:
             return self.recipe.noise_end
-        late = max(0.0, 2 * step / max(1, self.steps - 1) - 1)
-        return 1 + (self.recipe.noise_end - 1) * late
+        second_half = max(0.0, 2 * step / max(1, self.steps - 1) - 1)
+        return 1 + (self.recipe.noise_end - 1) * second_half
 
     def target(self, step: int) -> float:
-        """Return the target share of a step."""
+        """Return the target sparsity of a step."""
         if not self.recipe.target_range:
-            return self.sparsity
+            return self.budget.sparsity
         low, high = self.recipe.target_range
         return low + (high - low) * random.Random(self.seed * 9_973 + step).random()
 
@@ -122,14 +127,17 @@ class RoutingObjective(Objective):
         """Return the loss and its parts.
 
         Args:
-            windows: int64 [batch, tokens], no padding.
-            step: Of the loop; fixes noise and temperature.
+            windows: int64 [batch, tokens], without padding.
+            step: Step of the loop, which decides the noise and the temperature.
+
+        Returns:
+            The loss, and `lm` (the language-model loss) and `sparsity`.
         """
         tape: dict[str, Record] = {}
         control = self.model.control
         with control.using(tape=tape, measure_error=self._cosine_weight > 0, **self._routing(windows, step)):
             states = self.model.states(windows)
-        loss, plain = self._language(states, windows)
+        loss, plain = self._language_loss(states, windows)
         figures = {"lm": plain}
         execution = {unit: _straight_through(record) for unit, record in tape.items()}
         if self.sampled and self._learns and not self._ranked:
@@ -141,10 +149,10 @@ class RoutingObjective(Objective):
         skipped = 1 - torch.stack(list(execution.values())).mean().item()
         return loss, {**figures, "sparsity": skipped}
 
-    def _language(self, states: torch.Tensor, windows: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """Return the language-model loss, distilled as the recipe says, and the plain cross-entropy."""
+    def _language_loss(self, states: torch.Tensor, windows: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """Return the language-model loss with the recipe's share of distillation, and the plain cross-entropy."""
         share, targets = self.recipe.distill, windows[:, 1:].flatten()
-        teacher = self._teacher(windows)[:, :-1].flatten(0, 1) if share > 0 else None
+        teacher = self._base_states(windows)[:, :-1].flatten(0, 1) if share > 0 else None
         plain: list[torch.Tensor] = []
 
         def part_loss(part: torch.Tensor, rows: slice) -> torch.Tensor:
@@ -161,25 +169,27 @@ class RoutingObjective(Objective):
         loss = summed_loss(states[:, :-1].flatten(0, 1), self.model.config.vocab_size, part_loss)
         return loss, torch.stack(plain).sum().item()
 
-    def _teacher(self, windows: torch.Tensor) -> torch.Tensor:
-        """Return what the head of the base itself reads: without adapters, without their dropout."""
+    def _base_states(self, windows: torch.Tensor) -> torch.Tensor:
+        """Return the final hidden states of the base, without adapters and their dropout."""
         with torch.no_grad(), adapters_off(self.model), self.model.control.using(mode="execute", tape=None):
             return self.model.states(windows)
 
     def _routing(self, windows: torch.Tensor, step: int) -> dict[str, Any]:
-        if not self.sampled and not self._drawn:
+        """Return how the model routes in a step, as `RoutingControl.using` takes it."""
+        if not self.sampled and not self._random:
             return {"mode": "route"}
+        sparsity = self.budget.sparsity
         shape = (windows.shape[0], windows.shape[1])
         noise = step_noise([unit.name for unit in self.model.units], self.seed, step, shape)
-        if self._drawn:  # policy random: new draws for every step
-            masks = {unit: (draw >= self.sparsity).to(windows.device) for unit, draw in noise.items()}
+        if self._random:  # policy random draws new masks in each step
+            masks = {unit: (draw >= sparsity).to(windows.device) for unit, draw in noise.items()}
             return {"mode": "forced", "masks": masks}
         return {
             "mode": "sample",
             "temperature": self.temperature(step),
             "noise": noise,
             "noise_scale": self.noise_scale(step),
-            "shift": _log_odds(1 - self.target(step)) - _log_odds(1 - self.sparsity),
+            "shift": _log_odds(1 - self.target(step)) - _log_odds(1 - sparsity),
         }
 
 
@@ -189,13 +199,13 @@ def _log_odds(share: float) -> float:
 
 
 def _entropy(tape: dict[str, Record]) -> torch.Tensor:
-    """Mean entropy of the routers' decisions, in nats, over all (token, unit) pairs."""
-    logits = torch.stack([_some(record.difference) for record in tape.values()])
+    """Return the mean entropy of the routers' decisions over all (token, unit) pairs, in nats."""
+    logits = torch.stack([_recorded(record.difference) for record in tape.values()])
     return F.binary_cross_entropy_with_logits(logits, torch.sigmoid(logits))
 
 
 def _straight_through(record: Record) -> torch.Tensor:
-    """Mean hard execution of a unit whose gradient is that of the soft gate."""
+    """Return the mean hard execution of a unit, with the gradient of the soft gate."""
     hard = record.execute.float().mean()
     if record.soft is None:
         return hard
@@ -204,13 +214,13 @@ def _straight_through(record: Record) -> torch.Tensor:
 
 
 def _skipped_error(tape: dict[str, Record]) -> torch.Tensor:
-    """Mean of 1 - cosine over all approximated (token, unit) pairs; 0 when there are none."""
+    """Return the mean of 1 - cosine over all approximated (token, unit) pairs; 0 if there are none."""
     skipped = torch.stack([~record.execute for record in tape.values()])
-    error = torch.stack([1 - _some(record.cosine) for record in tape.values()])
+    error = torch.stack([1 - _recorded(record.cosine) for record in tape.values()])
     count: torch.Tensor = reduce(skipped.sum().float(), "mean")
     return (error * skipped).sum() / count.clamp(min=1)
 
 
-def _some(tensor: torch.Tensor | None) -> torch.Tensor:
+def _recorded(tensor: torch.Tensor | None) -> torch.Tensor:
     assert tensor is not None
     return tensor

@@ -1,4 +1,4 @@
-"""Activation checkpointing: decoder layers keep their inputs alone and run again in the backward pass."""
+"""Activation checkpointing: decoder layers keep only their inputs and are computed again in the backward pass."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from irc.model.routed import RoutedForCausalLM
 
 @contextmanager
 def recomputing(model: RoutedForCausalLM, on: bool = True) -> Iterator[None]:
-    """Let a model keep less for the backward pass, which computes every layer a second time.
+    """Compute each layer again in the backward pass instead of keeping its activations, inside a `with` block.
 
-    A layer is computed again as it was the first time: with the same routing mode, noise and temperature, whatever
-    the control says by then. What it records the second time goes nowhere.
+    The second computation uses the routing mode, noise and temperature of the first, even if the model's control has
+    changed since. Its records are discarded.
 
     Args:
         model: Rewritten model.
-        on: Whether to do so at all.
+        on: Whether to do this; False leaves the model as it is.
     """
     blocks = {unit.block: model.graph.get_submodule(unit.block) for unit in model.units} if on else {}
     for block in blocks.values():
@@ -39,8 +39,8 @@ def _checkpointed(block: nn.Module, control: RoutingControl) -> Callable[..., An
     plain = block.forward
 
     def contexts() -> tuple[Any, Any]:
-        then = {**vars(control), "tape": None if control.tape is None else {}}
-        return contextlib.nullcontext(), control.using(**then)
+        settings_now = {**vars(control), "tape": None if control.tape is None else {}}
+        return contextlib.nullcontext(), control.using(**settings_now)
 
     def forward(*args: Any) -> Any:
         return checkpoint(plain, *args, use_reentrant=False, context_fn=contexts, preserve_rng_state=True)

@@ -1,7 +1,8 @@
-"""Several processes: each holds the whole frozen base, or (FSDP2) a shard of it, each layer gathered while it computes.
+"""Training in several processes.
 
-What learns is small (1 % of an 8B model) and stays whole and alike in all processes, by the mean of their gradients:
-checkpoints and bundles are those of one process, and hold our keys alone.
+Each process holds the whole frozen base or, with FSDP2, a shard of it, and gathers each layer while computing it. The
+trained weights are few (1 % of an 8B model). Each process holds all of them, and averaged gradients keep them equal,
+so checkpoints and bundles are those of a single process.
 """
 
 from __future__ import annotations
@@ -17,63 +18,60 @@ from irc.errors import InputError
 from irc.model.routed import RoutedForCausalLM
 from irc.recipe.policies import policy_named
 from irc.recipe.recipe import Recipe
+from irc.recipe.stages import stage_named
 from irc.training.layerwise import outermost
 
 log = logging.getLogger(__name__)
 
-_ON, _VERSION = "ACCELERATE_USE_FSDP", "FSDP_VERSION"
+_USE_FSDP, _FSDP_VERSION = "ACCELERATE_USE_FSDP", "FSDP_VERSION"
 
 
 def sharding_wanted() -> bool:
-    """Whether `accelerate launch --use_fsdp --fsdp_version 2` started this process, beside others.
+    """Return whether `accelerate launch --use_fsdp --fsdp_version 2` started this process together with others.
 
     Raises:
-        InputError: The version is another.
+        InputError: Another version of FSDP was asked for.
     """
-    if os.environ.get(_ON, "").lower() not in ("true", "1") or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if os.environ.get(_USE_FSDP, "").lower() not in ("true", "1") or int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return False
-    version = os.environ.get(_VERSION, "1")
+    version = os.environ.get(_FSDP_VERSION, "1")
     if version != "2":
-        raise InputError(f"accelerate was told --use_fsdp with version {version}; add --fsdp_version 2")
+        raise InputError(f"FSDP version {version} is not supported; run accelerate launch with --fsdp_version 2")
     return True
 
 
 def check_batches(recipe: Recipe, finished: Container[str] = ()) -> None:
-    """Refuse batches that the processes of this run cannot share, before any work is done.
+    """Refuse batch sizes that cannot be split over the processes of this run, before any work is done.
 
     Args:
         recipe: Resolved recipe.
-        finished: Stages that are not trained again; their batches do not matter.
+        finished: Stages that will not be trained again. Their batch sizes are not checked.
 
     Raises:
-        InputError: Names the field, its value and the number of processes.
+        InputError: A batch size is not a multiple of the number of processes.
     """
     policy = policy_named(recipe.policy)
-    in_batches = {
-        "lff": recipe.lff.steps > 0,
-        "router": policy.learns or (policy.forecasts and recipe.router.forecaster_lr > 0),
-        "lora": True,
-    }
     processes = PartialState(cpu=recipe.device == "cpu").num_processes
     for stage in recipe.stages:
-        size = getattr(recipe, stage).batch_size
-        if size % processes and in_batches[stage] and stage not in finished:
+        settings = stage_named(stage).settings_in(recipe)
+        size = settings.batch_size
+        if size % processes and settings.trains(policy) and stage not in finished:
             raise InputError(
-                f"{stage}.batch_size is {size}, over {processes} processes; give a multiple of {processes}"
+                f"{stage}.batch_size is {size}, which {processes} processes cannot share; use a multiple of {processes}"
             )
 
 
 def own_device(device: str) -> None:
-    """Make `cuda` mean this process's own GPU where several processes share a machine."""
-    place = os.environ.get("LOCAL_RANK")
-    if device == "cuda" and place is not None:
-        torch.cuda.set_device(int(place))
+    """Make `cuda` mean this process's own GPU when several processes share a machine."""
+    local_rank = os.environ.get("LOCAL_RANK")
+    if device == "cuda" and local_rank is not None:
+        torch.cuda.set_device(int(local_rank))
 
 
 def shard_base(model: RoutedForCausalLM) -> None:
-    """Leave of every decoder layer's frozen weights a shard in this process; the process group is running.
+    """Shard the frozen weights of each decoder layer over the processes. The process group must be running.
 
-    Embedding, head and the last norm stay whole, and so do routers and forecasters.
+    Embedding, head, last norm, routers and forecasters stay whole.
 
     Args:
         model: Rewritten model, on the CPU (mapped) or on its device.
@@ -83,33 +81,35 @@ def shard_base(model: RoutedForCausalLM) -> None:
     from torch.distributed.tensor import DTensor
 
     mesh = init_device_mesh(model.device.type, (torch.distributed.get_world_size(),))
-    ours = set(model.adapter_parameters("router", "forecaster").values())
+    inserted = set(model.adapter_parameters("router", "forecaster").values())
     for name in outermost({unit.block for unit in model.units}):
         block = model.graph.get_submodule(name)
-        inside = {parameter for parameter in block.parameters() if parameter in ours}
-        fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=inside)
-    whole = sum(p.numel() for p in model.graph.parameters() if isinstance(p, DTensor))
-    here = sum(p.to_local().numel() for p in model.graph.parameters() if isinstance(p, DTensor))
-    log.debug("the layers' %d frozen weights lie in shards, %d of them in this process", whole, here)
+        whole = {parameter for parameter in block.parameters() if parameter in inserted}
+        fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+    sharded = [parameter for parameter in model.graph.parameters() if isinstance(parameter, DTensor)]
+    total = sum(parameter.numel() for parameter in sharded)
+    local = sum(parameter.to_local().numel() for parameter in sharded)
+    log.debug("the frozen weights of the layers are sharded: %d in total, %d in this process", total, local)
 
 
-def same_weights(weights: Iterable[torch.Tensor]) -> None:
-    """Give all processes the first one's weights: closed forms may differ in their last bits."""
+def broadcast_weights(weights: Iterable[torch.Tensor]) -> None:
+    """Give all processes the weights of the first one, because closed forms may differ in their last bits."""
     for weight in weights:
         torch.distributed.broadcast(weight.detach(), 0)
 
 
 def average_gradients(parameters: Iterable[torch.Tensor]) -> None:
-    """Replace gradients by their mean over all processes; where no process has one there is none afterwards.
+    """Replace each gradient by its mean over all processes.
 
-    An optimizer leaves a weight without a gradient alone, but decays one whose gradient is zero.
+    A parameter that has no gradient in any process has none afterwards either. A zero gradient would not be the same:
+    the optimizer skips a weight without a gradient, but decays one whose gradient is zero.
     """
-    learning = list(parameters)
-    given = [parameter.grad is not None for parameter in learning]  # here; another process may have one
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in learning]
-    flat = torch.cat([*(gradient.flatten() for gradient in gradients), torch.tensor(given).to(gradients[0])])
+    weights = list(parameters)
+    has_gradient = [weight.grad is not None for weight in weights]  # in this process; others may have one
+    gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]
+    flat = torch.cat([*(gradient.flatten() for gradient in gradients), torch.tensor(has_gradient).to(gradients[0])])
     torch.distributed.all_reduce(flat)
-    *sums, holders = flat.split([*(gradient.numel() for gradient in gradients), len(learning)])
-    for parameter, gradient, total, count in zip(learning, gradients, sums, holders.tolist(), strict=True):
+    *sums, counts = flat.split([*(gradient.numel() for gradient in gradients), len(weights)])
+    for weight, gradient, total, count in zip(weights, gradients, sums, counts.tolist(), strict=True):
         gradient.copy_(total.view_as(gradient) / torch.distributed.get_world_size())
-        parameter.grad = gradient if count else None
+        weight.grad = gradient if count else None

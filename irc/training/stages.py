@@ -1,4 +1,4 @@
-"""The stages: `lff` fits forecasters, `router` trains routers and sets their threshold, `lora` adapts the base."""
+"""Runs the stages: `lff` fits forecasters, `router` trains routers and sets their threshold, `lora` adapts the base."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from irc.model.routed import RoutedForCausalLM
 from irc.progress import Progress, ProgressFactory
 from irc.recipe.policies import policy_named
 from irc.recipe.recipe import Recipe
+from irc.recipe.stages import StageName
 from irc.text.source import pick, windows
 from irc.training.budget import Budget, make_budget
 from irc.training.calibrate import set_threshold
-from irc.training.closed_form import gathering, set_closed_form
+from irc.training.closed_form import gather_statistics, set_closed_form
 from irc.training.layerwise import layer_by_layer, outermost
 from irc.training.loop import LoopResult, LoopSettings, Objective, accelerator_for, train
 from irc.training.lora import inject_lora, lora_config, lora_parameters
@@ -41,13 +42,13 @@ _EVAL_BATCH = 16
 
 @dataclass
 class StageContext:
-    """What every stage reads.
+    """What every stage needs.
 
     Attributes:
         model: Rewritten model, changed in place.
         recipe: Resolved recipe.
-        train_stream: int64 [tokens], train split.
-        calibration_stream: int64 [tokens], calibration split.
+        train_stream: Train split, int64 [tokens].
+        calibration_stream: Calibration split, int64 [tokens].
         work: Folder for checkpoints.
         progress: Makes a progress bar.
     """
@@ -61,72 +62,80 @@ class StageContext:
 
     @property
     def accelerator(self) -> Accelerator:
-        """The process group and precision of this run."""
+        """The accelerator for this run's device and precision."""
         return accelerator_for(self.recipe.device, self.recipe.precision)
 
     def settings(self, stage: str, steps: int, batch_size: int, floor: float) -> LoopSettings:
-        """Return the loop settings of a stage with a cosine schedule down to `floor`."""
+        """Return the loop settings of a stage, with a cosine schedule from 1 down to `floor`."""
         return LoopSettings(
             steps=steps,
             batch_size=batch_size,
             schedule=cosine_schedule(floor),
             seed=self.recipe.seed,
-            precision=self.recipe.precision,
             checkpoint=self.work / f"{stage}.checkpoint.safetensors",
             checkpoint_seconds=self.recipe.checkpoint_seconds,
         )
 
     def train(self, objective: Objective, settings: LoopSettings, progress: Progress) -> LoopResult:
-        """Run a stage's loop on the train split."""
+        """Train an objective on the train split."""
         with recomputing(self.model, self.recipe.activation_checkpointing and objective.through_layers):
             return train(objective, self.train_windows(), settings, progress, self.accelerator)
 
     def train_windows(self) -> torch.Tensor:
-        """Windows of the train split, int64 [windows, length]."""
+        """Return the windows of the train split, int64 [windows, length]."""
         return windows(self.train_stream, self.recipe.seq_len, "train split")
 
     def calibration_windows(self) -> torch.Tensor:
-        """Windows of the calibration split that set the threshold, int64 [windows, length]."""
+        """Return the windows of the calibration split that set the threshold, int64 [windows, length]."""
         text = windows(self.calibration_stream, self.recipe.seq_len, "calibration split")
         return pick(text, self.recipe.router.calibration_tokens)
 
 
 def cosine_schedule(floor: float) -> Callable[[float], float]:
-    """Return a learning-rate factor that falls from 1 to `floor` over progress 0..1."""
+    """Return a schedule whose factor falls from 1 to `floor` along a cosine as progress goes from 0 to 1."""
     return lambda progress: floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def run_lff(context: StageContext) -> dict[str, Any]:
-    """Fit all forecasters: streaming statistics, closed form, refinement.
+    """Fit all forecasters in closed form, then refine them by gradient descent.
 
     Returns:
-        Seconds of both parts, tokens read, and the mean train cosine after refinement.
+        `closed_form_seconds` and `tokens`. With refinement also `refine_seconds`, `cosine` (the mean on the last batch)
+        and `earlier_seconds` (wall-clock and processor time of earlier runs).
     """
     recipe = context.recipe.lff
     settings = context.settings("lff", max(1, recipe.steps), recipe.batch_size, 0.0)
-    seconds, worked = 0.0, time.process_time()
+    seconds, cpu_started = 0.0, time.process_time()
     if not settings.checkpoint.exists():
         seconds = fit_closed_form(context, context.train_windows())
-        settings.spent = (seconds, time.process_time() - worked)
+        settings.time_before = (seconds, time.process_time() - cpu_started)
     figures: dict[str, Any] = {"closed_form_seconds": seconds, "tokens": float(recipe.tokens)}
     if recipe.steps:
         context.model.requires_grad_(False)
         objective = ForecastObjective(context.model, recipe.lr)
-        _learn(context.model, "forecaster")
+        _enable_gradients(context.model, "forecaster")
         blocks = outermost({unit.block for unit in context.model.units})
-        # Nothing is propagated back through a layer: its weights are not needed again in this step.
+        # No gradient flows through a layer, so its weights are not needed again in this step.
         with released(context.model.graph, blocks), context.progress("lff", recipe.steps) as progress:
             result = context.train(objective, settings, progress)
         figures |= {
             "refine_seconds": result.seconds,
             "cosine": result.figures["cosine"],
-            "earlier_seconds": result.earlier,
+            "earlier_seconds": result.earlier_runs,
         }
     return figures
 
 
 def fit_closed_form(context: StageContext, text: torch.Tensor) -> float:
-    """Stream text through the dense model once, layer by layer, and solve every forecaster; returns seconds."""
+    """Stream text through the dense model once, layer by layer, and fit every forecaster in closed form.
+
+    Args:
+        context: The model and recipe.
+        text: int64 [windows, length].
+
+    Returns:
+        Seconds taken.
+    """
     model, recipe = context.model, context.recipe
     started = time.monotonic()
     chosen = pick(text, recipe.lff.tokens)
@@ -146,7 +155,7 @@ def fit_closed_form(context: StageContext, text: torch.Tensor) -> float:
             progress.update(done, tokens_per_s=rate)
 
         for units, compute in layer_by_layer(model, chosen.split(_EVAL_BATCH)):
-            with gathering(model, units=units) as statistics:
+            with gather_statistics(model, units=units) as statistics:
                 compute(advance)
             for unit in units:
                 forecaster = model.part(unit, "forecaster")
@@ -156,7 +165,11 @@ def fit_closed_form(context: StageContext, text: torch.Tensor) -> float:
 
 
 def run_router(context: StageContext) -> dict[str, Any]:
-    """Train the routers (and the forecasters along with them), then set the decision threshold."""
+    """Train the routers, and the forecasters with them if the recipe says so, then set the decision threshold.
+
+    Returns:
+        Figures of the loop and of the calibration (see `irc.training.calibrate.calibrate`).
+    """
     recipe = context.recipe.router
     model = context.model
     if context.recipe.policy == "static":
@@ -164,43 +177,45 @@ def run_router(context: StageContext) -> dict[str, Any]:
     for unit in model.units if recipe.start else ():
         router = model.part(unit, "router")
         if isinstance(router, Router):
-            router.shift(recipe.start)  # a checkpoint, where there is one, holds it already and takes its place
+            router.shift(recipe.start)  # a checkpoint, loaded later, includes the shift and overwrites this
     model.requires_grad_(False)
-    _learn(model, "router")
+    _enable_gradients(model, "router")
     budget = _budget(context)
     taught = _teach(context) if recipe.teach_steps > 0 else None
-    if recipe.forecaster_lr > 0:  # only now: they do not learn while routers are taught
-        _learn(model, "forecaster")
-    objective = RoutingObjective(
-        model, recipe, context.recipe.sparsity, context.recipe.seed, recipe.steps, budget=budget
-    )
+    if recipe.forecaster_lr > 0:  # after teaching, during which the forecasters are frozen
+        _enable_gradients(model, "forecaster")
+    objective = RoutingObjective(model, recipe, budget, context.recipe.seed, recipe.steps)
     if not any(group["params"] for group in objective.trainable()):
         return _threshold(context, budget)
     settings = context.settings("router", recipe.steps, recipe.batch_size, 0.1)
     settings.clip = recipe.clip
     if taught is not None:
-        settings.spent = (taught.seconds, taught.cpu_seconds)
+        settings.time_before = (taught.seconds, taught.cpu_seconds)
     with context.progress("router", recipe.steps) as progress:
         result = context.train(objective, settings, progress)
     if taught is not None:
-        result.earlier = taught.earlier
+        result.earlier_runs = taught.earlier_runs
     return {**_figures(result), **_threshold(context, budget)}
 
 
 def _teach(context: StageContext) -> LoopResult | None:
-    """Let the routers learn what forecasts cost; None where the router stage has begun: it holds what came of it."""
+    """Teach the routers the cost of forecasting, or return None if a checkpoint of the router stage exists already."""
     recipe = context.recipe.router
     if (context.work / "router.checkpoint.safetensors").exists():
         return None
     objective = TeachObjective(context.model, recipe.lr, context.recipe.sparsity)
     settings = context.settings("teach", recipe.teach_steps, recipe.batch_size, 0.0)
     with context.progress("teach", recipe.teach_steps) as progress:
-        # Never with activation checkpointing: what the objective reads of a layer would be gone.
+        # Without activation checkpointing, which would discard the tensors that the objective reads from each layer.
         return train(objective, context.train_windows(), settings, progress, context.accelerator)
 
 
 def run_lora(context: StageContext) -> dict[str, Any]:
-    """Train LoRA adapters on the base's linears with deterministic routing, then set the threshold again."""
+    """Train LoRA adapters on the base's linears while tokens are routed, then set the threshold again.
+
+    Returns:
+        Figures of the loop and of the calibration (see `irc.training.calibrate.calibrate`).
+    """
     recipe = context.recipe.lora
     model = context.model
     model.requires_grad_(False)
@@ -209,23 +224,30 @@ def run_lora(context: StageContext) -> dict[str, Any]:
     learns = policy_named(context.recipe.policy).learns
     for role, rate in (("forecaster", recipe.forecaster_lr), ("router", recipe.router_lr if learns else 0.0)):
         if rate > 0 and model.adapter_parameters(role):
-            _learn(model, role)
+            _enable_gradients(model, role)
             groups.append({"params": model.adapter_parameters(role), "lr": rate})
     budget = _budget(context)
     objective = RoutingObjective(
         model,
         context.recipe.router,
-        context.recipe.sparsity,
+        budget,
         context.recipe.seed,
         recipe.steps,
         lora=groups,
         sampled=learns and recipe.router_lr > 0,
-        budget=budget,
     )
     settings = context.settings("lora", recipe.steps, recipe.batch_size, 0.0)
     with context.progress("lora", recipe.steps) as progress:
         result = context.train(objective, settings, progress)
     return {**_figures(result), **_threshold(context, budget)}
+
+
+STAGE_RUNNERS: dict[StageName, Callable[[StageContext], dict[str, Any]]] = {
+    "lff": run_lff,
+    "router": run_router,
+    "lora": run_lora,
+}
+"""The function that runs each stage of `irc.recipe.stages.STAGES`; it returns the stage's figures."""
 
 
 def _threshold(context: StageContext, budget: Budget) -> dict[str, Any]:
@@ -237,14 +259,18 @@ def _budget(context: StageContext) -> Budget:
     return make_budget(context.model, recipe.router.budget, recipe.sparsity, context.calibration_windows())
 
 
-def _learn(model: RoutedForCausalLM, role: str) -> None:
+def _enable_gradients(model: RoutedForCausalLM, role: str) -> None:
     for parameter in model.adapter_parameters(role).values():
         parameter.requires_grad_(True)
 
 
 def _figures(result: LoopResult) -> dict[str, Any]:
-    facts = {"train_seconds": result.seconds, "train_tokens": float(result.tokens), "earlier_seconds": result.earlier}
-    return {**facts, **result.figures}
+    return {
+        "train_seconds": result.seconds,
+        "train_tokens": float(result.tokens),
+        "earlier_seconds": result.earlier_runs,
+        **result.figures,
+    }
 
 
 @contextmanager
@@ -255,23 +281,33 @@ def _autocast(context: StageContext) -> Iterator[None]:
 
 
 def check_text(recipe: Recipe, streams: Mapping[str, torch.Tensor]) -> None:
-    """Refuse text too short to train and calibrate on, before any work is done.
+    """Refuse text that is too short to train and calibrate on, before any work is done.
 
     Args:
         recipe: Names the text and the length of a window.
-        streams: int64 [tokens] of `train` and `calibration`.
+        streams: Splits `train` and `calibration`, int64 [tokens].
+
+    Raises:
+        InputError: A split does not fill one window.
     """
     for name in ("train", "calibration"):
         tokens = streams[name].numel()
         if tokens < recipe.seq_len:
             raise InputError(
-                f"the {name} split of {recipe.data} has {tokens} tokens, less than one window of "
-                f"{recipe.seq_len}; give more text or a shorter --seq-len"
+                f"the {name} split of {recipe.data} has {tokens} tokens, which do not fill one window of "
+                f"{recipe.seq_len}; give more text or a smaller seq_len",
+                options=("data", "seq_len"),
             )
 
 
 def prepare(context: StageContext) -> None:
-    """Refuse adapters that the model has no place for; wait for the work folder; share the base where asked to."""
+    """Prepare the processes of this run for training.
+
+    Checks the LoRA targets, waits until all processes see the work folder, and shards the base if FSDP was asked for.
+
+    Raises:
+        InputError: The model has no linear that the recipe wants to adapt, or the FSDP version is not supported.
+    """
     if "lora" in context.recipe.stages:
         lora_config(context.model, context.recipe.lora)
     context.accelerator.wait_for_everyone()

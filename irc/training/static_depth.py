@@ -1,7 +1,8 @@
-"""Policy `static`: whole units dropped, the least important first (ShortGPT, arXiv 2403.03853, unit by unit).
+"""Policy `static`: drops whole units, the least important first (ShortGPT, arXiv 2403.03853, applied to units).
 
-Importance is one minus the mean cosine between the residual stream before and after the unit adds its output: what
-turns the stream by nothing is not missed. It is measured once, on the dense model and calibration text.
+The importance of a unit is one minus the mean cosine between the residual stream before and after the unit adds its
+output. A unit that does not turn the stream can be dropped. Importance is measured once, on the dense model and the
+calibration text.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ _BATCH = 16
 
 
 def drop_units(model: RoutedForCausalLM, text: torch.Tensor, sparsity: float) -> dict[str, Any]:
-    """Let the least important share of a model's units never execute; whole units, so the share is rounded.
+    """Drop the least important share of a model's units.
 
     Args:
-        model: Rewritten under policy `static`.
+        model: Rewritten under policy `static`; its routers are changed in place.
         text: Calibration windows, int64 [windows, length].
-        sparsity: Share of units to drop.
+        sparsity: Share of units to drop, rounded to whole units.
 
     Returns:
-        Importance of every unit, the realized share, and what each unit executes.
+        `importance` by unit, `calibration_sparsity` (the realized share), and `calibration_keep`, 0 or 1 by unit.
     """
     importance = unit_importance(model, text)
     count = round(sparsity * len(importance))
@@ -45,10 +46,10 @@ def drop_units(model: RoutedForCausalLM, text: torch.Tensor, sparsity: float) ->
 
 @torch.no_grad()
 def unit_importance(model: RoutedForCausalLM, text: torch.Tensor) -> dict[str, float]:
-    """Return one minus the mean cosine of the stream before and after each unit, every unit executed.
+    """Return one minus the mean cosine of the residual stream before and after each unit, with every unit executed.
 
     Args:
-        model: Rewritten under policy `static`, whose routers read the residual stream.
+        model: Rewritten under policy `static`, so that its routers read the residual stream.
         text: int64 [windows, length].
     """
     streams: dict[str, torch.Tensor] = {}

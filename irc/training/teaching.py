@@ -1,8 +1,8 @@
-"""Teaches routers what a forecast would cost, before they are trained by routing.
+"""Teaches the routers the cost of forecasting, before they are trained on routed text.
 
-To first order, approximating unit u at a token changes the loss by g . (forecast - y), where g is the loss's
-gradient with respect to the unit's output y. The routers learn to predict the logarithm of its square, in
-units of its standard deviation over all tokens and units, so that one threshold serves the whole model.
+To first order, approximating unit u at a token changes the loss by g . (forecast - y), where g is the gradient of the
+loss with respect to the unit's output y. The routers learn to predict the logarithm of the square of that change,
+standardized over all tokens and units, so that one threshold fits the whole model.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +24,13 @@ from irc.training.loop import Objective
 
 
 class TeachObjective(Objective):
-    """Squared error between every router's logit difference and the standardised log cost of forecasting.
+    """Squared error between each router's logit difference and the standardized log cost of forecasting.
 
     Args:
         model: Rewritten model with fitted forecasters.
         lr: Learning rate of the routers.
-        sparsity: Target share to approximate: what the differences' mean is shifted to, so that routes that are
-            sampled by them meet it about.
+        sparsity: Target share to approximate. The mean logit difference is shifted so that sampled routes roughly meet
+            it.
     """
 
     def __init__(self, model: RoutedForCausalLM, lr: float, sparsity: float) -> None:
@@ -45,13 +45,16 @@ class TeachObjective(Objective):
         return [{"params": self.model.adapter_parameters("router"), "lr": self.lr}]
 
     def forward(self, windows: torch.Tensor, step: int) -> tuple[torch.Tensor, dict[str, float]]:
-        """Return the error, and the share of the costs' variance that the routers explain.
+        """Return the error, and the share of the variance of the costs that the routers explain.
 
         Args:
             windows: int64 [batch, tokens].
             step: Not used.
+
+        Returns:
+            The error, a scalar, and `explained`.
         """
-        with _probing(self.model) as seen, self.model.control.using(mode="execute", tape=None):
+        with _probing(self.model) as probes, self.model.control.using(mode="execute", tape=None):
             states = self.model.states(windows)
         targets = windows[:, 1:].flatten()
 
@@ -59,39 +62,49 @@ class TeachObjective(Objective):
             return F.cross_entropy(self.model.logits(part).float(), targets[rows], reduction="sum")
 
         loss = summed_loss(states[:, :-1].flatten(0, 1), self.model.config.vocab_size, part_loss)
-        gradients = torch.autograd.grad(loss, [probe for probe, _, _ in seen])
-        errors = [(g * error).sum(-1)[:, :-1] for g, (_, error, _) in zip(gradients, seen, strict=True)]
-        cost = (torch.stack(errors).double().square() + 1e-12).log()
-        mean = reduce(cost.mean(), "mean")  # of all processes, as the gradient will be
-        spread = reduce((cost - mean).square().mean(), "mean").sqrt()
-        wanted = ((cost - mean) / spread).float() + self.shift
-        difference = torch.stack([logits for _, _, logits in seen])[:, :, :-1]
+        gradients = torch.autograd.grad(loss, [probe.zero for probe in probes])
+        changes = [
+            (gradient * probe.forecast_error).sum(-1)[:, :-1] for gradient, probe in zip(gradients, probes, strict=True)
+        ]
+        cost = (torch.stack(changes).double().square() + 1e-12).log()
+        mean = reduce(cost.mean(), "mean")  # over all processes, like the gradient later
+        deviation = reduce((cost - mean).square().mean(), "mean").sqrt()
+        wanted = ((cost - mean) / deviation).float() + self.shift
+        difference = torch.stack([probe.difference for probe in probes])[:, :, :-1]
         error = (difference - wanted).square().mean()
         return error, {"explained": 1 - error.item()}
 
 
-@contextmanager
-def _probing(model: RoutedForCausalLM) -> Iterator[list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
-    """Gather of every unit a zero added to its output, its forecast's error, and its router's difference."""
-    seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+class _Probe(NamedTuple):
+    """Tensors of one unit: a zero added to its output, the forecast's error, and the router's logit difference."""
 
-    def probe(_: nn.Module, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+    zero: torch.Tensor
+    forecast_error: torch.Tensor
+    difference: torch.Tensor
+
+
+@contextmanager
+def _probing(model: RoutedForCausalLM) -> Iterator[list[_Probe]]:
+    """Collect a probe of each unit from a forward pass inside the `with` block."""
+    probes: list[_Probe] = []
+
+    def add_probe(_: nn.Module, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         y, forecast, logits = arguments
         zero = torch.zeros_like(output, requires_grad=True)
-        seen.append((zero, (forecast - y).detach(), difference_of(logits)))
+        probes.append(_Probe(zero, (forecast - y).detach(), difference_of(logits)))
         return output + zero
 
-    def apart(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    def detach_input(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return (arguments[0].detach(),)
 
     handles = []
     for unit in model.units:
-        handles.append(model.part(unit, "mux").register_forward_hook(probe))
+        handles.append(model.part(unit, "mux").register_forward_hook(add_probe))
         router = model.part(unit, "router")
         assert isinstance(router, Router)
-        handles.append(router.register_forward_pre_hook(apart))
+        handles.append(router.register_forward_pre_hook(detach_input))
     try:
-        yield seen
+        yield probes
     finally:
         for handle in handles:
             handle.remove()

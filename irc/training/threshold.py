@@ -1,8 +1,8 @@
-"""Where the routers' decision threshold goes: between two tokens, never on one, and past groups of equal ones.
+"""Chooses the routers' decision thresholds so that none falls on a group of equal logit differences.
 
-A unit early in the model reads little more than the token itself, so that all occurrences of a token have the
-same logit difference there. A threshold on such a group would decide by rounding; one beside it can miss the
-target by the group's whole share. Then the other units' thresholds make up for it.
+A unit early in the model reads little more than the token itself, so all occurrences of a token have the same logit
+difference there. A threshold on such a group would decide by rounding. A threshold next to it can miss the target by
+the share of the whole group; the thresholds of the other units then compensate.
 """
 
 from __future__ import annotations
@@ -11,26 +11,28 @@ from collections.abc import Mapping
 
 import torch
 
-_EQUAL = 1e-5  # differences nearer than this (relative to their spread) are rounding
+_EQUAL = 1e-5  # values that differ by less than this times their standard deviation count as equal
 
 
 def choose_shifts(
     differences: Mapping[str, torch.Tensor], target: float, tolerance: float, weights: Mapping[str, float] | None = None
 ) -> dict[str, float]:
-    """Return how far each unit's logit difference has to fall so that a share `target` lies under zero.
+    """Return how much to lower each unit's logit difference so that a share `target` of the pairs is below zero.
 
-    All units fall by the same amount, unless a group of equal differences in one unit stands in the way.
+    All units are lowered by the same amount, unless one of them has a group of equal differences at the threshold.
 
     Args:
-        differences: Execute minus approximate logit of every token, by unit.
-        target: Share of all pairs to lie under zero.
-        tolerance: Deviation at which units with a group of equal differences are set apart.
-        weights: What a unit counts, summing to 1; equal when None.
+        differences: Execute logit minus approximate logit of each token, [tokens] by unit.
+        target: Share of all pairs that should be below zero.
+        tolerance: Deviation from the target at which units with a group of equal differences are treated separately.
+        weights: Weight of each unit, summing to 1; equal weights if None.
     """
     weight = weights or dict.fromkeys(differences, 1 / len(differences))
 
     def threshold(units: Mapping[str, torch.Tensor], share: float) -> float:
-        mass = [torch.full((len(values),), weight[unit] / len(values)).double() for unit, values in units.items()]
+        mass = []
+        for unit, values in units.items():
+            mass.append(torch.full((len(values),), weight[unit] / len(values)).double())
         return quantile(torch.cat(list(units.values())), share, torch.cat(mass))
 
     def below(unit: str, limit: float) -> float:
@@ -40,39 +42,41 @@ def choose_shifts(
     shifts = dict.fromkeys(differences, common)
     if abs(sum(below(unit, common) for unit in differences) - target) <= tolerance:
         return shifts
-    everything = torch.cat(list(differences.values()))
-    near, wall = _spread(everything), _wall(everything, target)
-    free = {
+    all_values = torch.cat(list(differences.values()))
+    equal, at_target = _equal_distance(all_values), _value_at(all_values, target)
+    without_group = {
         unit: values
         for unit, values in differences.items()
-        if weight[unit] * ((values - wall).abs() <= near).double().mean().item() <= tolerance
+        if weight[unit] * ((values - at_target).abs() <= equal).double().mean().item() <= tolerance
     }
-    if free:
-        taken = sum(below(unit, common) for unit in differences if unit not in free)
-        shifts |= dict.fromkeys(free, threshold(free, (target - taken) / sum(weight[unit] for unit in free)))
+    if without_group:
+        reached = sum(below(unit, common) for unit in differences if unit not in without_group)
+        remaining = (target - reached) / sum(weight[unit] for unit in without_group)
+        shifts |= dict.fromkeys(without_group, threshold(without_group, remaining))
     return shifts
 
 
 def quantile(values: torch.Tensor, share: float, mass: torch.Tensor | None = None) -> float:
-    """Return a threshold under which about `share` of the values lie, halfway between two of them.
+    """Return a threshold below which about `share` of the values are, halfway between two of them.
 
-    0 and 1 lie outside all values; a group of equal values lies whole on the side that comes nearer to the share.
+    Shares of 0 and 1 give thresholds outside of all values. A group of equal values stays together, on the side that
+    comes nearer to the share.
 
     Args:
         values: [n], in any order.
-        share: Of their mass.
-        mass: What each counts, [n] float64; equal when None.
+        share: Share of the total mass, 0 to 1.
+        mass: Weight of each value, float64 [n]; equal weights if None.
     """
     ordered, order = values.sort()
     count = len(ordered)
     mass = torch.ones(count, dtype=torch.float64) if mass is None else mass[order]
-    under = torch.cat([mass.new_zeros(1), mass.cumsum(0) / mass.sum()])  # the share under each place for a cut
-    cut = int((under - share).abs().argmin())
-    if 0 < cut < count and ordered[cut] - ordered[cut - 1] <= _spread(ordered):
-        near = _spread(ordered)
-        low = int((ordered < ordered[cut] - near).sum())
-        high = int((ordered <= ordered[cut] + near).sum())
-        cut = low if (under[low] - share).abs() <= (under[high] - share).abs() else high
+    below = torch.cat([mass.new_zeros(1), mass.cumsum(0) / mass.sum()])  # share of the mass below each possible cut
+    cut = int((below - share).abs().argmin())
+    equal = _equal_distance(ordered)
+    if 0 < cut < count and ordered[cut] - ordered[cut - 1] <= equal:
+        low = int((ordered < ordered[cut] - equal).sum())
+        high = int((ordered <= ordered[cut] + equal).sum())
+        cut = low if (below[low] - share).abs() <= (below[high] - share).abs() else high
     if cut == 0:
         return ordered[0].item() - 1.0
     if cut == count:
@@ -80,10 +84,12 @@ def quantile(values: torch.Tensor, share: float, mass: torch.Tensor | None = Non
     return (ordered[cut - 1].item() + ordered[cut].item()) / 2
 
 
-def _wall(values: torch.Tensor, share: float) -> torch.Tensor:
+def _value_at(values: torch.Tensor, share: float) -> torch.Tensor:
+    """Return the value at a share of the sorted values."""
     ordered = values.sort().values
     return ordered[min(len(ordered) - 1, max(0, round(share * len(ordered))))]
 
 
-def _spread(values: torch.Tensor) -> float:
+def _equal_distance(values: torch.Tensor) -> float:
+    """Return the distance up to which two of the values count as equal."""
     return _EQUAL * (values.std().item() if len(values) > 1 else 1.0)

@@ -1,1 +1,1 @@
-"""What a person looks at: a model's units and graphs as data, routes of a text, pages and plots."""
+"""Views for people: a model's units and graphs as data, the routes of a text, HTML pages and plots."""

@@ -1,4 +1,4 @@
-"""Renders a page from a template (jinja2); every value is escaped unless the template says that it is safe."""
+"""Renders HTML pages from jinja2 templates; values are escaped unless the template marks them as safe."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from irc.errors import InputError
 
 
 def render(template: Path, **values: Any) -> str:
-    """Return a template's text with its values filled in.
+    """Return the text of a template with its values filled in.
 
     Args:
-        template: A file that ships with the package.
-        **values: What the template names.
+        template: A template file of this package.
+        **values: The values that the template uses, by name.
 
     Raises:
         InputError: jinja2 is not installed.

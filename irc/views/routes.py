@@ -1,4 +1,4 @@
-"""What the routers decide on one text, token by token: the data behind `irc inspect --text`."""
+"""Reads the routers' decisions on one text, token by token, for `irc inspect --text`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from irc.model.modules import Record
 from irc.model.routed import RoutedForCausalLM
 from irc.text.source import load_text
 
-CLASSES = ("word", "number", "punctuation", "space", "line end", "other")
+TOKEN_CLASSES = ("word", "number", "punctuation", "space", "line end", "other")
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,11 @@ class Routes:
     Attributes:
         tokens: The text of each token.
         units: Names of the units.
-        kinds: `attention` or `ffn`, by unit.
-        execute: bool [units, tokens], true where the unit ran.
-        confidence: float32 [units, tokens], probability that the router gives its own choice, 0.5 to 1; the
-            threshold is folded in.
-        error: float32 [units, tokens], 1 - cosine of forecast and unit output.
+        kinds: `attention` or `ffn`, for each unit.
+        execute: bool [units, tokens], true where the unit was executed.
+        confidence: float32 [units, tokens], the probability that the router gives to its own choice, 0.5 to 1. It
+            includes the threshold.
+        error: float32 [units, tokens], 1 - cosine between the forecast and the unit's output.
     """
 
     tokens: tuple[str, ...]
@@ -38,18 +38,23 @@ class Routes:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The class of each token, one of `CLASSES`."""
-        return tuple(class_of(token) for token in self.tokens)
+        """The class of each token, one of `TOKEN_CLASSES`."""
+        return tuple(token_class(token) for token in self.tokens)
 
     def facts(self) -> dict[str, Any]:
-        """Return shares of skipped pairs as plain data: in all, by unit, by token class."""
+        """Return the shares of skipped pairs and the mean forecast errors as plain data.
+
+        Returns:
+            `tokens` (their number), `skipped` (share of all pairs), `by_unit`, `by_class`, and `error` (mean 1 - cosine
+            of executed and of skipped pairs).
+        """
         skipped = 1 - self.execute.double().mean(0)
         classes = self.classes
         by_class = {}
-        for name in CLASSES:
-            places = [index for index, found in enumerate(classes) if found == name]
-            if places:
-                by_class[name] = {"tokens": len(places), "skipped": skipped[places].mean().item()}
+        for name in TOKEN_CLASSES:
+            tokens = [index for index, token_class in enumerate(classes) if token_class == name]
+            if tokens:
+                by_class[name] = {"tokens": len(tokens), "skipped": skipped[tokens].mean().item()}
         by_unit = 1 - self.execute.double().mean(1)
         return {
             "tokens": len(self.tokens),
@@ -62,19 +67,19 @@ class Routes:
 
 @torch.no_grad()
 def read_routes(model: RoutedForCausalLM, spec: str, limit: int) -> Routes:
-    """Run a bundle on the beginning of a text and note every decision.
+    """Run a bundle on the beginning of a text and record every decision.
 
     Args:
-        model: Rewritten model with its base in `facts["base"]`.
-        spec: What `irc.text.source.load_text` reads.
-        limit: Tokens to read at most.
+        model: A bundle.
+        spec: A text, as `irc.text.source.load_text` reads it.
+        limit: Most tokens to read.
 
     Raises:
-        InputError: The model is plain, or the text has no token.
+        InputError: The model is plain, or the text has no tokens.
     """
     if model.spec is None:
         raise InputError("a plain model routes nothing, so there are no decisions to show; convert it first")
-    tokenizer: Any = model.facts["base"].tokenizer
+    tokenizer: Any = model.base.tokenizer
     ids: list[int] = []
     for document in load_text(spec).documents:
         ids += tokenizer(document.text, add_special_tokens=False)["input_ids"]
@@ -83,24 +88,24 @@ def read_routes(model: RoutedForCausalLM, spec: str, limit: int) -> Routes:
     context = getattr(model.config, "max_position_embeddings", None) or limit
     ids = ids[: min(limit, context)]
     if not ids:
-        raise InputError(f"--text {spec}: it has no token")
+        raise InputError(f"{spec}: the text has no tokens; give more text")
     tape: dict[str, Record] = {}
     with model.control.using(mode="route", tape=tape, measure_error=True):
         model.states(torch.tensor([ids], device=model.device))
     records = [tape[unit.name] for unit in model.units]
-    difference = torch.stack([_known(record.difference)[0] for record in records]).cpu()
+    difference = torch.stack([_as_float(record.difference)[0] for record in records]).cpu()
     return Routes(
         tokens=tuple(tokenizer.decode([token]) for token in ids),
         units=tuple(unit.name for unit in model.units),
         kinds=tuple(unit.kind for unit in model.units),
         execute=torch.stack([record.execute[0] for record in records]).cpu(),
         confidence=torch.sigmoid(difference.abs()),
-        error=torch.stack([1 - _known(record.cosine)[0] for record in records]).cpu(),
+        error=torch.stack([1 - _as_float(record.cosine)[0] for record in records]).cpu(),
     )
 
 
-def class_of(token: str) -> str:
-    """Return the class of a token's text: what most of it is, a line end before all."""
+def token_class(token: str) -> str:
+    """Return the class of a token: `line end` if it contains one, or else the class of most of its characters."""
     if "\n" in token:
         return "line end"
     inner = token.strip()
@@ -115,7 +120,7 @@ def class_of(token: str) -> str:
     return max(counts, key=lambda name: counts[name])
 
 
-def _known(tensor: torch.Tensor | None) -> torch.Tensor:
+def _as_float(tensor: torch.Tensor | None) -> torch.Tensor:
     assert tensor is not None
     return tensor.float()
 

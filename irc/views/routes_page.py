@@ -1,4 +1,4 @@
-"""The HTML page of `irc inspect --text`: what the router decided, for a person to look at."""
+"""Writes the HTML page of `irc inspect --text`, which shows the routers' decisions on a text."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ _GROUPS = 32
 
 
 def write_routes_page(routes: Routes, model: str, text: str, path: Path) -> dict[str, Any]:
-    """Write the page; returns the figures that it shows.
+    """Write the page.
 
     Args:
-        routes: Decisions of one text.
-        model: What the user called the bundle.
-        text: What the user called the text.
-        path: Of the HTML file.
+        routes: Decisions on one text.
+        model: The bundle as the user named it.
+        text: The text as the user named it.
+        path: Path of the HTML file.
+
+    Returns:
+        The figures that the page shows, as `Routes.facts` returns them.
 
     Raises:
         InputError: matplotlib or jinja2 is not installed.
@@ -39,59 +42,59 @@ def write_routes_page(routes: Routes, model: str, text: str, path: Path) -> dict
         "error": (routes.error * 100).round().int().tolist(),
     }
     plots = [
-        ("Skipped by position", _by_position(routes)),
-        ("Skipped by class of token", _by_class(facts)),
-        ("How sure the routers are", _confidence(routes)),
-        ("Forecast error against decision", _error(routes)),
+        ("Skipped by position", _plot_by_position(routes)),
+        ("Skipped by token class", _plot_by_class(facts)),
+        ("Confidence of the routers", _plot_confidence(routes)),
+        ("Forecast error by decision", _plot_error(routes)),
     ]
     path.write_text(render(TEMPLATE, model=model, text=text, facts=facts, data=data, plots=plots), encoding="utf-8")
     return facts
 
 
-def _by_position(routes: Routes) -> str:
+def _plot_by_position(routes: Routes) -> str:
     def draw(axes: Axes) -> None:
         count = min(_GROUPS, len(routes.tokens))
         for kind, label, colour in (("attention", "attention", BLUE), ("ffn", "FFN", ORANGE)):
-            chosen = [index for index, found in enumerate(routes.kinds) if found == kind]
-            groups = (1 - routes.execute[chosen].double().mean(0)).tensor_split(count)
+            units = [index for index, unit_kind in enumerate(routes.kinds) if unit_kind == kind]
+            groups = (1 - routes.execute[units].double().mean(0)).tensor_split(count)
             ends = torch.tensor([len(group) for group in groups]).cumsum(0)
             middles = [end.item() - len(group) / 2 for end, group in zip(ends, groups, strict=True)]
             axes.plot(middles, [group.mean().item() for group in groups], label=label, color=colour)
-        axes.set(xlabel="position of the token", ylabel="share of units skipped", ylim=(0, 1))
+        axes.set(xlabel="token position", ylabel="share of units skipped", ylim=(0, 1))
         legend(axes)
 
     return svg(draw, 4.6, 2.8)
 
 
-def _by_class(facts: dict[str, Any]) -> str:
+def _plot_by_class(facts: dict[str, Any]) -> str:
     def draw(axes: Axes) -> None:
-        found = list(facts["by_class"].items())[::-1]
-        axes.barh(range(len(found)), [entry["skipped"] for _, entry in found], color=BLUE)
-        axes.set_yticks(range(len(found)), [f"{name} ({entry['tokens']})" for name, entry in found])
+        classes = list(facts["by_class"].items())[::-1]
+        axes.barh(range(len(classes)), [entry["skipped"] for _, entry in classes], color=BLUE)
+        axes.set_yticks(range(len(classes)), [f"{name} ({entry['tokens']})" for name, entry in classes])
         axes.set(xlabel="share of (token, unit) pairs skipped", xlim=(0, 1))
         axes.grid(False, axis="y")
 
     return svg(draw, 4.6, 2.8)
 
 
-def _confidence(routes: Routes) -> str:
+def _plot_confidence(routes: Routes) -> str:
     def draw(axes: Axes) -> None:
         sides = [routes.confidence[routes.execute].tolist(), routes.confidence[~routes.execute].tolist()]
         axes.hist(sides, bins=25, range=(0.5, 1.0), stacked=True, color=[BLUE, ORANGE], label=["executed", "skipped"])
-        axes.set(xlabel="probability of the choice that was made", ylabel="(token, unit) pairs")
+        axes.set(xlabel="probability of the chosen route", ylabel="(token, unit) pairs")
         legend(axes)
 
     return svg(draw, 4.6, 2.8)
 
 
-def _error(routes: Routes) -> str:
+def _plot_error(routes: Routes) -> str:
     def draw(axes: Axes) -> None:
         top = max(1.0, routes.error.max().item())
         for chosen, label, colour in ((routes.execute, "executed", BLUE), (~routes.execute, "skipped", ORANGE)):
             values = routes.error[chosen].tolist()
             if values:
                 axes.hist(values, bins=40, range=(0, top), density=True, alpha=0.6, label=label, color=colour)
-        axes.set(xlabel="1 - cosine of forecast and unit output", ylabel="density")
+        axes.set(xlabel="1 - cosine between forecast and unit output", ylabel="density")
         legend(axes)
 
     return svg(draw, 4.6, 2.8)

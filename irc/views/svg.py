@@ -1,4 +1,4 @@
-"""Plots as SVG texts, by matplotlib."""
+"""Draws plots as SVG text with matplotlib."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from irc.errors import InputError
 
-# Okabe and Ito's colours, which colour-blind readers tell apart.
+# The palette of Okabe and Ito, which color-blind readers can tell apart.
 BLUE, SKY, GREEN, ORANGE, RED, PINK, GREY, BLACK = (
     "#0072B2",
     "#56B4E9",
@@ -35,9 +35,9 @@ def svg(draw: Callable[[Any], None], width: float = 6.4, height: float = 3.6) ->
     """Return a plot as SVG text.
 
     Args:
-        draw: Draws on the one pair of axes that it is given.
-        width: In inches.
-        height: In inches.
+        draw: Draws the plot on the axes that it is given.
+        width: Width of the figure in inches.
+        height: Height of the figure in inches.
 
     Raises:
         InputError: matplotlib is not installed.
@@ -52,15 +52,15 @@ def svg(draw: Callable[[Any], None], width: float = 6.4, height: float = 3.6) ->
     with matplotlib.rc_context(_SETTINGS):  # type: ignore[arg-type]
         figure = Figure(figsize=(width, height), layout="constrained")
         draw(figure.subplots())
-        written = io.StringIO()
-        figure.savefig(written, format="svg", transparent=True, metadata={"Date": None})
-    text = written.getvalue()
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
     return text[text.index("<svg") :]
 
 
 def legend(axes: Any) -> None:
-    """Name what was drawn, in rows above the axes: there it hides nothing."""
+    """Put a legend above the axes, where it hides nothing."""
     handles, labels = axes.get_legend_handles_labels()
-    inches = 0.7 + 0.085 * max(map(len, labels), default=0)  # of one name and its line
-    columns = max(1, min(len(labels), int(axes.figure.get_figwidth() / inches)))
+    entry_inches = 0.7 + 0.085 * max(map(len, labels), default=0)  # width of the longest label and its line
+    columns = max(1, min(len(labels), int(axes.figure.get_figwidth() / entry_inches)))
     axes.figure.legend(handles, labels, frameon=False, loc="outside upper left", ncols=columns)

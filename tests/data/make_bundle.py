@@ -19,9 +19,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from irc import console
-from irc.bundle.loading import CONFIG, FORMAT_VERSION, LORA, METRICS, RECIPE
+from irc.bundle.layout import CONFIG, FORMAT_VERSION, LORA, METRICS, RECIPE
+from irc.bundle.source import ModelSource
 from irc.conversion.pipeline import convert
-from irc.evaluation.run import run_evaluation
+from irc.evaluation.run import TextChoice, run_evaluation
 from irc.recipe.recipe import Recipe
 from irc.recipe.stages import LffRecipe, LoraRecipe, RouterRecipe
 
@@ -102,16 +103,9 @@ def main() -> None:
     )
     convert(recipe, bundle, console.progress)
     forget_places(bundle)
-    found = run_evaluation(
-        str(bundle),
-        console.progress,
-        data=str(text),
-        split="all",
-        tokens=0,
-        base=str(model),
-        sparsities=DIAL,
-        device="cpu",
-    )
+    source = ModelSource(str(bundle), str(model), device="cpu")
+    choice = TextChoice(str(text), split="all", tokens=0)
+    found = run_evaluation(source, console.progress, choice, sparsities=DIAL)
     kept = {key: found[key] for key in ("perplexity", "sparsity", "flops_ratio", "kv", "units", "sparsity_sweep")}
     (FOLDER / "expected.json").write_text(json.dumps(kept, indent=2) + "\n")
     console.say(f"wrote {FOLDER.name}")

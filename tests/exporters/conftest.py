@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from exporters.onnx import MODEL, CacheShape, Decision, Description, export_onnx
-from irc.bench.kernels.attention import AttentionCase, attention_case
+from irc.bench.kernels.attention import AttentionCase, AttentionSizes, HiddenKeys, attention_case
 from irc.bench.kernels.check import _KINDS, NodeRunner
 from irc.model.cache import cache_shape
 from irc.model.modules import Forecaster, Mux, Record, Router, RoutingControl, StoredKeys
@@ -167,9 +167,18 @@ def run(library: Path) -> NodeRunner:
 
 @pytest.fixture(scope="session")
 def attention() -> Callable[..., AttentionCase]:
-    """Give `attention(seed, **sizes)`: what `attention_case` draws; a few tokens by default."""
+    """Give `attention(seed, **settings)`: an `attention_case` of a few tokens, with some settings changed.
+
+    Settings are the fields of `AttentionSizes` and `HiddenKeys` (`hidden` is its share), `share`, `dtype`, `padding`.
+    """
     usual = {"batch": 1, "tokens": 4, "past": 3, "kv_heads": 2, "group": 2, "size": 8}
-    return lambda seed=1, **sizes: attention_case(torch.Generator().manual_seed(seed), **usual | sizes)
+
+    def make(seed: int = 1, window: int = 0, left: bool = False, hidden: float = 0.0, **settings: Any) -> AttentionCase:
+        sizes = AttentionSizes(**{name: settings.pop(name, size) for name, size in usual.items()})
+        keys = HiddenKeys(window, left, hidden)
+        return attention_case(torch.Generator().manual_seed(seed), sizes, hidden=keys, **settings)
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from irc import console
-from irc.bundle.loading import save_bundle
+from irc.bundle.saving import save_bundle
 from irc.cli import main
 from irc.deployment.onnx_folder import export
 from irc.model.build import build_routed
@@ -150,7 +150,6 @@ def make_routed(base: BaseModel) -> Callable[..., RoutedForCausalLM]:
         rank: int = 4, forecaster: str = "linear", policy: str = "informed", sparsity: float = 0.0
     ) -> RoutedForCausalLM:
         model = build_routed(base, RoutingSpec(rank, forecaster, policy, sparsity), "fp32")
-        model.facts["base"] = base
         return model
 
     return make
@@ -301,7 +300,6 @@ def start_irc(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Se
 @pytest.fixture(scope="session")
 def bundle(base: BaseModel, shake: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = shake(build_routed(base, RoutingSpec(4), "fp32"))
-    model.facts["base"] = base
     folder = tmp_path_factory.mktemp("bundles") / "bundle"
     save_bundle(model, folder, {"calibration_keep": {unit.name: 0.4 for unit in model.units}})
     return folder

@@ -1,7 +1,7 @@
-"""Processes forked from one that has imported everything: each begins at once, and knows nothing of this one.
+"""Processes that start quickly, because they are forked from a server that has imported everything.
 
-By multiprocessing's fork server, so that a test that starts the command line, or two processes as torchrun would, need
-not wait for the imports again. The launchers themselves, and `python -m irc`, are tested by processes of their own.
+Tests use them to run the command line, or two processes as torchrun does, without waiting for the imports again. They
+share no state with the test process. Other tests start the launchers themselves and `python -m irc`.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ SERVER.set_forkserver_preload(["irc.deployment.onnx_folder", "irc.training.lora"
 
 
 class Forked:
-    """A process that runs a function with what it says in files; used as subprocess.Popen is, in text mode.
+    """A process that runs a function and writes its output to files, with the interface of subprocess.Popen.
 
     Args:
-        function: Of a module that can be imported; what it returns is the exit code.
-        *arguments: Of the function.
-        folder: For what the process says; made if need be.
-        environment: Added to that of the fork server, which is this process's.
+        function: A function of a module that can be imported. It returns the exit code.
+        *arguments: Arguments of the function.
+        folder: Folder for the output; created if it does not exist.
+        environment: Variables to add to the environment of this process.
     """
 
     def __init__(
@@ -38,9 +38,9 @@ class Forked:
         environment: dict[str, str] | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.said = (folder / "stdout", folder / "stderr")
-        here = (str(Path.cwd()), environment or {})  # the fork server may have been started elsewhere
-        self._process = SERVER.Process(target=_run, args=(function, arguments, self.said, *here))
+        self._outputs = (folder / "stdout", folder / "stderr")
+        context = (str(Path.cwd()), environment or {})  # the server may run in another folder
+        self._process = SERVER.Process(target=_run, args=(function, arguments, self._outputs, *context))
         self._process.start()
         self.pid: int = self._process.pid or 0
 
@@ -59,26 +59,30 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """Wait for the end; return what was said.
+        """Wait for the end of the process; return its output and errors.
 
         Raises:
-            subprocess.TimeoutExpired: It has not ended in that time, in seconds; it is killed.
+            subprocess.TimeoutExpired: The process did not end within `timeout` seconds, and was killed.
         """
         self._process.join(timeout)
         if self.returncode is None:
             self.kill()  # pytest would wait for it
             raise subprocess.TimeoutExpired(self._process.name, timeout or 0)
-        out, err = (path.read_text() if path.exists() else "" for path in self.said)
+        out, err = (path.read_text() if path.exists() else "" for path in self._outputs)
         return out, err
 
 
 def _run(
-    function: Callable[..., int], arguments: tuple[Any, ...], said: tuple[Path, Path], cwd: str, more: dict[str, str]
+    function: Callable[..., int],
+    arguments: tuple[Any, ...],
+    outputs: tuple[Path, Path],
+    cwd: str,
+    environment: dict[str, str],
 ) -> None:
-    for number, path in enumerate(said, start=1):
+    for number, path in enumerate(outputs, start=1):
         with path.open("w") as opened:
             os.dup2(opened.fileno(), number)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the fork server ignores it
     os.chdir(cwd)
-    os.environ.update(more)
+    os.environ.update(environment)
     sys.exit(function(*arguments))

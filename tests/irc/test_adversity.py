@@ -1,10 +1,11 @@
-"""Kills, full disks, folders that cannot be written to, a clock that goes backwards, two runs at once."""
+"""Kills, full disks, read-only folders, a clock that goes backwards, and two runs at once."""
 
 from __future__ import annotations
 
 import fcntl
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -18,9 +19,11 @@ from typing import Any
 
 import pytest
 
-from irc.bundle.loading import ADAPTER, read_config, save_bundle
+from irc.bundle.config import read_config
+from irc.bundle.layout import ADAPTER
+from irc.bundle.saving import save_bundle
 from irc.conversion import work_folder as workspace
-from irc.conversion.work_folder import held
+from irc.conversion.work_folder import open_work_folder
 from irc.errors import InputError
 from irc.files.atomic import staged
 from irc.recipe.recipe import Recipe
@@ -31,7 +34,7 @@ Arguments = Callable[..., list[str]]
 
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """Let no file of this process grow beyond a size: what a full disk does, without filling one."""
+    """Limit the size of all files that this process writes, to simulate a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -61,7 +64,7 @@ def test_a_disk_that_is_full_while_a_stage_is_saved(
     with largest_file(6000):
         failed = irc_main(*convert_arguments(output))
     assert failed.code == 1
-    assert "could not be written" in failed.sentence()
+    assert str(tmp_path) in failed.sentence()
     assert not output.exists()
     assert not list(tmp_path.rglob("*.tmp"))
     assert irc_main(*convert_arguments(output), "--resume").code == 0
@@ -71,14 +74,14 @@ def test_a_disk_that_is_full_while_a_stage_is_saved(
 def test_a_disk_that_is_full_while_an_export_is_written(irc_main: Any, model_folder: Path, tmp_path: Path) -> None:
     with largest_file(20_000):
         failed = irc_main("export", model_folder, "-o", tmp_path / "onnx")
-    assert (failed.code, "could not be written" in failed.sentence()) == (1, True)
+    assert (failed.code, str(tmp_path) in failed.sentence()) == (1, True)
     assert list(tmp_path.iterdir()) == []
     assert irc_main("export", model_folder, "-o", tmp_path / "onnx").code == 0
 
 
 @pytest.fixture
 def read_only() -> Iterator[Path]:
-    """A folder that this process may not write to: root becomes nobody for the time of the test."""
+    """A folder that this process may not write to; root becomes nobody during the test."""
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o555)
     root = os.geteuid() == 0
@@ -96,12 +99,12 @@ def read_only() -> Iterator[Path]:
 def test_a_folder_that_is_read_only(read_only: Path) -> None:
     with pytest.raises(OSError, match="Permission denied"):
         (read_only / "x").write_text("")
-    denied = r"cannot be written \(Permission denied\); give another --output"
+    denied = rf"{re.escape(str(read_only))}/.*Permission denied"
     with pytest.raises(InputError, match=denied), staged(read_only / "out"):
         pass
     with (
         pytest.raises(InputError, match=denied),
-        held(read_only / "b.partial", Recipe(), force=False, resume=False),
+        open_work_folder(read_only / "b.partial", Recipe(), force=False, resume=False),
     ):
         pass
     assert list(read_only.iterdir()) == []
@@ -122,19 +125,19 @@ def test_a_clock_that_goes_backwards(
 
 @pytest.mark.slow
 def test_two_converts_into_one_folder(start_irc: Any, convert_arguments: Arguments, tmp_path: Path) -> None:
-    """One of them makes the bundle, the other says who does."""
+    """One of them writes the bundle and the other is refused."""
     running = [start_irc(convert_arguments(tmp_path / "b")) for _ in range(2)]
-    said = [process.communicate(timeout=500) for process in running]
+    outputs = [process.communicate(timeout=500) for process in running]
     codes = [process.returncode for process in running]
-    assert sorted(codes) == [0, 2], said
-    refused = said[codes.index(2)][1]
-    # Whoever comes a moment before or after the lock is held finds the unfinished or the finished bundle instead.
-    assert any(part in refused for part in ("another irc convert", "unfinished conversion", "exists already")), refused
+    assert sorted(codes) == [0, 2], outputs
+    refusal = outputs[codes.index(2)][1]
+    # A moment before or after the lock is held, the second finds the unfinished or the finished bundle instead.
+    assert "/b" in refusal or "b.partial" in refusal, refusal
     assert (tmp_path / "b" / "metrics.json").is_file()
 
 
 def test_a_lock_file_that_goes_between_opening_and_locking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A lock on a file that its holder has just removed would keep nobody out."""
+    """A lock on a file that its holder has just removed would not protect anything."""
     path, flock = tmp_path / "b.lock", fcntl.flock
     calls = []
 
@@ -147,7 +150,7 @@ def test_a_lock_file_that_goes_between_opening_and_locking(tmp_path: Path, monke
     monkeypatch.setattr(workspace.fcntl, "flock", late)
     with workspace._locked(path):
         assert path.read_text() == str(os.getpid())
-        with pytest.raises(InputError, match="another irc convert"), workspace._locked(path):
+        with pytest.raises(InputError, match=r"b\.lock"), workspace._locked(path):
             pass
     assert not path.exists()
 
@@ -158,7 +161,7 @@ def test_a_kill_before_the_recipe_was_written(tmp_path: Path, left: list[str]) -
     work.mkdir()
     for name in left:
         (work / name).write_text("model: d")
-    with held(work, Recipe(), force=False, resume=True):
+    with open_work_folder(work, Recipe(), force=False, resume=True):
         assert [path.name for path in work.iterdir()] == ["recipe.yaml"]
 
 
@@ -180,7 +183,7 @@ def test_a_kill_while_the_work_was_removed(
 
 
 def test_a_kill_leaves_a_bundle_whole(make_routed: Any, tmp_path: Path) -> None:
-    """Killed by SIGKILL at each of its writes, a save leaves the old bundle or the new one, or names the old one."""
+    """A save that is killed at any of its writes leaves the old or the new bundle, or an error that names the old."""
     model = make_routed()
     save_bundle(model, tmp_path / "b")
     before = (tmp_path / "b" / ADAPTER).read_bytes()
@@ -196,7 +199,7 @@ def test_a_kill_leaves_a_bundle_whole(make_routed: Any, tmp_path: Path) -> None:
             read_config(tmp_path / "b")
             assert json.loads((tmp_path / "b" / "metrics.json").read_text()) == {}
         else:
-            with pytest.raises(InputError, match="the whole one before is"):
+            with pytest.raises(InputError, match=r"\.b\..*\.old"):
                 read_config(tmp_path / "b")
             (old,) = tmp_path.glob(".b.*.old/b")
             os.replace(old, tmp_path / "b")
@@ -204,7 +207,7 @@ def test_a_kill_leaves_a_bundle_whole(make_routed: Any, tmp_path: Path) -> None:
 
 
 def _killed_at(number: int, work: Callable[[], object]) -> None:
-    """Do something in this process, and die by SIGKILL at its write or rename of that number."""
+    """Run `work` in this process, and die by SIGKILL at a given write or rename."""
     left = [number]
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Every bad input of `irc convert` and `irc eval`: one sentence, the right exit code, and nothing written."""
+"""Every bad input of `irc convert` and `irc eval`: one line that names it, the right exit code, nothing written."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def refused(irc_main: Any, arguments: list[str], output: Path, *parts: str, code
     assert sorted(output.parent.rglob("*")) == before
 
 
-TEXTS: dict[str, tuple[bytes | None, tuple[str, ...]]] = {
-    "missing": (None, ("no such file or folder", "give a path")),
-    "empty": (b"", ("holds no text",)),
-    "blank": (b" \n\n\t\n", ("holds no text",)),
-    "short": (b"short", ("less than one window", "shorter --seq-len")),
-    "binary": (b"\xff\xfe\x00\x81" * 100, ("not UTF-8",)),
+TEXTS: dict[str, bytes | None] = {
+    "missing": None,
+    "empty": b"",
+    "blank": b" \n\n\t\n",
+    "short": b"short",
+    "binary": b"\xff\xfe\x00\x81" * 100,
 }
 
 
@@ -52,15 +52,15 @@ TEXTS: dict[str, tuple[bytes | None, tuple[str, ...]]] = {
 def test_text_that_cannot_be_used(
     irc_main: Any, convert_arguments: Arguments, model_folder: Path, tmp_path: Path, which: str, verb: str
 ) -> None:
-    content, parts = TEXTS[which]
+    content = TEXTS[which]
     data = tmp_path / "data.txt"
     if content is not None:
         data.write_bytes(content)
     output = tmp_path / "b"
     if verb == "convert":
-        refused(irc_main, with_data(convert_arguments(output), data), output, *parts)
+        refused(irc_main, with_data(convert_arguments(output), data), output, data.name)
     else:
-        refused(irc_main, ["eval", str(model_folder), "--data", str(data), "--json"], output, *parts)
+        refused(irc_main, ["eval", str(model_folder), "--data", str(data), "--json"], output, data.name)
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"body": "x"}', "[1]", "no json"])
@@ -73,7 +73,7 @@ def test_rows_without_text(irc_main: Any, convert_arguments: Arguments, tmp_path
 def test_an_empty_folder_of_text(irc_main: Any, convert_arguments: Arguments, tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
     arguments = with_data(convert_arguments(tmp_path / "b"), tmp_path / "texts")
-    refused(irc_main, arguments, tmp_path / "b", "holds no text")
+    refused(irc_main, arguments, tmp_path / "b", "texts")
 
 
 def set_nan(folder: Path) -> None:
@@ -119,42 +119,42 @@ def lack_a_shard(folder: Path) -> None:
 
 
 MODELS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), ("model.safetensors is missing", "no weights")),
-    "only .bin": (only_pickles, (".bin", "never loaded")),
-    "NaN": (set_nan, ("model.layers.1.mlp.up_proj.weight holds NaN",)),
-    "truncated": (truncate, ("model.safetensors", "truncated")),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), ("model.safetensors",)),
+    "only .bin": (only_pickles, (".bin",)),
+    "NaN": (set_nan, ("model.layers.1.mlp.up_proj.weight", "NaN")),
+    "truncated": (truncate, ("model.safetensors",)),
     "a weight lacks": (lack_a_weight, ("model.layers.1.mlp.up_proj.weight",)),
-    "a shard lacks": (lack_a_shard, ("model-00001-of-00002.safetensors is missing",)),
-    "junk index": (lambda f: (f / "model.safetensors.index.json").write_text("[]"), ("not a safetensors index",)),
-    "no config": (lambda f: (f / "config.json").unlink(), ("no config.json",)),
-    "junk config": (lambda f: (f / "config.json").write_text("{"), ("config.json cannot be used",)),
-    "unknown type": (change_config(model_type="nosuch"), ("config.json cannot be used",)),
+    "a shard lacks": (lack_a_shard, ("model-00001-of-00002.safetensors",)),
+    "junk index": (lambda f: (f / "model.safetensors.index.json").write_text("[]"), ("model.safetensors.index.json",)),
+    "no config": (lambda f: (f / "config.json").unlink(), ("config.json",)),
+    "junk config": (lambda f: (f / "config.json").write_text("{"), ("config.json",)),
+    "unknown type": (change_config(model_type="nosuch"), ("config.json",)),
     "remote code": (
         change_config(model_type="nosuch", auto_map={"AutoConfig": "x.Y"}),
-        ("config.json cannot be used",),
+        ("config.json",),
     ),
-    "not causal": (change_config(model_type="bert", architectures=["BertModel"]), ("bert is not a supported",)),
+    "not causal": (change_config(model_type="bert", architectures=["BertModel"]), ("bert",)),
     "other architecture": (
         change_config(model_type="cohere"),
-        ("cohere is not a supported architecture",),
+        ("cohere",),
     ),
     "layers of a part": (
         change_config(model_type="gemma3", text_config={"num_hidden_layers": 10**9}),
-        ("gemma3 is not a supported architecture",),
+        ("gemma3",),
     ),
-    "layers": (change_config(model_type="gemma3_text", num_hidden_layers=10**9), ("more than any model has",)),
-    "experts": (change_config(model_type="mixtral", num_local_experts=10**9), ("config.json says num_experts",)),
+    "layers": (change_config(model_type="gemma3_text", num_hidden_layers=10**9), ("num_hidden_layers", "1000000000")),
+    "experts": (change_config(model_type="mixtral", num_local_experts=10**9), ("config.json", "num_experts")),
     "quantized": (
         change_config(quantization_config={"quant_method": "fp8"}),
-        ("its weights are stored as fp8 numbers with scales", "convert the checkpoint that it was made of"),
+        ("fp8",),
     ),
-    "weights of 8 bits": (eight_bits, ("mlp.up_proj.weight is stored as float8_e4m3fn",)),
-    "another config": (change_config(configuration_files=["config.4.0.json"]), ("names other configuration files",)),
+    "weights of 8 bits": (eight_bits, ("mlp.up_proj.weight", "float8_e4m3fn")),
+    "another config": (change_config(configuration_files=["config.4.0.json"]), ("config.json",)),
     "other shape": (change_config(intermediate_size=40), ("mlp",)),
-    "small vocabulary": (change_config(vocab_size=100), ("vocabulary ends at 99",)),
+    "small vocabulary": (change_config(vocab_size=100), ("99",)),
     "no tokenizer": (
         lambda f: [(f / name).unlink() for name in ("tokenizer.json", "tokenizer_config.json")],
-        ("no usable tokenizer",),
+        ("tokenizer",),
     ),
 }
 
@@ -174,51 +174,51 @@ def test_a_model_that_is_nowhere(
     irc_main: Any, convert_arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for name, part in (("/no/such/folder", "no such model folder"), ("nobody/nothing", "the hub did not give it")):
+    for name in ("/no/such/folder", "nobody/nothing"):
         arguments = convert_arguments(tmp_path / "b")
         arguments[1] = name
-        refused(irc_main, arguments, tmp_path / "b", name, part)
+        refused(irc_main, arguments, tmp_path / "b", name)
 
 
 SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
-    "sparsity above": (["--sparsity", "1.5"], ("sparsity is 1.5", "between 0 and 1")),
-    "sparsity below": (["--sparsity", "-0.1"], ("sparsity is -0.1",)),
-    "sparsity nan": (["--sparsity", "nan"], ("sparsity is nan",)),
-    "sparsity text": (["--sparsity", "much"], ("much", "--help")),
-    "rank": (["--rank", "33"], ("rank is 33", "hidden size is 32")),
-    "negative rank": (["--rank", "-1"], ("rank is -1",)),
-    "context": (["--seq-len", "65"], ("65", "context is 64")),
+    "sparsity above": (["--sparsity", "1.5"], ("--sparsity", "1.5", "0 to 1")),
+    "sparsity below": (["--sparsity", "-0.1"], ("--sparsity", "-0.1")),
+    "sparsity nan": (["--sparsity", "nan"], ("--sparsity", "nan")),
+    "sparsity text": (["--sparsity", "much"], ("--sparsity", "much")),
+    "rank": (["--rank", "33"], ("33", "32")),
+    "negative rank": (["--rank", "-1"], ("--rank", "-1")),
+    "context": (["--seq-len", "65"], ("65", "64")),
     "one token": (["--seq-len", "1"], ("--seq-len",)),
-    "unknown key": (["--set", "router.stepps=5"], ("unknown key router.stepps", "did you mean router.steps?")),
-    "unknown part": (["--set", "routr.steps=5"], ("unknown key routr.steps", "did you mean router?")),
-    "nothing below": (["--set", "data.seq_len=5"], ("unknown key data.seq_len", "nothing below data")),
-    "no YAML": (["--set", "seed={"], ("--set seed={", "cannot be read as YAML")),
-    "digits": (["--set", "seed=" + 5000 * "9"], ("--set seed=9", "larger than any")),
-    "no value": (["--set", "router.steps"], ("expected key=value",)),
-    "wrong type": (["--set", "router.steps=many"], ("router.steps", "'many'", "expected int")),
-    "whole part": (["--set", "router=5"], ("router", "5")),
-    "no steps": (["--set", "router.steps=0"], ("router.steps is 0", "at least 1")),
+    "unknown key": (["--set", "router.stepps=5"], ("--set", "router.stepps", "router.steps?")),
+    "unknown part": (["--set", "routr.steps=5"], ("--set", "routr.steps", "router?")),
+    "nothing below": (["--set", "data.seq_len=5"], ("--set", "data.seq_len")),
+    "no YAML": (["--set", "seed={"], ("--set seed={",)),
+    "digits": (["--set", "seed=" + 5000 * "9"], ("--set seed=9",)),
+    "no value": (["--set", "router.steps"], ("--set router.steps", "key=value")),
+    "wrong type": (["--set", "router.steps=many"], ("--set", "router.steps", "'many'")),
+    "whole part": (["--set", "router=5"], ("--set", "router", "5")),
+    "no steps": (["--set", "router.steps=0"], ("--set", "router.steps is 0", "at least 1")),
     "no batch": (["--set", "lff.batch_size=0"], ("lff.batch_size is 0", "at least 1")),
     "no lora rank": (["--set", "lora.rank=0"], ("lora.rank is 0", "at least 1")),
-    "stages": (["--stages", "router"], ("they are lff,router",)),
-    "no router": (["--stages", "lff,lora"], ("they are lff,router",)),
-    "unknown stage": (["--stages", "lff,train"], ("lff, train", "lff, router, lora")),
-    "order": (["--stages", "lff,lora,router"], ("in this order",)),
-    "policy": (["--policy", "greedy"], ("greedy", "informed")),
+    "stages": (["--stages", "router"], ("router", "lff, router")),
+    "no router": (["--stages", "lff,lora"], ("router", "lff, router")),
+    "unknown stage": (["--stages", "lff,train"], ("--stages", "'train'", "lff, router, lora")),
+    "order": (["--stages", "lff,lora,router"], ("--stages", "lff, lora, router", "lff, router, lora")),
+    "policy": (["--policy", "greedy"], ("--policy", "greedy", "informed")),
     "reads": (["--set", "router.reads=all"], ("router.reads is 'all'", "bottleneck")),
-    "bottleneck": (["--policy", "skipgpt", "--set", "router.reads=bottleneck"], ("has no forecasters",)),
+    "bottleneck": (["--policy", "skipgpt", "--set", "router.reads=bottleneck"], ("bottleneck", "skipgpt")),
     "budget": (["--set", "router.budget=layer"], ("router.budget is 'layer'", "recoverability")),
-    "one end": (["--set", "router.target_range=[0.1]"], ("router.target_range is [0.1]", "two shares")),
-    "ends": (["--set", "router.target_range=[0.6, 0.1]"], ("[0.6, 0.1]", "ascending")),
-    "no ends": (["--set", "router.target_range=[a, b]"], ("['a', 'b']", "two shares")),
+    "one end": (["--set", "router.target_range=[0.1]"], ("router.target_range", "[0.1]")),
+    "ends": (["--set", "router.target_range=[0.6, 0.1]"], ("[0.6, 0.1]",)),
+    "no ends": (["--set", "router.target_range=[a, b]"], ("router.target_range[0]", "'a'")),
     "range": (
         ["--set", "router.target_range=[0.1, 0.6]", "--set", "router.budget=unit"],
-        ("needs a budget of the whole model",),
+        ("router.target_range", "router.budget", "unit"),
     ),
-    "dial of units": (["--dial", "0.1,0.5", "--set", "router.budget=unit"], ("dial needs router.budget model",)),
-    "ascent": (["--set", "router.lr=-1"], ("router.lr is -1.0", "at least 0")),
+    "dial of units": (["--dial", "0.1,0.5", "--set", "router.budget=unit"], ("--dial", "router.budget", "unit")),
+    "ascent": (["--set", "router.lr=-1"], ("router.lr is -1", "at least 0")),
     "clip": (["--set", "router.clip=nan"], ("router.clip is nan", "at least 0")),
-    "no recipe": (["--recipe", "nowhere.yaml"], ("nowhere.yaml", "cannot be read")),
+    "no recipe": (["--recipe", "nowhere.yaml"], ("nowhere.yaml", "llama-3.2-1b")),
 }
 
 
@@ -230,14 +230,16 @@ def test_settings_that_cannot_be_used(irc_main: Any, convert_arguments: Argument
 
 @pytest.mark.parametrize(
     ("content", "part"),
-    [("sparsty: 0.2", "did you mean sparsity?"), ("- 1", "expected keys and values"), ("{", "cannot be read")],
+    [("sparsty: 0.2", "sparsity?"), ("- 1", "keys and values"), ("{", ""), ("seq_len: 0", "seq_len is 0")],
 )
 def test_recipes_that_cannot_be_used(
     irc_main: Any, convert_arguments: Arguments, tmp_path: Path, content: str, part: str
 ) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(content)
-    refused(irc_main, [*convert_arguments(tmp_path / "b"), "--recipe", str(path)], tmp_path / "b", part)
+    refused(
+        irc_main, [*convert_arguments(tmp_path / "b"), "--recipe", str(path)], tmp_path / "b", f"recipe {path}: ", part
+    )
 
 
 @pytest.mark.parametrize("what", ["bundle", "folder of other things", "file"])
@@ -257,12 +259,12 @@ def test_outputs_that_exist(
         assert irc_main(*arguments).code == 0
         assert (output / "metrics.json").is_file()
     else:
-        refused(irc_main, arguments, output, "exists already" if what == "bundle" else "not a bundle")
+        refused(irc_main, arguments, output, str(output))
 
 
 def test_an_output_whose_place_cannot_be_written(irc_main: Any, convert_arguments: Arguments, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    refused(irc_main, convert_arguments(tmp_path / "file" / "b"), tmp_path / "b", "cannot be written")
+    refused(irc_main, convert_arguments(tmp_path / "file" / "b"), tmp_path / "b", str(tmp_path / "file"))
 
 
 def test_a_full_disk_at_the_end_keeps_the_work(
@@ -273,10 +275,10 @@ def test_a_full_disk_at_the_end_keeps_the_work(
 
     output = tmp_path / "b"
     with monkeypatch.context() as patch:
-        patch.setattr("irc.bundle.loading._write", full)
+        patch.setattr("irc.bundle.saving._write", full)
         failed = irc_main(*convert_arguments(output))
     assert (failed.code, output.exists()) == (1, False)
-    assert "could not be written (No space left on device)" in failed.sentence()
+    assert "No space left on device" in failed.sentence()
     assert "--resume" in failed.sentence()
     assert irc_main(*convert_arguments(output), "--resume").code == 0
     assert (output / "metrics.json").is_file()

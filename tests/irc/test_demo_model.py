@@ -1,4 +1,4 @@
-"""The embedded model must really model text: its shape, its size, and its held-out perplexity, measured."""
+"""The embedded model: its shape, its size, and its measured perplexity on held-out text."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def test_model_card_states_what_was_measured() -> None:
         assert figure in card
 
 
-def test_it_has_learnt() -> None:
+def test_it_has_learned() -> None:
     base = find_base("demo")
     text = token_stream(load_text("stdlib").split("heldout"), base.tokenizer)
     if text.numel() < 50_000:
-        pytest.fail("the running Python ships too little of its library's source to measure on")
+        pytest.fail("the running Python ships too little source of its standard library for this test")
     model = build_plain(base)
     result = evaluate(model, pick(windows(text, 256), 24_576), Silent())
     assert result.dense < 25.0

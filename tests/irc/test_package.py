@@ -1,4 +1,4 @@
-"""The distribution: what wheel and sdist hold, and that the installed wheel works alone, from any folder."""
+"""The distribution: the contents of wheel and sdist, and that the installed wheel works from any folder."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def files_of_package(name: str) -> set[str]:
-    """Every file of a package that a user needs, by its path in the repository."""
+    """Return every file of a package that a user needs, by its path in the repository."""
     paths = (path for path in (ROOT / name).rglob("*") if path.is_file() and "__pycache__" not in path.parts)
     relative = {path.relative_to(ROOT).as_posix() for path in paths}
     return {path for path in relative if not path.startswith("exporters/native/")}
@@ -43,7 +43,7 @@ def files_of_package(name: str) -> set[str]:
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of one wheel and one sdist: IRC_PACKAGE where it is set, else built here from a copy."""
+    """The folder with the wheel and the sdist: IRC_PACKAGE if it is set, or a build from a copy."""
     if os.environ.get("IRC_PACKAGE"):
         return Path(os.environ["IRC_PACKAGE"]).resolve()
     source, output = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("package")
@@ -66,10 +66,10 @@ def wheel(built: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Give `installed(program, *arguments)`: runs it in a new environment, in an empty folder that is not the tree.
+    """Give `installed(program, *arguments)`, which runs a program in a new environment and an empty folder.
 
-    The environment holds the wheel and nothing else; torch and the rest are seen in this one's, which it is pointed to
-    by a .pth file, in which editable installs are not followed.
+    The environment contains only the wheel. A .pth file makes torch and the other dependencies of this environment
+    visible, but not editable installs.
     """
     place = tmp_path_factory.mktemp("venv")
     venv.create(place, with_pip=False, symlinks=True)
@@ -144,5 +144,5 @@ def test_the_installed_wheel_converts_and_inspects(installed: Run, tmp_path: Pat
     assert len(units) == 16
     assert {unit["rank"] for unit in units} == {25}
     done = installed("irc", "convert", "--recipe", "llama-3.2-1b-25", "-o", "other", "--set", "seed=-x")
-    assert done.returncode == 2, done.stderr  # the ready recipe was found: what is wrong is the seed
+    assert done.returncode == 2, done.stderr  # the ready recipe was found, and the seed was refused
     assert "seed" in done.stderr

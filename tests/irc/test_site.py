@@ -1,4 +1,4 @@
-"""The documentation site: every page is in it, what the API page names exists, and nothing is loaded from elsewhere."""
+"""The documentation site contains every page, the names on its API page exist, and it loads nothing from elsewhere."""
 
 from __future__ import annotations
 

@@ -16,7 +16,8 @@ import onnx
 import pytest
 
 import irc
-from irc.bundle.loading import CONFIG, save_bundle
+from irc.bundle.layout import CONFIG
+from irc.bundle.saving import save_bundle
 from irc.errors import InputError
 from irc.files.atomic import file_sha256
 from irc.model.checkpoint import find_base
@@ -122,14 +123,14 @@ NAMES = ["../model.safetensors", "/etc/hostname", "a/b.safetensors", "..", "", "
 @pytest.mark.parametrize("name", NAMES, ids=repr)
 def test_shards_outside_of_the_folder(copied: Path, name: Any) -> None:
     (copied / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(InputError, match=r"index.json: names the file .* not beside it"):
+    with pytest.raises(InputError, match=r"index.json: names the file"):
         _ = find_base(str(copied)).shards
 
 
 @pytest.mark.parametrize("key", ["vocab_file", "merges_file", "spm_file", "sp_model", "source_spm"])
 def test_tokenizer_files_outside_of_the_folder(copied: Path, key: str) -> None:
     edit(copied / "tokenizer_config.json", lambda c: c.update({key: "../secret"}))
-    with pytest.raises(InputError, match=r"tokenizer_config.json: names the file '../secret', which is not beside it"):
+    with pytest.raises(InputError, match=r"tokenizer_config.json: names the file '../secret'"):
         _ = find_base(str(copied)).tokenizer
 
 
@@ -223,7 +224,7 @@ def test_weights_outside_of_an_onnx_folder(altered: Path, tmp_path: Path) -> Non
         next(entry for entry in moved.external_data if entry.key == "location").value = place
         (altered / "model.onnx").write_bytes(model.SerializeToString())
         sign(altered)
-        with pytest.raises(InputError, match=r"which is not beside it|none of this folder's weights"):
+        with pytest.raises(InputError, match=r"names the file|none of this folder's weights"):
             Runtime(altered)
 
 

@@ -1,17 +1,18 @@
-"""Holds an operator library's kernels against the eager dialect, node by node on random shapes.
+"""Compares the kernels of an operator library with the eager operators, node by node, on random shapes.
 
-`examples/bench_gpu.py` asks this first of the CUDA library on a card.
+`examples/bench_gpu.py` runs this check on the CUDA library before it times anything.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from onnx import TensorProto, helper
+from onnx import ModelProto, TensorProto, helper
 from torch import Tensor
 
 from exporters.onnx_ops import DOMAIN, VERSION, function_protos
@@ -35,16 +36,16 @@ _KINDS = {
 
 
 @dataclass(frozen=True)
-class Found:
-    """What became of one operator in one type.
+class KernelResult:
+    """The result of checking one operator in one data type.
 
     Attributes:
-        operator: Its name in domain `irc`.
+        operator: Name of the operator in domain `irc`.
         dtype: fp32, fp16 or bf16.
-        cases: How many random inputs it was given.
-        wrong: In how many of them it failed, or any output differed in a single bit (NaN equals NaN), of products
-            and attention by more than rounding.
-        reason: Of the last failure, empty where there was none.
+        cases: Number of random inputs.
+        wrong: Number of inputs on which the kernel failed or gave a wrong output. Outputs of products and attention may
+            differ by rounding; all others must be equal bit for bit, where NaN equals NaN.
+        reason: Why the last of them was wrong; empty if none was.
     """
 
     operator: str
@@ -58,9 +59,9 @@ class NodeRunner:
     """Runs single nodes of domain `irc` on a provider, with inputs and outputs on the host.
 
     Args:
-        library: An operator library, None for the portable bodies.
+        library: An operator library, or None for the portable bodies.
         provider: ONNX Runtime's name of a provider.
-        threads: Of one node; 0 leaves it to ONNX Runtime.
+        threads: Threads per node; 0 lets ONNX Runtime choose.
     """
 
     def __init__(self, library: Path | None, provider: str, threads: int = 0) -> None:
@@ -70,7 +71,17 @@ class NodeRunner:
     def __call__(
         self, operator: str, inputs: Sequence[Tensor], outputs: Sequence[torch.dtype], **attributes: Any
     ) -> list[Tensor]:
-        """Return the outputs, whose types are given."""
+        """Run a node.
+
+        Args:
+            operator: Name of the operator.
+            inputs: In the operator's order.
+            outputs: Data type of each output.
+            **attributes: Attributes of the node.
+
+        Returns:
+            The outputs.
+        """
         session = self._session(operator, tuple(x.dtype for x in inputs), tuple(outputs), attributes)
         binding = session.io_binding()
         kept = [x.contiguous() for x in inputs]
@@ -90,62 +101,65 @@ class NodeRunner:
     ) -> Any:
         key = operator, kinds, outputs, tuple(attributes.items())
         if key not in self._sessions:
-            names = [f"x{index}" for index in range(len(kinds))], [f"y{index}" for index in range(len(outputs))]
-            given, made = (
-                [
-                    helper.make_tensor_value_info(name, _KINDS[kind], None)
-                    for name, kind in zip(side, types, strict=True)
-                ]
-                for side, types in zip(names, (kinds, outputs), strict=True)
-            )
-            node = helper.make_node(operator, *names, domain=DOMAIN, **attributes)
-            graph = helper.make_graph([node], "one", given, made)
-            sets = [helper.make_opsetid("", 23), helper.make_opsetid(DOMAIN, VERSION)]
-            bodies = function_protos({operator}, half=bool({torch.float16, torch.bfloat16}.intersection(kinds)))
-            model = helper.make_model(graph, opset_imports=sets, ir_version=10, functions=bodies)
+            model = _one_node_model(operator, kinds, outputs, attributes)
             ort = onnxruntime()
             options = ort.SessionOptions()
             options.log_severity_level, options.intra_op_num_threads = 4, self._threads
             if self.library is not None:
                 options.register_custom_ops_library(str(self.library))
-            # Without TF32, which rounds what products of float32 read to ten bits.
-            how = (self._provider, {"use_tf32": "0"}) if "CUDA" in self._provider else self._provider
-            self._sessions[key] = ort.InferenceSession(model.SerializeToString(), options, providers=[how])
+            # Turn off TF32, which rounds the float32 inputs of products to ten bits.
+            provider = (self._provider, {"use_tf32": "0"}) if "CUDA" in self._provider else self._provider
+            self._sessions[key] = ort.InferenceSession(model.SerializeToString(), options, providers=[provider])
         return self._sessions[key]
 
 
-def check_kernels(library: Path | None, provider: str, cases: int = 24, seed: int = 0) -> list[Found]:
-    """Run each operator on random shapes, among them no row, all rows and no token, with NaN among the numbers.
+def _one_node_model(
+    operator: str, inputs: Sequence[torch.dtype], outputs: Sequence[torch.dtype], attributes: Mapping[str, Any]
+) -> ModelProto:
+    """Return a model of one node with inputs x0, x1, ... and outputs y0, y1, ... of the given data types."""
+    x = [helper.make_tensor_value_info(f"x{index}", _KINDS[kind], None) for index, kind in enumerate(inputs)]
+    y = [helper.make_tensor_value_info(f"y{index}", _KINDS[kind], None) for index, kind in enumerate(outputs)]
+    names = [value.name for value in x], [value.name for value in y]
+    node = helper.make_node(operator, *names, domain=DOMAIN, **attributes)
+    graph = helper.make_graph([node], "one", x, y)
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid(DOMAIN, VERSION)]
+    bodies = function_protos({operator}, half=bool({torch.float16, torch.bfloat16}.intersection(inputs)))
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10, functions=bodies)
+
+
+def check_kernels(library: Path | None, provider: str, cases: int = 24, seed: int = 0) -> list[KernelResult]:
+    """Run each operator on random inputs. They include NaN, and shapes without rows, with all rows or without tokens.
 
     Args:
-        library: The CUDA operator library, None for the portable bodies.
-        provider: ONNX Runtime's name of the provider that it has kernels for.
-        cases: Random inputs for each type.
-        seed: Of the inputs.
+        library: The CUDA operator library, or None for the portable bodies.
+        provider: ONNX Runtime's name of the provider that the library has kernels for.
+        cases: Number of random inputs for each data type.
+        seed: Seed of the inputs.
 
     Returns:
-        One entry for each operator and type.
+        One entry for each operator and data type.
     """
     run = NodeRunner(library, provider)
-    found = []
+    results = []
     for name, dtype in DTYPES.items():
         generator = torch.Generator().manual_seed(seed)
         reasons: dict[str, list[str]] = {op: [] for op in OPERATORS if library is not None or op not in PADDED}
         for case in range(cases):
             drawn = random_case(generator, case)
             for operator, reason in check_case(run, drawn, dtype, generator).items():
-                reasons[operator] += [reason] if reason else []
-        for operator, failed in reasons.items():
-            found.append(Found(operator, name, cases, len(failed), failed[-1] if failed else ""))
-    return found
+                if reason:
+                    reasons[operator].append(reason)
+        for operator, failures in reasons.items():
+            results.append(KernelResult(operator, name, cases, len(failures), failures[-1] if failures else ""))
+    return results
 
 
 def random_case(generator: torch.Generator, case: int) -> dict[str, Any]:
-    """Draw a batch, tokens, a width, and the share of executed tokens; the first cases are the edges."""
-    edges = [(1, 1, 8, 0.0), (1, 1, 8, 1.0), (3, 0, 4, 0.5), (0, 3, 4, 0.5), (2, 4097, 3, 0.5), (8, 1, 64, 0.5)]
-    edges += [(1, 9000, 1, 1.0), (3, 300, 16, 0.0), (2, 5, 2100, 0.5)]
-    if case < len(edges):
-        batch, tokens, width, share = edges[case]
+    """Return `batch`, `tokens`, `width` and `share` (of executed tokens) of a case: edge cases first, then random."""
+    edge_cases = [(1, 1, 8, 0.0), (1, 1, 8, 1.0), (3, 0, 4, 0.5), (0, 3, 4, 0.5), (2, 4097, 3, 0.5), (8, 1, 64, 0.5)]
+    edge_cases += [(1, 9000, 1, 1.0), (3, 300, 16, 0.0), (2, 5, 2100, 0.5)]
+    if case < len(edge_cases):
+        batch, tokens, width, share = edge_cases[case]
     else:
         batch, tokens = _integer(generator, 1, 9), _integer(generator, 1, 600)
         width = _integer(generator, 1, 40) * (1, 8)[_integer(generator, 0, 2)]
@@ -156,21 +170,30 @@ def random_case(generator: torch.Generator, case: int) -> dict[str, Any]:
 def check_case(
     run: NodeRunner, case: Mapping[str, Any], dtype: torch.dtype, generator: torch.Generator
 ) -> dict[str, str]:
-    """Return for each operator how it differs from the eager one, empty where every bit of all outputs is the same.
+    """Run every operator on one case.
 
-    Products and attention may differ by rounding. Rows that are nothing are given to kernels only.
+    Padding rows are given to the kernels of a library only; the portable bodies do not accept them.
+
+    Args:
+        run: Runs the nodes.
+        case: What `random_case` returned.
+        dtype: Data type of the numbers.
+        generator: Source of the numbers.
+
+    Returns:
+        Why each operator's outputs are wrong, or an empty string if they are right.
     """
     irc = torch.ops.irc
     shape = case["batch"], case["tokens"], case["width"]
     mask = torch.rand(shape[:2], generator=generator) < case["share"]
     x, base = (torch.randn(shape, generator=generator) for _ in range(2))
     x, base = (torch.where(torch.rand(shape, generator=generator) < 0.01, torch.nan, t).to(dtype) for t in (x, base))
-    # Of what executes one difference in four is no number, another 0.
+    # Among the differences of executed tokens, one in four is NaN and another is 0.
     drawn = torch.randint(0, 4, shape[:2], generator=generator)
     difference = torch.where(mask, torch.tensor([torch.nan, 0.0, 1.0, torch.inf])[drawn], -(drawn + 1.0))
     executed, skipped = irc.select_rows(mask)
     y, like = irc.compact(x, executed), torch.zeros(shape[0], shape[1], 2, dtype=dtype)
-    wanted: dict[str, tuple[list[Tensor], list[Tensor]]] = {
+    row_cases: dict[str, tuple[list[Tensor], list[Tensor]]] = {
         "SelectRows": ([mask], [executed, skipped]),
         "DecideRows": ([difference], [executed, skipped]),
         "Compact": ([x, executed], [y]),
@@ -181,39 +204,42 @@ def check_case(
     pads = run.library is not None
     if pads:
         padded = [_padded(rows, mask.numel()) for rows in (executed, skipped)]
-        wanted |= {name: (wanted[plain][0], padded) for name, plain in PADDED.items()}
-    found = {}
-    for name, (inputs, expected) in wanted.items():
-        operator, attributes = PADDED.get(name, name), {"padded": mask.numel()} if name in PADDED else {}
-        outputs = _run(run, operator, inputs, [tensor.dtype for tensor in expected], attributes)
-        right = not isinstance(outputs, str) and _equal(outputs, expected)
-        found[name] = "" if right else f"{list(shape)}: {outputs if isinstance(outputs, str) else 'other numbers'}"
+        row_cases |= {name: (row_cases[plain][0], padded) for name, plain in PADDED.items()}
+    reasons = {}
+    for name, (inputs, expected) in row_cases.items():
+        attributes = {"padded": mask.numel()} if name in PADDED else {}
+        kinds = [tensor.dtype for tensor in expected]
+        is_right = partial(_equal, expected=expected)
+        reasons[name] = _wrong(run, Node(PADDED.get(name, name), inputs, kinds, attributes), is_right)
     for name, product in draw_products(x, skipped, generator, pads).items():
-        outputs = _run(run, name, product.inputs, [product.kind], {})
-        right = not isinstance(outputs, str) and product.is_near(outputs[0])
-        sizes = [list(tensor.shape) for tensor in product.inputs]
-        found[name] = "" if right else f"{sizes}: {outputs if isinstance(outputs, str) else 'other numbers'}"
-    batch, tokens = (min(max(1, case[name]), most) for name, most in (("batch", 9), ("tokens", 300)))
+        reasons[name] = _wrong(run, Node(name, product.inputs, [product.kind], {}), product.are_near)
+    batch, tokens = min(max(1, case["batch"]), 9), min(max(1, case["tokens"]), 300)
     attention = draw_attention(batch, tokens, case["share"], dtype, generator, pads)
-    outputs = _run(run, "RoutedAttention", attention.inputs, [dtype] * 3, attention.attributes)
-    right = not isinstance(outputs, str) and attention.is_near(outputs)
-    sizes = [list(tensor.shape) for tensor in attention.inputs]
-    found["RoutedAttention"] = "" if right else f"{sizes}: {outputs if isinstance(outputs, str) else 'other numbers'}"
-    return found
+    node = Node("RoutedAttention", attention.inputs, [dtype] * 3, attention.attributes)
+    reasons[node.operator] = _wrong(run, node, attention.is_near)
+    return reasons
 
 
-def _run(
-    run: NodeRunner,
-    operator: str,
-    inputs: Sequence[Tensor],
-    outputs: Sequence[torch.dtype],
-    attributes: Mapping[str, Any],
-) -> list[Tensor] | str:
-    """Return the outputs, or why there are none."""
+class Node(NamedTuple):
+    """A node to run: its operator, inputs, the data types of its outputs, and its attributes."""
+
+    operator: str
+    inputs: Sequence[Tensor]
+    outputs: Sequence[torch.dtype]
+    attributes: Mapping[str, Any]
+
+
+def _wrong(run: NodeRunner, node: Node, is_right: Callable[[list[Tensor]], bool]) -> str:
+    """Run a node; return why its outputs are wrong, or an empty string if they are right."""
     try:
-        return run(operator, inputs, outputs, **attributes)
-    except Exception as error:  # of ONNX Runtime, which has no class of its own for them
-        return first_line(error, 1000)
+        outputs = run(node.operator, node.inputs, node.outputs, **node.attributes)
+    except Exception as error:  # ONNX Runtime has no exception class of its own
+        reason = first_line(error, 1000)
+    else:
+        if is_right(outputs):
+            return ""
+        reason = "wrong numbers"
+    return f"inputs of shapes {[list(tensor.shape) for tensor in node.inputs]}: {reason}"
 
 
 def _padded(rows: Tensor, count: int) -> Tensor:
@@ -221,7 +247,7 @@ def _padded(rows: Tensor, count: int) -> Tensor:
 
 
 def ragged_places(mask: Tensor) -> list[Tensor]:
-    """Return what RaggedPlaces gives for the true tokens of a bool [batch, tokens]: places and index."""
+    """Return the outputs of RaggedPlaces, places and index, for the true tokens of a bool [batch, tokens]."""
     order = torch.cumsum(mask, 1) - 1
     counts = mask.sum(1)
     longest = int(counts.max()) if len(counts) else 0

@@ -1,4 +1,4 @@
-"""What the kernels of products are held against: exact sums, and how far a type may be from them."""
+"""Test cases for the kernels of matrix products: random inputs, exact results, and the allowed rounding errors."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from irc.bench.kernels.attention import choice
 from passes import dialect  # noqa: F401 - registers the operators
 
 PRODUCTS = ("RoutedMatMul", "RoutedGate", "Router", "ForecastAdd")
-# Of the sum of the terms' magnitudes. Kernels round once to four times.
+# Relative to the sum of the magnitudes of all terms. Kernels round one to four times.
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
 @dataclass(frozen=True)
 class Product:
-    """Inputs of an operator, and what it should make of them.
+    """Inputs of an operator and its expected output.
 
     Attributes:
         inputs: In the operator's order.
-        exact: Its output in float64, but for a float32 one.
-        magnitude: The same of all inputs' magnitudes: what rounding errors are measured by.
+        exact: The exact output in float64, or in float32 if the operator's output is always float32.
+        magnitude: The output for the magnitudes of all inputs. Rounding errors are relative to it.
     """
 
     inputs: list[Tensor]
@@ -30,61 +31,87 @@ class Product:
 
     @property
     def kind(self) -> torch.dtype:
-        """The output's type."""
+        """The data type of the output."""
         return self.inputs[0].dtype if self.exact.dtype == torch.float64 else self.exact.dtype
 
-    def is_near(self, found: Tensor) -> bool:
-        """Return whether an output is right up to rounding; NaN where it should be, and nowhere else."""
-        if found.shape != self.exact.shape or found.dtype != self.kind:
+    def is_near(self, output: Tensor) -> bool:
+        """Return whether an output is right up to rounding, with NaN exactly where it is expected."""
+        if output.shape != self.exact.shape or output.dtype != self.kind:
             return False
-        wrong = (found.double() - self.exact).abs() > TOLERANCES[self.inputs[0].dtype] * self.magnitude
-        return bool((found.isnan() == self.exact.isnan()).all() and not wrong.any())
+        wrong = (output.double() - self.exact).abs() > TOLERANCES[self.inputs[0].dtype] * self.magnitude
+        return bool((output.isnan() == self.exact.isnan()).all() and not wrong.any())
+
+    def are_near(self, outputs: list[Tensor]) -> bool:
+        """Return whether the only output of a node is right."""
+        return self.is_near(outputs[0])
 
 
 def draw_products(x: Tensor, rows: Tensor, generator: torch.Generator, padded: bool) -> dict[str, Product]:
-    """Draw one product for each operator: few or many rows, of one or several parts, of any number of columns.
+    """Draw one product for each operator, with random numbers of rows and columns.
 
     Args:
         x: [batch, tokens, d].
-        rows: Of x.
-        generator: Draws sizes and weights.
-        padded: Whether rows (-1, -1) follow, which only CUDA kernels take.
+        rows: Rows of x, int64 [1, rows, 2].
+        generator: Source of the sizes and weights.
+        padded: Whether rows (-1, -1) may follow, which only CUDA kernels accept.
     """
     irc = torch.ops.irc
-    most = _choice(generator, 1, 3, 8, 40)
-    real = rows[:, :most]
-    none = torch.full((1, _choice(generator, 0, 1, 5) if padded else 0, 2), -1)
-    given = torch.cat((real, none), 1)
-    depth, columns = x.shape[2], _choice(generator, 8, 24, 36, 130, 7, 264)
-    rank, deep = _choice(generator, 3, 4, 16), _choice(generator, depth, 700)
-    y = torch.randn((1, given.shape[1], deep), generator=generator).to(x.dtype)
-    y[:, real.shape[1] :] = 0  # as Compact gathers them
-    base = torch.randn((*x.shape[:2], columns), generator=generator).to(x.dtype)
-    w, down, up, bias = (
-        (torch.randn(shape, generator=generator) / shape[0] ** 0.5).to(x.dtype)
-        for shape in ((deep, columns), (depth, rank), (rank, columns), (columns,))
-    )
-    y_exact, y_magnitude = (irc.routed_matmul(a, given, b) for a, b in _exact_and_magnitude(y, w))
-    z_exact, z_magnitude = (
-        irc.forecast_add(a, real, *others) for a, *others in _exact_and_magnitude(x, base, down, up, bias)
-    )
+    most_rows = choice(generator, 1, 3, 8, 40)
+    real = rows[:, :most_rows]
+    padding = torch.full((1, choice(generator, 0, 1, 5) if padded else 0, 2), -1)
+    given = torch.cat((real, padding), 1)
+    width, columns = x.shape[2], choice(generator, 8, 24, 36, 130, 7, 264)
+    rank, inner = choice(generator, 3, 4, 16), choice(generator, width, 700)
+
+    def draw(shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=generator).to(x.dtype)
+
+    def draw_weight(shape: tuple[int, ...]) -> Tensor:
+        weight: Tensor = torch.randn(shape, generator=generator) / shape[0] ** 0.5
+        return weight.to(x.dtype)
+
+    y = draw((1, given.shape[1], inner))
+    y[:, real.shape[1] :] = 0  # Compact fills padding rows with zeros
+    base = draw((x.shape[0], x.shape[1], columns))
+    w, down = draw_weight((inner, columns)), draw_weight((width, rank))
+    up, bias = draw_weight((rank, columns)), draw_weight((columns,))
     other = w.roll(1, dims=1).contiguous()
-    gate_exact, _ = (irc.routed_gate(a, given, b, c) for a, b, c in _exact_and_magnitude(y, w, other))
-    gate_magnitude = 2 * y_magnitude * y_magnitude.roll(1, dims=2)  # silu is hardly steeper than 1
-    tokens = x[:1, :most]
-    w1, b1, w2, b2 = down, *(torch.randn(n, generator=generator).to(x.dtype) for n in ((rank,), (rank, 1), (1,)))
-    score, score_magnitude = (irc.router(*each) for each in _exact_and_magnitude(tokens, w1, b1, w2, b2))
+    tokens = x[:1, :most_rows]
+    b1, w2, b2 = draw((rank,)), draw((rank, 1)), draw((1,))
+
+    def matmul(y: Tensor, w: Tensor) -> Tensor:
+        product: Tensor = irc.routed_matmul(y, given, w)
+        return product
+
+    def forecast_add(x: Tensor, *others: Tensor) -> Tensor:
+        total: Tensor = irc.forecast_add(x, real, *others)
+        return total
+
+    matmul_magnitude = matmul(*_magnitudes(y, w))
+    # The magnitude of a gate is at most about that of its two products, because silu is hardly steeper than 1.
+    gate_magnitude = 2 * matmul_magnitude * matmul_magnitude.roll(1, dims=2)
+    exact_y, exact_w, exact_other = _exact(y, w, other)
+    router_inputs = (tokens, down, b1, w2, b2)
+    forecast_inputs = (x, base, down, up, bias)
     return {
-        "RoutedMatMul": Product([y, given, w], y_exact, y_magnitude),
-        "RoutedGate": Product([y, given, w, other], gate_exact, gate_magnitude),
-        "Router": Product([tokens, w1, b1, w2, b2], score, score_magnitude),
-        "ForecastAdd": Product([x, given, base, down, up, bias], z_exact, z_magnitude),
+        "RoutedMatMul": Product([y, given, w], matmul(exact_y, exact_w), matmul_magnitude),
+        "RoutedGate": Product(
+            [y, given, w, other], irc.routed_gate(exact_y, given, exact_w, exact_other), gate_magnitude
+        ),
+        "Router": Product(
+            list(router_inputs), irc.router(*_exact(*router_inputs)), irc.router(*_magnitudes(*router_inputs))
+        ),
+        "ForecastAdd": Product(
+            [x, given, base, down, up, bias],
+            forecast_add(*_exact(*forecast_inputs)),
+            forecast_add(*_magnitudes(*forecast_inputs)),
+        ),
     }
 
 
-def _exact_and_magnitude(*tensors: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    return [tensor.double() for tensor in tensors], [tensor.double().abs() for tensor in tensors]
+def _exact(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.double() for tensor in tensors]
 
 
-def _choice(generator: torch.Generator, *values: int) -> int:
-    return values[int(torch.randint(0, len(values), (), generator=generator))]
+def _magnitudes(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.double().abs() for tensor in tensors]

@@ -1,4 +1,4 @@
-"""Runs lm-evaluation-harness on our models: `irc eval MODEL --tasks ...`."""
+"""Runs lm-evaluation-harness on our models, for `irc eval MODEL --tasks ...`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from lm_eval import evaluate, utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 
-from irc.bundle.key_policy import KeyPolicy
+from irc.bundle.loading import open_model
+from irc.bundle.source import ModelSource, as_source
 from irc.errors import InputError
-from irc.evaluation.run import open_model
 from irc.evaluation.tasks.local import LOCAL, RECALL_TOKENS, write_tasks
 from irc.evaluation.tasks.scorers import OnnxScorer, Scorer, TorchScorer
 from irc.files.untrusted import first_line
@@ -26,18 +26,18 @@ from irc.runtime.session import Runtime
 from irc.text.source import load_text
 
 _BATCH_TOKENS = 4_096
-_MOST_NEW_TOKENS = 256
+_MAX_NEW_TOKENS = 256
 _QUESTIONS = 200
 _BOOTSTRAP = 1_000
 
 
 class HarnessModel(TemplateLM):
-    """A scorer as lm-evaluation-harness wants it. Requests of like length share a batch, padded on the right.
+    """Adapts a scorer to lm-evaluation-harness. Requests of similar length share a batch, padded on the right.
 
     Args:
-        scorer: What gives logits.
+        scorer: The model.
         progress: Makes progress bars.
-        side: What the bars call the model.
+        side: Name of the model in the progress bars, `dense` or `routed`.
     """
 
     def __init__(self, scorer: Scorer, progress: ProgressFactory, side: str) -> None:
@@ -50,11 +50,11 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends a text; it conditions requests without a context."""
+        """The token that ends a text. It is the context of requests that have none."""
         for token in (self.tokenizer.eos_token_id, self.tokenizer.bos_token_id):
             if token is not None:
                 return int(token)
-        raise InputError("the model's tokenizer has neither an end nor a beginning of text; tasks need one")
+        raise InputError("the model's tokenizer has no end-of-text and no beginning-of-text token; tasks need one")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Return the ids of a text."""
@@ -62,14 +62,14 @@ class HarnessModel(TemplateLM):
         return ids
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Return log-likelihood, and whether it is the greedy choice, of each (context, continuation)."""
-        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
-        return found
+        """Return the log-likelihood of each (context, continuation), and whether it is the greedy choice."""
+        scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return scores
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        scores: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         texts = [(context + answer)[-(self.max_length + 1) :] for _, context, answer in requests]
         order = sorted(range(len(requests)), key=lambda index: -len(texts[index]))
         done = 0
@@ -81,12 +81,12 @@ class HarnessModel(TemplateLM):
                 for row, index in enumerate(batch):
                     answer = torch.tensor(requests[index][2][-self.max_length :])
                     end = len(texts[index]) - 1
-                    chances = logits[row, end - len(answer) : end].log_softmax(-1)
-                    total = chances.gather(1, answer[:, None]).double().sum().item()
-                    found[index] = (total, bool((chances.argmax(-1) == answer).all()))
+                    log_probabilities = logits[row, end - len(answer) : end].log_softmax(-1)
+                    total = log_probabilities.gather(1, answer[:, None]).double().sum().item()
+                    scores[index] = (total, bool((log_probabilities.argmax(-1) == answer).all()))
                 done += len(batch)
                 bar.update(done)
-        return found
+        return scores
 
     def _batch_logits(self, texts: list[list[int]]) -> torch.Tensor:
         longest = max(len(text) for text in texts)
@@ -98,8 +98,8 @@ class HarnessModel(TemplateLM):
         return self.scorer.logits(ids, mask)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Return the log-likelihood of whole texts, in windows of the model's context."""
-        owners: list[int] = []
+        """Return the log-likelihood of whole texts, computed in windows of the model's context."""
+        request_of_window: list[int] = []
         pairs: list[tuple[Any, list[int], list[int]]] = []
         for index, request in enumerate(requests):
             windows = utils.get_rolling_token_windows(
@@ -108,82 +108,72 @@ class HarnessModel(TemplateLM):
                 max_seq_len=self.max_length,
                 context_len=1,
             )
-            made = [(None, *utils.make_disjoint_window(window)) for window in windows]
-            owners += [index] * len(made)
-            pairs += made
+            disjoint = [(None, *utils.make_disjoint_window(window)) for window in windows]
+            request_of_window += [index] * len(disjoint)
+            pairs += disjoint
         totals = [0.0] * len(requests)
-        for index, (value, _) in zip(owners, self._loglikelihood_tokens(pairs), strict=True):
+        for index, (value, _) in zip(request_of_window, self._loglikelihood_tokens(pairs), strict=True):
             totals[index] += value
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Return greedy continuations up to each request's stop strings."""
-        made = []
+        """Return the greedy continuation of each request, up to its stop strings."""
+        texts = []
         with self.progress(f"{self.side}: texts", len(requests)) as bar:
             for done, request in enumerate(requests, start=1):
                 prompt, options = request.args
                 if options.get("do_sample"):
-                    raise InputError("this task samples its answers; only tasks with greedy generation are supported")
+                    raise InputError("the task samples its answers (do_sample); choose a task with greedy generation")
                 stop = options.get("until") or []
                 stop = [stop] if isinstance(stop, str) else stop
-                most = min(int(options.get("max_gen_toks", _MOST_NEW_TOKENS)), self.max_length // 2)
-                made.append(self.scorer.continue_text(prompt, stop, most))
+                max_tokens = min(int(options.get("max_gen_toks", _MAX_NEW_TOKENS)), self.max_length // 2)
+                texts.append(self.scorer.continue_text(prompt, stop, max_tokens))
                 bar.update(done)
-        return made
+        return texts
 
 
 def run_tasks(
-    name: str,
+    model: ModelSource | str,
     tasks: Sequence[str],
     progress: ProgressFactory,
     *,
     data: str = "stdlib",
     limit: int | None = None,
     task_path: Path | None = None,
-    base: str | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
-    key_policy: KeyPolicy | None = None,
-    sparsity: float | None = None,
 ) -> dict[str, Any]:
     """Evaluate a bundle, a plain model or an ONNX folder on tasks.
 
     Args:
-        name: Bundle, model folder, hub id, demo, or ONNX folder.
-        tasks: Names that lm-evaluation-harness knows, and those of `irc.evaluation.tasks.local`.
+        model: Bundle, model folder, hub id, demo, or ONNX folder, and how to open it.
+        tasks: Names of tasks of lm-evaluation-harness or of `irc.evaluation.tasks.local`.
         progress: Makes progress bars.
-        data: Text that the local tasks are made of.
-        limit: Questions a task; all (200 of a local one) when None.
+        data: Text for the local tasks.
+        limit: Most questions per task; None for all (200 for a local task).
         task_path: Folder of further task files.
-        base: Where a bundle's base is, if it has moved.
-        dtype: Of a PyTorch model.
-        device: Of a PyTorch model.
-        key_policy: Of a bundle, in place of its own.
-        sparsity: Of a bundle, in place of its own, within its dial.
 
     Returns:
-        The JSON object of `irc eval --tasks`: each task's figures, dense and routed, and the sparsity that was met.
+        The JSON object of `irc eval --tasks`: the figures of each task, dense and routed, and the realized sparsity.
 
     Raises:
-        InputError: A task is not known, or the model cannot be opened.
+        InputError: A task is unknown, or the model cannot be opened.
     """
+    source = as_source(model)
+    name = source.name
     for noisy in ("lm_eval", "lm-eval", "lm_eval.api.task", "datasets", "evaluate"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory() as made:
-        manager = _manager(tasks, task_path, Path(made))
-        opened = {"base": base, "dtype": dtype, "key_policy": key_policy, "sparsity": sparsity}
-        scorers = _scorers(name, device, opened)
+    with tempfile.TemporaryDirectory() as folder:
+        local_files = Path(folder)
+        manager = _manager(tasks, task_path, local_files)
+        scorers = _scorers(source)
         if any(task in LOCAL for task in tasks):
-            first, context = next(iter(scorers.values())).tokenizer, next(iter(scorers.values())).context
-            if "code_recall" in tasks and context < RECALL_TOKENS:
+            scorer = next(iter(scorers.values()))
+            if "code_recall" in tasks and scorer.context < RECALL_TOKENS:
                 raise InputError(
-                    f"task code_recall asks for names up to {RECALL_TOKENS} tokens back; {name} reads {context}"
+                    f"task code_recall needs a context of {RECALL_TOKENS} tokens, but {name} reads {scorer.context}; "
+                    "leave the task out"
                 )
-            text = load_text(data)
-            documents = text.split("heldout") or list(text.documents)
-            count = _QUESTIONS if limit is None else limit
-            write_tasks(tasks, documents, lambda piece: len(first(piece)["input_ids"]), Path(made), count)
-            manager = _manager(tasks, task_path, Path(made))
+            _write_local_tasks(tasks, scorer.tokenizer, data, local_files, _QUESTIONS if limit is None else limit)
+            manager = _manager(tasks, task_path, local_files)
         results: dict[str, dict[str, Any]] = {}
         sparsity = None
         for side, scorer in scorers.items():
@@ -201,32 +191,42 @@ def run_tasks(
     }
 
 
-def _scorers(name: str, device: str, opened: dict[str, Any]) -> dict[str, Scorer]:
-    if (Path(name) / MANIFEST).is_file():
-        fixed = next((key for key in ("sparsity", "key_policy") if opened[key] is not None), None)
-        if fixed:
-            raise InputError(f"{name}: an exported folder has its {fixed.replace('_', ' ')}; export again with another")
-        generator = Generator(Runtime(Path(name), "cuda" if device.startswith("cuda") else device))
+def _write_local_tasks(tasks: Sequence[str], tokenizer: Any, data: str, folder: Path, limit: int) -> None:
+    """Write the local tasks from the held-out split of a text, or from all of it if that split is empty."""
+    text = load_text(data)
+    documents = text.split("heldout") or list(text.documents)
+    write_tasks(tasks, documents, lambda piece: len(tokenizer(piece)["input_ids"]), folder, limit)
+
+
+def _scorers(source: ModelSource) -> dict[str, Scorer]:
+    """Open the model; return its scorers by side, `dense` and `routed`."""
+    if (Path(source.name) / MANIFEST).is_file():
+        for setting, value in (("sparsity", source.sparsity), ("key policy", source.key_policy)):
+            if value is not None:
+                raise InputError(f"{source.name}: the {setting} of an exported folder is fixed; export it again")
+        device = "cuda" if source.device.startswith("cuda") else source.device
+        generator = Generator(Runtime(Path(source.name), device))
         return {"routed" if generator.runtime.exported.decisions else "dense": OnnxScorer(generator)}
-    model = open_model(name, device=device, **opened)
+    model = open_model(source)
     scorers: dict[str, Scorer] = {"dense": TorchScorer(model, "execute")}
     return scorers | ({"routed": TorchScorer(model, "route")} if model.spec else {})
 
 
-def _manager(tasks: Sequence[str], task_path: Path | None, made: Path) -> TaskManager:
-    """Return a task manager that knows the tasks; the harness's own files are read only where they are needed."""
+def _manager(tasks: Sequence[str], task_path: Path | None, local_files: Path) -> TaskManager:
+    """Return a task manager that knows the tasks. The harness's own task files are read only if they are needed."""
     if task_path is not None and not task_path.is_dir():
-        raise InputError(f"--task-path {task_path}: there is no such folder")
-    paths = [str(path) for path in (made, task_path) if path is not None]
-    foreign = [task for task in tasks if task not in LOCAL]
+        raise InputError(f"{task_path}: no such folder of task files", options=("task_path",))
+    paths = [str(path) for path in (local_files, task_path) if path is not None]
+    not_local = [task for task in tasks if task not in LOCAL]
     manager = TaskManager(include_path=paths, include_defaults=False)
-    if any(task not in manager.all_tasks for task in foreign):
+    if any(task not in manager.all_tasks for task in not_local):
         manager = TaskManager(include_path=paths, include_defaults=True)
-    unknown = [task for task in foreign if task not in manager.all_tasks]
+    unknown = [task for task in not_local if task not in manager.all_tasks]
     if unknown:
         raise InputError(
-            f"--tasks: lm-evaluation-harness knows no task '{unknown[0]}'; local ones are {', '.join(LOCAL)}, "
-            "further ones can be given by --task-path"
+            f"unknown task '{unknown[0]}'; choose a task of lm-evaluation-harness, a local one ({', '.join(LOCAL)}), "
+            "or name a folder of task files",
+            options=("tasks", "task_path"),
         )
     return manager
 
@@ -236,15 +236,17 @@ def _evaluate(
 ) -> dict[str, dict[str, float]]:
     try:
         loaded = manager.load(list(tasks))
-        found = evaluate(model, loaded, limit=limit, bootstrap_iters=_BOOTSTRAP, log_samples=False)
+        output = evaluate(model, loaded, limit=limit, bootstrap_iters=_BOOTSTRAP, log_samples=False)
     except InputError:
         raise
     except (OSError, ConnectionError, ValueError, KeyError) as error:
-        reason = first_line(error)
-        raise InputError(f"--tasks {','.join(tasks)}: the harness failed ({reason}); is their data at hand?") from error
-    counts = found["n-samples"]
-    return {
-        task: {"questions": counts.get(task, {}).get("effective")}
-        | {key.removesuffix(",none"): value for key, value in figures.items() if isinstance(value, float)}
-        for task, figures in found["results"].items()
-    }
+        raise InputError(
+            f"tasks {','.join(tasks)}: the harness failed ({first_line(error)}); check that their data is available"
+        ) from error
+    results: dict[str, dict[str, float]] = {}
+    for task, figures in output["results"].items():
+        results[task] = {"questions": output["n-samples"].get(task, {}).get("effective")}
+        for key, value in figures.items():
+            if isinstance(value, float):
+                results[task][key.removesuffix(",none")] = value
+    return results

@@ -1,10 +1,10 @@
-"""Tasks made of Python text, for machines without a network: multiple choice, four answers, one true.
+"""Tasks made from Python text, for machines without a network: multiple choice with four answers, one of them right.
 
-`code_continuation`  which lines follow in a function, among lines that follow in others.
+`code_continuation`  which lines come next in a function; the wrong answers come next in other functions.
 `code_closing`       which brackets close here, or how far the next line is indented.
-`code_recall`        which name stands here, last seen 200 tokens or more before; long context in small.
+`code_recall`        which name comes next, last seen at least 200 tokens before; a small test of long context.
 
-They are lm-evaluation-harness tasks like any other: a YAML file and a JSON file each, written from held-out text.
+Each task is a YAML file and a JSON Lines file in the format of lm-evaluation-harness, written from held-out text.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import ast
 import json
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import yaml
 
@@ -28,41 +28,42 @@ _CONTEXT_CHARACTERS = 1_200
 RECALL_TOKENS = 440
 _CLOSERS = (")", "]", "}", "):", "))", ")]", "],", "),", "})", "):\n", ")\n")
 _NAME = re.compile(r"\b[A-Za-z_]\w{4,}\b")
-Doc = dict[str, Any]
-
-
-class Encode(Protocol):
-    """Counts tokens."""
-
-    def __call__(self, text: str) -> int:
-        """Return how many tokens a text has."""
-        ...
+_CLOSED_LINE = re.compile(r"[\w'\"]([)\]}]+:?,?)\n$")
+Question = dict[str, Any]
+CountTokens = Callable[[str], int]
 
 
 def write_tasks(
-    names: Sequence[str], documents: Sequence[Document], encode: Encode, folder: Path, limit: int, seed: int = 0
+    names: Sequence[str],
+    documents: Sequence[Document],
+    count_tokens: CountTokens,
+    folder: Path,
+    limit: int,
+    seed: int = 0,
 ) -> None:
     """Write local tasks.
 
     Args:
-        names: Of `LOCAL`; others are left alone.
-        documents: Python sources, held out.
-        encode: Counts tokens of the model's tokenizer.
+        names: Tasks to write, of `LOCAL`. Other names are ignored.
+        documents: Held-out Python sources.
+        count_tokens: Counts the tokens of a text with the model's tokenizer.
         folder: Where `NAME.yaml` and `NAME.jsonl` go.
-        limit: Questions a task, at most.
-        seed: Of the choice of questions and of distractors.
+        limit: Most questions per task.
+        seed: Seed for the choice of questions and of wrong answers.
 
     Raises:
-        InputError: The text yields no question for a task.
+        InputError: The text contains no question for a task.
     """
     makers = {"code_continuation": _continuations, "code_closing": _closings, "code_recall": _recalls}
     for name, make in makers.items():
         if name not in names:
             continue
         draw = random.Random(f"{seed} {name}")
-        questions = list(make(documents, draw, encode, limit))
+        questions = list(make(documents, draw, count_tokens, limit))
         if not questions:
-            raise InputError(f"task {name}: the text yields no question; give more Python text by --data")
+            raise InputError(
+                f"task {name}: the text contains no question for it; give more Python text", options=("data",)
+            )
         lines = [json.dumps(question) for question in questions]
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(_config(name, folder)), encoding="utf-8")
@@ -89,14 +90,16 @@ def _config(name: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def _question(context: str, true: str, others: Sequence[str], draw: random.Random) -> Doc:
-    choices = [true, *others]
+def _question(context: str, right: str, wrong: Sequence[str], draw: random.Random) -> Question:
+    choices = [right, *wrong]
     draw.shuffle(choices)
-    return {"context": context, "choices": choices, "answer": choices.index(true)}
+    return {"context": context, "choices": choices, "answer": choices.index(right)}
 
 
-def _continuations(documents: Sequence[Document], draw: random.Random, encode: Encode, limit: int) -> Iterator[Doc]:
-    """Cut functions in their middle; distractors are the same number of lines of others, indented alike."""
+def _continuations(
+    documents: Sequence[Document], draw: random.Random, count_tokens: CountTokens, limit: int
+) -> Iterator[Question]:
+    """Ask how functions continue after their middle. Wrong answers come from other functions with equal indentation."""
     cuts: list[tuple[str, str, int]] = []
     for document in documents:
         lines = document.text.splitlines(keepends=True)
@@ -110,16 +113,16 @@ def _continuations(documents: Sequence[Document], draw: random.Random, encode: E
     by_indent: dict[int, list[str]] = {}
     for _, following, indent in cuts:
         by_indent.setdefault(indent, []).append(following)
-    made = 0
+    count = 0
     for context, following, indent in cuts:
         others = [other for other in set(by_indent[indent]) if other != following]
-        if made < limit and len(others) >= CHOICES - 1:
-            made += 1
+        if count < limit and len(others) >= CHOICES - 1:
+            count += 1
             yield _question(context, following, draw.sample(sorted(others), CHOICES - 1), draw)
 
 
 def _functions(text: str) -> list[tuple[int, int]]:
-    """Return first and last line of every function of a source, counted from 1; none where it does not parse."""
+    """Return the first and last line of every function in a source, counted from 1; empty if it does not parse."""
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError):
@@ -132,28 +135,20 @@ def _indent(text: str) -> int:
     return len(text) - len(text.lstrip(" "))
 
 
-def _closings(documents: Sequence[Document], draw: random.Random, encode: Encode, limit: int) -> Iterator[Doc]:
-    """Ask by turns for the brackets that end a line, and for the indentation that begins one."""
-    brackets: list[Doc] = []
-    indents: list[Doc] = []
+def _closings(
+    documents: Sequence[Document], draw: random.Random, count_tokens: CountTokens, limit: int
+) -> Iterator[Question]:
+    """Ask in turn for the brackets that end a line and for the indentation that begins one."""
+    brackets: list[Question] = []
+    indents: list[Question] = []
     for document in documents:
-        lines = document.text.splitlines(keepends=True)
-        starts = [0]
+        first, *lines = document.text.splitlines(keepends=True) or [""]
+        start = len(first)
         for line in lines:
-            starts.append(starts[-1] + len(line))
-        for index, line in enumerate(lines[1:], start=1):
-            before = document.text[max(0, starts[index] - _CONTEXT_CHARACTERS // 2) : starts[index]]
-            end = re.search(r"[\w'\"]([)\]}]+:?,?)\n$", line)
-            if end:
-                true = end.group(1)
-                others = sorted({closer.strip() for closer in _CLOSERS} - {true})
-                context = before + line[: end.start(1)]
-                brackets.append(_question(context, true, draw.sample(others, CHOICES - 1), draw))
-            indent, rest = _indent(line), line.lstrip(" ").rstrip("\n")
-            if rest and indent % 4 == 0 and indent <= 16 and not rest.startswith(("#", '"', "'")) and before.strip():
-                spaces = [" " * width for width in (0, 4, 8, 12, 16) if width != indent]
-                wrong = [space + rest for space in draw.sample(spaces, CHOICES - 1)]
-                indents.append(_question(before, " " * indent + rest, wrong, draw))
+            before = document.text[max(0, start - _CONTEXT_CHARACTERS // 2) : start]
+            brackets += _bracket_question(before, line, draw)
+            indents += _indent_question(before, line, draw)
+            start += len(line)
     for questions in (brackets, indents):
         draw.shuffle(questions)
     half = min((limit + 1) // 2, len(brackets), len(indents))
@@ -161,24 +156,46 @@ def _closings(documents: Sequence[Document], draw: random.Random, encode: Encode
     yield from [question for pair in pairs for question in pair][:limit]
 
 
-def _recalls(documents: Sequence[Document], draw: random.Random, encode: Encode, limit: int) -> Iterator[Doc]:
-    """Ask for a name whose last mention lies at least `RECALL_DISTANCE` tokens back; distractors stand in the text."""
-    found: list[Doc] = []
+def _bracket_question(before: str, line: str, draw: random.Random) -> list[Question]:
+    """Return a question for the brackets that end a line, or nothing if it does not end with any."""
+    end = _CLOSED_LINE.search(line)
+    if end is None:
+        return []
+    right = end.group(1)
+    others = sorted({closer.strip() for closer in _CLOSERS} - {right})
+    return [_question(before + line[: end.start(1)], right, draw.sample(others, CHOICES - 1), draw)]
+
+
+def _indent_question(before: str, line: str, draw: random.Random) -> list[Question]:
+    """Return a question for the indentation of a line, or nothing if the line is not suitable."""
+    indent, rest = _indent(line), line.lstrip(" ").rstrip("\n")
+    is_code = bool(rest) and not rest.startswith(("#", '"', "'"))
+    if not is_code or indent % 4 or indent > 16 or not before.strip():
+        return []
+    other_indents = [" " * width for width in (0, 4, 8, 12, 16) if width != indent]
+    wrong = [spaces + rest for spaces in draw.sample(other_indents, CHOICES - 1)]
+    return [_question(before, " " * indent + rest, wrong, draw)]
+
+
+def _recalls(
+    documents: Sequence[Document], draw: random.Random, count_tokens: CountTokens, limit: int
+) -> Iterator[Question]:
+    """Ask for a name that was last seen at least `RECALL_DISTANCE` tokens before. Wrong answers occur in between."""
+    questions: list[Question] = []
     for document in documents:
-        names = [(match.group(), match.start()) for match in _NAME.finditer(document.text)]
-        last: dict[str, int] = {}
-        for name, place in names:
-            before = last.get(name)
-            last[name] = place
-            # Tokens have three characters or so: cheap bounds first, then the count itself.
+        last_places: dict[str, int] = {}
+        for match in _NAME.finditer(document.text):
+            name, place = match.group(), match.start()
+            before = last_places.get(name)
+            last_places[name] = place
+            # A token has about three characters, so check cheap bounds before counting tokens.
             if before is None or not 300 < place - before < 4 * RECALL_TOKENS or draw.random() > 0.2:
                 continue
             context = document.text[before:place]
-            length = encode(context)
-            if not RECALL_DISTANCE <= length <= RECALL_TOKENS:
+            if not RECALL_DISTANCE <= count_tokens(context) <= RECALL_TOKENS:
                 continue
             others = sorted({other for other in _NAME.findall(context) if other != name and len(other) > 4})
             if len(others) >= CHOICES - 1:
-                found.append(_question(context, name, draw.sample(others, CHOICES - 1), draw))
-    draw.shuffle(found)
-    yield from found[:limit]
+                questions.append(_question(context, name, draw.sample(others, CHOICES - 1), draw))
+    draw.shuffle(questions)
+    yield from questions[:limit]

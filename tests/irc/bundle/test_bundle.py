@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,9 @@ import pytest
 import torch
 
 import irc
-from irc.bundle.loading import ADAPTER, CONFIG, save_bundle
+from irc.bundle.contents import Bundle, bundle_of
+from irc.bundle.layout import ADAPTER, CONFIG
+from irc.bundle.saving import save_bundle
 from irc.errors import InputError, IrcError
 from irc.model.build import build_plain
 from irc.model.routed import RoutedForCausalLM
@@ -48,6 +51,13 @@ def greedy(model: RoutedForCausalLM, ids: torch.Tensor, mask: torch.Tensor, step
 
 def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def loaded(folder: Path) -> Bundle:
+    """Return what a loaded model knows of its bundle."""
+    found = bundle_of(irc.load(folder))
+    assert found is not None
+    return found
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -116,56 +126,38 @@ def test_cached_logits_equal_those_without_cache(bundle: Path, ids: torch.Tensor
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no config": (lambda b: (b / CONFIG).unlink(), "not a bundle"),
-    "no adapter": (lambda b: (b / ADAPTER).unlink(), "is missing; convert again"),
-    "truncated adapter": (
-        lambda b: (b / ADAPTER).write_bytes((b / ADAPTER).read_bytes()[:-9]),
-        "truncated or was changed",
-    ),
-    "changed adapter": (
-        lambda b: (b / ADAPTER).write_bytes((b / ADAPTER).read_bytes()[:-1] + b"\x01"),
-        "truncated or was changed",
-    ),
-    "changed hash": (lambda b: edit(b, lambda c: c.update(adapter_sha256="0" * 64)), "truncated or was changed"),
-    "newer format": (
-        lambda b: edit(b, lambda c: c.update(format_version=2)),
-        "bundle format 2 is newer .* upgrade irc",
-    ),
-    "no json": (lambda b: (b / CONFIG).write_text("{'a': 1"), "damaged"),
-    "binary": (lambda b: (b / CONFIG).write_bytes(b"\xff\xfe\x00"), "damaged"),
-    "a list": (lambda b: (b / CONFIG).write_text("[1]"), "damaged"),
-    "no base": (lambda b: edit(b, lambda c: c.pop("base")), "damaged"),
-    "base is text": (lambda b: edit(b, lambda c: c.update(base="x")), "damaged"),
-    "no spec": (lambda b: edit(b, lambda c: c.pop("spec")), "damaged"),
-    "unknown spec key": (lambda b: edit(b, lambda c: c["spec"].update(odd=1)), "damaged"),
-    "rank is text": (lambda b: edit(b, lambda c: c["spec"].update(rank="four")), "damaged"),
-    "other rank": (lambda b: edit(b, lambda c: c["spec"].update(rank=5)), r"is \[.*expected"),
-    "version is text": (
-        lambda b: edit(b, lambda c: c.update(format_version="new")),
-        "format_version is 'new', expected",
-    ),
-    "version is none": (lambda b: edit(b, lambda c: c.update(format_version=0)), "format_version is 0, expected"),
-    "no version": (lambda b: edit(b, lambda c: c.pop("format_version")), "damaged"),
+    "no config": (lambda b: (b / CONFIG).unlink(), CONFIG),
+    "no adapter": (lambda b: (b / ADAPTER).unlink(), ADAPTER),
+    "truncated adapter": (lambda b: (b / ADAPTER).write_bytes((b / ADAPTER).read_bytes()[:-9]), ADAPTER),
+    "changed adapter": (lambda b: (b / ADAPTER).write_bytes((b / ADAPTER).read_bytes()[:-1] + b"\x01"), ADAPTER),
+    "changed hash": (lambda b: edit(b, lambda c: c.update(adapter_sha256="0" * 64)), ADAPTER),
+    "newer format": (lambda b: edit(b, lambda c: c.update(format_version=2)), "format 2"),
+    "no json": (lambda b: (b / CONFIG).write_text("{'a': 1"), CONFIG),
+    "binary": (lambda b: (b / CONFIG).write_bytes(b"\xff\xfe\x00"), CONFIG),
+    "a list": (lambda b: (b / CONFIG).write_text("[1]"), CONFIG),
+    "no base": (lambda b: edit(b, lambda c: c.pop("base")), "'base'"),
+    "base is text": (lambda b: edit(b, lambda c: c.update(base="x")), CONFIG),
+    "no spec": (lambda b: edit(b, lambda c: c.pop("spec")), "'spec'"),
+    "unknown spec key": (lambda b: edit(b, lambda c: c["spec"].update(odd=1)), "'odd'"),
+    "rank is text": (lambda b: edit(b, lambda c: c["spec"].update(rank="four")), "rank"),
+    "other rank": (lambda b: edit(b, lambda c: c["spec"].update(rank=5)), r"\[4, 32\].*\[5, 32\]|\[32, 4\].*\[32, 5\]"),
+    "version is text": (lambda b: edit(b, lambda c: c.update(format_version="new")), "format_version.*'new'"),
+    "version is none": (lambda b: edit(b, lambda c: c.update(format_version=0)), "format_version.* 0"),
+    "no version": (lambda b: edit(b, lambda c: c.pop("format_version")), "'format_version'"),
     "much newer format": (
         lambda b: edit(b, lambda c: (c.clear(), c.update(format_version=7, unknown=[]))),
-        "bundle format 7 is newer .* upgrade irc",
+        "format 7",
     ),
-    "wrong base": (lambda b: edit(b, lambda c: c["base"].update(sha256="0" * 64)), "point --base to the right model"),
-    "base has gone": (lambda b: edit(b, lambda c: c["base"].update(name="/nowhere/x")), "no such model folder"),
-    "a share of 1e390": (
-        lambda b: edit(b, lambda c: c["units"][0].update(keep_ratio=10**390)),
-        "is no number that can be meant",
-    ),
-    "a share that is no number": (
-        lambda b: edit(b, lambda c: c["units"][0].update(keep_ratio=float("nan"))),
-        "nan is no number",
-    ),
-    "a share of two": (lambda b: edit(b, lambda c: c["units"][0].update(keep_ratio=2)), "2 is no share"),
-    "target is text": (lambda b: edit(b, lambda c: c.update(sparsity={"target": "x"})), "x is no number"),
-    "window is text": (lambda b: edit(b, lambda c: c.update(data={"seq_len": "abc"})), "data.seq_len is abc"),
-    "window of one": (lambda b: edit(b, lambda c: c.update(data={"seq_len": 1})), "data.seq_len is 1"),
-    "text is a number": (lambda b: edit(b, lambda c: c.update(data={"name": 3})), "3 is no text"),
-    "unknown lora key": (lambda b: edit(b, lambda c: c.update(lora={"odd": 1})), "damaged"),
+    "wrong base": (lambda b: edit(b, lambda c: c["base"].update(sha256="0" * 64)), "0" * 12),
+    "base has gone": (lambda b: edit(b, lambda c: c["base"].update(name="/nowhere/x")), "/nowhere/x"),
+    "a share of 1e390": (lambda b: edit(b, lambda c: c["units"][0].update(keep_ratio=10**390)), "1" + "0" * 79),
+    "a share that is no number": (lambda b: edit(b, lambda c: c["units"][0].update(keep_ratio=float("nan"))), "nan"),
+    "a share of two": (lambda b: edit(b, lambda c: c["units"][0].update(keep_ratio=2)), " 2 "),
+    "target is text": (lambda b: edit(b, lambda c: c.update(sparsity={"target": "x"})), " x "),
+    "window is text": (lambda b: edit(b, lambda c: c.update(data={"seq_len": "abc"})), "seq_len.* abc"),
+    "window of one": (lambda b: edit(b, lambda c: c.update(data={"seq_len": 1})), "seq_len.* 1"),
+    "text is a number": (lambda b: edit(b, lambda c: c.update(data={"name": 3})), " 3 "),
+    "unknown lora key": (lambda b: edit(b, lambda c: c.update(lora={"odd": 1})), "odd"),
     "lora has gone": (lambda b: edit(b, lambda c: c.update(lora={"rank": 2})), "lora"),
 }
 
@@ -184,14 +176,14 @@ def test_a_damaged_bundle_is_refused_in_one_sentence(bundle: Path, how: str, irc
 def test_a_share_may_be_off_by_rounding(bundle: Path) -> None:
     edit(bundle, lambda c: c["units"][0].update(keep_ratio=1 + 1e-12, calibration_keep=-1e-17))
     edit(bundle, lambda c: c.update(sparsity={"target": 0.25, "realized": -2e-16}))
-    assert irc.load(bundle).facts["config"]["units"][0]["keep_ratio"] > 1
+    assert max(unit.keep_ratio or 0 for unit in loaded(bundle).config.measured.units.values()) > 1
 
 
 def test_changed_lora_weights_are_refused(model: RoutedForCausalLM, lora_on: Any, tmp_path: Path) -> None:
     save_bundle(lora_on(model), tmp_path / "b")
     path = tmp_path / "b" / "lora" / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
-    with pytest.raises(InputError, match="truncated or was changed"):
+    with pytest.raises(InputError, match=re.escape(str(path))):
         irc.load(tmp_path / "b")
 
 
@@ -203,7 +195,7 @@ def test_a_base_that_moved_is_named_by_hand(
     assert logits(irc.load(bundle, base=str(moved)), ids).shape == (4, 16, 257)
     weights = moved / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
-    with pytest.raises(InputError, match="hashes to"):
+    with pytest.raises(InputError, match=str(moved)):
         irc.load(bundle, base=str(moved))
 
 
@@ -212,7 +204,7 @@ def no_space(*arguments: object, **options: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "failing", ["irc.training.loop.save_file", "irc.bundle.loading._write", "os.fsync", "os.replace"]
+    "failing", ["irc.files.tensors.save_file", "irc.bundle.saving._write", "os.fsync", "os.replace"]
 )
 def test_a_failing_save_leaves_the_old_bundle_whole(
     model: RoutedForCausalLM, bundle: Path, failing: str, monkeypatch: pytest.MonkeyPatch
@@ -222,8 +214,9 @@ def test_a_failing_save_leaves_the_old_bundle_whole(
         next(iter(model.adapter_parameters("router").values())).add_(1)
     with monkeypatch.context() as patch:
         patch.setattr(failing, no_space)
-        with pytest.raises(IrcError, match=r"could not be written.*No space left"):
+        with pytest.raises(IrcError, match="No space left") as caught:
             save_bundle(model, bundle)
+        assert caught.value.exit_code == 1
     assert files_of(bundle) == before
     assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
     save_bundle(model, bundle)
@@ -249,7 +242,7 @@ def test_a_swap_that_fails_half_way_puts_the_old_bundle_back(
 
 
 def test_a_plain_model_has_nothing_to_save(base: Any, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="convert it first"):
+    with pytest.raises(InputError):
         save_bundle(build_plain(base), tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
@@ -258,5 +251,5 @@ def test_a_bundle_lost_between_two_renames_is_named(bundle: Path) -> None:
     aside = bundle.with_name(f".{bundle.name}.x1.old")
     aside.mkdir()
     os.replace(bundle, aside / bundle.name)
-    with pytest.raises(InputError, match=r"a save was killed .* the whole one before is .*\.old/bundle"):
+    with pytest.raises(InputError, match=re.escape(str(aside / bundle.name))):
         irc.load(bundle)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,16 +33,17 @@ def test_without_it_the_text_must_be_named(bundle: Path, irc_main: Callable[...,
         (bundle / "recipe.yaml").write_text(content)
     shown = irc_main("eval", bundle)
     assert shown.code == 2
-    assert "its recipe.yaml is missing or says nothing, so its text is not known; give --data" in shown.sentence()
+    assert "recipe.yaml" in shown.sentence()
+    assert "--data" in shown.sentence()
 
 
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ("seq_len: 0", "seq_len is 0"),
-        ("seq_len: -5", "seq_len is -5"),
-        ("eval_tokens: -3", "eval_tokens is -3"),
-        ("sparsity: .nan", "sparsity is nan"),
+        ("seq_len: 0", r"seq_len .*\b0"),
+        ("seq_len: -5", "seq_len .*-5"),
+        ("eval_tokens: -3", "eval_tokens .*-3"),
+        ("sparsity: .nan", "sparsity .*nan"),
     ],
 )
 def test_values_that_cannot_be_are_refused(bundle: Path, irc_main: Callable[..., Any], setting: str, said: str) -> None:
@@ -50,7 +52,7 @@ def test_values_that_cannot_be_are_refused(bundle: Path, irc_main: Callable[...,
     path.write_text("\n".join(setting if line.startswith(f"{key}:") else line for line in path.read_text().split("\n")))
     shown = irc_main("eval", bundle)
     assert shown.code == 2
-    assert f"recipe.yaml: {said}" in shown.sentence()
+    assert re.search(f"recipe.yaml: .*{said}", shown.sentence())
 
 
 def test_a_link_out_of_the_bundle_is_not_read(bundle: Path, irc_main: Callable[..., Any], tmp_path: Path) -> None:
@@ -60,7 +62,7 @@ def test_a_link_out_of_the_bundle_is_not_read(bundle: Path, irc_main: Callable[.
     (bundle / "recipe.yaml").symlink_to(secret)
     for verb in ("eval", "inspect"):
         shown = irc_main(verb, bundle)
-        assert (shown.code, "is a link that leads out of its folder" in shown.sentence()) == (2, True)
+        assert (shown.code, str(bundle / "recipe.yaml") in shown.sentence()) == (2, True)
 
 
 def test_passes_are_not_dumped_into_what_is_replaced(
@@ -69,5 +71,5 @@ def test_passes_are_not_dumped_into_what_is_replaced(
     onnx = tmp_path / "onnx"
     for place in (onnx, onnx / "dump", onnx / ".." / "onnx" / "x"):
         shown = irc_main("export", bundle, "-o", onnx, "--dump-dir", place)
-        assert (shown.code, "lies in the output" in shown.sentence()) == (2, True)
+        assert (shown.code, str(place) in shown.sentence()) == (2, True)
     assert not onnx.exists()

@@ -26,20 +26,23 @@ def test_figures_are_those_of_the_metrics() -> None:
     text = card()
     for cell in ("10.000", "10.500 (1.050 x dense)", "0.400", "0.412", "0.300 / 0.524", "0.700"):
         assert f"| {cell} |" in text
-    assert "on 1,234 tokens of the held-out text of `stdlib` in windows of 256" in text
+    assert "on 1,234 tokens of the held-out text of `stdlib` in windows of 256 tokens" in text
     assert "Make it again: `irc convert --recipe recipe.yaml -o OUTPUT` (stages lff, router, seed 0)" in text
 
 
 @pytest.mark.parametrize(
     ("policy", "holds"),
     [
-        ("informed", "Routers and forecasters (rank 6) round every attention and FFN unit of `m`: execute or forecast"),
+        (
+            "informed",
+            "Routers and forecasters (rank 6) around every attention and FFN unit of `m`: execute or forecast",
+        ),
         (
             "random",
-            "Routers and forecasters (rank 6) round every attention and FFN unit of `m`: execute or forecast, by",
+            "Routers and forecasters (rank 6) around every attention and FFN unit of `m`: execute or forecast, by",
         ),
-        ("skipgpt", "Routers, without forecasters, round every attention and FFN unit of `m`: execute or skip"),
-        ("static", "Routers, without forecasters, round every attention and FFN unit of `m`: whole units dropped"),
+        ("skipgpt", "Routers, without forecasters, around every attention and FFN unit of `m`: execute or skip"),
+        ("static", "Routers, without forecasters, around every attention and FFN unit of `m`: whole units dropped"),
     ],
 )
 def test_it_says_what_the_policy_puts_there(policy: str, holds: str) -> None:
@@ -55,4 +58,4 @@ def test_options_are_told_where_they_are_taken() -> None:
     assert "Other sparsities, from 0.1 to 0.5" in card("dial=[0.1, 0.5]")
     assert "Keys and values: policy `reduced`, threshold 0.7" in card("kv_policy=reduced", "kv_threshold=0.7")
     told = card("stages=[lff, router, lora]", "lora.rank=3", "lora.targets=[q_proj]")
-    assert "LoRA adapters (rank 3) on q_proj lie in `lora/`" in told
+    assert "LoRA adapters (rank 3) on q_proj are in `lora/`" in told

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 import irc
-from irc.bundle.loading import FORMAT_VERSION
-from irc.evaluation.run import run_evaluation
+from irc.bundle.layout import FORMAT_VERSION
+from irc.bundle.source import ModelSource
+from irc.evaluation.run import TextChoice, run_evaluation
 
 DATA = Path(__file__).parents[2] / "data"
 VERSIONS = range(1, FORMAT_VERSION + 1)
@@ -33,7 +34,8 @@ def test_an_older_bundle_gives_its_figures(version: int, bars: Callable[[], Any]
     expected = json.loads((folder / "expected.json").read_text())
     dial = [point["target"] for point in expected["sparsity_sweep"]]
     text = str(folder / "text.txt")
-    found = run_evaluation(bundle, bars(), data=text, split="all", tokens=0, base=base, sparsities=dial, device="cpu")
+    source, choice = ModelSource(bundle, base, device="cpu"), TextChoice(text, split="all", tokens=0)
+    found = run_evaluation(source, bars(), choice, sparsities=dial)
     # fp32 sums in another order: single tokens near a threshold may change sides, the dense model may not
     assert found["perplexity"]["dense"] == pytest.approx(expected["perplexity"]["dense"], rel=1e-4)
     assert found["perplexity"]["routed"] == pytest.approx(expected["perplexity"]["routed"], rel=2e-3)
@@ -51,6 +53,6 @@ def test_an_older_bundle_gives_its_figures(version: int, bars: Callable[[], Any]
 def test_an_older_bundle_generates(version: int) -> None:
     folder = DATA / f"bundle-v{version}"
     model = irc.load(folder / "bundle", base=str(folder / "model"))
-    prompt = model.facts["base"].tokenizer("the router ", return_tensors="pt")["input_ids"]
+    prompt = model.base.tokenizer("the router ", return_tensors="pt")["input_ids"]
     written = model.generate(prompt, max_new_tokens=6, do_sample=False, eos_token_id=None)
     assert written.shape == (1, prompt.shape[1] + 6)

@@ -10,13 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from tests.irc.test_bundle import edit, files_of
 
 import irc
-from irc.bundle.key_policy import KeyPolicy, set_key_policy
-from irc.bundle.loading import CONFIG, save_bundle
+from irc.bundle.config import SparsityFigures
+from irc.bundle.key_policy import set_key_policy
+from irc.bundle.layout import CONFIG
+from irc.bundle.saving import save_bundle
 from irc.errors import InputError
 from irc.model.routed import RoutedForCausalLM
+from irc.recipe.key_policy import KeyPolicy
+from tests.irc.bundle.test_bundle import edit, files_of, loaded
 
 
 @pytest.fixture
@@ -48,7 +51,7 @@ def test_a_save_takes_no_other_place(model: RoutedForCausalLM, base: Any, what: 
         shutil.copytree(base.folder, place)
     before = files_of(tmp_path)
     for save in (model.save_pretrained, lambda folder: save_bundle(model, folder)):
-        with pytest.raises(InputError, match="exists and is not a bundle"):
+        with pytest.raises(InputError, match=str(place)):
             save(place)
     assert files_of(tmp_path) == before
 
@@ -110,5 +113,5 @@ def test_a_turned_dial_and_another_key_policy_are_changes(
     reduced.save_pretrained(tmp_path / "reduced")
     cards = {name: (tmp_path / name / "README.md").read_text() for name in ("same", "turned", "reduced")}
     assert ["not measured" in cards[name] for name in cards] == [False, True, True]
-    assert irc.load(tmp_path / "turned").facts["config"]["sparsity"] == {"target": 0.3}
-    assert irc.load(tmp_path / "same").facts["config"]["dial"] == points
+    assert loaded(tmp_path / "turned").config.measured.sparsity == SparsityFigures(target=0.3)
+    assert json.loads((tmp_path / "same" / CONFIG).read_text())["dial"] == points

@@ -1,4 +1,4 @@
-"""Shell completion, by click's own mechanism: verbs, options and values, in bash, zsh and fish, and at once."""
+"""Shell completion, by click's own mechanism: commands, options and values, in bash, zsh and fish, and at once."""
 
 from __future__ import annotations
 
@@ -49,20 +49,20 @@ def completed(run: Run, line: str, shell: str = "zsh") -> list[str]:
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_verbs_are_listed(run: Run, shell: str) -> None:
-    assert completed(run, "irc ", shell) == list(group.VERBS)
+def test_commands_are_listed(run: Run, shell: str) -> None:
+    assert completed(run, "irc ", shell) == list(group.COMMANDS)
     assert completed(run, "irc ex", shell) == ["export"]
 
 
-@pytest.mark.parametrize("verb", group.VERBS)
-def test_options_of_a_verb_are_listed_at_once(run: Run, verb: str) -> None:
-    command = group.group.get_command(click.Context(group.group), verb)
+@pytest.mark.parametrize("name", group.COMMANDS)
+def test_options_of_a_command_are_listed_at_once(run: Run, name: str) -> None:
+    command = group.group.get_command(click.Context(group.group), name)
     assert command is not None
     long = {flag for parameter in command.params for flag in parameter.opts if flag.startswith("--")}
     seconds = []
     for _ in range(3):  # the least, so that a busy machine disturbs little
         start = time.perf_counter()
-        assert set(completed(run, f"irc {verb} --")) == long | {"--help"}
+        assert set(completed(run, f"irc {name} --")) == long | {"--help"}
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < SECONDS
 

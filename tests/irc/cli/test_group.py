@@ -1,4 +1,4 @@
-"""The command line as a process sees it: help, exit codes, error sentences, and what is on which stream."""
+"""The command line as a process sees it: help, exit codes, error messages, and what goes to which stream."""
 
 from __future__ import annotations
 
@@ -17,11 +17,15 @@ import pytest
 
 from irc import console
 from irc.cli import group, main, options
+from irc.cli.recipe_options import recipe_of, set_option
 from irc.errors import GateMissed, InputError, IrcError
+from irc.recipe.policies import POLICIES
+from irc.recipe.presets import ready_names
+from irc.recipe.stages import STAGE_NAMES
 
 START = "import sys; from irc.cli import main; code = main(sys.argv[1:]); "
 HELP_SECONDS = 0.6  # the promise is 0.3 s on an idle machine; torch alone takes over 1 s, transformers more
-HEAVY = ("torch", "transformers", "peft", "onnxruntime", "numpy")
+HEAVY = ("torch", "transformers", "peft", "onnxruntime", "numpy", "pydantic", "yaml")
 
 
 @pytest.fixture(autouse=True)
@@ -35,8 +39,8 @@ def _restore_process_state() -> Iterator[None]:
         log.setLevel(logging.NOTSET)
 
 
-def verb(monkeypatch: pytest.MonkeyPatch, error: BaseException | None = None) -> None:
-    """Replace every verb by one that fails with `error`, or shows one result of each kind."""
+def replace_commands(monkeypatch: pytest.MonkeyPatch, error: BaseException | None = None) -> None:
+    """Replace every command by one that fails with `error`, or shows one result of each kind."""
 
     @click.command()
     @options.common_options
@@ -66,33 +70,33 @@ def fastest(*arguments: str) -> float:
     return min(times)
 
 
-@pytest.mark.parametrize("arguments", [("--help",), *((name, "--help") for name in group.VERBS)], ids=" ".join)
+@pytest.mark.parametrize("arguments", [("--help",), *((name, "--help") for name in group.COMMANDS)], ids=" ".join)
 def test_help_is_immediate(arguments: tuple[str, ...]) -> None:
     assert fastest(*arguments) < HELP_SECONDS
 
 
-@pytest.mark.parametrize("arguments", [("--help",), *((name, "--help") for name in group.VERBS)], ids=" ".join)
+@pytest.mark.parametrize("arguments", [("--help",), *((name, "--help") for name in group.COMMANDS)], ids=" ".join)
 def test_help_imports_nothing_heavy(arguments: tuple[str, ...]) -> None:
     done = run(*arguments, after=f"print('loaded', [name for name in {HEAVY} if name in sys.modules])")
     assert done.stdout.startswith("Usage: irc ")
     assert done.stdout.splitlines()[-1] == "loaded []"
 
 
-def test_group_help_imports_no_verb_and_lists_each_in_one_line() -> None:
+def test_group_help_imports_no_command_and_lists_each_in_one_line() -> None:
     done = run("--help", after="print('loaded', [name for name in sys.modules if name == 'irc.cli.env'])")
     assert done.stdout.splitlines()[-1] == "loaded []"
-    width = max(map(len, group.VERBS))
-    for name, summary in group.VERBS.items():
+    width = max(map(len, group.COMMANDS))
+    for name, summary in group.COMMANDS.items():
         assert f"  {name:<{width}}  {summary}" in done.stdout.splitlines()
 
 
-def test_every_verb_has_a_file_and_every_file_a_verb() -> None:
+def test_every_command_has_a_file_and_every_file_a_command() -> None:
     files = Path(group.__file__).parent.glob("*.py")
-    assert {path.stem for path in files if "\ndef command(" in path.read_text()} == set(group.VERBS)
+    assert {path.stem for path in files if "\ndef command(" in path.read_text()} == set(group.COMMANDS)
 
 
-@pytest.mark.parametrize("name", group.VERBS)
-def test_every_verb_takes_json_and_debug(name: str) -> None:
+@pytest.mark.parametrize("name", group.COMMANDS)
+def test_every_command_takes_json_and_debug(name: str) -> None:
     command = group.group.get_command(click.Context(group.group), name)
     assert command is not None
     assert {"--json", "--debug"} <= {flag for parameter in command.params for flag in parameter.opts}
@@ -109,6 +113,7 @@ def test_no_arguments_show_the_help(capsys: pytest.CaptureFixture[str], monkeypa
     [
         (IrcError("the pass failed; do this"), 1, "the pass failed; do this"),
         (InputError("no [such] file; give another"), 2, "no [such] file; give another"),
+        (InputError("no room", options=("as_json", "overrides")), 2, "no room (--json)"),
         (GateMissed("0.2 is less than 0.3"), 3, "0.2 is less than 0.3"),
         (KeyboardInterrupt(), 1, "interrupted"),
         (RuntimeError("two\n  lines"), 1, "RuntimeError: two lines (--debug shows the traceback)"),
@@ -118,7 +123,7 @@ def test_no_arguments_show_the_help(capsys: pytest.CaptureFixture[str], monkeypa
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
 )
 @pytest.mark.parametrize("flags", [(), ("--json",)], ids=["plain", "json"])
-def test_a_failure_is_one_sentence_and_its_exit_code(
+def test_a_failure_is_one_line_and_its_exit_code(
     error: BaseException,
     code: int,
     sentence: str,
@@ -126,7 +131,7 @@ def test_a_failure_is_one_sentence_and_its_exit_code(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    verb(monkeypatch, error)
+    replace_commands(monkeypatch, error)
     assert main(["env", *flags]) == code
     shown = capsys.readouterr()
     assert shown.out == ""
@@ -134,10 +139,10 @@ def test_a_failure_is_one_sentence_and_its_exit_code(
 
 
 @pytest.mark.parametrize("arguments", [["--debug", "env"], ["env", "--debug"]], ids=" ".join)
-def test_debug_shows_the_traceback_then_the_sentence(
+def test_debug_shows_the_traceback_then_the_message(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    verb(monkeypatch, IrcError("the sentence"))
+    replace_commands(monkeypatch, IrcError("the sentence"))
     assert main(arguments) == 1
     shown = capsys.readouterr()
     assert shown.out == ""
@@ -146,7 +151,7 @@ def test_debug_shows_the_traceback_then_the_sentence(
 
 
 def test_json_leaves_one_object_on_stdout(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    verb(monkeypatch)
+    replace_commands(monkeypatch)
     assert main(["env", "--json"]) == 0
     shown = capsys.readouterr()
     assert json.loads(shown.out) == {"n": 1}
@@ -155,7 +160,7 @@ def test_json_leaves_one_object_on_stdout(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_json_mode_does_not_outlive_a_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    verb(monkeypatch)
+    replace_commands(monkeypatch)
     main(["env", "--json"])
     capsys.readouterr()
     main(["env"])
@@ -165,18 +170,22 @@ def test_json_mode_does_not_outlive_a_run(monkeypatch: pytest.MonkeyPatch, capsy
 @pytest.mark.parametrize(
     ("given", "suggested"), [("evl", "'eval'"), ("inspct", "'inspect'"), ("convertt", "'convert'"), ("xyzzy", None)]
 )
-def test_an_unknown_verb_suggests_the_nearest(
+def test_an_unknown_command_suggests_the_nearest(
     given: str, suggested: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([given]) == 2
     error = capsys.readouterr().err
-    expected = f"did you mean {suggested}?" if suggested else f"there are {', '.join(group.VERBS)}"
-    assert error == f"error: no such command '{given}'; {expected} (see 'irc --help')\n"
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert f"'{given}'" in error
+    assert (suggested or ", ".join(group.COMMANDS)) in error
 
 
-def test_a_wrong_option_names_the_verbs_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_option_names_the_commands_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["env", "--bogus"]) == 2
-    assert capsys.readouterr().err == "error: No such option '--bogus' (see 'irc env --help')\n"
+    error = capsys.readouterr().err
+    assert "--bogus" in error
+    assert "irc env --help" in error
 
 
 @pytest.mark.parametrize(
@@ -233,12 +242,11 @@ def with_closed(stream: str, arguments: str) -> subprocess.CompletedProcess[str]
 
 
 @pytest.mark.parametrize("arguments", ["env --json", "--help", "inspect nowhere"])
-def test_a_closed_stdout_is_one_sentence(arguments: str) -> None:
+def test_a_closed_stdout_is_one_line(arguments: str) -> None:
     done = with_closed("1", arguments)
     assert done.returncode == 1
-    assert done.stderr == (
-        "error: stdout is closed, so there is nowhere to write; send it to a file, or to /dev/null\n"
-    )
+    assert done.stderr.startswith("error: stdout is closed")
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_closed_stderr_costs_no_result() -> None:
@@ -247,12 +255,66 @@ def test_a_closed_stderr_costs_no_result() -> None:
     assert done.stdout.startswith("Usage: irc ")
 
 
+def test_the_help_of_convert_names_every_policy_and_stage() -> None:
+    command = group.group.get_command(click.Context(group.group), "convert")
+    assert command is not None
+    texts = {each.name: each.help or "" for each in command.params if isinstance(each, click.Option)}
+    assert ", ".join(STAGE_NAMES) in texts["stages"]
+    assert ", ".join(list(POLICIES)[:-1]) in texts["policy"]
+    assert all(name in texts["recipe_file"] for name in {name.rpartition("-")[0] for name in ready_names()})
+
+
 def test_fields_of_a_recipe_as_json(irc_main: Any) -> None:
     for arguments in (("--fields", "--json"), ("--json", "--fields")):
         fields = irc_main("convert", *arguments).json["fields"]
         (steps,) = (each for each in fields if each["field"] == "router.steps")
         assert isinstance(steps["default"], int)
         assert steps["help"]
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        (("seq_len",), " (--seq-len)"),
+        (("output", "force"), " (--output)"),
+        (("router.steps",), " (--set router.steps=...)"),
+        ((), ""),
+    ],
+)
+def test_an_error_names_the_options_that_help(
+    given: tuple[str, ...], shown: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @click.command()
+    @options.output_option("A folder.")
+    @options.seq_len_option()
+    @set_option()
+    def command(**flags: Any) -> None:
+        raise InputError("it does not fit", options=given)
+
+    monkeypatch.setattr(group.LazyGroup, "get_command", lambda self, ctx, name: command)
+    assert main(["env"]) == 2
+    assert capsys.readouterr().err == f"error: it does not fit{shown}\n"
+
+
+def test_errors_of_a_recipe_name_where_the_value_was_given(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("rank: 3\nrouter: {budget: unit}\n")
+    assert recipe_of(path, ["rank=4"], {"rank": 5}).rank == 5
+    for settings, flags, source in (
+        (["rank=-4"], {}, "--set: "),
+        ([], {"rank": -5}, "--rank: "),
+        ([], {"seq_len": 1}, "--seq-len: "),
+        ([], {"dial": [0.1]}, "--dial: "),
+        (["dial=[0.1]"], {"seed": 1}, "--set: "),
+        (["router.budget=unit", "dial=[0.1]"], {"policy": "static"}, "--policy: "),
+    ):
+        with pytest.raises(InputError) as refused:
+            recipe_of(path, settings, flags)
+        assert str(refused.value).startswith(source)
+    path.write_text("rank: -3\n")
+    with pytest.raises(InputError) as refused:
+        recipe_of(path, [], {"rank": 5})
+    assert str(refused.value).startswith(f"recipe {path}: ")
 
 
 def test_a_path_longer_than_any_is_wrong_input(irc_main: Any) -> None:

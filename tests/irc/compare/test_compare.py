@@ -70,7 +70,7 @@ def test_stages_of_other_routers_are_not_shared(
     assert [cell["variant"] for cell in outcome.json["cells"]] == ["", "bottleneck", "rank=low"]
     again = irc_main(*arguments(tmp_path / "c", *more, "--variant", "rank=low:rank=2", "--resume"))
     assert again.code == 2
-    assert "was begun with rank = 3, now it is 2" in again.sentence()  # no old figures under new settings
+    assert "rank = 3" in again.sentence()  # no old figures under new settings
 
 
 def test_a_variant_may_hold_a_list() -> None:
@@ -101,7 +101,9 @@ def test_a_killed_comparison_goes_on(
             irc_main(*arguments(out, *more))
     assert not (out / "results.json").exists()
     refused = irc_main(*arguments(out, *more))
-    assert (refused.code, "--resume continues it" in refused.sentence()) == (2, True)
+    assert refused.code == 2
+    assert str(out) in refused.sentence()
+    assert "(--resume, --force)" in refused.sentence()
     before = (out / "cells" / made[0] / "metrics.json").stat().st_mtime_ns
     outcome = irc_main(*arguments(out, *more, "--resume"))
     assert outcome.code == 0, outcome.err
@@ -129,39 +131,46 @@ def test_a_cell_that_fails_in_its_process_is_named(
     more = f"--policies skipgpt --sparsities 0.5 --seeds 1 --jobs 2 --data {tmp_path / 'short.txt'}".split()
     outcome = irc_main(*arguments(tmp_path / "c", *more))
     assert outcome.code == 1
-    assert outcome.sentence().startswith("cell skipgpt-0.5-seed0: the conversion ended with exit code 2")
-    assert "the calibration split of" in outcome.sentence()  # the first that is looked at
+    assert outcome.sentence().startswith("cell skipgpt-0.5-seed0: ")
+    assert "exit code 2" in outcome.sentence()
+    assert "short.txt" in outcome.sentence()
 
 
 REFUSALS = [
-    (("--policies", "informed,greedy"), "policy is 'greedy'; choose from informed, skipgpt, mod, random, static"),
-    (("--policies", ""), "--policies is empty"),
-    (("--policies", "mod,mod"), "--policies names one twice"),
-    (("--sparsities", "0.2,x"), "no list of shares"),
-    (("--sparsities", "1.5"), "no list of shares"),
-    (("--budgets", "1"), "between 0 and 1"),
-    (("--ranks", "0"), "no list of numbers"),
-    (("--ranks", "4", "--policies", "skipgpt"), "name it in --policies"),
-    (("--variant", "frozen"), "expected NAME:KEY=VALUE"),
-    (("--variant", "x:router.nothing=1"), "unknown key router.nothing"),
-    (("--variant", "x:router.lr=fast"), "router.lr is 'fast'"),
-    (("--set", "eval_split=all"), "eval_split is 'all'"),
-    (("--variant", "a:sparsity=0.6"), "--variant a changes sparsity"),
-    (("--variant", "a:eval_split=validation"), "--variant a changes eval_split"),
-    (("--variant", "a:router.steps=2", "--variant", " a:router.steps=3"), "two are named 'a'"),
-    (("--lora", "--variant", "lora:router.steps=2"), "would both be named informed-0.25-lora-seed0"),
-    (("--sparsities", "0.25,0.25000001"), "would both be named"),
-    (("--ranks", "64"), "rank is 64, the model's hidden size is 32"),
+    (("--policies", "informed,greedy"), ("'greedy'", "informed, skipgpt, mod, random, static")),
+    (("--policies", ""), ("--policies",)),
+    (("--policies", "mod,mod"), ("--policies", "mod, mod")),
+    (("--sparsities", "0.2,x"), ("--sparsities", "'0.2,x'")),
+    (("--sparsities", "1.5"), ("--sparsities", "'1.5'")),
+    (("--budgets", "1"), ("--budgets", "between 0 and 1")),
+    (("--ranks", "0"), ("--ranks", "'0'")),
+    (("--ranks", "4", "--policies", "skipgpt"), ("--ranks", "--policies")),
+    (("--calibration-tokens", "4", "--policies", "skipgpt"), ("--calibration-tokens", "--policies")),
+    (("--variant", "frozen"), ("--variant", "'frozen'", "NAME:KEY=VALUE")),
+    (("--variant", "x:router.nothing=1"), ("cell informed-0.25-x-seed0", "router.nothing")),
+    (("--variant", "x:router.lr=fast"), ("cell informed-0.25-x-seed0", "router.lr is 'fast'")),
+    (("--set", "eval_split=all"), ("--set", "eval_split is 'all'")),
+    (("--variant", "a:sparsity=0.6"), ("--variant", "a changes sparsity")),
+    (("--variant", "a:eval_split=validation"), ("--variant", "a changes eval_split")),
+    (("--variant", "a:router.steps=2", "--variant", " a:router.steps=3"), ("--variant", "'a'")),
+    (("--lora", "--variant", "lora:router.steps=2"), ("--variant", "informed-0.25-lora-seed0")),
+    (("--sparsities", "0.25,0.25000001"), ("--sparsities", "informed-0.25-seed0")),
+    (("--ranks", "64"), ("64", "32")),
 ]
 
 
 @pytest.mark.parametrize(("more", "expected"), REFUSALS, ids=lambda value: " ".join(value)[:40])
-def test_bad_input_is_one_sentence(
-    irc_main: Main, arguments: Callable[..., list[str]], tmp_path: Path, more: tuple[str, ...], expected: str
+def test_bad_input_is_one_line(
+    irc_main: Main,
+    arguments: Callable[..., list[str]],
+    tmp_path: Path,
+    more: tuple[str, ...],
+    expected: tuple[str, ...],
 ) -> None:
     outcome = irc_main(*arguments(tmp_path / "c", *more))
     assert outcome.code == 2
-    assert expected in outcome.sentence()
+    for part in expected:
+        assert part in outcome.sentence()
     assert not (tmp_path / "c").exists()
 
 
@@ -172,19 +181,19 @@ def test_a_folder_of_another_comparison_is_refused(
     assert irc_main(*arguments(out, *more)).code == 0
     facts = json.loads((out / "compare.json").read_text())
     for change, expected in (
-        ({"base_identity": "0" * 64}, "another model"),
-        ({"data": {"name": "other", "fingerprint": "0"}}, "another text (other)"),
-        ({"recipe": facts["recipe"] | {"rank": 7}}, "was begun with rank = 7, now it is 4"),
+        ({"base_identity": "0" * 64}, facts["model"]),
+        ({"data": {"name": "other", "fingerprint": "0"}}, "(other)"),
+        ({"recipe": facts["recipe"] | {"rank": 7}}, "rank = 7"),
     ):
         (out / "compare.json").write_text(json.dumps(facts | change))
         outcome = irc_main(*arguments(out, *more, "--resume"))
         assert (outcome.code, expected in outcome.sentence()) == (2, True), outcome.err
     (out / "compare.json").write_text("{")
-    assert "damaged" in irc_main(*arguments(out, *more, "--resume")).sentence()
+    assert str(out / "compare.json") in irc_main(*arguments(out, *more, "--resume")).sentence()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("text")
     outcome = irc_main(*arguments(tmp_path / "mine", *more, "--force"))
-    assert (outcome.code, "is not a comparison" in outcome.sentence()) == (2, True)
+    assert (outcome.code, str(tmp_path / "mine") in outcome.sentence()) == (2, True)
     assert (tmp_path / "mine" / "thesis.tex").exists()
 
 
@@ -273,5 +282,5 @@ def test_names_of_cells_are_folders() -> None:
 
 def test_variants_are_read_whole() -> None:
     assert read_variants(["a:x=1,y=[1]", "b:z=2"]) == {"a": ("x=1", "y=[1]"), "b": ("z=2",)}
-    with pytest.raises(InputError, match="two are named 'a'"):
+    with pytest.raises(InputError, match="'a'"):
         read_variants(["a:x=1", "a:x=2"])

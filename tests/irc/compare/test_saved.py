@@ -1,4 +1,4 @@
-"""Comparisons whose files were damaged: one sentence and exit code 2 for each."""
+"""Damaged files of a comparison: each is refused with exit code 2 and one line that names the file."""
 
 from __future__ import annotations
 
@@ -51,7 +51,9 @@ def test_a_manifest_of_other_types(
     path = made / "compare.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change if isinstance(change, dict) else change))
     outcome = irc_main(*arguments(made, *PLAN, "--resume"))
-    assert (outcome.code, outcome.sentence()) == (2, f"{path}: damaged; start over with --force")
+    assert outcome.code == 2
+    assert outcome.sentence().startswith(f"{path}: damaged")
+    assert "--force" in outcome.sentence()
 
 
 def test_a_setting_that_differs_is_named_as_it_is_set(
@@ -59,17 +61,20 @@ def test_a_setting_that_differs_is_named_as_it_is_set(
 ) -> None:
     outcome = irc_main(*arguments(made, *PLAN, "--resume", "--set", "router.steps=9"))
     assert outcome.code == 2
-    assert re.search(r"was begun with router\.steps = \d+, now it is 9; give the same", outcome.sentence())
+    assert re.search(r"router\.steps = \d+.* 9\b", outcome.sentence())
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"perplexity": 1}', "{", "[" * 100_000])
-def test_figures_that_are_none(irc_main: Main, arguments: Callable[..., list[str]], made: Path, content: str) -> None:
+def test_figures_that_are_damaged(
+    irc_main: Main, arguments: Callable[..., list[str]], made: Path, content: str
+) -> None:
     path = made / "cells" / CELL / "metrics.json"
     path.write_text(content)
     outcome = irc_main(*arguments(made, *PLAN, "--resume"))
     assert outcome.code == 2
     assert outcome.sentence().startswith(f"{path}: damaged (")
-    assert outcome.sentence().endswith(f"; delete {path.parent} and use --resume")
+    assert f"delete {path.parent}" in outcome.sentence()
+    assert "--resume" in outcome.sentence()
     shutil.rmtree(path.parent)  # as it says
     assert irc_main(*arguments(made, *PLAN, "--resume")).code == 0
 
@@ -91,7 +96,7 @@ def test_good_figures_are_kept(tmp_path: Path) -> None:
     found = read_figures(tmp_path / "metrics.json", ["router"])
     assert found["tokens"] == 4
     assert found["perplexity"] == good()["perplexity"]
-    with pytest.raises(InputError, match=r"damaged \('lff' is missing\)"):
+    with pytest.raises(InputError, match=r"damaged \(stages\.lff is missing\)"):
         read_figures(tmp_path / "metrics.json", ["lff", "router"])
 
 
@@ -136,7 +141,7 @@ def test_figures_of_other_types(tmp_path: Path, keys: tuple[str, ...], value: An
         holder = holder[key]
     holder[keys[-1]] = value
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
-    with pytest.raises(InputError, match=r"metrics.json: damaged \(.*\); delete .* and use --resume") as refused:
+    with pytest.raises(InputError, match=r"metrics.json: damaged \(.*\)") as refused:
         read_figures(tmp_path / "metrics.json", ["router"])
     assert refused.value.exit_code == 2
 
@@ -147,6 +152,7 @@ def test_an_output_that_is_a_file(
 ) -> None:
     (tmp_path / "afile").write_text("mine")
     outcome = irc_main(*arguments(tmp_path / "afile", *PLAN, *flags))
-    expected = f"{tmp_path / 'afile'}: exists and is not a comparison; give another --output"
-    assert (outcome.code, outcome.sentence()) == (2, expected)
+    assert outcome.code == 2
+    assert str(tmp_path / "afile") in outcome.sentence()
+    assert "--output" in outcome.sentence()
     assert (tmp_path / "afile").read_text() == "mine"

@@ -95,7 +95,7 @@ def test_table_formats_and_aligns(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_table_refuses_a_row_of_another_length() -> None:
-    with pytest.raises(ValueError, match="every row needs 2 cells"):
+    with pytest.raises(ValueError, match="2 cells"):
         console.table("t", ["a", "b"], [[1]])
 
 
@@ -144,7 +144,7 @@ def test_progress_in_a_pipe_is_a_line_every_ten_seconds(
     assert shown.err.splitlines() == [
         "train 10/40  loss 0.5  tokens/s 1,234  30 s left",
         "train 20/40  loss 0.5  tokens/s 1,234  20 s left",
-        "train 25/40  loss 0.5  tokens/s 1,234  26 s in all",
+        "train 25/40  loss 0.5  tokens/s 1,234  26 s total",
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import itertools
 import json
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from irc.bundle.loading import ADAPTER
+from irc.bundle.layout import ADAPTER
 from irc.conversion import pipeline
 from irc.errors import InputError
 from irc.recipe.recipe import Recipe, load_recipe
@@ -132,7 +133,7 @@ def test_resume_after_a_kill_is_bit_identical(
     if place[0] == "lff statistics":
         assert list(tmp_path.iterdir()) == []  # nothing was done yet, nothing is left
     else:
-        with pytest.raises(InputError, match="unfinished conversion lies here; --resume continues it, --force"):
+        with pytest.raises(InputError, match=r"b\.partial"):
             run(output, bars())
     second = bars()
     metrics = run(output, second, resume=True)
@@ -156,7 +157,7 @@ def test_resume_of_a_finished_bundle_returns_it(
     assert (again.code, again.json) == (0, first)
     other = irc_main(*convert_arguments(tmp_path / "b", sparsity=0.5), "--resume")
     assert other.code == 2
-    assert "was begun with sparsity = 0.25, now it is 0.5" in other.sentence()
+    assert re.search(r"sparsity .*0\.25.* 0\.5", other.sentence())
 
 
 @pytest.mark.parametrize(
@@ -174,7 +175,7 @@ def test_resume_with_other_settings_is_refused(
     with pytest.raises(killed):
         pipeline.convert(recipe_of(convert_arguments(output)), output, bars(("lff", 2)))
     before = files_of(tmp_path)
-    with pytest.raises(InputError, match=f"was begun with {setting.replace('__', '.')} = .*--resume, or .*--force"):
+    with pytest.raises(InputError, match=setting.replace("__", r"\.")):
         pipeline.convert(recipe_of(convert_arguments(output, **{setting: value})), output, bars(), resume=True)
     assert files_of(tmp_path) == before
     metrics = pipeline.convert(recipe_of(convert_arguments(output, checkpoint_seconds=9)), output, bars(), resume=True)
@@ -194,7 +195,7 @@ def test_force_keeps_the_old_bundle_until_the_new_is_complete(
     pipeline.convert(recipe_of(quick), output, bars())
     before = files_of(output)
     new = convert_arguments(output, seed=5)
-    with pytest.raises(InputError, match="exists already; --force replaces it"):
+    with pytest.raises(InputError, match=re.escape(str(output))):
         pipeline.convert(recipe_of(new), output, bars())
     with pytest.raises(killed):
         pipeline.convert(recipe_of(new), output, bars(place), force=True)
@@ -213,7 +214,7 @@ def test_a_second_convert_into_one_folder_is_refused(
         refused = irc_main(*convert_arguments(tmp_path / "b"))
         forced = irc_main(*convert_arguments(tmp_path / "b"), "--force")
     assert (refused.code, forced.code) == (2, 2)
-    assert "another irc convert is writing to this output" in refused.sentence()
+    assert "b.partial.lock" in refused.sentence()
     assert [path.name for path in tmp_path.iterdir()] == ["b.partial.lock"]
 
 

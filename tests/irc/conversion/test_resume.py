@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from irc.conversion import pipeline
-from irc.conversion.resume import INPUTS, located
+from irc.conversion.resume import INPUTS, with_absolute_paths
 from irc.errors import InputError
 from irc.recipe.recipe import Recipe, load_recipe
 
@@ -47,21 +47,21 @@ def _other_weights(inputs: Path) -> None:
 
 
 CHANGES = [
-    (_another_text, "begun with another text at text.txt"),
-    (_other_weights, "begun with another model at model"),
+    (_another_text, "text.txt"),
+    (_other_weights, "at model"),
 ]
 
 
-@pytest.mark.parametrize(("change", "sentence"), CHANGES)
+@pytest.mark.parametrize(("change", "place"), CHANGES)
 def test_killed_work_is_not_continued_with_other_inputs(
-    recipe: Recipe, inputs: Path, bars: Any, killed: type[BaseException], change: Callable[[Path], None], sentence: str
+    recipe: Recipe, inputs: Path, bars: Any, killed: type[BaseException], change: Callable[[Path], None], place: str
 ) -> None:
     kept = {path: path.read_bytes() for path in (inputs / "text.txt", inputs / "model/model.safetensors")}
     output = inputs / "b"
     with pytest.raises(killed):
         pipeline.convert(recipe, output, bars(("router", 2)))
     change(inputs)
-    with pytest.raises(InputError, match=rf"b\.partial: was {sentence}; put that back, or start over with --force"):
+    with pytest.raises(InputError, match=rf"b\.partial: .*{place}"):
         pipeline.convert(recipe, output, bars(), resume=True)
     for path, content in kept.items():
         path.write_bytes(content)
@@ -69,15 +69,15 @@ def test_killed_work_is_not_continued_with_other_inputs(
     assert (output / "metrics.json").is_file()
 
 
-@pytest.mark.parametrize(("change", "sentence"), CHANGES)
+@pytest.mark.parametrize(("change", "place"), CHANGES)
 def test_a_finished_bundle_of_other_inputs_is_not_the_result(
-    recipe: Recipe, inputs: Path, bars: Any, change: Callable[[Path], None], sentence: str
+    recipe: Recipe, inputs: Path, bars: Any, change: Callable[[Path], None], place: str
 ) -> None:
     output = inputs / "b"
     made = pipeline.convert(recipe, output, bars())
     assert pipeline.convert(recipe, output, bars(), resume=True)["perplexity"] == made["perplexity"]
     change(inputs)
-    with pytest.raises(InputError, match=sentence):
+    with pytest.raises(InputError, match=place):
         pipeline.convert(recipe, output, bars(), resume=True)
 
 
@@ -85,7 +85,7 @@ def test_a_damaged_note_is_said(recipe: Recipe, inputs: Path, bars: Any, killed:
     with pytest.raises(killed):
         pipeline.convert(recipe, inputs / "b", bars(("router", 2)))
     (inputs / "b.partial" / INPUTS).write_text("[]")
-    with pytest.raises(InputError, match=rf"{INPUTS}: damaged .*--force"):
+    with pytest.raises(InputError, match=INPUTS):
         pipeline.convert(recipe, inputs / "b", bars(), resume=True)
 
 
@@ -107,9 +107,9 @@ def test_names_that_are_no_paths_stay(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo").mkdir()
     for model, data in (("demo", "stdlib"), ("meta-llama/Llama-3.2-1B", "hf:wikitext:x"), ("demo", "stdlib-tests")):
-        assert located(Recipe(model=model, data=data)) == Recipe(model=model, data=data)
+        assert with_absolute_paths(Recipe(model=model, data=data)) == Recipe(model=model, data=data)
     (tmp_path / "m").mkdir()
-    assert located(Recipe(model="m/../m")).model == str(tmp_path / "m")
+    assert with_absolute_paths(Recipe(model="m/../m")).model == str(tmp_path / "m")
 
 
 @pytest.mark.parametrize("output", [".", "..", "here"])
@@ -120,5 +120,5 @@ def test_the_working_folder_is_refused_before_any_work(
         monkeypatch.chdir(inputs.parent / "here")
         output = str(inputs)
     for more in ({}, {"force": True}, {"resume": True}):
-        with pytest.raises(InputError, match="is the working folder or holds it"):
+        with pytest.raises(InputError, match="is the working folder"):
             pipeline.convert(recipe, Path(output), bars(("lff", 1)), **more)

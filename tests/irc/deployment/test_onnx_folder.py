@@ -14,7 +14,7 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import irc
-from irc.bundle.loading import RECIPE
+from irc.bundle.layout import RECIPE
 from irc.deployment import onnx_folder as export_module
 from irc.runtime.folder import MANIFEST
 from irc.runtime.session import Runtime
@@ -41,22 +41,29 @@ def test_what_export_writes_and_says(bundle: Path, copied: Path, tmp_path: Path,
     assert genai["model"]["decoder"]["num_hidden_layers"] == 2
 
 
-def test_the_model_says_what_it_was_made_of(
-    bundle: Path, model_folder: Path, tmp_path: Path, irc_main: Callable[..., Any]
-) -> None:
-    """In its doc string: base, policy and target; and which irc made it."""
+def test_the_folder_says_what_it_was_made_of(bundle: Path, tmp_path: Path, irc_main: Callable[..., Any]) -> None:
+    """In `irc.json` with the measured sparsity and without a path of this machine; in the model in its doc string."""
     measured = shutil.copytree(bundle, tmp_path / "bundle")
     config = json.loads((measured / "irc_config.json").read_text())
     config["sparsity"] = {"target": 0.3, "realized": 0.28, "attention": 0.3, "ffn": 0.26}
     (measured / "irc_config.json").write_text(json.dumps(config))
-    base = Path(config["base"]["name"]).name
-    for source, said in ((measured, (base, config["spec"]["policy"], "0.3")), (model_folder, (base, "dense"))):
-        output = tmp_path / f"onnx of {source.name}"
-        assert irc_main("export", source, "-o", output).code == 0
-        model = onnx.load(output / "model.onnx", load_external_data=False)
-        assert (model.producer_name, model.producer_version, model.model_version) == ("irc", irc.__version__, 1)
-        assert all(part in model.doc_string for part in said)
-        assert str(tmp_path) not in model.doc_string
+    assert irc_main("export", measured, "-o", tmp_path / "routed").code == 0
+    manifest = json.loads((tmp_path / "routed" / MANIFEST).read_text())
+    assert (manifest["sparsity"], manifest["dial"], manifest["source"]) == (0.28, None, "../bundle")
+    strings = [value for value in (*manifest.values(), *manifest["base"].values()) if isinstance(value, str)]
+    assert not any(Path(value).is_absolute() for value in strings)
+    model = onnx.load(tmp_path / "routed" / "model.onnx", load_external_data=False)
+    assert (model.producer_name, model.producer_version, model.model_version) == ("irc", irc.__version__, 1)
+    assert all(part in model.doc_string for part in (manifest["base"]["name"], config["spec"]["policy"], "0.3"))
+    verified = irc_main("verify", tmp_path / "routed", "--seq-len", "16", "--tokens", "64", "--json")
+    assert verified.json["bundle"] == str(measured.resolve())
+
+
+def test_a_dense_folder_skips_nothing(model_folder: Path, tmp_path: Path, irc_main: Callable[..., Any]) -> None:
+    assert irc_main("export", model_folder, "-o", tmp_path / "dense").code == 0
+    manifest = json.loads((tmp_path / "dense" / MANIFEST).read_text())
+    assert (manifest["sparsity"], manifest["dial"]) == (0.0, None)
+    assert manifest["base"]["name"] == model_folder.name
 
 
 def test_a_folder_for_cuda_says_so_and_runs_on_the_cpu(

@@ -9,7 +9,7 @@ from typing import Any
 import onnx
 import pytest
 
-from irc.bundle.loading import save_bundle
+from irc.bundle.saving import save_bundle
 from irc.model.build import build_routed
 from irc.model.checkpoint import BaseModel
 from irc.model.routed import RoutingSpec
@@ -48,7 +48,6 @@ def test_verify_sees_another_model(
     exported: Path, base: BaseModel, text_file: Path, tmp_path: Path, irc_main: Callable[..., Any]
 ) -> None:
     other = build_routed(base, RoutingSpec(4), "fp32", seed=2)
-    other.facts["base"] = base
     save_bundle(other, tmp_path / "other")
     shown = irc_main(*verify_arguments(exported, text_file, "--bundle", str(tmp_path / "other")))
     assert shown.code == 3
@@ -66,7 +65,6 @@ def test_lora_is_merged(
     base: BaseModel, lora_on: Callable[..., Any], text_file: Path, tmp_path: Path, irc_main: Callable[..., Any]
 ) -> None:
     model = build_routed(base, RoutingSpec(4), "fp32")
-    model.facts["base"] = base
     save_bundle(lora_on(model), tmp_path / "bundle")
     assert irc_main("export", tmp_path / "bundle", "-o", tmp_path / "onnx").code == 0
     names = {tensor.name for tensor in onnx.load(str(tmp_path / "onnx" / "model.onnx")).graph.initializer}

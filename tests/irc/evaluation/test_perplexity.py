@@ -1,4 +1,4 @@
-"""Perplexity, sparsity, recoverability and FLOPs against independent computations."""
+"""Perplexity, sparsity, recoverability and FLOPs, compared with independent computations."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def measure(bars: Any) -> Callable[..., Evaluation]:
 
 
 def perplexity(model: Any, rows: list[torch.Tensor]) -> float:
-    """Predict every row alone, without padding."""
+    """Return the perplexity of rows that are run one by one, without padding."""
     losses = []
     with torch.no_grad():
         for row in rows:
@@ -50,7 +50,7 @@ def perplexity(model: Any, rows: list[torch.Tensor]) -> float:
 
 
 def routes(model: RoutedForCausalLM, rows: list[torch.Tensor]) -> dict[str, float]:
-    """Count executed tokens of every unit, each row alone."""
+    """Count the tokens that each unit executes, running the rows one by one."""
     executed = {unit.name: 0 for unit in model.units}
     for row in rows:
         tape: dict[str, Record] = {}
@@ -109,7 +109,7 @@ def test_padding_counts_in_no_figure(
     dense = sum(math.log(one.dense) * one.tokens for one in alone) / found.tokens
     assert math.log(found.dense) == pytest.approx(dense, abs=1e-5)
     unmasked = measure(model, padded(rows, side)[0])
-    assert abs(unmasked.dense - found.dense) > 1e-3  # padding would have mattered
+    assert abs(unmasked.dense - found.dense) > 1e-3  # the padding makes a difference
 
 
 def test_many_batches_equal_one(
@@ -128,7 +128,7 @@ def test_many_batches_equal_one(
 def test_sparsity_counts_units_equally_and_by_kind(
     model: RoutedForCausalLM, ids: torch.Tensor, measure: Callable[..., Evaluation]
 ) -> None:
-    """Routers whose last bias decides alone: the first attention unit skips all, the last FFN unit too."""
+    """Routers whose last bias alone decides: the first attention unit and the last FFN unit skip everything."""
     skipping = {model.units[0].name, model.units[3].name}
     assert [unit.kind for unit in model.units] == ["attention", "ffn"] * 2
     with torch.no_grad():
@@ -190,7 +190,7 @@ def test_flops_of_a_plain_model_and_with_lora(base: BaseModel, make_routed: Make
     assert flops_ratio(plain, keep, 16) == 1.0
     model = make_routed()
     before = flops_ratio(model, keep, 16)
-    assert before > 1.0  # routers are charged
+    assert before > 1.0  # the cost of the routers is included
     assert flops_ratio(lora_on(model), keep, 16) == before  # adapters merge into their linears
 
 
@@ -201,4 +201,4 @@ def test_dense_perplexity_is_that_of_the_base_without_adapters(
     after = measure(lora_on(model), ids)
     assert after.dense == pytest.approx(before.dense, rel=1e-6)
     assert after.routed != pytest.approx(before.routed, rel=1e-3)
-    assert after.recoverability != before.recoverability  # of the units as they are, adapters and all
+    assert after.recoverability != before.recoverability  # measured on the units with their adapters

@@ -1,4 +1,4 @@
-"""`irc eval --tasks`: lm-evaluation-harness on bundles and ONNX folders, and the tasks made of Python text."""
+"""`irc eval --tasks`: lm-evaluation-harness on bundles and ONNX folders, and the tasks made from Python text."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from irc.bundle.loading import save_bundle
+from irc.bundle.saving import save_bundle
 from irc.errors import InputError
 from irc.evaluation.tasks.local import LOCAL, RECALL_DISTANCE, write_tasks
-from irc.evaluation.tasks.scorers import TorchScorer, cut
+from irc.evaluation.tasks.scorers import TorchScorer, cut_at_stop
 from irc.model.routed import RoutedForCausalLM
 from irc.text.source import Document
 
@@ -33,7 +33,7 @@ def documents() -> list[Document]:
 
 
 def count(text: str) -> int:
-    """Stand for a tokenizer: three characters a token."""
+    """Count tokens as if each had three characters."""
     return len(text) // 3
 
 
@@ -61,7 +61,7 @@ def test_every_question_has_four_different_answers_and_one_is_true(questions: di
             assert len(set(question["choices"])) == 4
             assert 0 <= question["answer"] < 4
             assert question["context"].strip()
-        assert len({question["answer"] for question in found}) == 4  # the true one stands anywhere
+        assert len({question["answer"] for question in found}) == 4  # the right answer is at any of the four places
 
 
 def test_true_answers_are_what_the_source_says(questions: dict[str, list[Any]], documents: list[Document]) -> None:
@@ -88,12 +88,12 @@ def test_the_same_seed_asks_the_same(documents: list[Document], tmp_path: Path, 
 
 
 def test_text_without_functions_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="yields no question"):
+    with pytest.raises(InputError, match="code_continuation"):
         write_tasks(LOCAL, [Document("a.txt", "no code here\n" * 50)], count, tmp_path, 10)
 
 
 def test_likelihoods_are_those_of_each_request_alone(harness: Callable[..., HarnessModel]) -> None:
-    """Batches are padded; neither the figures nor the skipped shares know of it."""
+    """Padding of batches changes neither the figures nor the skipped shares."""
     draw = random.Random(1)
     requests: list[Any] = []
     for size in (3, 17, 9, 30, 5, 62, 90):
@@ -133,8 +133,8 @@ def test_rolling_likelihood_covers_every_token_once(harness: Callable[..., Harne
 
 
 def test_texts_end_at_the_first_stop_string() -> None:
-    assert cut("abcdef", ["e", "c"]) == "ab"
-    assert cut("abcdef", ["x", ""]) == "abcdef"
+    assert cut_at_stop("abcdef", ["e", "c"]) == "ab"
+    assert cut_at_stop("abcdef", ["x", ""]) == "abcdef"
 
 
 @pytest.mark.slow
@@ -145,7 +145,7 @@ def test_bundle_and_onnx_folder_answer_alike(
     source.write_text((Path(sysconfig.get_path("stdlib")) / "argparse.py").read_text())
     save_bundle(shake(make_routed()), tmp_path / "b")
     assert irc_main("export", tmp_path / "b", "-o", tmp_path / "onnx").code == 0
-    # The tiny model reads 64 bytes: names 200 tokens back do not fit, so recall is not asked.
+    # The tiny model reads 64 bytes, too few for names 200 tokens back, so code_recall is left out.
     arguments = ("--tasks", "code_closing", "--limit", "12", "--data", source, "--json")
     torch_side, onnx_side = (irc_main("eval", tmp_path / name, *arguments) for name in ("b", "onnx"))
     assert torch_side.code == onnx_side.code == 0, torch_side.err + onnx_side.err
@@ -159,7 +159,7 @@ def test_bundle_and_onnx_folder_answer_alike(
 
 @pytest.mark.slow
 def test_tasks_of_the_user_s_own(irc_main: Any, model_folder: Path, tmp_path: Path) -> None:
-    """A file of the harness's own format: generation until a stop string, and rolling likelihood."""
+    """Task files in the harness's own format: generation until a stop string, and rolling likelihood."""
     (tmp_path / "data.jsonl").write_text('{"text": "the router reads", "answer": "x"}\n' * 3)
     common = (
         f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path / 'data.jsonl'}}}}}\ntest_split: test\n"
@@ -183,6 +183,6 @@ def test_tasks_of_the_user_s_own(irc_main: Any, model_folder: Path, tmp_path: Pa
 def test_unknown_tasks_are_refused(irc_main: Any, model_folder: Path) -> None:
     outcome = irc_main("eval", model_folder, "--tasks", "code_closing,no_such_task")
     assert outcome.code == 2
-    assert "knows no task 'no_such_task'" in outcome.sentence()
+    assert "'no_such_task'" in outcome.sentence()
     outcome = irc_main("eval", model_folder, "--tasks", "code_closing", "--task-path", "/nowhere")
-    assert (outcome.code, "there is no such folder" in outcome.sentence()) == (2, True)
+    assert (outcome.code, "/nowhere" in outcome.sentence()) == (2, True)

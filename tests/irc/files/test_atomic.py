@@ -1,4 +1,4 @@
-"""Folders are written whole or not at all, and what lies beside them is nobody's to touch."""
+"""Folders are written atomically, and the files next to them are left alone."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def test_a_failure_leaves_neither_the_folder_nor_its_parents(tmp_path: Path, err
 
 
 def test_a_full_disk_is_a_failure_and_a_wrong_place_wrong_input(tmp_path: Path) -> None:
-    with pytest.raises(IrcError, match=r"No space left .*; free some space") as caught, staged(tmp_path / "out"):
+    with pytest.raises(IrcError, match=r"/out: .*No space left") as caught, staged(tmp_path / "out"):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert caught.value.exit_code == 1
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file" / "out", Path("/proc/irc-out"), tmp_path / ("x" * 300)):
-        with pytest.raises(InputError, match="give another --output") as wrong:
+        with pytest.raises(InputError, match=str(place)[:60]) as wrong:
             write(place)
         assert len(str(wrong.value)) < 400
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -65,7 +65,7 @@ def test_the_working_folder_is_never_replaced(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "inner").mkdir()
     monkeypatch.chdir(tmp_path / "inner")
     for place in (Path(), tmp_path):
-        with pytest.raises(InputError, match="is the working folder or holds it"):
+        with pytest.raises(InputError, match=f"^{place}: "):
             write(place)
 
 

@@ -1,4 +1,4 @@
-"""Mutations of files, and a loop that feeds them to a loader: it works or refuses in one sentence, soon and small."""
+"""Mutates files and feeds them to a loader, which must load or refuse them quickly and with little memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from irc.errors import InputError
 
 BUDGET = int(os.environ.get("IRC_FUZZ_BYTES", "0"))
-"""Bytes of mutated input for every loader; 0 for the suite's short run, the same inputs every time."""
+"""Bytes of mutated input for each loader; 0 for the short run of the suite, with the same inputs every time."""
 
 SHORT, LEAST = 120, 500
 SECONDS, MEGABYTES = 20.0, 400.0
@@ -37,7 +37,7 @@ Edits = list[tuple[int, int, int]]
 
 
 def mutate_bytes(original: bytes, edits: Edits, reach: int) -> bytes:
-    """Apply edits (kind, place, value) to bytes, within the first `reach`."""
+    """Apply edits (kind, place, value) to the first `reach` bytes."""
     data = bytearray(original)
     for kind, place, value in edits:
         at = place % max(1, min(len(data), reach))
@@ -62,9 +62,9 @@ def mutate_bytes(original: bytes, edits: Edits, reach: int) -> bytes:
 
 
 def mutate_json(original: bytes, edits: Edits) -> bytes:
-    """Apply edits to the tree of a JSON file: other values, keys that are gone, renamed, or there twice."""
+    """Apply edits to the tree of a JSON file: other values, and keys that are removed, renamed or duplicated."""
     tree = json.loads(original)
-    twice = ""
+    duplicate = ""
     for kind, place, value in edits:
         places = list(_places(tree))
         if not places:
@@ -78,10 +78,10 @@ def mutate_json(original: bytes, edits: Edits) -> bytes:
             case 3 if isinstance(holder, dict):
                 holder[f"{key}x"] = holder.pop(key)
             case 4 if isinstance(tree, dict):
-                twice = f"{json.dumps(next(iter(tree), 'x'))}: {json.dumps(VALUES[value % len(VALUES)])},"
+                duplicate = f"{json.dumps(next(iter(tree), 'x'))}: {json.dumps(VALUES[value % len(VALUES)])},"
             case _:
                 holder[key] = [holder[key]] * (1 + value % 3)
-    return ("{" + twice + json.dumps(tree)[1:]).encode() if twice and tree else json.dumps(tree).encode()
+    return ("{" + duplicate + json.dumps(tree)[1:]).encode() if duplicate and tree else json.dumps(tree).encode()
 
 
 def _places(tree: Any) -> Any:
@@ -92,23 +92,23 @@ def _places(tree: Any) -> Any:
 
 @dataclass
 class Fuzz:
-    """What a loader was fed.
+    """Feeds mutated files to a loader.
 
     Attributes:
-        name: Of the loader.
-        show: Writes a line for people, past pytest's capture.
+        name: Name of the loader.
+        show: Prints a line, bypassing pytest's capture.
     """
 
     name: str
     show: Callable[[str], None]
 
     def __call__(self, path: Path, load: Callable[[], object], reach: int | None = None) -> None:
-        """Feed mutations of a file.
+        """Feed mutations of a file to a loader.
 
         Args:
-            path: The file; as it was afterwards.
-            load: Reads it.
-            reach: Bytes from the beginning in which edits of bytes fall; all when None.
+            path: The file; restored afterwards.
+            load: Loads the file.
+            reach: Bytes from the beginning that edits may change; all if None.
         """
         original = path.read_bytes()
         structured = path.suffix == ".json"
@@ -166,7 +166,7 @@ class Fuzz:
 
 
 def _peak() -> float:
-    """Return the largest resident memory, MB."""
+    """Return the peak resident memory in MB."""
     lines = Path("/proc/self/status").read_text().splitlines() if Path("/proc/self/status").exists() else []
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), 0.0)
 
@@ -179,7 +179,7 @@ def _reset_peak() -> float:
 
 @pytest.fixture
 def fuzz(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> Fuzz:
-    """Give `fuzz(path, load)`; with a budget, a line about it is shown."""
+    """Give `fuzz(path, load)`. With a budget, it prints a line of figures."""
 
     def show(line: str) -> None:
         if BUDGET:

@@ -1,10 +1,10 @@
-"""One loader under atheris: mutations that reach new code are kept and mutated further.
+"""Fuzzes one loader with atheris, which keeps mutations that reach new code and mutates them further.
 
     python guided.py TARGET FOLDER SECONDS [SEED]
 
-FOLDER is emptied; it gets what the loader reads, the corpus and, of an input that fails, a copy. The process ends with
-0 after SECONDS, and with another code and a traceback where the loader raises anything but InputError, takes 20 seconds
-for an input, or 4 GB of memory. `total.json` counts inputs and bytes.
+FOLDER is emptied and receives the files that the loader reads, the corpus, and a copy of an input that fails. The
+process exits with 0 after SECONDS. It exits with another code and a traceback if the loader raises anything but
+InputError, takes 20 seconds for one input, or 4 GB of memory. `total.json` counts inputs and bytes.
 """
 
 from __future__ import annotations
@@ -31,24 +31,26 @@ def recipe(folder: Path) -> Target:
 
 
 def bundle_config(folder: Path) -> Target:
-    from irc.bundle.config import CONFIG, read_config
+    from irc.bundle.config import read_config
+    from irc.bundle.layout import CONFIG
 
     shutil.copytree(BUNDLE, folder, dirs_exist_ok=True)
     return folder / CONFIG, lambda: read_config(folder)
 
 
 def adapter(folder: Path) -> Target:
-    """Forecasters and routers of a bundle, under their right hash."""
-    from irc.bundle.loading import ADAPTER, _read_adapter
+    """Forecasters and routers of a bundle, with the right hash."""
+    from irc.bundle.layout import ADAPTER
+    from irc.bundle.loading import read_adapter
     from irc.files.atomic import file_sha256
 
     shutil.copytree(BUNDLE, folder, dirs_exist_ok=True)
     path = folder / ADAPTER
-    return path, lambda: _read_adapter(folder, file_sha256(path))
+    return path, lambda: read_adapter(folder, file_sha256(path))
 
 
 def checkpoint(folder: Path) -> Target:
-    """A shard of weights, as far as it is read before the weights are used."""
+    """A shard of weights, as read before the weights are used."""
     from irc.model.checkpoint import find_base
 
     def load() -> None:
@@ -85,7 +87,7 @@ def onnx_model(folder: Path) -> Target:
 TARGETS = {
     each.__name__: each for each in (recipe, bundle_config, adapter, checkpoint, model_config, manifest, onnx_model)
 }
-"""Loaders: each is given an empty folder, and returns the file that is mutated and what reads it."""
+"""The loaders. Each takes an empty folder and returns the file to mutate and the function that loads it."""
 
 
 def main() -> None:
@@ -98,7 +100,7 @@ def main() -> None:
     shutil.rmtree(folder, ignore_errors=True)
     for name in ("read", "corpus"):
         (folder / name).mkdir(parents=True)
-    for library in ("torch", "transformers", "numpy", "onnx"):  # instrumented, they would be slow and no news
+    for library in ("torch", "transformers", "numpy", "onnx"):  # not instrumented: it would slow them down
         importlib.import_module(library)
     with atheris.instrument_imports(include=["irc", "yaml"]):
         path, load = TARGETS[target](folder / "read")
@@ -117,10 +119,10 @@ def main() -> None:
             if not str(error).strip():
                 raise AssertionError("a refusal without a sentence") from error
             total["refused"] += 1
-        if total["inputs"] % 100 == 0:  # libFuzzer ends the process itself
+        if total["inputs"] % 100 == 0:  # libFuzzer exits without returning here
             (folder / "total.json").write_text(json.dumps(total))
 
-    # The peak that Linux says of a process counts what the one that started it held.
+    # Linux counts the memory of the parent process in the peak of its child.
     limit = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024 + 4096
     options = [f"-max_total_time={seconds}", "-timeout=20", f"-rss_limit_mb={limit}", f"-max_len={2 * len(original)}"]
     options += ["-reduce_inputs=0", "-len_control=0", f"-seed={seed[0] if seed else 1}", "-print_final_stats=1"]
@@ -130,7 +132,7 @@ def main() -> None:
 
 
 def _words(original: bytes) -> str:
-    """Return libFuzzer's dictionary: the words of the file, and values that no file has."""
+    """Return a dictionary for libFuzzer: words of the file, and values that no valid file contains."""
     words = {word for word in original[:20000].replace(b'"', b" ").split() if 2 < len(word) < 30 and word.isalnum()}
     words |= {b"null", b"true", b"NaN", b"-1", b"1e999", b"9" * 30, b"../x", b"{}", b"[]", b"&a [*a]", b"!!int ''"}
     return "".join('"' + "".join(f"\\x{byte:02x}" for byte in word) + '"\n' for word in sorted(words))

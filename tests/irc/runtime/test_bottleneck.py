@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import irc
-from irc.bundle.loading import save_bundle
+from irc.bundle.saving import save_bundle
 from irc.deployment.onnx_folder import export
 from irc.model.build import build_routed
 from irc.model.checkpoint import BaseModel
@@ -27,7 +27,6 @@ OPS = ["portable", *(["native"] if installed_library() else [])]
 @pytest.fixture(scope="module", params=["linear", "silu"])
 def folder(request: Any, base: BaseModel, shake: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = shake(build_routed(base, RoutingSpec(4, request.param, reads="bottleneck"), "fp32"))
-    model.facts["base"] = base
     work = tmp_path_factory.mktemp("bottleneck")
     save_bundle(model, work / "bundle")
     export(str(work / "bundle"), work / "onnx")

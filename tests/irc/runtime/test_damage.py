@@ -39,8 +39,8 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "no version": (lambda m: m.update(format_version=0), "format_version is 0"),
     "infinite version": (lambda m: m.update(op_version=float("inf")), "damaged"),
     "newer operators": (lambda m: m.update(op_version=99), "op version 99 is newer than this irc knows"),
-    "hash of another folder": (lambda m: m["sha256"].update({"../x": "0"}), "only plain names are read"),
-    "hash of a name too long for a file": (lambda m: m["sha256"].update({"9" * 300: "0"}), "only plain names are read"),
+    "hash of another folder": (lambda m: m["sha256"].update({"../x": "0"}), "'../x'"),
+    "hash of a name too long for a file": (lambda m: m["sha256"].update({"9" * 300: "0"}), "'9999"),
     "hash that is no text": (lambda m: m["sha256"].update(x=1), "a hash is no text"),
     "unit": (lambda m: m["units"][0].pop("difference"), "damaged"),
     "half of the units": (

@@ -13,7 +13,7 @@ import onnx
 import pytest
 import torch
 
-from irc.bundle.loading import save_bundle
+from irc.bundle.saving import save_bundle
 from irc.deployment.onnx_folder import export
 from irc.errors import InputError
 from irc.files.atomic import file_sha256
@@ -29,7 +29,6 @@ OPS = ["portable", *(["native"] if installed_library() else [])]
 @pytest.fixture(scope="module")
 def folder(base: BaseModel, shake: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = shake(build_routed(base, RoutingSpec(4), "fp32"))
-    model.facts["base"] = base
     for unit in model.units:
         with torch.no_grad():
             model.part(unit, "router").last.bias.fill_(torch.nan)

@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 
-from irc.deployment.onnx_folder import export
+from irc.deployment.onnx_folder import ExportOptions, export
 from irc.runtime.generation import Generator
 from irc.runtime.session import Runtime
 
@@ -84,7 +84,7 @@ def server(
         pytest.skip("this Python has no shared library, which Triton's Python backend loads")
     packages = installed("pytriton", SERVER, BESIDE)
     work = tmp_path_factory.mktemp("triton")
-    export(str(bundle), work / "repository", layout="triton")
+    export(str(bundle), work / "repository", ExportOptions(layout="triton"))
     found = packages / "pytriton" / "tritonserver"
     backend = Path(shutil.copytree(found / "backends", work / "backends"))
     version = f"{sys.version_info.major}.{sys.version_info.minor}"

@@ -1,4 +1,4 @@
-"""What each of two processes does in test_distributed.py; as a script, `irc` that looks at its memory in the end."""
+"""The work of each process in test_distributed.py. As a script: `irc`, which reports its memory at the end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from irc.training.sharding import average_gradients
 
 
 def launched(function: Callable[..., Any], *arguments: Any) -> int:
-    """Run a function in two processes, as torchrun does but forked; say how each ended, or how the first one fell."""
+    """Run a function in two forked processes, as torchrun does; report how each ended, or how the first one failed."""
     meeting = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
     config = LaunchConfig(1, 1, 2, **meeting, start_method="fork", max_restarts=0)
     ended: Any
@@ -34,20 +34,20 @@ def launched(function: Callable[..., Any], *arguments: Any) -> int:
 
 
 def looking(command: list[str]) -> int:
-    """Run `irc` with one more phase, which says how much of the mapped base a process holds as a copy of its own."""
+    """Run `irc` with one more phase, which reports how much of the mapped base a process holds as its own copy."""
 
     def look(conversion: Any) -> None:
         name = str(conversion.base.shards[0].resolve())
         mappings = Path("/proc/self/smaps").read_text().split("VmFlags")
         own = [part.split("Anonymous:")[1].split()[0] for part in mappings if name in part]
-        sys.stderr.write(f"kB of the mapped base in copies: {own}\n")  # at once: both processes speak
+        sys.stderr.write(f"kB of the mapped base in copies: {own}\n")  # in one write, because both processes print
 
     pipeline.PHASES = (*pipeline.PHASES, ("look", look))
     return main(command)
 
 
 def dying(command: list[str]) -> int:
-    """Run `irc`, whose first process dies, as by `kill -9`, when it puts its third checkpoint of routers in place."""
+    """Run `irc`; its first process dies by SIGKILL when it renames its third checkpoint of the router stage."""
     written = []
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
@@ -66,12 +66,12 @@ def several(commands: list[list[str]]) -> list[int]:
 
 
 def ending(command: list[str]) -> None:
-    """Run `irc` and end as its process does."""
+    """Run `irc` and exit with its code."""
     sys.exit(main(command))
 
 
 def averaging(dtype: str) -> dict[str, list[float]]:
-    """Take steps of AdamW; two weights' gradients come from all processes or from one, the third has none."""
+    """Take steps of AdamW on three weights with gradients from all processes, from one process, and from none."""
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
     weights = {name: torch.nn.Parameter(torch.tensor([1.0, -2.0], dtype=getattr(torch, dtype))) for name in "abc"}

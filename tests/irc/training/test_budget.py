@@ -1,4 +1,4 @@
-"""Budgets: what they count, what they ask of each unit, and that the threshold meets them."""
+"""Budgets: their weights, their targets for each unit, and that the threshold meets them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from irc.model.flops import flops_ratio
 from irc.model.routed import RoutedForCausalLM
-from irc.training.budget import Budget, make_budget, plain_budget, shared_out
+from irc.training.budget import Budget, allocate_shares, make_budget, plain_budget
 from irc.training.calibrate import _differences, calibrate, measured_keep
 from irc.training.stages import StageContext, run_lff
 from irc.training.threshold import quantile
@@ -39,7 +39,7 @@ def test_the_threshold_meets_the_budget(context: StageContext, kind: str) -> Non
     assert figures["calibration_sparsity"] == pytest.approx(budget.realized(skipped))
     if budget.targets is None:
         assert budget.realized(skipped) == pytest.approx(0.4, abs=0.01)
-    else:  # tokens that are alike to a unit are skipped together: no other threshold comes nearer
+    else:  # tokens with equal logits are skipped together, so no threshold comes nearer
         assert skipped == pytest.approx(budget.targets, abs=0.1)
         differences = _differences(context.model, context.calibration_windows())
         for unit, values in differences.items():
@@ -48,7 +48,7 @@ def test_the_threshold_meets_the_budget(context: StageContext, kind: str) -> Non
 
 
 def test_flops_weigh_what_skipping_saves(context: StageContext) -> None:
-    """What the weights promise of a unit is what the FLOPs ratio says when it alone is skipped."""
+    """The weight of a unit is the share of FLOPs that is saved when only that unit is skipped."""
     weights = budget_of(context, "flops").weights
     assert sum(weights.values()) == pytest.approx(1)
     length = context.calibration_windows().shape[1]
@@ -56,7 +56,7 @@ def test_flops_weigh_what_skipping_saves(context: StageContext) -> None:
     saved = {unit: flops_ratio(context.model, every, length) for unit in weights}
     saved = {unit: full - flops_ratio(context.model, {**every, unit: 0.0}, length) for unit, full in saved.items()}
     assert weights == pytest.approx({unit: value / sum(saved.values()) for unit, value in saved.items()})
-    assert len(set(weights.values())) == 2  # attention and FFN differ here
+    assert len(set(weights.values())) == 2  # attention and FFN differ
 
 
 def test_a_recoverable_unit_may_skip_more(make_context: Callable[..., StageContext]) -> None:
@@ -75,10 +75,10 @@ def test_a_recoverable_unit_may_skip_more(make_context: Callable[..., StageConte
 
 
 def test_shares_have_a_ceiling_and_keep_the_mean() -> None:
-    shares = shared_out({"a": 100.0, "b": 2.0, "c": 1.0}, 0.5)
+    shares = allocate_shares({"a": 100.0, "b": 2.0, "c": 1.0}, 0.5)
     assert shares == pytest.approx({"a": 0.95, "b": 0.55 * 2 / 3, "c": 0.55 / 3})
-    assert shared_out({"a": 3.0, "b": 1.0}, 1.0) == pytest.approx({"a": 1.0, "b": 1.0})
-    assert shared_out({"a": 3.0, "b": 1.0}, 0.0) == {"a": 0.0, "b": 0.0}
+    assert allocate_shares({"a": 3.0, "b": 1.0}, 1.0) == pytest.approx({"a": 1.0, "b": 1.0})
+    assert allocate_shares({"a": 3.0, "b": 1.0}, 0.0) == {"a": 0.0, "b": 0.0}
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 1.0])

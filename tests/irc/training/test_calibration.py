@@ -1,4 +1,4 @@
-"""The streaming statistics and the closed form against dense computations with numpy."""
+"""The streaming statistics and the closed form, compared with dense computations in numpy."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 from irc.model.modules import Forecaster
 from irc.model.routed import RoutedForCausalLM
 from irc.training import closed_form as calibration
-from irc.training.closed_form import UnitStatistics, gathering, reduced_rank_regression, set_closed_form
+from irc.training.closed_form import UnitStatistics, gather_statistics, reduced_rank_regression, set_closed_form
 
 WIDTH, TOKENS = 12, 400
 
 
 def tokens(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return correlated inputs of mean not zero, and outputs that depend on them nonlinearly; [TOKENS, WIDTH]."""
+    """Return correlated inputs with a nonzero mean, and outputs that depend on them nonlinearly, [TOKENS, WIDTH]."""
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(WIDTH, WIDTH, generator=generator)
     x = torch.randn(TOKENS, WIDTH, generator=generator) @ mix + 0.7
@@ -33,7 +33,7 @@ def statistics_of(x: torch.Tensor, y: torch.Tensor, pieces: int = 1) -> UnitStat
 
 
 def dense(x: torch.Tensor, y: torch.Tensor, rank: int, ridge: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return slope [d, d] and bias [d] of the weighted reduced-rank ridge regression, from the data matrix itself.
+    """Return slope [d, d] and bias [d] of the weighted reduced-rank ridge regression, computed from the data matrix.
 
     Ridge by lstsq on rows that are appended to the centred data, rank by the SVD of the fitted outputs.
     """
@@ -60,7 +60,7 @@ def test_the_closed_form_is_the_dense_solution(rank: int, ridge: float) -> None:
     slope, intercept = dense(x, y, rank, ridge)
     assert down.shape == (rank, WIDTH)
     assert up.shape == (WIDTH, rank)
-    # The products of the statistics are float32 (relative 1e-7 times a condition number of some hundreds).
+    # The products of the statistics are float32: a relative error of 1e-7 times a condition number of several hundred.
     np.testing.assert_allclose((up @ down).T.numpy(), slope, atol=2e-4 * abs(slope).max())
     np.testing.assert_allclose(bias.numpy(), intercept, atol=2e-4 * abs(intercept).max())
 
@@ -73,7 +73,7 @@ def test_wide_units_lose_nothing_by_subspace_iteration(monkeypatch: pytest.Monke
     statistics = UnitStatistics(width)
     statistics.add(x, y)
     exact = reduced_rank_regression(statistics, rank, 1e-4)
-    monkeypatch.setattr(calibration, "_EXACT", 100)
+    monkeypatch.setattr(calibration, "_EXACT_WIDTH", 100)
     found = reduced_rank_regression(statistics, rank, 1e-4)
 
     def unexplained(parts: tuple[torch.Tensor, ...]) -> float:
@@ -82,9 +82,9 @@ def test_wide_units_lose_nothing_by_subspace_iteration(monkeypatch: pytest.Monke
 
     best, other = unexplained(exact), unexplained(found)
     assert other < 1.0005 * best < 0.9
-    assert not torch.equal(found[1], exact[1])  # it was another way
+    assert not torch.equal(found[1], exact[1])  # another method was used
     monkeypatch.setattr(calibration, "_ITERATIONS", 0)
-    assert unexplained(reduced_rank_regression(statistics, rank, 1e-4)) > 1.01 * best  # the iteration is what does it
+    assert unexplained(reduced_rank_regression(statistics, rank, 1e-4)) > 1.01 * best  # iterating matters
 
 
 def test_weighted_error_is_least_at_the_solution() -> None:
@@ -120,7 +120,7 @@ def test_gathered_statistics_leave_padding_out(
     keep[1, :5] = keep[3, :9] = False
 
     def gather(text: torch.Tensor, kept: torch.Tensor | None) -> dict[str, UnitStatistics]:
-        with gathering(model, kept) as statistics, model.control.using(mode="execute"), torch.no_grad():
+        with gather_statistics(model, kept) as statistics, model.control.using(mode="execute"), torch.no_grad():
             model(input_ids=text, attention_mask=keep.long(), use_cache=False)
         return statistics
 
@@ -142,7 +142,7 @@ def test_gathered_inputs_and_outputs_are_the_units(
     seen: list[torch.Tensor] = []
     router = model.part(unit, "router")
     handle = router.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
-    with gathering(model) as statistics, model.control.using(mode="execute"), torch.no_grad():
+    with gather_statistics(model) as statistics, model.control.using(mode="execute"), torch.no_grad():
         model(input_ids=ids, use_cache=False)
     handle.remove()
     output = model.graph.get_submodule(unit.name)(seen[0])
@@ -162,6 +162,6 @@ def test_silu_starts_close_to_the_linear_solution(rank: int) -> None:
     set_closed_form(silu, statistics, rank, 1e-4)
     with torch.no_grad():
         wanted, found = linear(x), silu(x)
-    # silu(h + 6) differs from h + 6 by at most some percent of h's range of about +-4.
+    # silu(h + 6) differs from h + 6 by at most a few percent of the range of h, about +-4.
     assert float((found - wanted).norm() / wanted.norm()) < 0.05
     assert float((found - wanted).norm() / wanted.norm()) > 0  # it is not linear

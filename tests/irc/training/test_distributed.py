@@ -19,7 +19,7 @@ from accelerate import PartialState
 from safetensors.torch import load_file
 
 import irc
-from irc.bundle.loading import ADAPTER
+from irc.bundle.layout import ADAPTER
 from irc.cli import main
 from irc.conversion.pipeline import resolve
 from irc.errors import InputError
@@ -33,15 +33,15 @@ from tests.irc.training.pairs import averaging, dying, ending, launched, looking
 pytestmark = pytest.mark.slow
 Arguments = Callable[..., list[str]]
 Two = Callable[[str], tuple[Path, str, str]]
-# `accelerate launch --cpu` starts several processes by mpirun alone; --multi_gpu means torchrun, the device is ours.
+# `accelerate launch --cpu` needs mpirun for several processes; --multi_gpu uses torchrun, and we choose the device.
 _ACCELERATE = "accelerate.commands.launch --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
 LAUNCHERS = {
     "torchrun": "-m torch.distributed.run --standalone --nproc-per-node 2".split(),
     "accelerate": f"-m {_ACCELERATE} --main_process_port 0 --multi_gpu".split(),
     "fsdp2": f"-m {_ACCELERATE} --main_process_port 0 --use_fsdp --fsdp_version 2".split(),
 }
-FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # as `accelerate launch` says it
-PACKAGE = str(Path(irc.__file__).parents[1])  # that this process tests: a script does not look where it was started
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # as `accelerate launch` sets it
+PACKAGE = str(Path(irc.__file__).parents[1])  # a script does not import from the folder where it was started
 STAGES = ["--stages", "lff,router,lora"]
 SETTINGS = {"lora__dropout": 0.0}  # each process draws its own dropout
 
@@ -60,7 +60,7 @@ def run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def fork(folder: Path, function: Callable[..., Any], argument: Any, **environment: str) -> tuple[str, str, Any]:
-    """Run a function in two processes without a launcher; return what they said and how they ended."""
+    """Run a function in two processes without a launcher; return their output and how they ended."""
     process = Forked(launched, function, argument, folder=folder / "said", environment=environment)
     out, err = process.communicate(timeout=240)
     (ended,) = re.findall(r"^ended (.*)$", err, re.MULTILINE)
@@ -73,13 +73,13 @@ def weights(bundle: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The folder of bundles that several tests look at, each made once, and what was said while they were."""
+    """The folder of the bundles that several tests share, and the output of the runs that made them."""
     return {"folder": tmp_path_factory.mktemp("made")}
 
 
 @pytest.fixture
 def single(irc_main: Any, convert_arguments: Arguments, made: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
-    """The bundle of one process, and its metrics."""
+    """The bundle that one process makes, and its metrics."""
     output = made["folder"] / "single"
     if "single" not in made:
         done = irc_main(*convert_arguments(output, **SETTINGS), *STAGES)
@@ -90,14 +90,14 @@ def single(irc_main: Any, convert_arguments: Arguments, made: dict[str, Any]) ->
 
 @pytest.fixture
 def two(convert_arguments: Arguments, made: dict[str, Any]) -> Two:
-    """Give `two(launcher)`: the bundle of two processes, and what they said on stdout and stderr."""
+    """Give `two(launcher)`: the bundle that two processes make, and their stdout and stderr."""
 
     def make(launcher: str) -> tuple[Path, str, str]:
         folder = made["folder"] / launcher
         arguments = [*convert_arguments(folder / "b", **SETTINGS), *STAGES, "--debug"]
         if launcher not in made:
             folder.mkdir()
-            if launcher == "fsdp2-recomputed":  # of which `single` knows nothing
+            if launcher == "fsdp2-recomputed":  # one process was not run with these settings
                 recomputed = [*arguments, "--set", "activation_checkpointing=true"]
                 out, err, ended = fork(made["folder"], looking, recomputed, **FSDP2)
                 made[launcher] = out, err, ended == [0, 0]
@@ -114,8 +114,8 @@ def two(convert_arguments: Arguments, made: dict[str, Any]) -> Two:
 @pytest.mark.parametrize("launcher", [*LAUNCHERS, "fsdp2-recomputed"])
 def test_two_processes_equal_one(single: tuple[Path, dict[str, Any]], two: Two, launcher: str) -> None:
     bundle, out, err = two(launcher)
-    assert err.count("kB of the mapped base") == 2  # there were two
-    metrics = json.loads(out)  # one object: only the first process speaks
+    assert err.count("kB of the mapped base") == 2  # from both processes
+    metrics = json.loads(out)  # one object, because only the first process prints
     assert err.count("converting ") == len(re.findall(r"^router \d", err, re.MULTILINE)) == 1
     alone, expected = single
     one, found = weights(alone), weights(bundle)
@@ -179,11 +179,11 @@ def test_refusals_end_both_processes(convert_arguments: Arguments, tmp_path: Pat
     commands = [convert_arguments(work / "there"), convert_arguments(work / "b", lff__batch_size=3)]
     out, err, ended = fork(tmp_path, several, commands)
     assert ended == [[2, 2], [2, 2]], err
-    assert "exists already" in err
+    assert "--force" in err
     assert "lff.batch_size is 3, over 2 processes; give a multiple of 2" in err
     assert out == ""
     assert fork(tmp_path, ending, commands[0])[2] == 2
-    assert [path.name for path in work.iterdir()] == ["there"]  # no work was begun
+    assert [path.name for path in work.iterdir()] == ["there"]  # the work did not begin
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_refusals_end_both_processes(convert_arguments: Arguments, tmp_path: Pat
 def test_only_batches_that_are_trained_are_looked_at(
     monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], finished: tuple[str, ...], refused: str
 ) -> None:
-    monkeypatch.setattr(PartialState(cpu=True), "num_processes", 2)  # which all share
+    monkeypatch.setattr(PartialState(cpu=True), "num_processes", 2)  # all instances share this state
     recipe = load_recipe(None, ["device=cpu", *(f"{k.replace('__', '.')}={v}" for k, v in settings.items())])
     with pytest.raises(InputError, match=refused) if refused else nullcontext():
         check_batches(resolve(recipe), finished)
@@ -214,7 +214,7 @@ def test_fsdp_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     assert not sharding_wanted()  # one process has nothing to share
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("FSDP_VERSION", "1")
-    with pytest.raises(InputError, match="add --fsdp_version 2"):
+    with pytest.raises(InputError, match=r"version 1 .*--fsdp_version 2"):
         sharding_wanted()
     monkeypatch.setenv("FSDP_VERSION", "2")
     assert sharding_wanted()

@@ -1,4 +1,4 @@
-"""Layer by layer gives the statistics that batch by batch gives, of every unit, and asks for one layer at a time."""
+"""A pass layer by layer gives the same statistics as one batch by batch, and needs one layer at a time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from irc.model.build import build_routed
 from irc.model.checkpoint import BaseModel
 from irc.model.paging import MappedPages, released
 from irc.model.routed import RoutedForCausalLM, RoutingSpec
-from irc.training.closed_form import UnitStatistics, gathering
+from irc.training.closed_form import UnitStatistics, gather_statistics
 from irc.training.layerwise import layer_by_layer, outermost
 
 Make = Callable[..., RoutedForCausalLM]
@@ -24,14 +24,14 @@ def test_statistics_are_those_of_batches(make_routed: Make, ids: torch.Tensor) -
     model = make_routed()
     batches = [ids[:3], ids[3:]]
     with torch.no_grad(), model.control.using(mode="execute"):
-        with gathering(model) as expected:
+        with gather_statistics(model) as expected:
             for batch in batches:
                 model(input_ids=batch, use_cache=False)
         found: dict[str, UnitStatistics] = {}
         layers, told = [], []
         for units, compute in layer_by_layer(model, batches):
             layers.append({unit.layer for unit in units})
-            with gathering(model, units=units) as statistics:
+            with gather_statistics(model, units=units) as statistics:
                 compute(told.append)
             found |= statistics
     assert layers == [{0}, {1}]
@@ -52,7 +52,7 @@ def test_only_outermost_blocks_count() -> None:
 
 @pytest.fixture(params=["file", "link"])
 def mapped(request: pytest.FixtureRequest, tmp_path: Path) -> RoutedForCausalLM:
-    """A model whose bf16 weights are used as they lie on disk, in a file or what a hub's cache links to."""
+    """A model whose bf16 weights are mapped from disk, from a file or from the target of a link in a hub cache."""
     if not sys.platform.startswith("linux"):
         pytest.skip("elsewhere nothing is released")
     config = LlamaConfig(hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
@@ -66,18 +66,18 @@ def mapped(request: pytest.FixtureRequest, tmp_path: Path) -> RoutedForCausalLM:
 
 
 def resident(model: RoutedForCausalLM) -> int:
-    """Return the KiB of a model's safetensors file that are in this process's memory."""
+    """Return how many KiB of a model's safetensors file are in the memory of this process."""
     total, counts = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if "-" in line.split(" ", 1)[0]:
-            counts = line.endswith(str((model.facts["base"].folder / "model.safetensors").resolve()))
+            counts = line.endswith(str((model.base.folder / "model.safetensors").resolve()))
         elif counts and line.startswith("Rss:"):
             total += int(line.split()[1])
     return total
 
 
 def test_released_weights_leave_memory_and_are_read_again(mapped: RoutedForCausalLM, tmp_path: Path) -> None:
-    mapped.facts["base"] = BaseModel("tiny", tmp_path)
+    mapped.base = BaseModel("tiny", tmp_path)
     parameters = list(mapped.graph.parameters())
     before = [parameter.clone() for parameter in parameters]
     pages = MappedPages(parameters, least=0)
@@ -103,7 +103,7 @@ def test_what_was_written_to_is_never_released(mapped: RoutedForCausalLM) -> Non
 def test_blocks_are_released_after_their_call(
     mapped: RoutedForCausalLM, tmp_path: Path, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mapped.facts["base"] = BaseModel("tiny", tmp_path)
+    mapped.base = BaseModel("tiny", tmp_path)
     monkeypatch.setattr(MappedPages.__init__, "__defaults__", (0,))
     with torch.no_grad():
         expected = mapped.states(ids)

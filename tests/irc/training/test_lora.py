@@ -1,4 +1,4 @@
-"""LoRA by peft: what is saved comes back, and peft itself can read it."""
+"""LoRA with peft: saved adapters load again, and peft can read them."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_peft_reads_the_folder(make_routed: Make, lora_on: Any, tmp_path: Path) 
 
 @pytest.mark.parametrize("target", ["w_proj", "proj", "lm_head", "embed_tokens"])
 def test_an_unknown_target_is_refused(make_routed: Make, target: str) -> None:
-    with pytest.raises(InputError, match=rf"lora\.targets: no linear named {target} in the model's units"):
+    with pytest.raises(InputError, match=rf"lora\.targets: .*'{target}'"):
         lora_config(make_routed(), LoraRecipe(targets=["q_proj", target]))
 
 
@@ -128,7 +128,7 @@ def test_forecasters_or_routers_learn_along_when_asked(
 
 
 def test_a_policy_without_routers_to_train_keeps_its_routes(make_context: Callable[..., StageContext]) -> None:
-    """What informed is held against: the dense model under the same LoRA budget, and whole units dropped."""
+    """Other policies with LoRA: the dense model with the same LoRA budget, and whole units dropped."""
     context = make_context(policy="static")
     context.model.part(context.model.units[0], "router").choose(False)
     before = copy.deepcopy(context.model.adapter_parameters("router"))

@@ -1,4 +1,4 @@
-"""What the stages minimise, term by term, against direct computations."""
+"""The losses of the stages, term by term, compared with direct computations."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from irc.model.checkpoint import BaseModel
 from irc.model.modules import Record
 from irc.model.routed import RoutedForCausalLM
 from irc.recipe.stages import RouterRecipe
+from irc.training.budget import plain_budget
 from irc.training.objectives import ForecastObjective, RoutingObjective, _straight_through
 
 Make = Callable[..., RoutedForCausalLM]
@@ -31,11 +32,12 @@ def model(make_routed: Make, shake: Any) -> RoutedForCausalLM:
 
 
 def objective(model: RoutedForCausalLM, sparsity: float = 0.25, lora: Any = (), **recipe: Any) -> RoutingObjective:
-    return RoutingObjective(model, RouterRecipe(**recipe), sparsity, seed=0, steps=STEPS, lora=lora)
+    budget = plain_budget([unit.name for unit in model.units], sparsity)
+    return RoutingObjective(model, RouterRecipe(**recipe), budget, seed=0, steps=STEPS, lora=lora)
 
 
 def sampled(model: RoutedForCausalLM, one: RoutingObjective, ids: torch.Tensor, step: int) -> dict[str, Record]:
-    """Return what the objective's sampled forward pass sees."""
+    """Return the records of the objective's sampled forward pass."""
     tape: dict[str, Record] = {}
     with model.control.using(tape=tape, measure_error=True, **one._routing(ids, step)):
         model(input_ids=ids, use_cache=False)
@@ -252,7 +254,8 @@ def test_in_the_lora_stage_routes_are_sampled_where_routers_learn(
 ) -> None:
     groups = [{"params": model.adapter_parameters("router"), "lr": router_lr}]
     recipe = RouterRecipe(temperature_end=0.7)
-    one = RoutingObjective(model, recipe, 0.25, 0, STEPS, lora=groups, sampled=router_lr > 0)
+    budget = plain_budget([unit.name for unit in model.units], 0.25)
+    one = RoutingObjective(model, recipe, budget, 0, STEPS, lora=groups, sampled=router_lr > 0)
     routing = one._routing(ids, 0)
     assert routing["mode"] == ("sample" if router_lr else "route")
     if router_lr:

@@ -1,4 +1,4 @@
-"""Activation checkpointing changes what is kept, not what is computed."""
+"""Activation checkpointing keeps fewer tensors and computes the same gradients."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from irc.model.routed import RoutedForCausalLM
 from irc.recipe.recipe import Recipe
+from irc.training.budget import plain_budget
 from irc.training.objectives import RoutingObjective
 from irc.training.recompute import recomputing
 from irc.training.stages import StageContext, run_lff, run_lora, run_router
@@ -25,11 +26,12 @@ def gradients(model: RoutedForCausalLM, ids: torch.Tensor, on: bool) -> tuple[di
         kept[tensor.data_ptr()] = tensor.numel()
         return tensor
 
-    objective = RoutingObjective(model, Recipe().router, 0.25, 0, 11)
+    budget = plain_budget([unit.name for unit in model.units], 0.25)
+    objective = RoutingObjective(model, Recipe().router, budget, 0, 11)
     with recomputing(model, on):
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss, _ = objective(ids, 3)
-        loss.backward()  # the control is back in mode route by now
+        loss.backward()  # by now the control is back in mode route
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return found, sum(kept.values())
@@ -52,7 +54,7 @@ def test_gradients_are_the_same_and_less_is_kept(make_routed: Make, shake: Any, 
 
 
 def test_every_stage_runs_and_ends_alike(make_context: Callable[..., StageContext], tmp_path: Path) -> None:
-    """With LoRA's dropout: what is computed again draws the same."""
+    """LoRA's dropout draws the same mask when a layer is computed again."""
     found = []
     for checkpointing in (False, True):
         context = make_context()

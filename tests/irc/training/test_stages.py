@@ -1,4 +1,4 @@
-"""The closed form on a model, the stages' order of work, and the threshold that makes argmax meet the target."""
+"""The closed form on a model, the order of work in the stages, and the threshold that meets the target."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_threshold_reaches_the_target(make_context: Callable[..., StageContext],
     chosen = text[torch.linspace(0, len(text) - 1, count).long()]
     realized = share_skipped(context.model, chosen)
     assert abs(realized - target) <= 0.01
-    assert figures["calibration_sparsity"] == pytest.approx(realized, abs=1e-9)  # what is reported is what is there
+    assert figures["calibration_sparsity"] == pytest.approx(realized, abs=1e-9)  # reports what was measured
 
 
 @pytest.mark.parametrize("target", [0.25, 0.9])
@@ -69,7 +69,7 @@ def test_threshold_holds_on_held_out_text(
     shake(context.model)
     calibrated(context)
     heldout = windows(streams["heldout"], context.recipe.seq_len)[:512]
-    assert abs(share_skipped(context.model, heldout) - target) <= 0.02  # some 5,000 tokens of the same source
+    assert abs(share_skipped(context.model, heldout) - target) <= 0.02  # about 5,000 tokens of the same source
 
 
 def test_threshold_only_moves_the_execute_biases(make_context: Callable[..., StageContext], shake: Any) -> None:
@@ -91,7 +91,7 @@ def test_threshold_only_moves_the_execute_biases(make_context: Callable[..., Sta
 def test_argmax_after_folding_is_thresholding_before(
     make_context: Callable[..., StageContext], shake: Any, ids: torch.Tensor
 ) -> None:
-    """A unit's routes after the fold are those that a threshold on its old logits would give, on the same states."""
+    """Folding the threshold into the bias routes as a threshold on the old logits does, on the same states."""
     context = make_context()
     model = shake(context.model)
     text = ids[:, :1]
@@ -164,7 +164,7 @@ def test_router_stage_with_frozen_forecasters(make_context: Callable[..., StageC
 @pytest.mark.parametrize("split", ["train", "calibration"])
 def test_short_text_is_refused(streams: dict[str, torch.Tensor], split: str) -> None:
     short = {split: torch.zeros(15, dtype=torch.int64)}
-    with pytest.raises(InputError, match=f"the {split} split .* 15 tokens, less than one window of 16"):
+    with pytest.raises(InputError, match=f"{split} split .* 15 tokens.* 16.*seq_len"):
         check_text(Recipe(seq_len=16), streams | short)
 
 
@@ -173,21 +173,22 @@ def test_cosine_schedule() -> None:
     assert [schedule(progress) for progress in (0, 0.5, 1, 2)] == pytest.approx([1, 0.55, 0.1, 0.1])
 
 
-def test_routers_that_are_no_numbers_are_refused(make_context: Callable[..., StageContext], shake: Any) -> None:
+def test_routers_that_are_not_finite_are_refused(make_context: Callable[..., StageContext], shake: Any) -> None:
     context = make_context()
     shake(context.model)
     with torch.no_grad():
         context.model.part(context.model.units[1], "router").last.bias.fill_(torch.nan)
-    with pytest.raises(IrcError, match=r"no longer finite numbers; lower router\.lr"):
+    with pytest.raises(IrcError, match=r"router\.lr"):
         calibrated(context)
 
 
-def test_a_target_that_is_missed_is_said(
+def test_a_target_that_is_missed_is_logged(
     make_context: Callable[..., StageContext], caplog: pytest.LogCaptureFixture
 ) -> None:
     context = make_context(sparsity=0.4)
     with torch.no_grad():
         for unit in context.model.units:
-            context.model.part(unit, "router").last.weight.zero_()  # all tokens are alike
+            context.model.part(unit, "router").last.weight.zero_()  # all tokens get the same logits
     assert calibrated(context)["calibration_sparsity"] == 0.5  # two units of four
-    assert "in place of 0.400: many tokens are alike to the routers" in caplog.text
+    assert "0.500" in caplog.text
+    assert "0.400" in caplog.text

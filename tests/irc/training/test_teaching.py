@@ -1,4 +1,4 @@
-"""Teaching: routers learn what a forecast costs, to first order, and begin at the target."""
+"""Teaching: routers learn the cost of a forecast, to first order, and start at the target."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_the_cost_is_the_first_order_change_of_the_loss(
 ) -> None:
     """Adding a thousandth of a unit's forecast error to its output changes the loss by a thousandth of g . error."""
     model = shake(make_routed())
-    model.graph.double()  # captured in float32 it holds no casts
+    model.graph.double()  # the graph was captured in float32 and has no casts
 
     def loss_of(step: float, unit: int) -> float:
         with torch.no_grad(), _probing(model) as seen, model.control.using(mode="execute"):
@@ -44,7 +44,7 @@ def test_the_cost_is_the_first_order_change_of_the_loss(
     for unit in range(len(model.units)):
         first = (gradients[unit] * seen[unit][1]).sum().item()
         measured = (loss_of(1e-3, unit) - loss_of(-1e-3, unit)) / 2e-3
-        assert measured == pytest.approx(first, rel=1e-3, abs=0.01)  # norms compute in float32
+        assert measured == pytest.approx(first, rel=1e-3, abs=0.01)  # norms are computed in float32
 
 
 def test_teaching_trains_routers_alone_and_explains_the_cost(make_context: Callable[..., StageContext]) -> None:
@@ -118,13 +118,13 @@ def test_a_killed_stage_counts_the_seconds_of_its_teaching(
 
     with pytest.raises(killed):
         run_router(context(bars((bar, step))))
-    taught = [result.seconds for result in results]  # of a teaching that was not killed
+    taught = [result.seconds for result in results]  # seconds of teaching that was not killed
     seconds, cpu = run_router(context(bars()))["earlier_seconds"]
     assert cpu > 0
     if bar == "router":
-        assert taught[0] < seconds == results[-1].earlier[0]
+        assert taught[0] < seconds == results[-1].earlier_runs[0]
     else:
-        assert seconds == results[-2].earlier[0] < results[-2].seconds  # the teaching that was resumed
+        assert seconds == results[-2].earlier_runs[0] < results[-2].seconds  # the teaching that was resumed
 
 
 @pytest.mark.parametrize(

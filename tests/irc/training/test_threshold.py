@@ -1,4 +1,4 @@
-"""Thresholds fall between tokens, and groups of equal ones do not spoil the target."""
+"""Thresholds are between tokens, and groups of equal tokens do not prevent the target from being met."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_quantile_leaves_the_share_below_and_touches_no_value(share: float, belo
 
 @pytest.mark.parametrize(("share", "below"), [(0.25, 20), (0.5, 60), (0.38, 20), (0.42, 60), (0.1, 10)])
 def test_quantile_keeps_equal_values_together(share: float, below: int) -> None:
-    """Values 0..19, then forty that differ by rounding alone, then forty more."""
+    """The values are 0..19, then forty that differ only by rounding, then forty more."""
     values = torch.cat([torch.arange(20.0), 20.5 + 1e-6 * torch.rand(40), torch.arange(21.0, 61.0)])
     threshold = quantile(values, share)
     assert int((values < threshold).sum()) == below

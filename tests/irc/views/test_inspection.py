@@ -1,8 +1,9 @@
-"""What inspection says of a tiny model, against arithmetic done by hand, and of its graphs."""
+"""The inspection of a tiny model, compared with arithmetic done by hand, and its graphs."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,19 @@ import pytest
 import torch
 from torch import fx
 
-from irc.bundle.loading import CONFIG, METRICS, save_bundle
+from irc.bundle.contents import bundle_of
+from irc.bundle.layout import METRICS
+from irc.bundle.loading import load, open_model
+from irc.bundle.saving import save_bundle
+from irc.bundle.source import ModelSource
 from irc.errors import InputError
-from irc.evaluation.run import open_model
 from irc.model.build import build_plain, build_routed
 from irc.model.checkpoint import BaseModel
 from irc.model.flops import flops_ratio
 from irc.model.routed import RoutedForCausalLM, RoutingSpec
 from irc.views.inspection import inspection, layer_diff, layer_graph, why
 
-# The fixture's Llama: d 32, FFN 48, 4 heads of 8 (2 for keys and values), 61 words, 2 layers, tied head.
+# The fixture's Llama: d 32, FFN 48, 4 heads of 8 (2 for keys and values), vocabulary 61, 2 layers, tied head.
 RANK, HIDDEN, SEQ_LEN = 3, 8, 16
 ATTENTION, FFN = 32 * 32 * 2 + 32 * 16 * 2, 3 * 32 * 48
 FORECASTER, ROUTER = 2 * 32 * RANK, 32 * HIDDEN + HIDDEN * 2
@@ -59,11 +63,10 @@ def metrics() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def bundle(base: BaseModel, metrics: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> RoutedForCausalLM:
     model = build_routed(base, RoutingSpec(RANK))
-    model.facts["base"] = base
     keep = {name: unit["keep_ratio"] for name, unit in metrics["units"].items()}
     folder = tmp_path_factory.mktemp("bundles") / "bundle"
     save_bundle(model, folder, metrics | {"flops_ratio": flops_ratio(model, keep, SEQ_LEN)})
-    return open_model(str(folder), device="cpu")
+    return open_model(ModelSource(str(folder), device="cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +92,7 @@ def test_parameters_are_those_counted_by_hand(facts: dict[str, Any]) -> None:
 
 
 def test_flops_are_those_summed_by_hand(facts: dict[str, Any]) -> None:
-    scores = 4 * 8.5 * 32  # of 16 tokens a token sees 8.5 on average; q.k and the weighted sum
+    scores = 4 * 8.5 * 32  # each of 16 tokens sees 8.5 on average; q.k and the weighted sum
     always = 2 * (32 * 16 * 2)
     router, forecaster = 2 * ROUTER, 2 * FORECASTER
     attention, ffn, head = 2 * ATTENTION + scores, 2 * FFN, 2 * 32 * 61
@@ -109,7 +112,9 @@ def test_flops_are_those_summed_by_hand(facts: dict[str, Any]) -> None:
 
 
 def test_totals_are_those_of_the_metrics(bundle: RoutedForCausalLM, facts: dict[str, Any]) -> None:
-    written = json.loads((bundle.facts["bundle"] / METRICS).read_text())
+    opened = bundle_of(bundle)
+    assert opened is not None
+    written = json.loads(opened.texts[METRICS])
     assert facts["flops_ratio"] == pytest.approx(written["flops_ratio"], abs=1e-6)
     assert facts["sparsity"] == pytest.approx(written["sparsity"], abs=1e-12)
 
@@ -146,10 +151,8 @@ def test_a_plain_model_has_nothing_inserted(plain: RoutedForCausalLM, facts: dic
 
 def test_a_bundle_without_measurements_says_so(base: BaseModel, tmp_path: Path) -> None:
     model = build_routed(base, RoutingSpec(RANK))
-    model.facts["base"] = base
     save_bundle(model, tmp_path / "bundle")
-    model.facts["config"] = json.loads((tmp_path / "bundle" / CONFIG).read_text())
-    said = inspection(model, "bundle")
+    said = inspection(load(tmp_path / "bundle"), "bundle")
     assert (said["sparsity"], said["flops_ratio"], said["flops"]["routed"]) == (None, None, None)
     assert said["units"][0]["keep_ratio"] is None
     assert said["units"][0]["flops"]["dense"] > 0
@@ -202,7 +205,7 @@ def test_diff_shows_a_change_that_is_no_insertion(bundle: RoutedForCausalLM) -> 
 @pytest.mark.parametrize("layer", [-1, 2])
 def test_a_layer_that_is_not_there_is_refused(plain: RoutedForCausalLM, layer: int) -> None:
     for show in (layer_graph, layer_diff):
-        with pytest.raises(InputError, match=rf"layer {layer}: .* there are 0 to 1$"):
+        with pytest.raises(InputError, match=rf"^layer {layer}: .* 0 to 1$"):
             show(plain, layer)
 
 
@@ -210,7 +213,8 @@ def test_why_on_matched_and_unknown_names(bundle: RoutedForCausalLM) -> None:
     assert why(bundle, "1.mlp").startswith("model.layers.1.mlp: matched as ffn; reads %")
     assert why(bundle, "model.layers.0.self_attn").startswith("model.layers.0.self_attn: matched as attention")
     for name in ("9.mlp", "lp", ""):
-        with pytest.raises(InputError, match=r"there are 4: model\.layers\.0\.self_attn.* to model\.layers\.1\.mlp$"):
+        known = r"model\.layers\.0\.self_attn.* to model\.layers\.1\.mlp"
+        with pytest.raises(InputError, match=rf"^{re.escape(name)}: .*{known}$"):
             why(bundle, name)
 
 

@@ -1,4 +1,4 @@
-"""`irc inspect --text`: the decisions as figures and as a page, which a browser opens without complaint."""
+"""`irc inspect --text`: the decisions as figures, and as a page that a browser opens without errors."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from irc.bundle.loading import save_bundle
+from irc.bundle.saving import save_bundle
 from irc.model.modules import Record
 from irc.model.routed import RoutedForCausalLM
-from irc.views.routes import CLASSES, class_of, read_routes
+from irc.views.routes import TOKEN_CLASSES, read_routes, token_class
 
 Make = Callable[..., RoutedForCausalLM]
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -38,10 +38,10 @@ def test_decisions_are_those_of_the_model(make_routed: Make, shake: Any, text_fi
     model = shake(make_routed())
     routes = read_routes(model, str(text_file), 32)
     text = text_file.read_text()
-    assert "".join(routes.tokens) == text[:32]  # one token a byte
+    assert "".join(routes.tokens) == text[:32]  # one token per byte
     tape: dict[str, Record] = {}
     with torch.no_grad(), model.control.using(tape=tape, measure_error=True):
-        model(input_ids=torch.tensor([list(model.facts["base"].tokenizer(text[:32])["input_ids"])]))
+        model(input_ids=torch.tensor([list(model.base.tokenizer(text[:32])["input_ids"])]))
     for index, unit in enumerate(routes.units):
         record = tape[unit]
         assert torch.equal(routes.execute[index], record.execute[0])
@@ -66,8 +66,8 @@ def test_decisions_are_those_of_the_model(make_routed: Make, shake: Any, text_fi
     ],
 )
 def test_classes_of_tokens(token: str, expected: str) -> None:
-    assert class_of(token) == expected
-    assert expected in CLASSES
+    assert token_class(token) == expected
+    assert expected in TOKEN_CLASSES
 
 
 def test_no_more_than_the_context_is_read(make_routed: Make, text_file: Path) -> None:
@@ -88,7 +88,7 @@ def test_figures_in_json_and_on_the_terminal(irc_main: Any, bundle: Path, text_f
 @pytest.mark.slow
 @needs_browser
 def test_the_page_opens_in_a_browser(irc_main: Any, bundle: Path, tmp_path: Path) -> None:
-    """No console message, and a cell a token and unit; text that looks like markup stays text."""
+    """The browser logs nothing and shows a cell for each token and unit; text that looks like markup stays text."""
     text, page = tmp_path / "evil.txt", tmp_path / "p.html"
     text.write_text("</script><script>console.error('x')</script> & <b>bold</b> {{ 7 * 7 }} \n" * 40)
     assert irc_main("inspect", bundle, "--text", text, "--tokens", "48", "--html", page).code == 0
@@ -103,11 +103,11 @@ def test_the_page_opens_in_a_browser(irc_main: Any, bundle: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("--html", "x.html"), "name one with --text"),
-        (("--text", "nothing.txt"), "no such file"),
-        (("--text", "{empty}"), "holds no text"),
-        (("--text", "{binary}"), "not"),
-        (("--text", "{text}", "--html", "/nowhere/x.html"), "its folder does not exist"),
+        (("--html", "x.html"), "--text"),
+        (("--text", "nothing.txt"), "nothing.txt"),
+        (("--text", "{empty}"), "empty.txt"),
+        (("--text", "{binary}"), "binary.txt"),
+        (("--text", "{text}", "--html", "/nowhere/x.html"), "/nowhere/x.html"),
     ],
 )
 def test_bad_input(
@@ -123,4 +123,4 @@ def test_bad_input(
 
 def test_a_plain_model_has_no_decisions(irc_main: Any, model_folder: Path, text_file: Path) -> None:
     outcome = irc_main("inspect", model_folder, "--text", text_file)
-    assert (outcome.code, "routes nothing" in outcome.sentence()) == (2, True)
+    assert (outcome.code, "plain model" in outcome.sentence()) == (2, True)

@@ -1,0 +1,36 @@
+"""Which model a command works on, and how it is opened."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from irc.recipe.key_policy import KeyPolicy
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A bundle or a plain model, and how to open it.
+
+    Attributes:
+        name: Bundle, model folder, hub id, or demo.
+        base: Where a bundle's base model is, if it has moved.
+        dtype: `auto` (a bundle's as it was converted; otherwise fp32, or bf16 for checkpoints over 2 GB), `fp32`,
+            `fp16` or `bf16`.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        key_policy: Key/value policy that replaces a bundle's own.
+        sparsity: Share to skip that replaces a bundle's own, within its dial.
+        ask_hub: Whether a hub id may be downloaded. False for a name that a file gave and not the user.
+    """
+
+    name: str
+    base: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    key_policy: KeyPolicy | None = None
+    sparsity: float | None = None
+    ask_hub: bool = True
+
+
+def as_source(model: ModelSource | str) -> ModelSource:
+    """Return a source; a name alone is opened with the defaults."""
+    return model if isinstance(model, ModelSource) else ModelSource(model)

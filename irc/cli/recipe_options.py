@@ -1,0 +1,51 @@
+"""The options that make up a recipe, for the commands that start from one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from irc.cli.options import Decorator
+
+if TYPE_CHECKING:
+    from irc.recipe.recipe import Recipe
+
+
+def recipe_option(help_text: str) -> Decorator:
+    """Add --recipe. Argument `recipe_file: Path | None`."""
+    kind = click.Path(path_type=Path)
+    return click.option("--recipe", "recipe_file", type=kind, metavar="FILE", help=help_text)
+
+
+def set_option() -> Decorator:
+    """Add --set, which may be given several times. Argument `overrides: tuple[str, ...]`."""
+    text = "Override a recipe field, such as router.steps=500."
+    return click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help=text)
+
+
+def without_defaults(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the flags that say something: None and `auto` leave the recipe as it is."""
+    return {name: value for name, value in flags.items() if value not in (None, "auto")}
+
+
+def recipe_of(path: Path | None, overrides: Sequence[str], flags: Mapping[str, Any]) -> Recipe:
+    """Return the recipe that a command line describes; errors name the option that gave the value.
+
+    Args:
+        path: Of --recipe.
+        overrides: Of --set, laid over the file.
+        flags: Values by field, laid over both. The flag of `seq_len` is --seq-len.
+
+    Raises:
+        InputError: A value is not allowed, or values do not go together.
+    """
+    from irc.recipe.layers import Layer, build, setting_layer
+    from irc.recipe.recipe import Recipe, recipe_layer
+
+    layers = [] if path is None else [recipe_layer(path)]
+    layers += [setting_layer(Recipe, text, "--set") for text in overrides]
+    layers += [Layer(f"--{name.replace('_', '-')}", {name: value}) for name, value in flags.items()]
+    return build(Recipe, layers)
