@@ -96,11 +96,11 @@ def correctness(work: Path, native: bool) -> dict[str, Any]:
 
     from irc.bench.models import bundle_pair
     from irc.bundle.saving import save_bundle
+    from irc.deployment.forced import open_forced
     from irc.model.build import build_routed
     from irc.model.checkpoint import find_base
     from irc.model.routed import RoutingSpec
     from irc.recipe.recipe import default_rank
-    from irc.runtime.session import Runtime
 
     base = find_base("demo")
     model = build_routed(base, RoutingSpec(default_rank(base.config.hidden_size)))
@@ -114,7 +114,7 @@ def correctness(work: Path, native: bool) -> dict[str, Any]:
     runs += [("cuda", "fp32", "native"), ("cuda", "fp16", "native")] if native else []
     for provider, dtype, ops in runs:
         pair = bundle_pair(str(work / "demo"), work / f"{provider}-{dtype}-{ops}", dtype, None, provider)
-        runtime = Runtime(pair.routed, provider, forced=True, ops=ops, tf32=False)
+        runtime = open_forced(pair.routed, provider, ops=ops, tf32=False)
         cache, parts = runtime.empty_cache(3), []
         for first, last in ((0, 80), (80, 81), (81, 96)):  # a prompt, one token, several tokens
             mask = np.ones((3, last), np.int64)

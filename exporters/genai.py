@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from exporters.onnx import MODEL, CacheShape
+from exporters.onnx_format import MODEL, CacheShape
 
 
 def genai_config(config: dict[str, Any], generation: dict[str, Any], cache: CacheShape) -> dict[str, Any]:

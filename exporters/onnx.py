@@ -22,8 +22,21 @@ from torch import fx, nn
 from torch.export import Dim
 from torch.fx.traceback import preserve_node_meta
 
+from exporters.onnx_format import (
+    DATA,
+    DOMAIN,
+    LEAST_ORT,
+    MODEL,
+    OPSET,
+    PAST,
+    PRESENT,
+    VERSION,
+    CacheShape,
+    Decision,
+)
+from exporters.onnx_interface import complete_interface
 from exporters.onnx_names import name_all, note_modules
-from exporters.onnx_ops import DOMAIN, OPSET, VERSION, function_protos
+from exporters.onnx_ops import function_protos
 from exporters.onnx_table import UNIT, translations
 from exporters.onnx_weights import store_transposed
 from passes.base import Pass, PassManager
@@ -39,54 +52,13 @@ from passes.tracing import tracing
 
 log = logging.getLogger(__name__)
 
-MODEL, DATA = "model.onnx", "model.onnx.data"
-PAST, PRESENT = "past_key_values", "present"
-PAST_FROM = "attention_mask"  # tells how many tokens came before: caches may have room for more
-PROVIDERS = ("cpu", "cuda")
 MODEL_VERSION = 1  # of the model inside the file; what makes two files differ is in `irc.json`
-LEAST_ORT = "1.24"  # the first whose Attention of opset 23 accepts an empty past
 
 
 def lowering(provider: str = "cpu") -> list[Pass]:
     """Return the passes that prepare a captured model for export to run on one of `PROVIDERS`, in order."""
     cuda: list[Pass] = [RouteProducts(), FuseGates()] if provider == "cuda" else []
     return [RaiseNorms(), RaiseAttention(), LowerUnits(), RouteExperts(), *cuda, CleanUp(), NameModules()]
-
-
-@dataclass(frozen=True)
-class CacheShape:
-    """Shape of a model's key/value cache.
-
-    Attributes:
-        layers: Decoder layers.
-        heads: Key/value heads.
-        size: Features of a head.
-        reduced: Layers that store executed tokens only; their cache has a length and slots of its own.
-    """
-
-    layers: int
-    heads: int
-    size: int
-    reduced: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Decision:
-    """Where a routed model says what it decided.
-
-    Attributes:
-        unit: Name of the unit.
-        difference: Name of the value that holds its logit differences, float32 [batch, tokens]: below 0 the unit is
-            approximated, everything else, NaN too, executes.
-    """
-
-    unit: str
-    difference: str
-
-    @classmethod
-    def of(cls, unit: str) -> Decision:
-        """Return the decision of a unit, whose value has a name that follows from the unit's."""
-        return cls(unit, f"{unit}.logit_difference")
 
 
 @dataclass(frozen=True)
@@ -158,6 +130,7 @@ def export_onnx(
     decisions = _name_decisions(model)
     _name_interface(model, cache)
     ClearMetadataAndDocStringPass()(model)
+    complete_interface(model, decisions, cache.layers)
     if any(node.domain == DOMAIN for node in model.graph):
         model.opset_imports[DOMAIN] = VERSION
         operators = {node.op_type for node in model.graph if node.domain == DOMAIN}

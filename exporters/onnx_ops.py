@@ -15,7 +15,8 @@ from onnxscript import opset23 as op
 from onnxscript import script
 from onnxscript.values import Opset
 
-DOMAIN, VERSION, OPSET = "irc", 1, 23
+from exporters.onnx_format import DOMAIN, VERSION
+
 irc = Opset(DOMAIN, VERSION)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import onnx
 
 from exporters.onnx_dtypes import BOOL, FLOATS, FP32, INT64
-from exporters.onnx_ops import DOMAIN, FUNCTIONS, VERSION
+from exporters.onnx_format import DOMAIN, VERSION
+from exporters.onnx_ops import FUNCTIONS
 
 _SCHEMAS = (
     ("SelectRows", "mask: B -> executed: I, skipped: I", "padded: INT = 0"),

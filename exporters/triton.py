@@ -10,19 +10,9 @@ from pathlib import Path
 
 import onnx
 
-from exporters.onnx import DATA, MODEL
 from exporters.onnx_dtypes import of_code
+from exporters.onnx_format import DATA, MODEL, REQUEST_OPTIONS
 
-# Optional inputs of a request for text beside its prompt; they are those of `irc generate`.
-OPTIONS = {
-    "max_tokens": "TYPE_INT32",
-    "temperature": "TYPE_FP32",
-    "top_k": "TYPE_INT32",
-    "top_p": "TYPE_FP32",
-    "seed": "TYPE_INT32",
-    "stop": "TYPE_STRING",
-    "stream": "TYPE_BOOL",
-}
 _MOST_WAITING, _LONGEST_WAIT = 64, 60_000_000  # requests; microseconds
 _TEXT_MODEL = '''"""Found here by Triton's Python backend, in whose Python irc is installed."""
 
@@ -53,11 +43,15 @@ def write_repository(folder: Path, name: str, ops_library: str | None = None) ->
 def config_text(name: str, model: Path, ops_library: str | None = None) -> str:
     """Return `config.pbtxt`, made from the model's inputs and outputs; sizes that vary are -1.
 
+    Inputs that have a default are left out: Triton asks for a value of every input that it knows.
+
     Triton adds no batch dimension (max_batch_size 0), because the cache's batch is part of every shape.
     """
     graph = onnx.load(str(model), load_external_data=False).graph
     lines = [f'name: "{name}"', 'backend: "onnxruntime"', "max_batch_size: 0"]
-    for side, values in (("input", graph.input), ("output", graph.output)):
+    optional = {tensor.name for tensor in graph.initializer}
+    inputs = [value for value in graph.input if value.name not in optional]
+    for side, values in (("input", inputs), ("output", graph.output)):
         for value in values:
             kind = value.type.tensor_type
             sizes = ", ".join(str(dim.dim_value) if dim.HasField("dim_value") else "-1" for dim in kind.shape.dim)
@@ -74,7 +68,7 @@ def text_config(name: str) -> str:
     """Return `config.pbtxt` of the model on text: one text at a time, a bounded queue, streaming on request."""
     lines = [f'name: "{name}"', 'backend: "python"', "max_batch_size: 1"]
     lines.append('input [ { name: "prompt" data_type: TYPE_STRING dims: [ 1 ] } ]')
-    for option, kind in OPTIONS.items():
+    for option, kind in REQUEST_OPTIONS.items():
         size = -1 if option == "stop" else 1
         lines.append(f'input [ {{ name: "{option}" data_type: {kind} dims: [ {size} ] optional: true }} ]')
     for output, kind in (("text", "TYPE_STRING"), ("stopped", "TYPE_STRING"), ("skipped", "TYPE_FP32")):

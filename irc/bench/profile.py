@@ -10,6 +10,7 @@ from typing import Any
 from irc.bench.measure import Workload, state_after_past
 from irc.bench.scenario import Load, Scenario
 from irc.bench.timed_models import ExportedModel
+from irc.deployment.forced import open_forced
 from irc.runtime.session import Runtime
 
 _REPEATS = 3
@@ -35,7 +36,8 @@ def profile_operators(scenario: Scenario, load: Load, ops: str) -> list[dict[str
         for name, folder in (("dense", scenario.pair.dense), ("routed", scenario.pair.routed)):
             forced = scenario.forced and name == "routed"
             trace = scenario.work / f"profile-{name}-{phase}"
-            runtime = Runtime(folder, scenario.provider, forced=forced, ops=ops, profile=trace)
+            opened = open_forced if forced else Runtime
+            runtime = opened(folder, scenario.provider, ops=ops, profile=trace)
             runs = _run(ExportedModel(runtime, forced), workload, phase)
             operators = time_by_operator(runtime.end_profile(), runs)
             profiles.append({"model": name, "phase": phase, "sparsity": sparsity, "operators": operators})

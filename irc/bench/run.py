@@ -21,7 +21,7 @@ from irc.dtypes import BYTES
 from irc.errors import InputError
 from irc.progress import ProgressFactory
 from irc.runtime.native import choose_library
-from irc.runtime.session import choose_provider
+from irc.runtime.provider import choose_provider
 
 
 @dataclass(frozen=True)

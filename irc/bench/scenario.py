@@ -16,6 +16,7 @@ from irc.bench.measure import Timing, Workload, decode_in_turns, prefill_in_turn
 from irc.bench.models import ModelPair, dense_export, genai_export, shallower
 from irc.bench.shapes import Shape
 from irc.bench.timed_models import ExportedModel, GenaiModel, TimedModel, TransformersModel
+from irc.deployment.forced import open_forced
 from irc.errors import IrcError
 from irc.files.untrusted import first_line
 from irc.model.flops import head_flops, unit_flops
@@ -103,7 +104,8 @@ class Scenario:
 
     def routed(self, ops: str) -> ExportedModel:
         """Open the routed model with a choice of kernels."""
-        return ExportedModel(Runtime(self.pair.routed, self.provider, forced=self.forced, ops=ops), self.forced)
+        opened = open_forced if self.forced else Runtime
+        return ExportedModel(opened(self.pair.routed, self.provider, ops=ops), self.forced)
 
     def open_models(
         self,

@@ -9,8 +9,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from exporters.onnx_dtypes import of_weights
 from irc.dtypes import torch_dtype
-from irc.runtime.cache import ELEMENTS, PROVIDERS, onnxruntime, session_options
+from irc.runtime.provider import PROVIDERS, onnxruntime, session_options
 from irc.runtime.session import Runtime
 
 Ids = NDArray[np.int64]
@@ -113,7 +114,7 @@ class GenaiModel:
         self._heads, self._size = decoder["num_key_value_heads"], decoder["head_size"]
         self._past = [i.name for i in self.session.get_inputs() if i.name.startswith("past_key_values.")]
         self._present = [name.replace("past_key_values", "present") for name in self._past]
-        self._provider, self._element = provider, ELEMENTS[dtype]
+        self._provider, self._element = provider, of_weights(dtype).code
 
     def empty(self, batch: int) -> Any:
         """Return empty keys and values."""

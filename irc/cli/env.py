@@ -1,4 +1,4 @@
-"""`irc env`: what this machine and its installation can do."""
+"""`irc env`: what this machine and this installation can do."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 def command(as_json: bool) -> None:
     """Show versions, devices and execution providers, and whether they really work.
 
-    Each execution provider of ONNX Runtime runs a one-node model, since a provider that is listed may
-    still fail to load and be replaced by the CPU without a word.
+    Each execution provider of ONNX Runtime runs a model of one node, because a provider that is listed may
+    still fail to load and silently be replaced by the CPU.
     """
     from irc import console
     from irc.runtime.environment import inspect_environment
@@ -38,7 +38,7 @@ def _show(environment: Environment) -> None:
 
     installed = {name: number or "not installed" for name, number in environment.versions.items()}
     runtimes = dict(environment.onnxruntime) or {"onnxruntime": "not installed"}
-    usable = {True: "usable", False: "not usable", None: "not tried"}
+    usable = {True: "usable", False: "not usable"}
     providers = {
         each.name: f"{usable[each.usable]}{f' ({each.reason})' if each.reason else ''}"
         for each in environment.providers
@@ -65,7 +65,7 @@ def _show(environment: Environment) -> None:
         "CPU": {
             "cores": f"{cpu.usable} usable of {cpu.total}",
             "memory": f"{_gib(cpu.memory_total)}, {_gib(cpu.memory_available)} available",
-            "torch threads": cpu.torch_threads,
+            "torch threads": "unknown" if cpu.torch_threads is None else cpu.torch_threads,
         },
     }
     console.tree("environment", content)

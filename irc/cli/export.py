@@ -1,4 +1,4 @@
-"""`irc export`: write a bundle, or a plain model densely, as ONNX."""
+"""`irc export`: write a bundle, or a plain model densely, as ONNX; rewrite a folder of an older version."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from irc.cli.options import (
 
 
 @click.command()
-@click.argument("model", shell_complete=files)
-@output_option("Folder to write.", required=True)
+@click.argument("model", required=False, shell_complete=files)
+@output_option("Folder to write.")
 @dtype_option()
 @click.option(
     "--layout",
@@ -36,8 +36,14 @@ from irc.cli.options import (
     type=click.Choice(["cpu", "cuda"]),
     default="cpu",
     show_default=True,
-    help="What the model is meant for. For cuda its products are written as RoutedMatMul and RoutedGate, with which "
-    "native CUDA kernels decode without a wait for the GPU; every provider runs either.",
+    help="Provider to write the model for; each runs on the other too. For cuda, products become RoutedMatMul and "
+    "RoutedGate, with which native CUDA kernels decode without waiting for the GPU.",
+)
+@click.option(
+    "--upgrade",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Rewrite DIR, which an older irc exported, into today's format, and do nothing else.",
 )
 @click.option("--base", metavar="MODEL", help="Where the bundle's base model is, if it has moved.")
 @click.option(
@@ -51,8 +57,8 @@ from irc.cli.options import (
 @force_option()
 @common_options
 def command(
-    model: str,
-    output: Path,
+    model: str | None,
+    output: Path | None,
     dtype: str,
     layout: str,
     ops_library: str | None,
@@ -63,14 +69,22 @@ def command(
     kv_threshold: float | None,
     sparsity: float | None,
     force: bool,
+    upgrade: Path | None,
     as_json: bool,
 ) -> None:
     """Export MODEL, a bundle or a plain model (folder, hub id, or demo), as an ONNX folder.
 
     The folder holds the model with a key/value cache, its weights, configuration and tokenizer. Stock ONNX
-    Runtime and onnxruntime-genai run it as it stands. Under the key/value policy reduced, the caches of some
-    layers are shorter than the others', which irc's own runtime handles and onnxruntime-genai does not.
+    Runtime and onnxruntime-genai run it unchanged. Under the key/value policy reduced, some layers have
+    shorter caches than others; irc's own runtime handles them, onnxruntime-genai does not.
     """
+    if upgrade is not None:
+        if model is not None or output is not None:
+            raise click.UsageError("--upgrade DIR rewrites DIR itself; leave out MODEL and --output")
+        _upgrade(upgrade, as_json)
+        return
+    if model is None or output is None:
+        raise click.UsageError("give MODEL and --output PATH, or --upgrade DIR")
     from irc import console
     from irc.bundle.source import ModelSource
     from irc.deployment.onnx_folder import ExportOptions, export
@@ -97,3 +111,16 @@ def command(
             ["seconds", f"{result['seconds']['export']:.1f}"],
         ],
     )
+
+
+def _upgrade(folder: Path, as_json: bool) -> None:
+    from irc import console
+    from irc.deployment.upgrade import upgrade
+
+    result = upgrade(folder)
+    if as_json:
+        console.emit_json(result)
+    elif result["from_version"] == result["format_version"]:
+        console.say(f"{folder}: already of format version {result['format_version']}; nothing was changed")
+    else:
+        console.say(f"{folder}: rewritten from format version {result['from_version']} to {result['format_version']}")

@@ -20,15 +20,29 @@ from irc.cli.options import common_options, ops_option, provider_option, seed_op
 @click.option(
     "--temperature", type=float, default=0.0, show_default=True, metavar="T", help="0 takes the likeliest token."
 )
-@click.option("--top-k", type=int, default=0, show_default=True, metavar="K", help="Sample among the K likeliest.")
-@click.option("--top-p", type=float, default=1.0, show_default=True, metavar="P", help="Sample among this share.")
-@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
+@click.option(
+    "--top-k",
+    type=int,
+    default=0,
+    show_default=True,
+    metavar="K",
+    help="Sample from the K likeliest tokens; 0 from all.",
+)
+@click.option(
+    "--top-p",
+    type=float,
+    default=1.0,
+    show_default=True,
+    metavar="P",
+    help="Sample from the likeliest tokens that together have this probability.",
+)
+@click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text; repeatable.")
 @provider_option()
 @ops_option()
 @seed_option()
 @common_options
 def command(folder: Path, prompt: str, as_json: bool, max_tokens: int, stop: tuple[str, ...], **flags: Any) -> None:
-    """Continue PROMPT with FOLDER, what irc export wrote. Ctrl-C ends the text cleanly."""
+    """Continue PROMPT with FOLDER, the output of irc export. Ctrl-C ends the text cleanly."""
     from irc import console
     from irc.runtime.generation import Generator, Sampling
     from irc.runtime.session import Runtime
@@ -37,7 +51,7 @@ def command(folder: Path, prompt: str, as_json: bool, max_tokens: int, stop: tup
     sampling = Sampling(**flags)
     sampling.check()
     generator = Generator(Runtime(folder, provider, ops=ops))
-    generator.encode(prompt)  # refuses what cannot be continued before anything is printed
+    generator.encode(prompt)  # refuses a prompt that cannot be continued before anything is printed
     emit: Callable[[str], None] = (lambda _: None) if as_json else console.stream
     try:
         if not as_json:

@@ -153,6 +153,9 @@ def _failure(error: BaseException, flags: Mapping[str, str]) -> _Failure:
         if error.errno == errno.ENAMETOOLONG:
             return _Failure(_one_line(place + error.strerror), 2)
         return _Failure(f"{_one_line(place + error.strerror)} (--debug shows the traceback)", 1)
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.partition(".")[0]
+        return _Failure(f"package {package} is not installed; pip install informed-routing-compiler installs it", 1)
     message = _one_line(str(error))
     name = type(error).__name__
     return _Failure(f"{name}: {message or 'no message'} (--debug shows the traceback)", 1)

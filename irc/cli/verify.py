@@ -39,10 +39,10 @@ def command(
     new_tokens: int,
     **options: Any,
 ) -> None:
-    """Verify FOLDER, what irc export wrote, against PyTorch on held-out text.
+    """Verify FOLDER, the output of irc export, against PyTorch on held-out text.
 
-    Logits, perplexity, every unit's routes and greedy continuations are compared. The exit code is 3 where
-    they differ by more than rounding.
+    It compares logits, perplexity, the routes of every unit, and greedy continuations. The exit code is 3 if
+    they differ by more than rounding explains.
     """
     from irc import console
     from irc.deployment.verification import Sample, verify

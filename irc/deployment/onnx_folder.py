@@ -1,4 +1,4 @@
-"""export(): from a bundle or a plain model to an ONNX folder, written beside and renamed."""
+"""Exports a bundle or a plain model as an ONNX folder, which is written beside its place and then renamed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from exporters.genai import genai_config
-from exporters.onnx import LEAST_ORT, MODEL, PAST_FROM, PROVIDERS, CacheShape, Description, export_onnx
-from exporters.onnx_ops import OPSET, VERSION
+from exporters.onnx import Description, export_onnx
+from exporters.onnx_format import (
+    FORMAT_VERSION,
+    LEAST_ORT,
+    MANIFEST,
+    MODEL,
+    OPSET,
+    PAST_FROM,
+    PROVIDERS,
+    VERSION,
+    CacheShape,
+)
 from exporters.triton import write_repository
 from irc import __version__
 from irc.bundle.config import SparsityFigures, UnitFigures
@@ -21,6 +31,7 @@ from irc.bundle.contents import bundle_of
 from irc.bundle.layout import RECIPE
 from irc.bundle.loading import open_model
 from irc.bundle.source import ModelSource, as_source
+from irc.deployment.tokenizer_files import write_tokenizer
 from irc.dtypes import short_name
 from irc.errors import InputError
 from irc.files.atomic import cannot_write, file_sha256, staged
@@ -30,7 +41,6 @@ from irc.model.checkpoint import BaseModel
 from irc.model.paging import MappedPages
 from irc.model.routed import RoutedForCausalLM
 from irc.recipe.policies import policy_named, refuse_whole_sequences
-from irc.runtime.folder import FORMAT_VERSION, MANIFEST
 from irc.training.lora import merge_lora
 from passes.base import PassError
 
@@ -70,12 +80,16 @@ class ExportOptions:
         """
         if self.dump_dir is not None and self.dump_dir.resolve().is_relative_to(output.resolve()):
             raise InputError(
-                f"--dump-dir {self.dump_dir}: lies in the output, which is replaced; give a folder beside it"
+                f"dump_dir is {self.dump_dir}, which is in the output folder that is replaced; choose another folder",
+                options=("dump_dir",),
             )
         if self.layout not in LAYOUTS:
             raise InputError(f"layout is '{self.layout}'; choose from {', '.join(LAYOUTS)}")
         if self.ops_library is not None and self.layout != "triton":
-            raise InputError("--ops-library is written into a Triton repository; give --layout triton with it")
+            raise InputError(
+                f"ops_library is '{self.ops_library}', but only layout triton names a library; set layout to triton",
+                options=("layout",),
+            )
         if self.provider not in PROVIDERS:
             raise InputError(f"provider is '{self.provider}'; choose from {', '.join(PROVIDERS)}")
 
@@ -89,7 +103,7 @@ def export(
 
     Args:
         model: Which model, and how it is opened; always on the CPU.
-        output: Folder to write; complete or not there at all.
+        output: Folder to write; it appears complete or not at all.
         options: How it is exported.
 
     Returns:
@@ -111,7 +125,7 @@ def export(
             refuse_whole_sequences(policy_named(opened.spec.policy), "be exported")
         merge_lora(opened)
         try:
-            manifest = _write(opened, _source(source.name, output), staging, options)
+            manifest = _write(opened, relative_source(source.name, output), staging, options)
         except PassError as error:
             raise InputError(f"{source.name}: {error}") from error
         if options.layout == "triton":
@@ -138,9 +152,11 @@ def _check_output(output: Path, force: bool) -> None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not (output / MANIFEST).is_file():
-        raise InputError(f"{output}: exists and is not an ONNX folder of irc; give another --output")
+        raise InputError(
+            f"{output}: exists and is not an ONNX folder of irc; choose another folder", options=("output",)
+        )
     if not force:
-        raise InputError(f"{output}: exists already; --force replaces it")
+        raise InputError(f"{output}: exists already; replace it or choose another folder", options=("force", "output"))
 
 
 def _write(model: RoutedForCausalLM, source: str, folder: Path, options: ExportOptions) -> dict[str, Any]:
@@ -151,13 +167,14 @@ def _write(model: RoutedForCausalLM, source: str, folder: Path, options: ExportO
     weights = list(model.graph.parameters())
     pages = MappedPages(weights)
     made_of = {"name": base.name} if bundle is None else asdict(bundle.config.base)
-    made_of["name"] = _without_folder(made_of["name"])
+    made_of["name"] = without_folder(made_of["name"])
     shares = SparsityFigures() if bundle is None else bundle.config.measured.sparsity
     description = Description(__version__, _doc_string(model, made_of["name"], shares), {"irc.version": __version__})
     release = partial(pages.release, weights)
-    generation = _generation(base)  # what cannot be read is refused before the work
+    generation = _generation(base)  # refused before the work, if it cannot be read
     decisions = export_onnx(model.graph, cache, dtype, folder, description, options.dump_dir, options.provider, release)
     _copy_texts(base, folder)
+    write_tokenizer(base.folder, base.name, folder)
     if bundle is not None and RECIPE in bundle.texts:  # how it was made
         (folder / RECIPE).write_text(bundle.texts[RECIPE], encoding="utf-8")
     config = base.config.to_dict() | json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
@@ -194,22 +211,22 @@ def _generation(base: BaseModel) -> dict[str, Any]:
     try:
         return read_json(path) if path.is_file() else {}
     except ValueError as error:
-        raise InputError(f"{path}: cannot be used ({first_line(error)}); mend it or remove it") from error
+        raise InputError(f"{path}: cannot be used ({first_line(error)}); fix or delete it") from error
 
 
 def _reduced_layers(model: RoutedForCausalLM) -> tuple[int, ...]:
     return tuple(unit.layer for unit in model.units if unit.name in model.control.reduced)
 
 
-def _source(name: str, output: Path) -> str:
+def relative_source(name: str, output: Path) -> str:
     """Return what was exported: a name, or a path relative to the output, which then begins with a dot."""
-    if not Path(name).is_dir():
+    if not (Path(name).is_dir() or Path(name).is_absolute()):
         return name
     relative = Path(os.path.relpath(Path(name).resolve(), output.resolve())).as_posix()
     return relative if relative.startswith("..") else f"./{relative}"
 
 
-def _without_folder(name: str) -> str:
+def without_folder(name: str) -> str:
     """Return a model's name, and of a path on this machine its last part alone."""
     return Path(name).name if Path(name).is_absolute() or Path(name).is_dir() else name
 
@@ -230,7 +247,7 @@ def _doc_string(model: RoutedForCausalLM, base: str, shares: SparsityFigures) ->
 
 
 def _copy_texts(base: BaseModel, folder: Path) -> None:
-    """Copy configuration and tokenizer; never weights, never code."""
+    """Copy configuration and tokenizer, never weights or code."""
     for path in base.folder.iterdir():
         of_tokenizer = path.name.startswith(("tokenizer", "special_tokens")) and path.suffix in _TEXTS
         if path.is_file() and (path.name in _KEPT or of_tokenizer):

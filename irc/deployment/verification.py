@@ -25,12 +25,12 @@ from irc.runtime.session import Runtime
 from irc.text.source import load_text, pick, token_stream, windows
 
 TOLERANCE = 1e-4
-"""Largest difference of logits that fp32's rounding explains; 16-bit types have `tolerance_of`."""
+"""Largest difference of logits that the rounding of fp32 explains; for 16-bit types see `tolerance_of`."""
 
 _ROUNDINGS = 8
 
 NEAR = 1e-4
-"""A route may differ where a router's two logits are nearer than this (fp32; rounding decides there)."""
+"""A route may differ if the two logits of a router are closer than this (fp32); rounding decides there."""
 
 _NEAR = {"fp32": NEAR, "fp16": 2e-2, "bf16": 2e-1}
 
@@ -68,20 +68,20 @@ def verify(
     """Compare an ONNX folder with PyTorch on real text.
 
     Args:
-        folder: What `irc export` wrote.
+        folder: The output of `irc export`.
         progress: Makes progress bars.
         sample: The text that both read and continue.
-        bundle: What it was exported from; by default what the folder remembers.
+        bundle: What it was exported from; by default the source that the folder names.
         base: Where the bundle's base model is, if it has moved.
-        provider: Of ONNX Runtime.
-        ops: Kernels of our operators, as for `Runtime`.
-        tolerance: Largest absolute difference of logits; by default what `tolerance_of` says.
+        provider: Execution provider of ONNX Runtime.
+        ops: Kernels of the operators of domain `irc`, as for `Runtime`.
+        tolerance: Largest absolute difference of logits; by default `tolerance_of`.
 
     Returns:
-        What `irc verify --json` prints; `ok` says whether the gate is passed.
+        What `irc verify --json` prints; `ok` says whether both agree.
     """
     if tolerance is not None and not 0 <= tolerance < math.inf:
-        raise InputError(f"--tolerance is {tolerance}; give 0 or more")
+        raise InputError(f"tolerance is {tolerance}; give 0 or more", options=("tolerance",))
     runtime = Runtime(folder, provider, ops=ops)
     data, seq_len, new_tokens = sample.data, sample.seq_len, sample.new_tokens
     _check_lengths(runtime.exported.manifest.get("context_length"), seq_len, new_tokens if sample.prompts else 0)
@@ -115,7 +115,7 @@ def verify(
 
 
 def _larger(known: float, values: torch.Tensor) -> float:
-    """Return the largest absolute value, infinity where one is no number."""
+    """Return the largest absolute value; infinity if one is NaN."""
     largest = values.abs().max().item()
     return max(known, math.inf if math.isnan(largest) else largest)
 
@@ -124,17 +124,24 @@ def _check_lengths(context: int | None, seq_len: int, new_tokens: int) -> None:
     if context is None:
         return
     if seq_len > context:
-        raise InputError(f"--seq-len is {seq_len}, the model's context is {context}; give at most {context}")
+        raise InputError(
+            f"seq_len is {seq_len}, the model's context is {context}; give at most {context}", options=("seq_len",)
+        )
     if new_tokens and seq_len // 2 + new_tokens > context:
         most = context - seq_len // 2
-        raise InputError(f"--new-tokens is {new_tokens}, which leaves the model's context; give at most {most}")
+        raise InputError(
+            f"new_tokens is {new_tokens}, which leaves the model's context; give at most {most}",
+            options=("new_tokens",),
+        )
 
 
 def _source(folder: Path, exported: OnnxFolder, bundle: str | None, base: str | None) -> tuple[str, RoutedForCausalLM]:
-    """Open what a folder was exported from; return its name too."""
+    """Open the source of a folder; return its name too."""
     source = bundle or exported.source
     if bundle is None and Path(source).is_absolute() and not Path(source).exists():
-        raise InputError(f"{folder}: was exported from {source}, which is not there; name where it is by --bundle")
+        raise InputError(
+            f"{folder}: was exported from {source}, which is not there; say where it is now", options=("bundle",)
+        )
     model = open_model(
         ModelSource(
             source,
@@ -147,7 +154,9 @@ def _source(folder: Path, exported: OnnxFolder, bundle: str | None, base: str | 
         )
     )
     if bool(model.spec) != bool(exported.decisions):
-        raise InputError(f"{folder}: exported from another kind of model than {source}")
+        raise InputError(
+            f"{folder}: was not exported from {source}: only one of the two routes tokens", options=("bundle",)
+        )
     return source, model
 
 

@@ -1,4 +1,4 @@
-"""Keys and values on ONNX Runtime: caches that grow by a copy at each step, and caches that are written in place."""
+"""Keys and values on ONNX Runtime: caches that are copied as they grow, and caches that are written in place."""
 
 from __future__ import annotations
 
@@ -7,48 +7,11 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-import onnx
+from exporters.onnx_dtypes import INT64, of_weights
+from irc.runtime.one_node import one_node_model
+from irc.runtime.provider import PROVIDERS, onnxruntime, session_options
 
-from irc.errors import InputError
-
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-ELEMENTS = {
-    "fp32": onnx.TensorProto.FLOAT,
-    "fp16": onnx.TensorProto.FLOAT16,
-    "bf16": onnx.TensorProto.BFLOAT16,
-}
-# As a session calls the types of its inputs, and as we do.
-TYPE_NAMES = {
-    "tensor(float)": "float32",
-    "tensor(float16)": "float16",
-    "tensor(bfloat16)": "bfloat16",
-    "tensor(int64)": "int64",
-}
 _STEP = 64  # places are reserved in multiples of it
-
-
-def onnxruntime() -> Any:
-    """Import ONNX Runtime, or say how to get it."""
-    try:
-        import onnxruntime as ort
-    except ImportError as error:
-        raise InputError(
-            "ONNX Runtime is not installed; pip install 'informed-routing-compiler[cpu]' or, for NVIDIA GPUs, [gpu]"
-        ) from error
-    return ort
-
-
-def session_options(threads: int = 0) -> Any:
-    """Return options of a session that says nothing but errors.
-
-    Args:
-        threads: Of one operator; 0 leaves it to ONNX Runtime.
-    """
-    options = onnxruntime().SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 3
-    # Threads wait in a loop within a call, which is fast, and stop when it ends, which leaves the cores to others.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    return options
 
 
 @dataclass(frozen=True)
@@ -63,8 +26,8 @@ class CacheLayout:
         size: Features of a head.
         dtype: fp32, fp16 or bf16.
         device: `cpu` or `cuda`.
-        context: Most tokens of a text, None where the model does not say.
-        spare: Memory of the last cache that is no longer used, for the next: (places, values), one at most.
+        context: Maximum number of tokens of a text, None if the model does not say.
+        spare: Memory of the last cache that is no longer used, for the next one: at most one (places, values).
     """
 
     past: Sequence[str]
@@ -78,31 +41,31 @@ class CacheLayout:
     spare: list[tuple[int, list[Any]]] = field(default_factory=list, compare=False)
 
     def empty(self, batch: int, places: int) -> list[Any]:
-        """Return values with room for so many tokens; what they hold is undefined."""
+        """Return values with room for `places` tokens; their content is undefined."""
         make = onnxruntime().OrtValue.ortvalue_from_shape_and_type
         values = [
-            make([batch, self.heads, places, self.size], ELEMENTS[self.dtype], self.device)
+            make([batch, self.heads, places, self.size], of_weights(self.dtype).code, self.device)
             for _ in range(2 * self.layers)
         ]
         reduced = len(self.past) - len(values)
-        return values + [make([batch, places], onnx.TensorProto.INT64, self.device) for _ in range(reduced)]
+        return values + [make([batch, places], INT64.code, self.device) for _ in range(reduced)]
 
 
 def lengthen(values: Sequence[Any], larger: Sequence[Any], dtype: str, device: str) -> None:
-    """Copy keys and values to the front of memory with more places, without a way over the host.
+    """Copy keys and values to the front of memory with more places, without passing through the host.
 
-    ONNX Runtime itself does it, by a node that takes every type on every provider: numpy has no bf16, and no memory of
-    a GPU.
+    ONNX Runtime copies them, with a node that takes every type on every provider; NumPy has neither bf16 nor the memory
+    of a GPU.
 
     Args:
         values: ONNX Runtime's own [batch, heads, places, size].
-        larger: As many, with more places. What comes to stand behind the copies is undefined.
+        larger: As many, with more places. What follows the copies is undefined.
         dtype: fp32, fp16 or bf16.
         device: `cpu` or `cuda`.
     """
     batch, heads, places, size = larger[0].shape()
     shape = [batch, heads, places - values[0].shape()[2], size]
-    behind = onnxruntime().OrtValue.ortvalue_from_shape_and_type(shape, ELEMENTS[dtype], device)
+    behind = onnxruntime().OrtValue.ortvalue_from_shape_and_type(shape, of_weights(dtype).code, device)
     session = _joining(dtype, device)
     for old, new in zip(values, larger, strict=True):
         binding = session.io_binding()
@@ -115,23 +78,17 @@ def lengthen(values: Sequence[Any], larger: Sequence[Any], dtype: str, device: s
 @cache
 def _joining(dtype: str, device: str) -> Any:
     """Return a session of one node, which joins tensors [batch, heads, places, size] along the places."""
-    names = ["front", "behind", "joined"]
-    values = [onnx.helper.make_tensor_value_info(name, ELEMENTS[dtype], [None] * 4) for name in names]
-    node = onnx.helper.make_node("Concat", names[:2], names[2:], axis=2)
-    graph = onnx.helper.make_graph([node], "join", values[:2], values[2:])
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 13)], ir_version=8)
-    return onnxruntime().InferenceSession(
-        model.SerializeToString(), session_options(threads=1), providers=[PROVIDERS[device]]
-    )
+    model = one_node_model("Concat", ("front", "behind"), "joined", of_weights(dtype).code, 4, {"axis": 2})
+    return onnxruntime().InferenceSession(model, session_options(threads=1), providers=[PROVIDERS[device]])
 
 
 class Cache:
     """Keys and values of all layers (and slots of reduced ones) on the model's device; each step makes new ones.
 
     Attributes:
-        layout: Of the model.
-        batch: Sequences.
-        values: ONNX Runtime's own, in the order of the model's inputs.
+        layout: Layout of the model's caches.
+        batch: Number of sequences.
+        values: ONNX Runtime's values, in the order of the model's inputs.
         length: Tokens that the model has read; reduced layers store fewer.
     """
 
@@ -142,7 +99,7 @@ class Cache:
         self.length = 0
 
     def bind(self, session: Any, outputs: Sequence[str], tokens: int, device: str = "cpu") -> Any:
-        """Return a binding of `outputs`, left on `device`, then of past and present, for a step of so many tokens."""
+        """Return a binding of `outputs`, left on `device`, then of past and present, for a step of `tokens` tokens."""
         binding = session.io_binding()
         for name in outputs:
             binding.bind_output(name, device)
@@ -153,12 +110,12 @@ class Cache:
         return binding
 
     def advance(self, present: Sequence[Any], tokens: int) -> None:
-        """Take what a step gave for `present`."""
+        """Take the `present` values of a step."""
         self.values = list(present)
         self.length += tokens
 
     def saved(self) -> float:
-        """Return the share of keys that reduced layers do not store; of the longest sequence where there are many."""
+        """Return the share of keys that reduced layers do not store; in a batch, that of the longest sequence."""
         layers = self.layout.layers
         stored = sum(int(value.shape()[2]) for value in self.values[: 2 * layers : 2])
         return 1 - stored / (layers * self.length) if self.length else 0.0
@@ -167,18 +124,18 @@ class Cache:
 class PlacedCache(Cache):
     """A cache with room for more tokens than it holds: a step writes the new ones and moves nothing.
 
-    Past and present are the same memory, which only native RoutedAttention can write to. Where the room is used up it
-    doubles, up to the model's context.
+    Past and present are the same memory, which only the native RoutedAttention can write to. When the room is used up
+    it doubles, up to the model's context.
 
     Attributes:
-        places: Tokens that there is room for.
+        places: Number of tokens that fit.
     """
 
     places = 0
     _binding: Any = None
 
     def bind(self, session: Any, outputs: Sequence[str], tokens: int, device: str = "cpu") -> Any:
-        """Return the binding of this cache's memory, made anew only where the memory is."""
+        """Return the binding of this cache's memory; a new one only if the memory is new."""
         if self.length + tokens > self.places:
             self._reserve(self.length + tokens)
             self._binding = None
@@ -222,6 +179,6 @@ class PlacedCache(Cache):
         self.values, self.places = larger, places
 
     def __del__(self) -> None:
-        """Leave the memory to the next cache: memory that is new to the process is slow at its first touch."""
+        """Leave the memory to the next cache: memory that is new to the process is slow when first touched."""
         if self.places:
             self.layout.spare[:] = [(self.places, self.values)]

@@ -11,9 +11,14 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from irc.errors import InputError
+from irc.runtime.native import installed_library
+from irc.runtime.provider import Provider, Run, probe_provider, run_command
 
 PACKAGES = (
     "torch",
@@ -38,28 +43,8 @@ ORT_DISTRIBUTIONS = (
 )
 """Distributions that all install the one import package `onnxruntime`, over each other's files."""
 
-_PROBE_SECONDS = 180
-
 Lookup = Callable[[str], str]
 """From a distribution's name to its version; raises PackageNotFoundError."""
-
-Run = Callable[[Sequence[str]], "subprocess.CompletedProcess[str]"]
-"""Runs a command and returns its output as text; raises OSError or SubprocessError."""
-
-
-@dataclass(frozen=True)
-class Provider:
-    """One execution provider of ONNX Runtime.
-
-    Attributes:
-        name: Its name in ONNX Runtime.
-        usable: Whether it ran a node; None where that was not tried.
-        reason: Why it is not usable, or was not tried.
-    """
-
-    name: str
-    usable: bool | None
-    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,18 +69,18 @@ class Cuda:
 
 @dataclass(frozen=True)
 class Cpu:
-    """CPUs this process may use and those of the machine, memory in bytes, torch's threads."""
+    """CPUs for this process and of the machine, memory in bytes, torch's threads (None without torch)."""
 
     usable: int
     total: int
     memory_total: int | None
     memory_available: int | None
-    torch_threads: int
+    torch_threads: int | None
 
 
 @dataclass(frozen=True)
 class Environment:
-    """All that `irc env` shows; what is not installed is None: versions, `native` (for the CPU), `native_cuda`."""
+    """All that `irc env` shows; versions, `native` (for the CPU) and `native_cuda` are None where not installed."""
 
     platform: str
     versions: Mapping[str, str | None]
@@ -113,29 +98,29 @@ class Environment:
 
 
 def inspect_environment() -> Environment:
-    """Look at everything; takes some seconds, since it imports torch and starts ONNX Runtime once a provider."""
+    """Look at everything; torch and each provider of ONNX Runtime are tried in processes of their own, side by side."""
     runtimes = onnxruntime_distributions()
-    providers, warnings = onnxruntime_providers(runtimes)
+    with ThreadPoolExecutor() as pool:
+        asked = pool.submit(ask_torch)
+        providers, warnings = onnxruntime_providers(runtimes)
+        torch = asked.result()
     (native, problem), (native_cuda, cuda_problem) = native_operators(), native_operators("cuda")
-    conflict = conflict_warning(runtimes)
+    found = (conflict_warning(runtimes), *warnings, problem, cuda_problem)
     return Environment(
         platform=platform.platform(),
         versions={"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         onnxruntime=runtimes,
         providers=providers,
-        cuda=cuda(),
-        cpu=cpu(),
+        cuda=cuda(torch),
+        cpu=cpu(torch.threads),
         native=native,
         native_cuda=native_cuda,
-        warnings=((conflict,) if conflict else ()) + warnings + tuple(each for each in (problem, cuda_problem) if each),
+        warnings=tuple(warning for warning in found if warning),
     )
 
 
 def native_operators(provider: str = "cpu") -> tuple[Mapping[str, object] | None, str]:
     """Describe a provider's installed operator library, None where there is none; and say why it cannot be loaded."""
-    from irc.errors import InputError
-    from irc.runtime.native import installed_library
-
     try:
         library = installed_library(provider)
     except InputError as error:
@@ -169,13 +154,6 @@ def conflict_warning(distributions: Mapping[str, str]) -> str | None:
     )
 
 
-def run_command(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Run a command with its output captured as text, for at most three minutes."""
-    return subprocess.run(
-        command, capture_output=True, text=True, errors="replace", timeout=_PROBE_SECONDS, check=False
-    )
-
-
 def onnxruntime_providers(
     distributions: Mapping[str, str], run: Run = run_command
 ) -> tuple[tuple[Provider, ...], tuple[str, ...]]:
@@ -194,54 +172,51 @@ def onnxruntime_providers(
         names: list[str] = importlib.import_module("onnxruntime").get_available_providers()
     except Exception as error:
         return (), (f"onnxruntime is installed but cannot be used ({error}); install it again",)
-    if version("onnx") is None:
-        why = "not tried: onnx is not installed (pip install onnx)"
-        return tuple(Provider(name, None, why) for name in names), ()
-    return tuple(probe_provider(name, run) for name in names), ()
+    with ThreadPoolExecutor() as pool:
+        return tuple(pool.map(lambda name: probe_provider(name, run), names)), ()
 
 
-def probe_provider(name: str, run: Run = run_command) -> Provider:
-    """Try one provider in a process of its own, and read the reason from its log where it fails."""
+@dataclass(frozen=True)
+class Torch:
+    """What torch says in a process of its own.
+
+    Attributes:
+        build: Version of CUDA that it is built with, None for a build without CUDA.
+        devices: The GPUs that it sees.
+        threads: Its threads, None where it does not run.
+        reason: Why it does not run.
+    """
+
+    build: str | None = None
+    devices: tuple[CudaDevice, ...] = ()
+    threads: int | None = None
+    reason: str = ""
+
+
+def ask_torch(run: Run = run_command) -> Torch:
+    """Ask torch for its build, devices and threads, without importing it here."""
+    if version("torch") is None:
+        return Torch(reason="torch is not installed")
     try:
-        done = run([sys.executable, "-P", str(Path(__file__).with_name("provider_probe.py")), name])
+        done = run([sys.executable, "-P", str(Path(__file__).with_name("torch_probe.py"))])
     except (OSError, subprocess.SubprocessError) as error:
-        return Provider(name, False, f"the probe did not end: {error}")
+        return Torch(reason=f"the probe of torch did not end: {error}")
     try:
         answer = json.loads(done.stdout.strip().splitlines()[-1])
-        usable, said = bool(answer["usable"]), " ".join(str(answer["reason"]).split())
+        devices = tuple(CudaDevice(*device) for device in answer["devices"])
+        return Torch(answer["build"], devices, int(answer["threads"]))
     except (IndexError, KeyError, TypeError, ValueError):
-        usable, said = False, f"the probe ended with code {done.returncode}"
-    if usable:
-        return Provider(name, True)
-    logged = _log_reason(done.stderr)
-    return Provider(name, False, said if logged in said else f"{said}; {logged}" if said else logged)
+        said = (done.stderr.strip() or f"it ended with code {done.returncode}").splitlines()[-1]
+        return Torch(reason=f"torch cannot be used ({said[:200]})")
 
 
-def _log_reason(log: str) -> str:
-    """Return the sentence of ONNX Runtime's log that names the missing library, or its last error."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", log)
-    if missing := re.search(r"with error: ([^\n]+)", text):
-        return missing[1].strip()
-    errors = re.findall(r"\[E:onnxruntime[^\]]*\] ([^\n]+)", text)
-    lines = errors or [line for line in text.splitlines() if line.strip()]
-    return lines[-1].strip()[:300] if lines else ""
-
-
-def cuda(run: Run = run_command) -> Cuda:
-    """Ask torch for its CUDA devices and the driver tool for the driver's version."""
-    import torch
-
-    build = torch.version.cuda
-    driver = _driver_version(run)
-    if not torch.cuda.is_available():
-        reason = "torch is a build without CUDA" if build is None else "torch finds no CUDA device or no driver"
-        return Cuda(build, driver, (), reason)
-    devices = []
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        free, total = torch.cuda.mem_get_info(index)
-        devices.append(CudaDevice(properties.name, f"{properties.major}.{properties.minor}", total, free))
-    return Cuda(build, driver, tuple(devices))
+def cuda(torch: Torch, run: Run = run_command) -> Cuda:
+    """Combine what torch says of CUDA with the version that the driver's tool gives."""
+    reason = torch.reason
+    if not reason and not torch.devices:
+        without = "torch is a build without CUDA"
+        reason = without if torch.build is None else "torch finds no CUDA device or no driver"
+    return Cuda(torch.build, _driver_version(run), torch.devices, reason)
 
 
 def _driver_version(run: Run) -> str | None:
@@ -256,14 +231,12 @@ def _driver_version(run: Run) -> str | None:
     return lines[0] if done.returncode == 0 and lines else None
 
 
-def cpu() -> Cpu:
-    """Count CPUs, memory (a container's limit where there is one) and torch's threads."""
-    import torch
-
+def cpu(torch_threads: int | None) -> Cpu:
+    """Count CPUs and memory (a container's limit where there is one)."""
     total = os.cpu_count() or 1
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else total
     memory_total, memory_available = _memory()
-    return Cpu(usable, total, memory_total, memory_available, torch.get_num_threads())
+    return Cpu(usable, total, memory_total, memory_available, torch_threads)
 
 
 def _memory() -> tuple[int | None, int | None]:

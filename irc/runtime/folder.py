@@ -1,21 +1,29 @@
-"""An ONNX folder that `irc export` wrote: its manifest, checked before anything of it is run."""
+"""An ONNX folder that `irc export` wrote: its manifest and hashes are checked before anything in it runs."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exporters.onnx import DATA, MODEL, PAST_FROM, CacheShape, Decision
-from exporters.onnx_ops import VERSION
-from irc.bundle.layout import CONFIG
-from irc.dtypes import LONG_NAMES
+from exporters.onnx_dtypes import FLOATS
+from exporters.onnx_format import (
+    DATA,
+    FORMAT_VERSION,
+    MANIFEST,
+    MODEL,
+    PAST_FROM,
+    VERSION,
+    CacheShape,
+    Decision,
+)
 from irc.errors import InputError
 from irc.files.atomic import file_sha256
 from irc.files.untrusted import check_links, check_plain, read_json
 
-FORMAT_VERSION = 2  # 1 named a unit's mask too, which its Less and Not made
-MANIFEST = "irc.json"
+BUNDLE_FILE = "irc_config.json"
+"""The file that tells a bundle from an ONNX folder; `irc.bundle` defines its name too."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +31,9 @@ class OnnxFolder:
     """A checked folder.
 
     Attributes:
-        folder: Where it is.
+        folder: Its path.
         model: Path of `model.onnx`.
-        manifest: What `irc.json` says.
+        manifest: The content of `irc.json`.
     """
 
     folder: Path
@@ -56,8 +64,7 @@ class OnnxFolder:
     @property
     def dial(self) -> float | None:
         """The sparsity that a bundle was set to for the export; None for its own."""
-        # Folders of format version 2 and older hold it under another name.
-        return self.manifest["dial"] if "dial" in self.manifest else self.manifest.get("sparsity")
+        return self.manifest.get("dial")
 
     @property
     def counts_past_by_mask(self) -> bool:
@@ -70,41 +77,66 @@ class OnnxFolder:
         return str(self.manifest["dtype"])
 
 
-def open_folder(path: Path) -> OnnxFolder:
+def open_folder(path: Path, oldest: int = FORMAT_VERSION) -> OnnxFolder:
     """Read and check an ONNX folder.
 
+    Args:
+        path: Of the folder.
+        oldest: The oldest format version to accept; only the current one runs.
+
     Raises:
-        InputError: It is none, it is damaged, altered, or of a newer format or operator version.
+        InputError: It is not an ONNX folder, it is damaged or altered, or its format or operator version is newer or
+            older than what is accepted.
     """
     if not path.exists():
         raise InputError(f"{path}: there is no such folder; give one that irc export wrote")
     if not (path / MANIFEST).is_file():
-        hint = f"export it first: irc export {path} -o DIR" if (path / CONFIG).is_file() else "make one with irc export"
+        bundle = (path / BUNDLE_FILE).is_file()
+        hint = f"export it first: irc export {path} -o DIR" if bundle else "make one with irc export"
         raise InputError(f"{path}: not an ONNX folder of irc ({MANIFEST} is missing); {hint}")
+    manifest = _read_manifest(path)
+    if manifest["format_version"] < oldest:
+        raise InputError(
+            f"{path}: format version {manifest['format_version']} is older than this irc runs ({oldest}); rewrite the "
+            f"folder once: irc export --upgrade {path}"
+        )
+    model = _find_model(path)
+    for folder in {path, model.parent}:
+        check_links(folder)
+    _check_hashes(model, manifest["sha256"])
+    return OnnxFolder(path, model, manifest)
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = read_json(path / MANIFEST)
         for key, known in (("format_version", FORMAT_VERSION), ("op_version", VERSION)):
             if type(manifest[key]) is not int:
-                raise TypeError(f"{key} is no whole number")
+                raise TypeError(f"{key} is not a whole number")
             if manifest[key] > known:
                 what = key.replace("_", " ")
                 raise InputError(f"{path}: {what} {manifest[key]} is newer than this irc knows ({known}); upgrade irc")
         hashes = dict(manifest["sha256"])
-        _check_types(manifest, hashes)
+        _check_types(manifest, hashes.values())
         for name in hashes:
             check_plain(name, path / MANIFEST)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(f"{path / MANIFEST}: damaged ({type(error).__name__}: {error}); export again") from error
-    # Beside the manifest, or where the layout of a Triton repository has it.
+    return manifest | {"sha256": hashes}
+
+
+def _find_model(path: Path) -> Path:
+    """Return the path of the model: beside the manifest, or where the layout of a Triton repository has it."""
     found = [place for place in (path / MODEL, *sorted(path.glob(f"*/*/{MODEL}"))) if place.is_file()]
     if not found:
         raise InputError(f"{path / MODEL}: the file is missing; export again")
-    model = found[0]
-    # A link to a folder that lies elsewhere would take the model's files with it.
-    if not model.parent.resolve().is_relative_to(path.resolve()):
-        raise InputError(f"{model.parent}: is a link that leads out of its folder; put the file itself there")
-    for folder in {path, model.parent}:
-        check_links(folder)
+    # A link to a folder outside would take the model's files with it.
+    if not found[0].parent.resolve().is_relative_to(path.resolve()):
+        raise InputError(f"{found[0].parent}: is a link that leads out of its folder; put the file itself there")
+    return found[0]
+
+
+def _check_hashes(model: Path, hashes: dict[str, str]) -> None:
     for name in sorted({MODEL, DATA} | set(hashes)):
         file = model.with_name(name)
         if not file.is_file():
@@ -113,29 +145,28 @@ def open_folder(path: Path) -> OnnxFolder:
             raise InputError(
                 f"{file}: its hash is not the one in {MANIFEST}: the file is truncated or was changed; export again"
             )
-    return OnnxFolder(path, model, manifest)
 
 
-def _check_types(manifest: dict[str, Any], hashes: dict[str, Any]) -> None:
-    """Raise ValueError or TypeError where the manifest holds something of a kind that `irc export` never writes."""
-    if type(manifest["format_version"]) is not int or manifest["format_version"] < 1:
+def _check_types(manifest: dict[str, Any], hashes: Iterable[Any]) -> None:
+    """Raise ValueError or TypeError where the manifest holds a type or value that `irc export` never writes."""
+    if manifest["format_version"] < 1:
         raise ValueError(f"format_version is {manifest['format_version']!r}")
     cache = CacheShape(**manifest["cache"])
     numbers = [cache.layers, cache.heads, cache.size, *cache.reduced]
     if any(type(number) is not int or number < 0 for number in numbers):
-        raise TypeError("the cache's shape is not of whole numbers")
-    if manifest["dtype"] not in LONG_NAMES:
+        raise TypeError("the cache's shape is not made of whole numbers")
+    if manifest["dtype"] not in [kind.short for kind in FLOATS]:
         raise ValueError(f"dtype is {manifest['dtype']!r}")
     context = manifest.get("context_length")
     if context is not None and (type(context) is not int or context < 1):
-        raise TypeError("context_length is no whole number")
+        raise TypeError(f"context_length is {context!r}, not a whole number of tokens")
     for unit in manifest["units"]:
         if any(not isinstance(unit[key], str) for key in ("unit", "difference")):
             raise TypeError("a unit has no decision")
-    if any(not isinstance(value, str) for value in hashes.values()):
-        raise TypeError("a hash is no text")
+    if any(not isinstance(value, str) for value in hashes):
+        raise TypeError("a hash is not text")
     if not isinstance(manifest["source"], str) or not isinstance(manifest["base"], dict):
-        raise TypeError("source or base is of another kind")
+        raise TypeError("source or base has another type")
     for key in ("kv_threshold", "sparsity", "dial"):
         if manifest.get(key) is not None and type(manifest[key]) not in (int, float):
-            raise TypeError(f"{key} is no number")
+            raise TypeError(f"{key} is not a number")

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from irc.errors import InputError, IrcError
-from irc.files.untrusted import read_text
-from irc.model.tokenizer import load_tokenizer
+from irc.files.untrusted import first_line, read_json
 from irc.runtime.session import Runtime, Step
+from irc.text.tokenizer import TextTokenizer, open_tokenizer
 
 _COLDEST = 1e-3
 _TAIL = 16
@@ -29,7 +29,7 @@ class Sampling:
         temperature: 0 takes the likeliest token; above, logits are divided by it and sampled.
         top_k: Sample among the k likeliest; 0 among all.
         top_p: Sample among the likeliest that together have this probability.
-        seed: Of the sampling.
+        seed: Seed of the random numbers.
     """
 
     temperature: float = 0.0
@@ -38,7 +38,7 @@ class Sampling:
     seed: int = 0
 
     def check(self) -> None:
-        """Refuse values that mean nothing."""
+        """Refuse values out of range."""
         if self.temperature != 0 and not _COLDEST <= self.temperature < math.inf:
             raise InputError(f"temperature is {self.temperature}; give 0 (greedy), or {_COLDEST} or more")
         if self.top_k < 0:
@@ -56,12 +56,12 @@ class Generated:
     Attributes:
         text: Without the prompt, up to a stop string.
         tokens: Ids that were generated.
-        stopped: `end` (end of text), `stop` (a stop string), `length`, `context` or `interrupted`.
+        stopped: Why the text ended: `end` (end of text), `stop` (a stop string), `length`, `context` or `interrupted`.
         prompt_tokens: Tokens of the prompt.
-        prefill_seconds: Until the first token.
-        decode_seconds: From the first token on.
-        executed: Executed (token, unit) pairs.
-        pairs: All (token, unit) pairs.
+        prefill_seconds: Seconds until the first token.
+        decode_seconds: Seconds after the first token.
+        executed: Number of executed (token, unit) pairs.
+        pairs: Number of all (token, unit) pairs.
         kv_saved: Share of keys and values that were not stored.
     """
 
@@ -101,33 +101,33 @@ class Generator:
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
         folder = runtime.exported.folder
-        self.tokenizer: Any = load_tokenizer(folder, str(folder))
-        self.end = _end_tokens(folder, self.tokenizer)
+        self.tokenizer: TextTokenizer = open_tokenizer(folder)
+        self.end = _end_tokens(folder, self.tokenizer.eos_token_id)
 
     def encode(self, prompt: str) -> list[int]:
         """Return the ids of a prompt.
 
         Raises:
-            InputError: It is no valid text, has no token or one that the model does not know, or fills its context.
+            InputError: It is not valid text, has no token or one that the model does not know, or fills the context.
         """
         try:
             prompt.encode("utf-8")
         except UnicodeEncodeError as error:
             raise InputError(f"the prompt is not valid UTF-8 (character {error.start}); give text") from error
-        ids: list[int] = self.tokenizer(prompt)["input_ids"]
+        ids = self.tokenizer.encode(prompt)
         self._room(ids, 0)
         if max(ids) >= self.runtime.vocabulary:
             raise InputError(
                 f"{self.runtime.exported.folder}: the tokenizer makes the id {max(ids)} of the prompt, the model's "
-                f"vocabulary ends at {self.runtime.vocabulary - 1}: it is another model's; export again"
+                f"vocabulary ends at {self.runtime.vocabulary - 1}: it belongs to another model; export again"
             )
         return ids
 
     def _room(self, ids: Sequence[int], wanted: int) -> int:
-        """Return how many of the wanted new tokens the model's context has room for.
+        """Return how many of the wanted new tokens fit in the model's context.
 
         Raises:
-            InputError: There is no token, or there is room for none.
+            InputError: There is no token, or none fits.
         """
         if not ids:
             raise InputError("the prompt has no token; give at least one character")
@@ -149,10 +149,10 @@ class Generator:
 
         Args:
             prompt: Text.
-            max_tokens: At most so many new tokens.
-            sampling: Greedy when None.
+            max_tokens: Maximum number of new tokens.
+            sampling: How tokens are chosen; greedily when None.
             stop: Strings that end the text; they are not part of it.
-            emit: Told each piece of text as soon as it is sure.
+            emit: Called with each piece of text as soon as it is final.
 
         Returns:
             The text and its figures; an interrupt (Ctrl-C) ends the text, it does not raise.
@@ -175,11 +175,11 @@ class Generator:
         """Return the greedy continuation of ids, up to the end of text or of the model's context.
 
         Args:
-            ids: Of a prompt.
-            max_tokens: At most so many new tokens.
+            ids: Ids of a prompt.
+            max_tokens: Maximum number of new tokens.
 
         Raises:
-            InputError: There is no id, or they fill the model's context, or one is none of its vocabulary.
+            InputError: There is no id, they fill the model's context, or one is outside its vocabulary.
         """
         result = Generated()
         self._loop(ids, self._room(ids, max_tokens), Sampling(), [], lambda piece: None, result)
@@ -225,23 +225,23 @@ class Generator:
         emit(result.text[sent:])
 
     def _text_after(self, before: list[int], new: list[int]) -> str:
-        """Return the text of new tokens as it stands after others: some tokenizers drop a space that begins a text."""
-        start: str = self.tokenizer.decode(before, skip_special_tokens=True)
-        whole: str = self.tokenizer.decode(before + new, skip_special_tokens=True)
+        """Return the text of new tokens after others: some tokenizers drop a space that begins a text."""
+        start = self.tokenizer.decode(before, skip_special_tokens=True)
+        whole = self.tokenizer.decode(before + new, skip_special_tokens=True)
         if whole.startswith(start):
             return whole[len(start) :]
-        alone: str = self.tokenizer.decode(new, skip_special_tokens=True)
-        return alone  # the last character of the prompt was half a character
+        # The last character of the prompt was half a character.
+        return self.tokenizer.decode(new, skip_special_tokens=True)
 
 
 def choose(logits: NDArray[np.float32], sampling: Sampling, random: np.random.Generator) -> int:
     """Choose a token from logits [vocabulary].
 
     Raises:
-        IrcError: A logit is no number, or infinite.
+        IrcError: A logit is NaN or infinite.
     """
     if not math.isfinite(logits.max()):
-        raise IrcError("the model's logits are not finite; hold it against PyTorch by irc verify")
+        raise IrcError("the model's logits are not finite; run irc verify to compare it with PyTorch")
     if sampling.temperature == 0:
         return int(logits.argmax())
     scaled = logits.astype(np.float64) / sampling.temperature
@@ -257,7 +257,7 @@ def choose(logits: NDArray[np.float32], sampling: Sampling, random: np.random.Ge
 
 
 def _sure(text: str, stop: Sequence[str]) -> int:
-    """Return how much of a text cannot change any more: no half character, no beginning of a stop string at its end."""
+    """Return how much of a text is final: it ends neither in half a character nor in the beginning of a stop string."""
     sure = len(text.rstrip("\N{REPLACEMENT CHARACTER}"))
     for mark in stop:
         for size in range(min(len(mark) - 1, sure), 0, -1):
@@ -267,16 +267,16 @@ def _sure(text: str, stop: Sequence[str]) -> int:
     return sure
 
 
-def _end_tokens(folder: Path, tokenizer: Any) -> frozenset[int]:
-    from transformers import GenerationConfig
-
-    ends: list[Any] = [tokenizer.eos_token_id]
-    if (folder / "generation_config.json").is_file():
+def _end_tokens(folder: Path, eos: int | None) -> frozenset[int]:
+    """Return the tokens that end a text: the tokenizer's, and those of generation_config.json."""
+    path = folder / "generation_config.json"
+    stated: Any = None
+    if path.is_file():
         try:
-            read_text(folder / "generation_config.json")  # of a size that can be read
-            stated = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
-            ends += stated if isinstance(stated, list) else [stated]
-            return frozenset(int(end) for end in ends if end is not None)
-        except Exception as error:
-            raise InputError(f"{folder / 'generation_config.json'}: damaged; export again") from error
-    return frozenset() if tokenizer.eos_token_id is None else frozenset([int(tokenizer.eos_token_id)])
+            stated = read_json(path).get("eos_token_id")
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: damaged ({first_line(error)}); export again") from error
+    ends = [end for end in (eos, *(stated if isinstance(stated, list) else [stated])) if end is not None]
+    if any(type(end) is not int for end in ends):
+        raise InputError(f"{path}: damaged (eos_token_id is {str(stated)[:80]}); export again")
+    return frozenset(ends)

@@ -1,7 +1,7 @@
-"""Text on Triton Inference Server: what its Python backend runs for the model `irc_text` of an exported repository.
+"""Text on Triton Inference Server: its Python backend runs this for the model `irc_text` of an exported repository.
 
-Triton itself bounds the queue, rejects what waited too long, and ends what its client gave up. A request's inputs are
-the prompt and, as they are wanted, the options of `irc generate` (`exporters.triton.OPTIONS`).
+Triton itself bounds the queue, rejects requests that waited too long, and ends those whose client has gone. A request's
+inputs are the prompt and any of the options of `irc generate` (`REQUEST_OPTIONS`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from exporters.triton import OPTIONS
+from exporters.onnx_format import REQUEST_OPTIONS
 from irc.errors import InputError
 from irc.runtime.generation import Generated, Generator, Sampling
 from irc.runtime.session import Runtime
@@ -28,7 +28,7 @@ class TritonPythonModel:
     """One instance: a session and its tokenizer. Triton makes it and calls its methods, whose names are Triton's."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Open the ONNX folder, which is the repository that the model lies in.
+        """Open the ONNX folder, which is the repository that holds this model.
 
         Raises:
             InputError: The folder is damaged; Triton prints it and does not load the model.
@@ -37,7 +37,7 @@ class TritonPythonModel:
         self._generator = Generator(Runtime(Path(args["model_repository"]).resolve().parent))
 
     def execute(self, requests: Sequence[Any]) -> None:
-        """Answer each request: piece by piece where it has `stream`, else once."""
+        """Answer each request: piece by piece if it sets `stream`, else once."""
         for request in requests:
             sender = request.get_response_sender()
             try:
@@ -51,7 +51,7 @@ class TritonPythonModel:
     def _answer(self, request: Any, sender: Any) -> None:
         for name in json.loads(request.parameters() or "{}"):
             if not name.startswith("triton_"):
-                raise InputError(f"{name} is not an option; choose from {', '.join(OPTIONS)}")
+                raise InputError(f"{name} is not an option; choose from {', '.join(REQUEST_OPTIONS)}")
         given = {tensor.name(): _values(tensor) for tensor in request.inputs()}
         prompt, stop = given.pop("prompt")[0], given.pop("stop", [])
         options = {name: values[0] for name, values in given.items()}

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("irc", "passes", "exporters")
 BUILT_FROM = (
-    *("pyproject.toml", "README.md", "CHANGELOG.md", "MANIFEST.in", "Makefile"),
+    *("pyproject.toml", "README.md", "CHANGELOG.md", "MANIFEST.in", "Makefile", "requirements-runtime.txt"),
     *(".gitignore", ".mkdocs.yml", ".ci", "docs"),
 )
 IGNORED = shutil.ignore_patterns("__pycache__", "*.egg-info", "build", ".*_cache")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -16,13 +17,14 @@ import onnx
 import pytest
 
 import irc
+from exporters.onnx_format import MANIFEST
 from irc.bundle.layout import CONFIG
 from irc.bundle.saving import save_bundle
 from irc.errors import InputError
 from irc.files.atomic import file_sha256
 from irc.model.checkpoint import find_base
 from irc.model.routed import RoutedForCausalLM
-from irc.runtime.folder import MANIFEST, open_folder
+from irc.runtime.folder import open_folder
 from irc.runtime.session import Runtime
 
 Make = Callable[..., RoutedForCausalLM]
@@ -224,7 +226,7 @@ def test_weights_outside_of_an_onnx_folder(altered: Path, tmp_path: Path) -> Non
         next(entry for entry in moved.external_data if entry.key == "location").value = place
         (altered / "model.onnx").write_bytes(model.SerializeToString())
         sign(altered)
-        with pytest.raises(InputError, match=r"names the file|none of this folder's weights"):
+        with pytest.raises(InputError, match=re.escape(str(altered))):
             Runtime(altered)
 
 
@@ -236,7 +238,7 @@ def test_weights_larger_than_their_file(altered: Path, key: str, value: str) -> 
     next(entry for entry in entries if entry.key == key).value = value
     (altered / "model.onnx").write_bytes(model.SerializeToString())
     sign(altered)
-    with pytest.raises(InputError, match=r"which has \d+; export again|is no number"):
+    with pytest.raises(InputError, match=re.escape(str(altered))):
         Runtime(altered)
 
 

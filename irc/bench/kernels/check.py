@@ -16,12 +16,13 @@ from onnx import ModelProto, helper
 from torch import Tensor
 
 from exporters.onnx_dtypes import ALL, FLOATS
-from exporters.onnx_ops import DOMAIN, VERSION, function_protos
+from exporters.onnx_format import DOMAIN, VERSION
+from exporters.onnx_ops import function_protos
 from irc.bench.kernels.attention import draw_attention
 from irc.bench.kernels.products import PRODUCTS, draw_products
 from irc.dtypes import torch_dtype
 from irc.files.untrusted import first_line
-from irc.runtime.cache import onnxruntime
+from irc.runtime.provider import onnxruntime
 from passes import dialect  # noqa: F401 - registers the operators
 
 DTYPES = {kind.short: torch_dtype(kind.short) for kind in FLOATS}

@@ -13,6 +13,7 @@ from lm_eval import evaluate, utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 
+from exporters.onnx_format import MANIFEST
 from irc.bundle.loading import open_model
 from irc.bundle.source import ModelSource, as_source
 from irc.errors import InputError
@@ -20,7 +21,6 @@ from irc.evaluation.tasks.local import LOCAL, RECALL_TOKENS, write_tasks
 from irc.evaluation.tasks.scorers import OnnxScorer, Scorer, TorchScorer
 from irc.files.untrusted import first_line
 from irc.progress import ProgressFactory
-from irc.runtime.folder import MANIFEST
 from irc.runtime.generation import Generator
 from irc.runtime.session import Runtime
 from irc.text.source import load_text
@@ -58,7 +58,7 @@ class HarnessModel(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Return the ids of a text."""
-        ids: list[int] = self.tokenizer(string, add_special_tokens=bool(add_special_tokens))["input_ids"]
+        ids: list[int] = self.tokenizer.encode(string, add_special_tokens=bool(add_special_tokens))
         return ids
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -195,7 +195,7 @@ def _write_local_tasks(tasks: Sequence[str], tokenizer: Any, data: str, folder: 
     """Write the local tasks from the held-out split of a text, or from all of it if that split is empty."""
     text = load_text(data)
     documents = text.split("heldout") or list(text.documents)
-    write_tasks(tasks, documents, lambda piece: len(tokenizer(piece)["input_ids"]), folder, limit)
+    write_tasks(tasks, documents, lambda piece: len(tokenizer.encode(piece)), folder, limit)
 
 
 def _scorers(source: ModelSource) -> dict[str, Scorer]:

@@ -110,7 +110,7 @@ class OnnxScorer:
 
     def continue_text(self, prompt: str, stop: Sequence[str], max_tokens: int) -> str:
         """See `Scorer`."""
-        ids = self.tokenizer(prompt)["input_ids"]
+        ids = self.tokenizer.encode(prompt)
         prompt_limit = self.context - max_tokens
         if len(ids) > prompt_limit:
             prompt = self.tokenizer.decode(ids[-prompt_limit:])

@@ -16,6 +16,7 @@ from irc.bench.ideal_speedup import ideal_decode_speedup
 from irc.bench.profile import time_by_operator
 from irc.bench.shapes import Shape, shape_named
 from irc.bench.text import heldout_tokens
+from irc.deployment.forced import open_forced
 from irc.errors import InputError
 from irc.model.flops import head_flops, unit_flops
 from irc.runtime.native import installed_library
@@ -31,7 +32,7 @@ def has_native() -> bool:
 def test_forced_decisions_take_the_routers_place(exported: Path, dense: Path) -> None:
     """With every unit executed, the logits are those of the dense model, and the routers' logits do not change."""
     ids, mask = np.arange(12).reshape(2, 6), np.ones((2, 6), np.int64)
-    runtimes = [Runtime(dense), Runtime(exported, forced=True), Runtime(exported)]
+    runtimes = [Runtime(dense), open_forced(exported), Runtime(exported)]
     execute = np.ones((4, 2, 6), bool)
     plain = runtimes[0].step(ids, mask, runtimes[0].empty_cache(2))
     forced = runtimes[1].step(ids, mask, runtimes[1].empty_cache(2), execute)

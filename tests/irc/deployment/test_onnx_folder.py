@@ -14,9 +14,10 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import irc
+from exporters.onnx_format import MANIFEST
 from irc.bundle.layout import RECIPE
 from irc.deployment import onnx_folder as export_module
-from irc.runtime.folder import MANIFEST
+from irc.runtime.folder import open_folder
 from irc.runtime.session import Runtime
 
 PROMPT = "def parse(text):\n    "
@@ -26,7 +27,7 @@ FILES = {"config.json", "genai_config.json", MANIFEST, "model.onnx", "model.onnx
 def test_what_export_writes_and_says(bundle: Path, copied: Path, tmp_path: Path, irc_main: Callable[..., Any]) -> None:
     refused = irc_main("export", bundle, "-o", copied)
     assert refused.code == 2
-    assert "exists already; --force replaces it" in refused.sentence()
+    assert str(copied) in refused.sentence()
     (copied / "model.onnx").write_bytes(b"")
     shown = irc_main("export", bundle, "-o", copied, "--force", "--json")
     assert shown.code == 0, shown.err
@@ -55,6 +56,7 @@ def test_the_folder_says_what_it_was_made_of(bundle: Path, tmp_path: Path, irc_m
     model = onnx.load(tmp_path / "routed" / "model.onnx", load_external_data=False)
     assert (model.producer_name, model.producer_version, model.model_version) == ("irc", irc.__version__, 1)
     assert all(part in model.doc_string for part in (manifest["base"]["name"], config["spec"]["policy"], "0.3"))
+    assert open_folder(tmp_path / "routed").source == str(measured.resolve())
     verified = irc_main("verify", tmp_path / "routed", "--seq-len", "16", "--tokens", "64", "--json")
     assert verified.json["bundle"] == str(measured.resolve())
 
@@ -84,12 +86,12 @@ def test_triton_layout_describes_the_model_it_holds(bundle: Path, tmp_path: Path
     config = (tmp_path / "triton" / "irc" / "config.pbtxt").read_text()
     session = Runtime(tmp_path / "triton")._session
     kinds = {"tensor(float)": "TYPE_FP32", "tensor(int64)": "TYPE_INT64"}
-    for side, values in (("input", session.get_inputs()[:-1]), ("output", session.get_outputs()[:-1])):
+    for side, values in (("input", session.get_inputs()), ("output", session.get_outputs())):
         for value in values:
             sizes = ", ".join(str(size) if isinstance(size, int) else "-1" for size in value.shape)
             line = f'{side} [ {{ name: "{value.name}" data_type: {kinds[value.type]} dims: [ {sizes} ] }} ]'
             assert line in config.splitlines()
-    assert config.count("input [") == len(session.get_inputs()) - 1
+    assert config.count("input [") == len(session.get_inputs())
     assert "model_operations" not in config
     assert irc_main("generate", tmp_path / "triton", PROMPT, "-n", "3", "--json").code == 0
 
@@ -197,10 +199,12 @@ def test_configuration_and_tokenizer_are_copied_and_no_code(
     folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
     for name in ("tokenizer_code.py", "tokenizer.bin", "special_tokens.pkl", "tokenizer.safetensors"):
         (folder / name).write_text("x")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
     (folder / "tokenizer").mkdir()
     assert irc_main("export", folder, "-o", tmp_path / "onnx").code == 0
     there = {path.name for path in (tmp_path / "onnx").iterdir()}
     assert there >= {"config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert (tmp_path / "onnx" / "chat_template.jinja").read_text() == "{{ messages }}"
     assert not {name for name in there if name.endswith((".py", ".bin", ".pkl", ".safetensors")) or name == "tokenizer"}
 
 

@@ -67,8 +67,9 @@ def model_config(folder: Path) -> Target:
 
 
 def manifest(folder: Path) -> Target:
+    from exporters.onnx_format import MANIFEST
     from irc.deployment.onnx_folder import export
-    from irc.runtime.folder import MANIFEST, open_folder
+    from irc.runtime.folder import open_folder
 
     onnx = folder / "onnx"
     export(str(MODEL), onnx)
@@ -76,8 +77,8 @@ def manifest(folder: Path) -> Target:
 
 
 def onnx_model(folder: Path) -> Target:
+    from irc.deployment.model_file import read_model
     from irc.deployment.onnx_folder import export
-    from irc.runtime.check import read_model
 
     onnx = folder / "onnx"
     export(str(MODEL), onnx)

@@ -19,6 +19,7 @@ import torch
 import yaml
 
 import irc
+from exporters.onnx_format import MANIFEST
 from irc.bundle.config import read_config
 from irc.bundle.layout import ADAPTER, CONFIG, RECIPE
 from irc.bundle.saving import save_bundle
@@ -30,7 +31,7 @@ from irc.model.capture import Captured, assign_weights
 from irc.model.checkpoint import BaseModel, find_base
 from irc.model.routed import RoutedForCausalLM
 from irc.recipe.recipe import Recipe, load_recipe
-from irc.runtime.folder import MANIFEST, open_folder
+from irc.runtime.folder import open_folder
 from irc.runtime.generation import Generator
 from irc.runtime.session import Runtime
 from irc.training.lora import WEIGHTS

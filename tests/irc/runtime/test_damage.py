@@ -8,15 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers
-from transformers import PreTrainedTokenizerFast
 
 from irc.deployment.verification import tolerance_of
 from irc.errors import InputError
 from irc.files.atomic import file_sha256
 from irc.runtime.generation import Generator
 from irc.runtime.session import Runtime
+from irc.text.tokenizer import TextTokenizer
 
 Edit = Callable[[dict[str, Any]], object]
 UNIT = "model.layers.0.mlp"  # the second of four
@@ -31,30 +32,30 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "dtype": (lambda m: m.update(dtype="int4"), "dtype is 'int4'"),
     "another dtype": (
         lambda m: m.update(dtype="fp16"),
-        "irc.json: says fp16, the model takes float32 for past_key_values.0.key: damaged; export again",
+        "irc.json: says fp16, the model takes tensor(float) for past_key_values.0.key",
     ),
     "layers": (lambda m: m["cache"].update(layers=1), "the model has 4 cache inputs, irc.json describes 2"),
-    "layers as text": (lambda m: m["cache"].update(layers="x"), "not of whole numbers"),
-    "context": (lambda m: m.update(context_length="many"), "context_length is no whole number"),
+    "layers as text": (lambda m: m["cache"].update(layers="x"), "not made of whole numbers"),
+    "context": (lambda m: m.update(context_length="many"), "context_length is 'many'"),
     "no version": (lambda m: m.update(format_version=0), "format_version is 0"),
     "infinite version": (lambda m: m.update(op_version=float("inf")), "damaged"),
     "newer operators": (lambda m: m.update(op_version=99), "op version 99 is newer than this irc knows"),
     "hash of another folder": (lambda m: m["sha256"].update({"../x": "0"}), "'../x'"),
     "hash of a name too long for a file": (lambda m: m["sha256"].update({"9" * 300: "0"}), "'9999"),
-    "hash that is no text": (lambda m: m["sha256"].update(x=1), "a hash is no text"),
+    "hash that is no text": (lambda m: m["sha256"].update(x=1), "a hash is not text"),
     "unit": (lambda m: m["units"][0].pop("difference"), "damaged"),
     "half of the units": (
         lambda m: m.update(units=m["units"][::2]),
-        f"irc.json: lists 2 of the model's 4 routed units, {UNIT} is not among them",
+        f"irc.json: lists 2 of the model's 4 routed units, {UNIT} is missing",
     ),
     "no unit": (lambda m: m["units"].clear(), "lists 0 of the model's 4 routed units"),
     "a unit twice": (lambda m: m["units"].append(m["units"][1]), f"unit {UNIT} is listed twice"),
     "a unit of another model": (
         lambda m: m["units"].append({"unit": "x", "difference": "x.logit_difference"}),
-        "irc.json: unit x is none that the model routes",
+        "irc.json: unit x is not one that the model routes",
     ),
-    "a value that is no decision": (lambda m: m["units"][1].update(difference="logits"), f"unit {UNIT} is none that"),
-    "another name of a unit": (lambda m: m["units"][1].update(unit="x"), "unit x is none that the model routes"),
+    "a value that is no decision": (lambda m: m["units"][1].update(difference="logits"), f"unit {UNIT} is not one"),
+    "another name of a unit": (lambda m: m["units"][1].update(unit="x"), "unit x is not one that the model routes"),
 }
 
 
@@ -72,16 +73,22 @@ def test_a_manifest_that_was_edited(folder: Path, irc_main: Callable[..., Any], 
 @pytest.mark.parametrize(
     "name", ["input_ids", "/norm/RMSNormalization_output_0", "lm_head.weight"], ids=["input", "value", "tensor"]
 )
-def test_names_in_the_model_that_are_no_text(folder: Path, name: str) -> None:
-    """Protobuf decodes a name when it is read, long after the file was."""
+def test_names_in_the_model_that_are_not_text(folder: Path, exported: Path, name: str) -> None:
+    """A name is decoded when it is read, long after the file was."""
     content = (folder / "model.onnx").read_bytes()
     assert name.encode() in content
     (folder / "model.onnx").write_bytes(content.replace(name.encode(), b"\xf3" + name.encode()[1:]))
     manifest = json.loads((folder / "irc.json").read_text())
     manifest["sha256"]["model.onnx"] = file_sha256(folder / "model.onnx")
     (folder / "irc.json").write_text(json.dumps(manifest))
-    with pytest.raises(InputError, match=r"export again|cannot load it"):
-        Runtime(folder, "cpu")
+    if name == "input_ids":
+        with pytest.raises(InputError, match="decode"):
+            Runtime(folder, "cpu")
+        return
+    # ONNX Runtime compares names inside the graph as bytes: the same graph by other names.
+    ids, mask = np.arange(8)[None], np.ones((1, 8), np.int64)
+    steps = [runtime.step(ids, mask, runtime.empty_cache(1)) for runtime in (Runtime(folder), Runtime(exported))]
+    np.testing.assert_array_equal(steps[0].logits, steps[1].logits)
 
 
 def test_a_generation_config_that_is_none(folder: Path, irc_main: Callable[..., Any]) -> None:
@@ -95,8 +102,8 @@ OPTIONS = [
     (("generate", "{folder}", "x", "--temperature", "nan"), "temperature is nan; give 0 (greedy)"),
     (("generate", "{folder}", "x", "--temperature", "inf"), "temperature is inf"),
     (("generate", "{folder}", "x", "--temperature", "1e-320"), "temperature is 1e-320"),
-    (("verify", "{folder}", "--tolerance", "nan"), "--tolerance is nan"),
-    (("verify", "{folder}", "--tolerance", "-1"), "--tolerance is -1.0"),
+    (("verify", "{folder}", "--tolerance", "nan"), "tolerance is nan"),
+    (("verify", "{folder}", "--tolerance", "-1"), "tolerance is -1.0"),
     (("verify", "{folder}", "--seq-len", "600"), "the model's context is 64; give at most 64"),
     (("verify", "{folder}", "--seq-len", "32", "--new-tokens", "500"), "give at most 48"),
     (("bench", "--sparsities", ""), "--sparsities is empty"),
@@ -134,7 +141,7 @@ def test_verify_says_where_to_look_for_a_bundle_that_moved(folder: Path, irc_mai
     manifest = json.loads((folder / "irc.json").read_text())
     (folder / "irc.json").write_text(json.dumps(manifest | {"source": "/gone/bundle"}))
     outcome = irc_main("verify", folder, "--seq-len", "16")
-    assert (outcome.code, "name where it is by --bundle" in outcome.sentence()) == (2, True)
+    assert (outcome.code, "/gone/bundle" in outcome.sentence()) == (2, True)
 
 
 def test_text_goes_out_as_it_is(exported: Path, irc_main: Callable[..., Any]) -> None:
@@ -150,16 +157,16 @@ def test_a_space_that_begins_the_continuation_is_kept(exported: Path) -> None:
     plain.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     plain.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     generator = Generator(Runtime(exported))
-    generator.tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain)
+    generator.tokenizer = TextTokenizer(plain, {})
     assert generator.tokenizer.decode([1, 2]) == "model,"
     assert generator._text_after([0], [1, 2]) == " model,"
 
 
 def test_half_a_character_before_the_continuation(exported: Path) -> None:
     generator = Generator(Runtime(exported))
-    ids = generator.tokenizer("é")["input_ids"]
+    ids = generator.tokenizer.encode("é")
     assert len(ids) == 2
-    assert generator._text_after(ids[:1], [*ids[1:], *generator.tokenizer("x")["input_ids"]]).endswith("x")
+    assert generator._text_after(ids[:1], [*ids[1:], *generator.tokenizer.encode("x")]).endswith("x")
 
 
 def test_tolerances_grow_with_the_logits_of_16_bit_types() -> None:

@@ -9,11 +9,14 @@ import subprocess
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
+import onnx
 import pytest
 
+from exporters.onnx_dtypes import FP32
 from irc.cli import main
-from irc.runtime import environment
-from irc.runtime.environment import Provider
+from irc.runtime import environment, provider_probe
+from irc.runtime.one_node import one_node_model
+from irc.runtime.provider import Provider, probe_provider
 
 Result = subprocess.CompletedProcess[str]
 
@@ -64,13 +67,45 @@ def test_a_hollow_onnxruntime_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> N
     assert "cannot be used" in warnings[0]
 
 
-def test_without_onnx_providers_are_listed_but_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    runtime = SimpleNamespace(get_available_providers=lambda: ["CPUExecutionProvider"])
-    monkeypatch.setattr(importlib, "import_module", lambda name: runtime)
+def test_the_probe_s_model_is_what_its_comment_says() -> None:
+    """It is written down as bytes: neither the runtime nor the probe imports onnx."""
+    assert one_node_model("Add", ("x", "x"), "y", FP32.code, 1, {}) == provider_probe._MODEL
+    model = onnx.load_from_string(provider_probe._MODEL)
+    onnx.checker.check_model(model, full_check=True)
+    assert [node.op_type for node in model.graph.node] == ["Add"]
+
+
+def test_torch_is_asked_in_a_process_of_its_own() -> None:
+    found = environment.ask_torch()
+    assert found.reason == ""
+    assert found.threads is not None
+    answer = {"build": "13.0", "devices": [["GPU", "9.0", 80, 70]], "threads": 3}
+    told = environment.ask_torch(answers(f"noise\n{json.dumps(answer)}\n"))
+    assert told == environment.Torch("13.0", (environment.CudaDevice("GPU", "9.0", 80, 70),), 3)
+    described = environment.cuda(told, answers("580.1\n"))
+    assert (described.build, described.devices, described.reason) == ("13.0", told.devices, "")
+
+
+@pytest.mark.parametrize(
+    ("run", "reason"),
+    [
+        (answers("", "ImportError: libtorch.so\n", 1), "libtorch.so"),
+        (answers("", "", -11), "-11"),
+        (answers("[]"), "0"),
+    ],
+    ids=["broken", "crashed", "spoke"],
+)
+def test_torch_that_does_not_run_is_a_reason(run: Callable[[Sequence[str]], Result], reason: str) -> None:
+    found = environment.ask_torch(run)
+    assert reason in found.reason
+    assert found.threads is None
+    assert environment.cuda(found, run).reason == found.reason
+
+
+def test_a_machine_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "version", lambda name: None)
-    (provider,), _ = environment.onnxruntime_providers({"onnxruntime": "1.31.1"})
-    assert provider.usable is None
-    assert "onnx is not installed" in provider.reason
+    found = environment.ask_torch(lambda command: pytest.fail("a probe was started"))
+    assert found.reason == "torch is not installed"
 
 
 LOG = (
@@ -95,23 +130,22 @@ FELL_BACK = "ONNX Runtime silently fell back to CPUExecutionProvider"
     ids=["works", "fell back", "raised", "crashed", "spoke"],
 )
 def test_a_probe_tells_why(run: Callable[[Sequence[str]], Result], expected: Provider) -> None:
-    assert environment.probe_provider("P", run) == expected
+    assert probe_provider("P", run) == expected
 
 
 def test_a_probe_that_hangs_is_not_usable() -> None:
     def run(command: Sequence[str]) -> Result:
         raise subprocess.TimeoutExpired(command, 1)
 
-    provider = environment.probe_provider("P", run)
+    provider = probe_provider("P", run)
     assert provider.usable is False
     assert "did not end" in provider.reason
 
 
 def test_the_cpu_provider_works_and_an_unknown_one_does_not() -> None:
     pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnx")
-    assert environment.probe_provider("CPUExecutionProvider") == Provider("CPUExecutionProvider", True)
-    assert environment.probe_provider("NoSuchExecutionProvider").usable is False
+    assert probe_provider("CPUExecutionProvider") == Provider("CPUExecutionProvider", True)
+    assert probe_provider("NoSuchExecutionProvider").usable is False
 
 
 def test_env_reports_a_machine_without_onnxruntime(

@@ -109,7 +109,7 @@ def test_a_dense_model_needs_no_kernels_of_ours(dense: Path) -> None:
 def test_a_dense_model_is_no_reason_to_take_any_name_of_kernels(
     dense: Path, text_file: Path, verb: tuple[str, ...], irc_main: Callable[..., Any]
 ) -> None:
-    for ops, sentence in (("nonsense", "there is no such library; give auto"), (text_file, "cannot be loaded")):
+    for ops, sentence in (("nonsense", "nonsense"), (text_file, "cannot be loaded")):
         shown = irc_main(*(word.format(dense) for word in verb), "--ops", ops)
         assert (shown.code, shown.out) == (2, "")
         assert sentence in shown.sentence()
@@ -130,9 +130,9 @@ def test_kernels_that_were_asked_for_and_are_not_there(
     assert "the operator library cannot be loaded" in shown.sentence()
     shown = irc_main("generate", exported, PROMPT, "--ops", "nativ")
     assert shown.code == 2
-    assert "--ops is 'nativ', and there is no such library; give auto, native" in shown.sentence()
+    assert "ops is 'nativ'" in shown.sentence()
     monkeypatch.setattr(native, "PACKAGE", "no_such_package_anywhere")
     shown = irc_main("generate", exported, PROMPT, "--ops", "native")
     assert shown.code == 2
-    assert "is not installed" in shown.sentence()
+    assert "no_such_package_anywhere" in shown.sentence()
     assert irc_main("generate", exported, PROMPT, "-n", "1").code == 0

@@ -100,9 +100,9 @@ def test_without_the_package_auto_is_portable_and_native_says_how_to_get_it(monk
 
 
 def test_what_is_no_library_of_ours_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="there is no such library; give auto, native, portable or the path"):
+    with pytest.raises(InputError, match=r"missing\.so"):
         load_library(tmp_path / "missing.so")
-    with pytest.raises(InputError, match="File name too long; give auto"):
+    with pytest.raises(InputError, match="File name too long"):
         load_library(Path("x" * 400))
     text = tmp_path / "text.so"
     text.write_text("no shared library")
@@ -113,7 +113,7 @@ def test_what_is_no_library_of_ours_is_refused(tmp_path: Path) -> None:
         pytest.skip("no C++ compiler")
     for source, message in (
         ("int other;", "lacks irc_native_describe"),
-        ('extern "C" const char* irc_native_describe() { return "no JSON"; }', "describes itself in another way"),
+        ('extern "C" const char* irc_native_describe() { return "no JSON"; }', "describes itself"),
     ):
         built = tmp_path / f"{len(source)}.so"
         subprocess.run(

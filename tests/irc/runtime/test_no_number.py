@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from irc.bundle.saving import save_bundle
+from irc.deployment.forced import open_forced
 from irc.deployment.onnx_folder import export
 from irc.errors import InputError
 from irc.files.atomic import file_sha256
@@ -88,9 +89,9 @@ def test_no_token_is_chosen_of_it(spoilt: Path, irc_main: Callable[..., Any], te
 )
 def test_decisions_of_another_kind_are_refused(exported: Path, execute: Any) -> None:
     ids, mask = np.arange(12).reshape(2, 6), np.ones((2, 6), np.int64)
-    forced = Runtime(exported, "cpu", forced=True)
-    with pytest.raises(InputError, match=r"a forced runtime is told all decisions, bool \[4, 2, 6\]"):
+    forced = open_forced(exported, "cpu")
+    with pytest.raises(InputError, match=r"bool \[4, 2, 6\]"):
         forced.step(ids, mask, forced.empty_cache(2), execute)
     free = Runtime(exported, "cpu")
-    with pytest.raises(InputError, match="make it with forced=True"):
+    with pytest.raises(InputError, match="execute is given"):
         free.step(ids, mask, free.empty_cache(2), np.ones((4, 2, 6), bool))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
 import torch
 
-from irc.runtime.cache import ELEMENTS, CacheLayout, PlacedCache, lengthen
+from exporters.onnx_dtypes import of_weights
+from irc.runtime.cache import CacheLayout, PlacedCache, lengthen
+from irc.runtime.session import _float32
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PAST, PRESENT = ("past.key", "past.value"), ("present.key", "present.value")
@@ -22,7 +25,7 @@ def _view(value: Any) -> torch.Tensor:
 
 def _session(dtype: str) -> Any:
     """A model that hands its cache on; past and present may be one memory."""
-    values = [onnx.helper.make_tensor_value_info(name, ELEMENTS[dtype], [None] * 4) for name in PAST + PRESENT]
+    values = [onnx.helper.make_tensor_value_info(name, of_weights(dtype).code, [None] * 4) for name in PAST + PRESENT]
     nodes = [onnx.helper.make_node("Identity", [past], [present]) for past, present in zip(PAST, PRESENT, strict=True)]
     graph = onnx.helper.make_graph(nodes, "hand on", values[:2], values[2:])
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 14)], ir_version=8)
@@ -52,8 +55,18 @@ def test_a_cache_that_grows_keeps_what_it_holds(dtype: str, batch: int) -> None:
 def test_lengthening_goes_by_no_host_copy(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU `numpy()` copies to the host, and what is written there is lost; of bf16 there is none."""
     make = ort.OrtValue.ortvalue_from_shape_and_type
-    old, new = (make([2, 3, places, 8], ELEMENTS[dtype], "cpu") for places in (5, 9))
+    old, new = (make([2, 3, places, 8], of_weights(dtype).code, "cpu") for places in (5, 9))
     _view(old)[:] = torch.arange(240).reshape(2, 3, 5, 8)
     monkeypatch.setattr(ort.OrtValue, "numpy", None)
     lengthen([old], [new], dtype, "cpu")
     assert torch.equal(_view(new)[:, :, :5], _view(old))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_logits_of_every_type_are_brought_to_the_host_as_float32(dtype: str) -> None:
+    """NumPy has no bf16."""
+    value = ort.OrtValue.ortvalue_from_shape_and_type([2, 3, 5], of_weights(dtype).code, "cpu")
+    _view(value)[:] = torch.randn(2, 3, 5)
+    found = _float32(value)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, _view(value).float().numpy())

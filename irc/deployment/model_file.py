@@ -1,18 +1,18 @@
-"""A model file before it is run: where its weights lie, whether they are as large as it says, and its units."""
+"""A model file as data: its tensors are checked before anything reads them, and it is written without its weights."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 
-from exporters.onnx import Decision
-from exporters.onnx_ops import DOMAIN
 from irc.errors import InputError
 from irc.files.untrusted import check_plain, first_line
+from irc.runtime.folder import OnnxFolder
 
 _BITS = {
     onnx.TensorProto.FLOAT: 32,
@@ -28,15 +28,34 @@ _BITS = {
 """The types that `irc export` writes."""
 
 
+def load_model(exported: OnnxFolder) -> ir.Model:
+    """Return the model of a checked folder, to be changed; its weights stay in their file.
+
+    Raises:
+        InputError: The model is not ONNX, or a tensor in it is not as `irc export` writes tensors.
+    """
+    try:
+        return ir.serde.deserialize_model(read_model(exported.model, exported.weights))
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{exported.model}: damaged ({first_line(error)}); export again") from error
+
+
+def save_model(model: ir.Model, path: Path) -> None:
+    """Write a model that `load_model` gave; it names its weights' file as before, and that is not touched."""
+    path.write_bytes(ir.serde.serialize_model(model).SerializeToString())
+
+
 def read_model(path: Path, files: Iterable[str]) -> onnx.ModelProto:
     """Read a model file and check every tensor in it; external ones are neither opened nor read.
 
     Args:
-        path: Of `model.onnx`.
-        files: Names of the files beside it that its weights may be in.
+        path: Path of `model.onnx`.
+        files: Names of the files beside it that may hold its weights.
 
     Raises:
-        InputError: It is no ONNX model, has weights in another file, or a tensor larger than what is there for it.
+        InputError: It is not an ONNX model, has weights in another file, or a tensor needs more bytes than there are.
     """
     try:
         model = onnx.load(str(path), load_external_data=False)
@@ -58,54 +77,15 @@ def read_model(path: Path, files: Iterable[str]) -> onnx.ModelProto:
     return model
 
 
-def check_decisions(graph: Any, decisions: Sequence[Decision], path: Path) -> None:
-    """Hold the units that a manifest lists against those that the graph decides about.
-
-    Args:
-        graph: Of an exported model.
-        decisions: As the manifest has them.
-        path: Of the manifest.
-
-    Raises:
-        InputError: The manifest lists a unit twice or one that the graph lacks, or leaves one out.
-    """
-    routed, listed = set(_differences(graph)), [decision.difference for decision in decisions]
-    for decision in decisions:
-        name = f"{path}: unit {decision.unit[:80]}"
-        if decision != Decision.of(decision.unit) or decision.difference not in routed:
-            raise InputError(f"{name} is none that the model routes; export again")
-        if listed.count(decision.difference) > 1:
-            raise InputError(f"{name} is listed twice; export again")
-    if left := sorted(routed.difference(listed)):
-        name = left[0].removesuffix(Decision.of("").difference)[:80]
-        counts = f"{len(listed)} of the model's {len(routed)} routed units"
-        raise InputError(f"{path}: lists {counts}, {name} is not among them; export again")
-
-
-def _differences(graph: Any) -> Iterator[str]:
-    """Yield what units decide by: DecideRows reads it, in format version 1 a Less before a Not before SelectRows."""
-    makers = {output: node for node in graph.node for output in node.output}
-
-    def reads(node: Any, kind: str) -> str:
-        return str(node.input[0]) if node is not None and node.op_type == kind and node.input else ""
-
-    for node in graph.node:
-        if node.domain == DOMAIN:
-            negation = makers.get(reads(node, "SelectRows"))  # another operator gives the rows of an expert
-            difference = reads(node, "DecideRows") or reads(makers.get(reads(negation, "Not")), "Less")
-            if difference:
-                yield difference
-
-
 def _check_external(tensor: Any, name: str, path: Path, sizes: dict[str, int], needed: int) -> None:
     facts = {entry.key: entry.value for entry in tensor.external_data}
     location = check_plain(facts.get("location"), path)
     if location not in sizes:
-        raise InputError(f"{name} is in {location}, which is none of this folder's weights; export again")
+        raise InputError(f"{name} is in {location}, which is not one of this folder's weights; export again")
     try:
         offset, length = int(facts.get("offset") or 0), int(facts.get("length") or needed)
     except ValueError as error:
-        raise InputError(f"{name}: its place in {location} is no number; export again") from error
+        raise InputError(f"{name}: its place in {location} is not a number; export again") from error
     if offset < 0 or length != needed or offset + length > sizes[location]:
         raise InputError(
             f"{name} needs {needed} bytes from byte {offset} of {location}, which has {sizes[location]}; export again"
