@@ -1,4 +1,4 @@
-"""Bundles: saved whole or not at all, loaded to the same logits, generation with a cache, and every refusal."""
+"""Bundles: atomic saves, equal logits after loading, generation with a cache, and errors."""
 
 from __future__ import annotations
 
