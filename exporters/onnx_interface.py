@@ -91,11 +91,8 @@ def _add_first_token(graph: ir.Graph) -> None:
     states = _head_input(logits)
     maker = states.producer()
     assert maker is not None
-    first, end, axis = (
-        _initializer(graph, 0, FIRST),
-        _initializer(graph, np.iinfo(np.int64).max),
-        _initializer(graph, 1),
-    )
+    end, axis = (_initializer(graph, number) for number in (np.iinfo(np.int64).max, 1))
+    first = _initializer(graph, 0, FIRST)
     cut = ir.Value(name=f"{_CUT}_output_0", type=states.type, shape=_cut_shape(states.shape))
     whole = logits.shape
     if states is logits:
@@ -110,7 +107,7 @@ def _add_first_token(graph: ir.Graph) -> None:
 
 
 def _initializer(graph: ir.Graph, number: int, name: str = "") -> ir.Value:
-    """Return an initializer int64 [1], the graph's own where it has it; unnamed ones are called as export calls them."""
+    """Return an initializer int64 [1]; without a name it is called, and shared, as export does with constants."""
     name = name or f"/constants/int64/[{number}]"
     if name in graph.initializers:
         return graph.initializers[name]
