@@ -175,6 +175,7 @@ def _translate(module: nn.Module, cache: CacheShape, dtype: torch.dtype) -> ir.M
     assert converted is not None
     model = converted.model
     note_modules(model)
+    CommonSubexpressionEliminationPass()(model)  # a weight that two nodes read is then transposed once
     store_transposed(model)  # before constants are folded: a folded weight would lose its name
     onnxscript.optimizer.optimize(model, input_size_limit=1024, output_size_limit=1024)
     CommonSubexpressionEliminationPass()(model)

@@ -19,20 +19,22 @@ import torch
 from torch import fx
 
 from exporters.onnx import MODEL, CacheShape, Decision, Description, export_onnx
+from exporters.onnx_dtypes import ALL
 from irc.bench.kernels.attention import AttentionCase, AttentionSizes, HiddenKeys, attention_case
-from irc.bench.kernels.check import _KINDS, NodeRunner
+from irc.bench.kernels.check import NodeRunner
 from irc.model.cache import cache_shape
-from irc.model.modules import Forecaster, Mux, Record, Router, RoutingControl, StoredKeys
+from irc.model.modules import BottleneckRouter, Forecaster, Mux, Record, Router, RoutingControl, StoredKeys
 from irc.runtime.native import installed_library
 from passes.base import PassManager
 from passes.insert_forecasters import InsertForecasters
 from passes.insert_routers import InsertRouters
 from passes.mask_skipped_keys import MaskSkippedKeys
-from passes.match import match_units
+from passes.match import Unit, match_units
 
 LIBRARY = installed_library()
 OPS = ("portable", "native") if LIBRARY else ("portable",)
 SOURCES = Path(__file__).parents[2] / "exporters" / "native" / "src"
+_CODES = {getattr(torch, kind.long): kind.code for kind in ALL}
 GATES = {"mixed": 0.0, "all executed": 1e3, "all skipped": -1e3}
 
 
@@ -112,19 +114,27 @@ def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
     """Give `make_pair(tiny)`: insert untrained routers and forecasters, and export.
 
     `routed=False` exports densely; attention units of the layers `reduced` store executed tokens only; the model is
-    optimized for `provider`.
+    optimized for `provider`; with `bottleneck`, routers read the bottleneck of their forecaster.
     """
 
-    def make(tiny: Any, routed: bool = True, reduced: tuple[int, ...] = (), provider: str = "cpu") -> Pair:
+    def make(
+        tiny: Any, routed: bool = True, reduced: tuple[int, ...] = (), provider: str = "cpu", bottleneck: bool = False
+    ) -> Pair:
         control, dtype = RoutingControl(), tiny.captured.dtype
         torch.manual_seed(0)
+
+        def router(unit: Unit) -> Router:
+            if not bottleneck:
+                return Router(unit.width, 8)
+            return BottleneckRouter(tiny.graph.get_submodule(f"{unit.name}_forecaster"), 8)
+
         if routed:
             PassManager(
                 [
                     InsertForecasters(
                         lambda unit: Forecaster(unit.width, 4).to(dtype), lambda unit: Mux(unit.name, control)
                     ),
-                    InsertRouters(lambda unit: Router(unit.width, 8).to(dtype)),
+                    InsertRouters(lambda unit: router(unit).to(dtype)),
                 ]
             ).run(tiny.graph)
         attention = [unit.name for unit in match_units(tiny.graph).units if unit.kind == "attention"]
@@ -211,9 +221,9 @@ def attend_in_place() -> Callable[[NodeRunner, AttentionCase, int], list[torch.T
         session = run._session("RoutedAttention", *kinds, case.attributes)
         binding = session.io_binding()
         for index, x in enumerate(inputs):
-            binding.bind_input(f"x{index}", "cpu", 0, _KINDS[x.dtype], tuple(x.shape), x.data_ptr())
+            binding.bind_input(f"x{index}", "cpu", 0, _CODES[x.dtype], tuple(x.shape), x.data_ptr())
         for index, x in enumerate(outputs):
-            place = (0, _KINDS[x.dtype], tuple(x.shape), x.data_ptr()) if x.numel() else ()
+            place = (0, _CODES[x.dtype], tuple(x.shape), x.data_ptr()) if x.numel() else ()
             binding.bind_output(f"y{index}", "cpu", *place)
         session.run_with_iobinding(binding)
         return outputs

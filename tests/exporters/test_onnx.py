@@ -126,6 +126,15 @@ def routed(tiny_of: Callable, make_pair: Callable) -> Any:
     return make_pair(tiny_of(LlamaConfig(**shape, **heads, max_position_embeddings=256)))
 
 
+def test_routers_of_the_bottleneck_share_its_weight(tiny: Callable, make_pair: Callable) -> None:
+    """Router and forecast read one weight, which is stored once."""
+    pair = make_pair(tiny(), bottleneck=True)
+    names = [tensor.name for tensor in onnx.load(str(pair.path), load_external_data=False).graph.initializer]
+    assert sum(name.endswith("_forecaster.down.weight") for name in names) == len(pair.decisions) == 4
+    case = {"batch": 2, "length": 6, "past": 3, "padding": "left", "gates": "mixed"}
+    assert sum(_compare(pair, {**case, "seed": seed}) for seed in range(6)) >= 3
+
+
 def test_a_dense_model_exports_without_our_operators(tiny: Callable, make_pair: Callable) -> None:
     pair = make_pair(tiny(), routed=False)
     assert pair.decisions == []
