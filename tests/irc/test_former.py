@@ -21,7 +21,6 @@ SAME = {
     "irc.config.load_recipe": "irc.recipe.recipe.load_recipe",
     "irc.data.TextSource": "irc.text.source.TextSource",
     "irc.data.load_text": "irc.text.source.load_text",
-    "irc.evaluate.evaluate": "irc.evaluation.perplexity.evaluate",
     "irc.load": "irc.bundle.loading.load",
     "irc.model.policies.Policy": "irc.recipe.policies.Policy",
     "irc.stage_recipes.LffRecipe": "irc.recipe.stages.LffRecipe",
