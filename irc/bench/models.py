@@ -80,7 +80,7 @@ def bundle_pair(bundle: str, work: Path, dtype: str, sparsity: float | None, pro
     dense, routed = work / "dense", work / f"routed-{sparsity}"
     if not dense.exists():
         export(ModelSource(base.name, dtype=dtype), dense, ExportOptions(provider=provider))
-    export(ModelSource(bundle, dtype=dtype, sparsity=sparsity), routed, ExportOptions(provider=provider))
+    export(ModelSource(bundle, base, dtype, sparsity=sparsity), routed, ExportOptions(provider=provider))
     return ModelPair(model, base.folder, dense, routed)
 
 

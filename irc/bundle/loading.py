@@ -99,8 +99,11 @@ def _load_routed(bundle: Bundle, source: ModelSource) -> RoutedForCausalLM:
 def _checked_base(bundle: Bundle, source: ModelSource) -> BaseModel:
     """Return the base model, whose weights must be those that the bundle was made for."""
     saved = bundle.config.base
-    name = saved.name if source.base is None else source.base
-    base = find_base(name, saved.revision, ask_hub=source.base is not None)
+    if isinstance(source.base, BaseModel):
+        base = source.base
+    else:
+        name = saved.name if source.base is None else source.base
+        base = find_base(name, saved.revision, ask_hub=source.base is not None)
     found = base.sha256()
     if found != saved.sha256:
         raise InputError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from irc.model.checkpoint import BaseModel
 from irc.recipe.key_policy import KeyPolicy
 
 
@@ -13,7 +14,8 @@ class ModelSource:
 
     Attributes:
         name: Bundle, model folder, hub id, or demo.
-        base: Where a bundle's base model is, if it has moved.
+        base: Where a bundle's base model is, if it has moved; or the base itself, if the caller has opened it, so that
+            its weights are hashed once.
         dtype: `auto` (a bundle's as it was converted; otherwise fp32, or bf16 for checkpoints over 2 GB), `fp32`,
             `fp16` or `bf16`.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
@@ -23,7 +25,7 @@ class ModelSource:
     """
 
     name: str
-    base: str | None = None
+    base: str | BaseModel | None = None
     dtype: str = "auto"
     device: str = "auto"
     key_policy: KeyPolicy | None = None

@@ -22,6 +22,7 @@ import yaml
 
 from irc import __version__
 from irc.bundle.layout import METRICS, RECIPE
+from irc.bundle.source import ModelSource
 from irc.compare.cells import Cell, Plan, plan_to_dict
 from irc.compare.results import summarize
 from irc.compare.saved import check_same, read_figures
@@ -30,7 +31,7 @@ from irc.conversion.resume import check_same_recipe
 from irc.errors import InputError, IrcError
 from irc.evaluation.run import TextChoice, run_evaluation
 from irc.files.atomic import write_whole
-from irc.model.checkpoint import find_base
+from irc.model.checkpoint import BaseModel, find_base
 from irc.progress import ProgressFactory
 from irc.recipe.recipe import Recipe
 from irc.text.source import load_text
@@ -86,10 +87,15 @@ def compare(
     _open(output, facts, resume=resume, force=force)
     started = time.monotonic()
     with progress("cells", len(cells)) as bar:
-        for done, name in enumerate(_make(cells, recipes, output, progress, jobs), start=1):
+        for done, name in enumerate(_make(cells, recipes, output, progress, jobs, base), start=1):
             bar.update(done, newest=name)
     rows = [_row(cell, output, recipes[cell.name].stages) for cell in cells]
-    sweeps = _sweeps(plan, cells, output, recipe.eval_split, progress, kv_thresholds)
+    swept = _swept_cells(plan, cells) if kv_thresholds else []
+    sweeps = []
+    for cell in swept:
+        source = ModelSource(str(_folder(output, cell)), base)
+        rows_of_cell = _sweep(source, recipe.eval_split, progress, kv_thresholds)
+        sweeps.append({"cell": cell.name, "sparsity": cell.sparsity, "rows": rows_of_cell})
     results = {
         **facts,
         "plan": plan_to_dict(plan),
@@ -135,7 +141,7 @@ def _remove(output: Path) -> None:
 
 
 def _make(
-    cells: list[Cell], recipes: dict[str, Recipe], output: Path, progress: ProgressFactory, jobs: int
+    cells: list[Cell], recipes: dict[str, Recipe], output: Path, progress: ProgressFactory, jobs: int, base: BaseModel
 ) -> Iterator[str]:
     """Make the cells that are missing; yields the name of each cell that is there, or as soon as it is."""
     waiting = []
@@ -149,7 +155,8 @@ def _make(
         for cell in waiting:
             log.info("cell %s", cell.name)
             folder = _folder(output, cell)
-            convert(recipes[cell.name], folder, progress, resume=True, stage_cache_folder=output / _STAGES)
+            cache = output / _STAGES
+            convert(recipes[cell.name], folder, progress, resume=True, stage_cache_folder=cache, base=base)
             yield cell.name
         return
     with _processes(jobs) as (pool, running):
@@ -227,18 +234,20 @@ def _row(cell: Cell, output: Path, stages: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _sweeps(
-    plan: Plan, cells: list[Cell], output: Path, split: str, progress: ProgressFactory, thresholds: tuple[float, ...]
+def _swept_cells(plan: Plan, cells: list[Cell]) -> list[Cell]:
+    """Return the first informed cell of each sparsity."""
+    informed = [cell for cell in cells if (cell.policy, cell.variant) == ("informed", "")]
+    firsts = (next((cell for cell in informed if cell.sparsity == sparsity), None) for sparsity in plan.sparsities)
+    return [cell for cell in firsts if cell is not None]
+
+
+def _sweep(
+    source: ModelSource, split: str, progress: ProgressFactory, thresholds: tuple[float, ...]
 ) -> list[dict[str, Any]]:
-    """Sweep the key/value policy on the first informed cell of each sparsity."""
-    found = []
-    for sparsity in plan.sparsities if thresholds else ():
-        cell = next((c for c in cells if (c.policy, c.sparsity, c.variant) == ("informed", sparsity, "")), None)
-        if cell is not None:
-            folder = str(_folder(output, cell))
-            rows = run_evaluation(folder, progress, TextChoice(split=split), kv_thresholds=thresholds)["kv_sweep"]
-            found.append({"cell": cell.name, "sparsity": sparsity, "rows": rows})
-    return found
+    """Sweep the key/value policy of a cell."""
+    found = run_evaluation(source, progress, TextChoice(split=split), kv_thresholds=thresholds)
+    rows: list[dict[str, Any]] = found["kv_sweep"]
+    return rows
 
 
 def _machine(recipe: Recipe, jobs: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from irc.conversion.memory import enough_memory, out_of_memory
 from irc.conversion.pipeline import Conversion, capture_and_rewrite, read_inputs, resolve
 from irc.dtypes import BYTES
 from irc.evaluation.perplexity import evaluate
+from irc.model.checkpoint import find_base
 from irc.progress import ProgressFactory, silent
 from irc.recipe.recipe import Recipe
 from irc.recipe.stages import stage_named
@@ -48,6 +49,7 @@ def estimate_conversion(recipe: Recipe, output: Path, progress: ProgressFactory)
     recipe = resolve(recipe)
     with tempfile.TemporaryDirectory() as folder:
         conversion = Conversion(recipe, output, Path(folder), progress)
+        conversion.base = find_base(recipe.model)
         read_inputs(conversion)
         free_memory = _free_memory(recipe.device)
         _refuse_huge_batches(conversion, free_memory)

@@ -98,6 +98,7 @@ def convert(
     force: bool = False,
     resume: bool = False,
     stage_cache_folder: Path | None = None,
+    base: BaseModel | None = None,
 ) -> dict[str, Any]:
     """Convert a model into a bundle.
 
@@ -109,6 +110,7 @@ def convert(
         resume: Continue unfinished work. A finished bundle is left as it is.
         stage_cache_folder: Folder of finished stages: identical ones are reused from it and new ones are stored in it
             (see `irc.conversion.stage_cache`).
+        base: The recipe's model, if the caller has opened it, so that its weights are hashed once.
 
     Returns:
         The metrics, as written to metrics.json.
@@ -121,7 +123,7 @@ def convert(
     check_place(output)
     work = work_folder(output)
     if resume and (output / METRICS).is_file() and not work.exists():
-        metrics = finished_metrics(recipe, output)
+        metrics = finished_metrics(recipe, output, base or find_base(recipe.model))
         remove_work(work)  # a killed removal may have left some
         return metrics
     check_replaceable(output)
@@ -130,6 +132,7 @@ def convert(
     visible_progress = progress if is_main_process() else silent
     conversion = Conversion(recipe, output, work, visible_progress, stage_cache_folder)
     check_batches(recipe, {stage for stage in recipe.stages if resume and stage_figures(work, stage)})
+    conversion.base = base or find_base(recipe.model)
     read_inputs(conversion)
     with open_work_folder(work, recipe, force=force, resume=resume):
         if is_main_process():
@@ -165,13 +168,12 @@ def resolve(recipe: Recipe) -> Recipe:
 
 
 def read_inputs(conversion: Conversion) -> None:
-    """Read base and text, and refuse bad input before any work is done.
+    """Read the text, and refuse bad input before any work is done.
 
     Raises:
         InputError: The base or the text cannot be used, or a setting does not fit them.
     """
-    base = conversion.base = find_base(conversion.recipe.model)
-    _fit_to_base(conversion.recipe, base)
+    _fit_to_base(conversion.recipe, conversion.base)
     _read_text(conversion)
 
 

@@ -13,7 +13,7 @@ from irc.errors import InputError
 from irc.files.atomic import write_whole
 from irc.files.strict_yaml import parse_yaml
 from irc.files.untrusted import parse_json, read_json, read_text
-from irc.model.checkpoint import BaseModel, find_base
+from irc.model.checkpoint import BaseModel
 from irc.recipe.recipe import Recipe, recipe_fields, recipe_from
 from irc.text.source import TextSource, load_text
 
@@ -99,12 +99,13 @@ def _damaged(saved: Path) -> InputError:
     return InputError(f"{saved}: damaged, or of another version; start over", options=("force",))
 
 
-def finished_metrics(recipe: Recipe, output: Path) -> dict[str, Any]:
+def finished_metrics(recipe: Recipe, output: Path, base: BaseModel) -> dict[str, Any]:
     """Return the metrics of a finished conversion with this recipe, these weights and this text.
 
     Args:
         recipe: Resolved recipe.
         output: The finished bundle.
+        base: The recipe's model.
 
     Raises:
         InputError: The bundle was made with another recipe, model or text, or is damaged.
@@ -113,7 +114,7 @@ def finished_metrics(recipe: Recipe, output: Path) -> dict[str, Any]:
     if RECIPE not in bundle.texts:
         raise _damaged(output / RECIPE)
     _check_same_settings(recipe, bundle.texts[RECIPE], output / RECIPE)
-    base, text = find_base(recipe.model), load_text(recipe.data)
+    text = load_text(recipe.data)
     before = {"base": bundle.config.base.sha256, "text": bundle.config.measured.text.fingerprint}
     found = {"base": base.sha256(), "text": text.fingerprint()}
     _refuse_other_inputs(output, before, found, recipe.model, recipe.data)

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from exporters.onnx_dtypes import FLOATS
+from irc.dtypes import torch_dtype
 from passes import dialect  # noqa: F401 - registers the operators
 
 # Relative to the largest number. Kernels sum in float32 and round weights and results to the data type.
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-_MASKED = {torch.float32: -1e30, torch.float16: -3e4, torch.bfloat16: -1e30}
+_MASKED = {torch_dtype(kind.short): kind.masked for kind in FLOATS if kind.masked is not None}
 
 
 @dataclass(frozen=True)

@@ -12,28 +12,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from onnx import ModelProto, TensorProto, helper
+from onnx import ModelProto, helper
 from torch import Tensor
 
+from exporters.onnx_dtypes import ALL, FLOATS
 from exporters.onnx_format import DOMAIN, VERSION
 from exporters.onnx_ops import function_protos
 from irc.bench.kernels.attention import draw_attention
 from irc.bench.kernels.products import PRODUCTS, draw_products
+from irc.dtypes import torch_dtype
 from irc.files.untrusted import first_line
 from irc.runtime.provider import onnxruntime
 from passes import dialect  # noqa: F401 - registers the operators
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {kind.short: torch_dtype(kind.short) for kind in FLOATS}
 PADDED = {f"{name}, padded": name for name in ("SelectRows", "DecideRows")}
 _MOVES = ("Compact", "Scatter", "ScatterAdd", "RaggedPlaces")
 OPERATORS = (*PADDED.values(), *PADDED, *_MOVES, *PRODUCTS, "RoutedAttention")
-_KINDS = {
-    torch.float32: TensorProto.FLOAT,
-    torch.float16: TensorProto.FLOAT16,
-    torch.bfloat16: TensorProto.BFLOAT16,
-    torch.int64: TensorProto.INT64,
-    torch.bool: TensorProto.BOOL,
-}
+_CODES = {getattr(torch, kind.long): kind.code for kind in ALL}
 
 
 @dataclass(frozen=True)
@@ -87,7 +83,7 @@ class NodeRunner:
         binding = session.io_binding()
         kept = [x.contiguous() for x in inputs]
         for index, x in enumerate(kept):
-            binding.bind_input(f"x{index}", "cpu", 0, _KINDS[x.dtype], tuple(x.shape), x.data_ptr())
+            binding.bind_input(f"x{index}", "cpu", 0, _CODES[x.dtype], tuple(x.shape), x.data_ptr())
         for index in range(len(outputs)):
             binding.bind_output(f"y{index}", "cpu")
         session.run_with_iobinding(binding)
@@ -118,8 +114,8 @@ def _one_node_model(
     operator: str, inputs: Sequence[torch.dtype], outputs: Sequence[torch.dtype], attributes: Mapping[str, Any]
 ) -> ModelProto:
     """Return a model of one node with inputs x0, x1, ... and outputs y0, y1, ... of the given data types."""
-    x = [helper.make_tensor_value_info(f"x{index}", _KINDS[kind], None) for index, kind in enumerate(inputs)]
-    y = [helper.make_tensor_value_info(f"y{index}", _KINDS[kind], None) for index, kind in enumerate(outputs)]
+    x = [helper.make_tensor_value_info(f"x{index}", _CODES[kind], None) for index, kind in enumerate(inputs)]
+    y = [helper.make_tensor_value_info(f"y{index}", _CODES[kind], None) for index, kind in enumerate(outputs)]
     names = [value.name for value in x], [value.name for value in y]
     node = helper.make_node(operator, *names, domain=DOMAIN, **attributes)
     graph = helper.make_graph([node], "one", x, y)

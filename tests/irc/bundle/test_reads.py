@@ -45,7 +45,8 @@ def reads(bundle: Path, model_folder: Path, tmp_path: Path) -> Callable[..., dic
         process = Forked(counted, [str(each) for each in arguments], folders, str(report), folder=tmp_path / "said")
         out, err = process.communicate(timeout=400)
         assert process.returncode == 0, out + err
-        return {Path(path).name: count for path, count in json.loads(report.read_text()).items()}
+        found = json.loads(report.read_text())
+        return {Path(path).name: count for path, count in found.items()}
 
     return run
 
@@ -65,3 +66,12 @@ def test_each_file_is_read_once(
     once = (CONFIG, ADAPTER, RECIPE, METRICS, CARD, WEIGHTS)
     assert {name: found.get(name, 0) for name in once} == dict.fromkeys(once, 1)
     assert found[bundle.name] == 1, "the bundle is searched for links once"
+
+
+def test_a_comparison_hashes_the_base_once(
+    reads: Callable[..., dict[str, int]], convert_arguments: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    settings = convert_arguments(tmp_path / "out", rank=4, seq_len=16, eval_tokens=256, router__calibration_tokens=512)
+    arguments = ["compare", *(word for word in settings[1:] if word not in ("--rank", "4", "--seq-len", "16"))]
+    found = reads(*arguments, "--policies", "informed,static", "--sparsities", "0.3", "--kv-sweep", "0.5")
+    assert found[WEIGHTS] == 1

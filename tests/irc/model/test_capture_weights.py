@@ -89,9 +89,7 @@ def test_tied_weights_that_differ_are_refused() -> None:
     """transformers would not tie them, whatever its configuration says."""
     captured = capture(LlamaConfig(**SMALL, tie_word_embeddings=True), torch.float32)
     weights = _random(captured.graph, tied=False)
-    with pytest.raises(
-        InputError, match=r"lm_head.weight is not model.embed_tokens.weight.*tie_word_embeddings to fal"
-    ):
+    with pytest.raises(InputError, match=r"lm_head\.weight .*model\.embed_tokens\.weight.*tie_word_embeddings"):
         assign_weights(captured, weights)
 
 
@@ -99,7 +97,7 @@ def test_a_tied_weight_of_another_type_is_another_one() -> None:
     captured = capture(LlamaConfig(**SMALL, tie_word_embeddings=True), torch.float32)
     weights = _random(captured.graph, tied=True)
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].half()
-    with pytest.raises(InputError, match=r"lm_head.weight is not model.embed_tokens.weight"):
+    with pytest.raises(InputError, match=r"lm_head\.weight .*model\.embed_tokens\.weight"):
         assign_weights(captured, weights)
 
 
@@ -107,7 +105,7 @@ def test_a_tied_head_without_its_embedding_is_refused() -> None:
     captured = capture(LlamaConfig(**SMALL, tie_word_embeddings=True), torch.float32)
     weights = _random(captured.graph, tied=False)
     del weights["model.embed_tokens.weight"]
-    with pytest.raises(InputError, match=r"model.embed_tokens.weight is missing from the checkpoint"):
+    with pytest.raises(InputError, match=r"model\.embed_tokens\.weight"):
         assign_weights(captured, weights)
 
 
@@ -120,11 +118,10 @@ def test_weights_that_the_model_does_not_read_are_told(caplog: pytest.LogCapture
     captured = capture(LlamaConfig(**SMALL), torch.float32)
     weights |= {f"model.layers.0.self_attn.{name}_proj.bias": torch.ones(8) for name in "qkvo"}
     assign_weights(captured, weights)
-    assert _told(caplog) == [
-        "4 weights of the checkpoint are not read, the llama that config.json describes has no place for them: "
-        "model.layers.0.self_attn.k_proj.bias, model.layers.0.self_attn.o_proj.bias, "
-        "model.layers.0.self_attn.q_proj.bias, ..."
-    ]
+    (warning,) = _told(caplog)
+    assert warning.startswith("4 weights")
+    for part in ("llama", *(f"model.layers.0.self_attn.{name}_proj.bias" for name in "koq")):
+        assert part in warning
 
 
 def test_untied_weights_stay_apart() -> None:
@@ -169,7 +166,7 @@ def test_missing_tied_weight_is_refused_by_the_stored_name() -> None:
     captured = capture(LlamaConfig(**SMALL, tie_word_embeddings=True), torch.float32)
     weights = _random(captured.graph, tied=True)
     del weights["model.embed_tokens.weight"]
-    with pytest.raises(InputError, match=r"weight model\.embed_tokens\.weight is missing from the checkpoint"):
+    with pytest.raises(InputError, match=r"model\.embed_tokens\.weight"):
         assign_weights(captured, weights)
 
 
@@ -177,9 +174,8 @@ def test_wrong_shape_is_refused() -> None:
     captured = capture(LlamaConfig(**SMALL), torch.float32)
     weights = _random(captured.graph, tied=False)
     weights["model.norm.weight"] = torch.zeros(9)
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError, match=r"model\.norm\.weight .*\[9\].*\[8\]"):
         assign_weights(captured, weights)
-    assert str(caught.value) == "weight model.norm.weight is [9], the configuration says [8]"
 
 
 def _dynamic_rope(kind: str) -> PretrainedConfig:
@@ -189,9 +185,9 @@ def _dynamic_rope(kind: str) -> PretrainedConfig:
 
 
 REFUSED = {
-    "encoder-decoder": (T5Config, "t5: encoder-decoder models are not supported; convert a decoder-only model"),
-    "dynamic": (lambda: _dynamic_rope("dynamic"), "rope type 'dynamic' changes with the text's length"),
-    "longrope": (lambda: _dynamic_rope("longrope"), "rope type 'longrope' changes with the text's length"),
+    "encoder-decoder": (T5Config, "t5"),
+    "dynamic": (lambda: _dynamic_rope("dynamic"), "'dynamic'"),
+    "longrope": (lambda: _dynamic_rope("longrope"), "'longrope'"),
     "dynamic in some layers": (
         lambda: Gemma3TextConfig(
             **SMALL,
@@ -201,22 +197,22 @@ REFUSED = {
                 "full_attention": {"rope_type": "dynamic", "rope_theta": 1e6, "factor": 2.0},
             },
         ),
-        "rope type 'dynamic' changes with the text's length",
+        "'dynamic'",
     ),
-    "no language model": (CLIPConfig, "clip: transformers has no causal language model for it"),
+    "no language model": (CLIPConfig, "clip"),
     "no cache": (
         lambda: BertConfig(hidden_size=8, num_attention_heads=2, intermediate_size=8, num_hidden_layers=1),
-        "bert: the model returns 1 tensors, expected 3",
+        "bert",
     ),
 }
 
 
-@pytest.mark.parametrize(("config", "message"), REFUSED.values(), ids=list(REFUSED))
-def test_refused_in_one_sentence(config: Callable[[], PretrainedConfig], message: str) -> None:
+@pytest.mark.parametrize(("config", "name"), REFUSED.values(), ids=list(REFUSED))
+def test_refused_in_one_sentence(config: Callable[[], PretrainedConfig], name: str) -> None:
     with pytest.raises(InputError) as caught:
         capture(config(), torch.float32)
     sentence = str(caught.value)
-    assert message in sentence
+    assert name in sentence
     assert "\n" not in sentence
     assert caught.value.exit_code == 2
 
@@ -228,23 +224,23 @@ def test_refusal_of_torch_export_names_the_architecture(monkeypatch: pytest.Monk
     monkeypatch.setattr("irc.model.capture.export", refuse)
     with pytest.raises(InputError) as caught:
         capture(LlamaConfig(**SMALL), torch.float32)
-    assert str(caught.value) == (
-        f"llama: torch.export cannot capture this architecture (data-dependent branch); convert {SUPPORTED}"
-    )
+    for part in ("llama", "data-dependent branch", SUPPORTED):
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
 def test_weights_that_need_a_scale_are_refused(dtype: torch.dtype) -> None:
-    """They have the right name and the right shape, and are not the weights."""
+    """Name and shape are right, but the numbers mean nothing without the scale."""
     captured = capture(LlamaConfig(**SMALL), torch.float32)
     weights = _random(captured.graph, tied=False)
     weights["model.layers.0.mlp.up_proj.weight"] = weights["model.layers.0.mlp.up_proj.weight"].to(dtype)
-    with pytest.raises(InputError, match=rf"up_proj.weight is stored as {str(dtype)[6:]}, without its scale"):
+    with pytest.raises(InputError, match=rf"up_proj\.weight .*{str(dtype)[6:]}"):
         assign_weights(captured, weights)
 
 
 def test_shards_give_every_weight_and_hold_one_shard(tmp_path: Path) -> None:
-    """Read in any order, weights are those of their files; a shard that was left is no longer mapped."""
+    """Weights equal those in the files in any order of reading, and only the current shard stays mapped."""
     shards = {"a": {"x": torch.arange(3.0), "y": torch.ones(2)}, "b": {"z": torch.full((4,), 7.0)}}
     for name, tensors in shards.items():
         save_file(tensors, tmp_path / f"{name}.safetensors")

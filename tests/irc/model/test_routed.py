@@ -1,4 +1,4 @@
-"""The rewritten model where transformers' users meet it: arguments, outputs, moves, and refusals in a sentence."""
+"""The rewritten model as users of transformers see it: arguments, outputs, moves, and errors."""
 
 from __future__ import annotations
 
@@ -67,25 +67,25 @@ def test_positions_of_one_row_are_those_of_every_row(model: RoutedForCausalLM, i
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "one dimension": ({"input_ids": torch.tensor([1, 2])}, r"input_ids is int64 \[2\]; give int64 \[batch, tokens\]"),
-    "no token": ({"input_ids": torch.ones(1, 0, dtype=torch.int64)}, r"int64 \[1, 0\]; .* at least one token"),
-    "floats": ({"input_ids": torch.ones(1, 2)}, r"input_ids is float32 \[1, 2\]"),
-    "short mask": ({"attention_mask": torch.ones(2, 3)}, r"attention_mask is \[2, 3\], expected \[2, 4\]"),
+    "one dimension": ({"input_ids": torch.tensor([1, 2])}, r"input_ids .*\[2\].*\[batch, tokens\]"),
+    "no token": ({"input_ids": torch.ones(1, 0, dtype=torch.int64)}, r"input_ids .*\[1, 0\]"),
+    "floats": ({"input_ids": torch.ones(1, 2)}, r"input_ids .*float32 \[1, 2\]"),
+    "short mask": ({"attention_mask": torch.ones(2, 3)}, r"attention_mask .*\[2, 3\].*\[2, 4\]"),
     "mask of scores": (
         {"attention_mask": torch.ones(2, 1, 4, 4)},
-        r"attention_mask has 4 dimensions, as for a cache of fixed size",
+        "attention_mask .*4 dimensions",
     ),
-    "other positions": ({"position_ids": torch.ones(2, 3).long()}, r"position_ids is \[2, 3\], expected \[2, 4\]"),
-    "embeddings": ({"inputs_embeds": torch.ones(2, 4, 16)}, "inputs_embeds is not in the captured graph"),
-    "hidden states": ({"output_hidden_states": True}, "output_hidden_states is not in the captured graph"),
-    "attention weights": ({"output_attentions": True}, "output_attentions is not in the captured graph"),
+    "other positions": ({"position_ids": torch.ones(2, 3).long()}, r"position_ids .*\[2, 3\].*\[2, 4\]"),
+    "embeddings": ({"inputs_embeds": torch.ones(2, 4, 16)}, "inputs_embeds"),
+    "hidden states": ({"output_hidden_states": True}, "output_hidden_states"),
+    "attention weights": ({"output_attentions": True}, "output_attentions"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_the_graph_cannot_take_or_give_is_refused(model: RoutedForCausalLM, case: str) -> None:
-    given, sentence = REFUSED[case]
-    with pytest.raises(InputError, match=sentence):
+    given, named = REFUSED[case]
+    with pytest.raises(InputError, match=named):
         model(**{"input_ids": torch.ones(2, 4, dtype=torch.int64)} | given)
 
 
@@ -98,7 +98,7 @@ def test_a_cache_of_fixed_size_is_refused(model: RoutedForCausalLM, ids: torch.T
 
 @pytest.mark.parametrize("options", [{"output_hidden_states": True}, {"inputs_embeds": torch.ones(1, 2, 16)}])
 def test_generation_refuses_it_too(model: RoutedForCausalLM, ids: torch.Tensor, options: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match="is not in the captured graph"):
+    with pytest.raises(InputError, match=next(iter(options))):
         model.generate(ids, max_new_tokens=2, **options)
 
 
@@ -110,7 +110,7 @@ def test_what_is_not_asked_for_is_not_refused(model: RoutedForCausalLM, ids: tor
 def test_another_data_type_is_refused_and_changes_nothing(model: RoutedForCausalLM, ids: torch.Tensor) -> None:
     before = model(ids).logits
     for change in (model.half, model.bfloat16, lambda: model.to(torch.float64), lambda: model.to("cpu", torch.half)):
-        with pytest.raises(InputError, match=r"captured in float32 and stays in it; load the model with dtype='"):
+        with pytest.raises(InputError, match=r"float32.*dtype='"):
             change()
     assert torch.equal(model.float().to("cpu", torch.float32)(ids).logits, before)
 
@@ -136,7 +136,7 @@ def test_a_move_takes_the_graphs_along(model: RoutedForCausalLM, ids: torch.Tens
 def test_the_vocabulary_is_the_base_s(model: RoutedForCausalLM, ids: torch.Tensor) -> None:
     weight = model.graph.get_parameter("model.embed_tokens.weight")
     assert torch.equal(model.get_input_embeddings()(ids), weight[ids])
-    with pytest.raises(InputError, match="resize the base"):
+    with pytest.raises(InputError, match="base"):
         model.resize_token_embeddings(300)
 
 
@@ -154,5 +154,5 @@ def test_from_pretrained_loads_what_save_pretrained_saves(
     model.save_pretrained(tmp_path / "b")
     again = RoutedForCausalLM.from_pretrained(tmp_path / "b", dtype="fp32")
     assert torch.equal(again(ids).logits, model(ids).logits)
-    with pytest.raises(InputError, match="not a bundle"):
+    with pytest.raises(InputError, match=str(tmp_path)):
         RoutedForCausalLM.from_pretrained(tmp_path)
