@@ -20,7 +20,7 @@ from exporters.onnx_format import DATA, FORMAT_VERSION, MANIFEST, MODEL
 from exporters.onnx_ops import function_protos
 from irc.deployment import upgrade as upgrade_module
 from irc.deployment.forced import open_forced
-from irc.deployment.onnx_folder import export
+from irc.deployment.onnx_folder import ExportOptions, export
 from irc.deployment.upgrade import upgrade
 from irc.errors import InputError
 from irc.files.atomic import file_sha256
@@ -161,7 +161,7 @@ def test_an_older_folder_gives_what_today_s_export_gives(
 
 def test_a_triton_repository(bundle: Path, tmp_path: Path, irc_main: Callable[..., Any]) -> None:
     folder = tmp_path / "triton"
-    export(str(bundle), folder, layout="triton")
+    export(str(bundle), folder, ExportOptions(layout="triton"))
     wanted = irc_main("generate", folder, "def f(", "-n", "4", "--json").json["tokens"]
     downgrade(folder, 2)
     upgrade(folder)

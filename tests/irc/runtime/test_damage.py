@@ -106,8 +106,8 @@ OPTIONS = [
     (("verify", "{folder}", "--tolerance", "-1"), "tolerance is -1.0"),
     (("verify", "{folder}", "--seq-len", "600"), "the model's context is 64; give at most 64"),
     (("verify", "{folder}", "--seq-len", "32", "--new-tokens", "500"), "give at most 48"),
-    (("bench", "--sparsities", ""), "--sparsities is empty"),
-    (("bench", "--hidden", "10", "--heads", "2", "--kv-heads", "2"), "into even parts"),
+    (("bench", "--sparsities", ""), "--sparsities"),
+    (("bench", "--hidden", "10", "--heads", "2", "--kv-heads", "2"), "heads 2"),
     (("export", "demo", "-o", "."), "is the working folder"),
 ]
 
