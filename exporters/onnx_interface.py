@@ -19,6 +19,7 @@ _ELEMENTWISE = ("Add", "Cast", "Div", "Mul", "Tanh")
 _OF_WEIGHTS = ("Cast", "Transpose")
 _DIFFERENCES_SIZE = ("units * batch_size", "sequence_length")
 _LOGIT_TOKENS = "logit_tokens"
+_CUT = "/lm_head/first_token/Slice"
 
 
 def complete_interface(model: ir.Model, decisions: Sequence[Decision], layers: int) -> None:
@@ -50,7 +51,7 @@ def force_decisions(model: ir.Model, decisions: Sequence[Decision]) -> None:
     (reported,) = (value.producer() for value in graph.outputs if value.name == DIFFERENCES)
     forced = ir.Value(name=FORCED, shape=ir.Shape(_DIFFERENCES_SIZE), type=ir.TensorType(ir.DataType.FLOAT))
     split = ir.node("Split", [forced], {"axis": 0, "num_outputs": len(decisions)}, num_outputs=len(decisions))
-    split.name = f"/{FORCED}/Split"
+    split.name = "/model/forced_differences/Split"
     for own, told in zip(_differences(graph, decisions), split.outputs, strict=True):
         told.name = f"{own.name}.forced"
         for node, index in list(own.uses()):
@@ -71,7 +72,7 @@ def _differences(graph: ir.Graph, decisions: Sequence[Decision]) -> list[ir.Valu
 def _add_differences(graph: ir.Graph, decisions: Sequence[Decision]) -> None:
     if not decisions:
         return
-    concat = ir.node("Concat", _differences(graph, decisions), {"axis": 0}, name=f"/{DIFFERENCES}/Concat")
+    concat = ir.node("Concat", _differences(graph, decisions), {"axis": 0}, name="/model/logit_differences/Concat")
     (output,) = concat.outputs
     output.name, output.shape = DIFFERENCES, ir.Shape(_DIFFERENCES_SIZE)
     output.type = ir.TensorType(ir.DataType.FLOAT)
@@ -90,28 +91,30 @@ def _add_first_token(graph: ir.Graph) -> None:
     states = _head_input(logits)
     maker = states.producer()
     assert maker is not None
-    first, end, axis = (
-        _constant(name, number)
-        for name, number in ((FIRST, 0), (f"{FIRST}.end", np.iinfo(np.int64).max), (f"{FIRST}.axis", 1))
-    )
-    cut = ir.Value(name=f"{states.name}.from_first", type=states.type, shape=_cut_shape(states.shape))
+    end, axis = (_initializer(graph, number) for number in (np.iinfo(np.int64).max, 1))
+    first = _initializer(graph, 0, FIRST)
+    cut = ir.Value(name=f"{_CUT}_output_0", type=states.type, shape=_cut_shape(states.shape))
     whole = logits.shape
     if states is logits:
-        logits.name, cut.name = "logits.whole", "logits"
+        logits.name, cut.name = f"{maker.name}_output_0" if maker.name else "logits.whole", "logits"
         graph.outputs[index] = cut
     states.replace_all_uses_with(cut)
-    piece = ir.node("Slice", [states, first, end, axis], outputs=[cut], name=f"/{FIRST}/Slice")
-    for value in (first, end, axis):
-        graph.register_initializer(value)
+    piece = ir.node("Slice", [states, first, end, axis], outputs=[cut], name=_CUT)
     graph.inputs.append(first)
     graph.insert_after(maker, piece)
     _forget_sizes(cut)
     graph.outputs[index].shape = _cut_shape(whole)
 
 
-def _constant(name: str, number: int) -> ir.Value:
+def _initializer(graph: ir.Graph, number: int, name: str = "") -> ir.Value:
+    """Return an initializer int64 [1]; without a name it is called, and shared, as export does with constants."""
+    name = name or f"/constants/int64/[{number}]"
+    if name in graph.initializers:
+        return graph.initializers[name]
     tensor = ir.tensor([number], dtype=ir.DataType.INT64, name=name)
-    return ir.Value(name=name, shape=ir.Shape([1]), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    value = ir.Value(name=name, shape=ir.Shape([1]), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
 
 
 def _cut_shape(whole: ir.Shape | None) -> ir.Shape | None:

@@ -1,18 +1,21 @@
-"""`irc_config.json` as typed values: read and checked one by one before anything is built from them."""
+"""`irc_config.json` as typed values, all of them checked before anything is built from them."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
+
+from pydantic import ConfigDict, Field, model_validator
 
 from irc.bundle.layout import CONFIG, FORMAT_VERSION
 from irc.errors import InputError
 from irc.files.atomic import find_replaced
 from irc.files.untrusted import read_json
 from irc.model.routed import RoutingSpec
+from irc.recipe.checked import Checked
 from irc.recipe.key_policy import KeyPolicy
 from irc.recipe.recipe import recipe_from
 from irc.recipe.stages import LoraRecipe
@@ -21,9 +24,17 @@ from passes.match import Unit
 _LARGEST = 1e30
 _SLACK = 1e-6  # a share is a mean, and sums are rounded
 
+Number = Annotated[float, Field(ge=-_LARGEST, le=_LARGEST)]
+Fraction = Annotated[float, Field(ge=-_SLACK, le=1 + _SLACK)]
 
-@dataclass(frozen=True)
-class SavedBase:
+
+class Saved(Checked):
+    """A part of the file. It may hold other keys, which a newer irc wrote."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class SavedBase(Saved):
     """The base model that a bundle names.
 
     Attributes:
@@ -39,33 +50,30 @@ class SavedBase:
     architecture: str | None = None
 
 
-@dataclass(frozen=True)
-class UnitFigures:
+class UnitFigures(Saved):
     """What was measured of one unit; None where it was not.
 
     Attributes:
-        calibration_keep: Share of the calibration text that the unit executes.
-        keep_ratio: Share of the evaluation text that it executes.
+        keep_ratio: Share of the evaluation text that the unit executes.
         recoverability: Mean cosine between its forecast and its output.
+        calibration_keep: Share of the calibration text that it executes.
     """
 
-    calibration_keep: float | None = None
-    keep_ratio: float | None = None
-    recoverability: float | None = None
+    keep_ratio: Fraction | None = None
+    recoverability: Number | None = None
+    calibration_keep: Fraction | None = None
 
 
-@dataclass(frozen=True)
-class SparsityFigures:
+class SparsityFigures(Saved):
     """Shares of approximated (token, unit) pairs: the target, and what the evaluation measured; None if unknown."""
 
-    target: float | None = None
-    realized: float | None = None
-    attention: float | None = None
-    ffn: float | None = None
+    target: Fraction | None = None
+    realized: Fraction | None = None
+    attention: Fraction | None = None
+    ffn: Fraction | None = None
 
 
-@dataclass(frozen=True)
-class DialPoint:
+class DialPoint(Saved):
     """The thresholds of one sparsity.
 
     Attributes:
@@ -75,19 +83,46 @@ class DialPoint:
         realized: The share that was reached on it.
     """
 
-    sparsity: float
-    shift: Mapping[str, float]
-    keep: Mapping[str, float]
-    realized: float | None = None
+    sparsity: Fraction
+    shift: dict[str, Number]
+    keep: dict[str, Fraction]
+    realized: Number | None = None
 
 
-@dataclass(frozen=True)
-class EvaluationText:
+class EvaluationText(Saved):
     """The text of a conversion: its name, the hash of its documents, tokens per window. None if unknown."""
 
     name: str | None = None
     fingerprint: str | None = None
-    seq_len: int | None = None
+    seq_len: Annotated[int, Field(ge=2)] | None = None
+
+
+class _SavedUnit(UnitFigures):
+    name: str
+
+
+class _File(Saved):
+    """The keys of the file that are read; what is inserted and stored (`spec`, `kv_policy`, `lora`) is a recipe's."""
+
+    base: SavedBase
+    spec: dict[str, Any]
+    adapter_sha256: str
+    units: list[_SavedUnit]
+    sparsity: SparsityFigures | None = None
+    dial: list[DialPoint] | None = None
+    data: EvaluationText | None = None
+    seed: int | None = None
+    lora: dict[str, Any] | None = None
+    lora_sha256: str | None = None
+
+    @model_validator(mode="after")
+    def _check_dial(self) -> Self:
+        names, points = {unit.name for unit in self.units}, self.dial or []
+        if any(before.sparsity > after.sparsity for before, after in pairwise(points)):
+            raise ValueError("dial is out of order")
+        if any(not names == point.shift.keys() == point.keep.keys() for point in points):
+            raise ValueError("dial is of other units")
+        return self
 
 
 @dataclass(frozen=True)
@@ -95,21 +130,19 @@ class Measured:
     """What is known of a model's units and of the text that they were measured on."""
 
     units: Mapping[str, UnitFigures] = field(default_factory=dict)
-    sparsity: SparsityFigures = SparsityFigures()
-    text: EvaluationText = EvaluationText()
+    sparsity: SparsityFigures = field(default_factory=SparsityFigures)
+    text: EvaluationText = field(default_factory=EvaluationText)
 
     @classmethod
     def from_metrics(cls, metrics: Mapping[str, Any]) -> Measured:
         """Take the figures that a configuration holds from those of `metrics.json`, any of which may be missing."""
         keep, units = metrics.get("calibration_keep", {}), metrics.get("units", {})
-        figures = {}
-        for name in dict.fromkeys([*units, *keep]):
-            unit = units.get(name, {})
-            figures[name] = UnitFigures(keep.get(name), unit.get("keep_ratio"), unit.get("recoverability"))
-        text = EvaluationText()
-        if "data" in metrics:
-            text = EvaluationText(*(metrics["data"][key] for key in ("name", "fingerprint", "seq_len")))
-        return cls(figures, _sparsity(metrics.get("sparsity", {})), text)
+        names = dict.fromkeys([*units, *keep])
+        return cls(
+            {name: UnitFigures(**units.get(name, {}) | {"calibration_keep": keep.get(name)}) for name in names},
+            SparsityFigures(**metrics.get("sparsity", {})),
+            EvaluationText(**metrics.get("data", {})),
+        )
 
 
 @dataclass(frozen=True)
@@ -131,7 +164,7 @@ class BundleConfig:
     base: SavedBase
     spec: RoutingSpec
     adapter_sha256: str
-    measured: Measured = Measured()
+    measured: Measured = field(default_factory=Measured)
     dial: tuple[DialPoint, ...] = ()
     key_policy: KeyPolicy = field(default_factory=KeyPolicy)
     seed: int | None = None
@@ -147,21 +180,16 @@ class BundleConfig:
         figures = self.measured.units
         return {
             "format_version": FORMAT_VERSION,
-            "base": {
-                "name": self.base.name,
-                "revision": self.base.revision,
-                "sha256": self.base.sha256,
-                "architecture": self.base.architecture,
-            },
+            "base": self.base.model_dump(),
             "spec": asdict(self.spec),
             "units": [
                 {"name": unit.name, "kind": unit.kind, "layer": unit.layer, "width": unit.width}
-                | _unit_json(figures.get(unit.name, UnitFigures()))
+                | figures.get(unit.name, UnitFigures()).model_dump(exclude_none=True)
                 for unit in units
             ],
-            "sparsity": _known(asdict(self.measured.sparsity)),
-            "dial": [_known(asdict(point)) for point in self.dial],
-            "data": _known(asdict(self.measured.text)),
+            "sparsity": self.measured.sparsity.model_dump(exclude_none=True),
+            "dial": [point.model_dump(exclude_none=True) for point in self.dial],
+            "data": self.measured.text.model_dump(exclude_none=True),
             "kv_policy": self.key_policy.name,
             "kv_threshold": self.key_policy.threshold,
             "seed": self.seed,
@@ -213,99 +241,25 @@ def read_config(folder: Path) -> BundleConfig:
 
 def _checked(config: dict[str, Any]) -> BundleConfig:
     """Return the values; raise where one is of a kind that `irc convert` never writes."""
-    base, lora = config["base"], config.get("lora")
-    _check_texts(base["name"], base["sha256"], config["adapter_sha256"])
-    if base.get("revision") is not None:
-        _check_texts(base["revision"])
-    spec = RoutingSpec(**config["spec"])
-    if type(spec.rank) is not int:
-        raise TypeError("rank is not an integer")
+    saved = _File(**config)
+    spec = RoutingSpec(**saved.spec)
     recipe = recipe_from(
-        {key: value for key, value in config["spec"].items() if key != "reads"}
-        | {"router": {"reads": spec.reads}, "lora": lora or {}}
+        {key: value for key, value in saved.spec.items() if key != "reads"}
+        | {"router": {"reads": spec.reads}, "lora": saved.lora or {}}
         | {key: config[key] for key in ("kv_policy", "kv_threshold") if key in config}
     )
-    units = {_name(unit): _unit_figures(unit) for unit in config["units"]}
     return BundleConfig(
-        base=SavedBase(base["name"], base["sha256"], base.get("revision"), base.get("architecture")),
+        base=saved.base,
         spec=spec,
-        adapter_sha256=config["adapter_sha256"],
-        measured=Measured(units, _sparsity(config.get("sparsity") or {}), _text(config.get("data") or {})),
-        dial=_dial(config.get("dial") or [], units.keys()),
+        adapter_sha256=saved.adapter_sha256,
+        measured=Measured(
+            {unit.name: UnitFigures(**unit.model_dump()) for unit in saved.units},
+            saved.sparsity or SparsityFigures(),
+            saved.data or EvaluationText(),
+        ),
+        dial=tuple(saved.dial or ()),
         key_policy=KeyPolicy(recipe.kv_policy, recipe.kv_threshold),
-        seed=config.get("seed"),
-        lora=recipe.lora if lora else None,
-        lora_sha256=config.get("lora_sha256"),
+        seed=saved.seed,
+        lora=recipe.lora if saved.lora else None,
+        lora_sha256=saved.lora_sha256,
     )
-
-
-def _name(unit: dict[str, Any]) -> str:
-    name = unit["name"]
-    _check_texts(name)
-    return str(name)
-
-
-def _unit_figures(unit: dict[str, Any]) -> UnitFigures:
-    found = UnitFigures(unit.get("calibration_keep"), unit.get("keep_ratio"), unit.get("recoverability"))
-    _check_shares(value for value in (found.calibration_keep, found.keep_ratio) if value is not None)
-    if found.recoverability is not None:
-        _check_numbers([found.recoverability])
-    return found
-
-
-def _sparsity(saved: dict[str, Any]) -> SparsityFigures:
-    if not isinstance(saved, dict):
-        raise TypeError("sparsity does not hold keys and values")
-    _check_shares(value for value in saved.values() if value is not None)
-    return SparsityFigures(*(saved.get(key) for key in ("target", "realized", "attention", "ffn")))
-
-
-def _text(saved: dict[str, Any]) -> EvaluationText:
-    if not isinstance(saved, dict):
-        raise TypeError("data does not hold keys and values")
-    _check_texts(*(saved[key] for key in ("name", "fingerprint") if key in saved))
-    if "seq_len" in saved and (type(saved["seq_len"]) is not int or saved["seq_len"] < 2):
-        raise ValueError(f"data.seq_len is {str(saved['seq_len'])[:80]}")
-    return EvaluationText(saved.get("name"), saved.get("fingerprint"), saved.get("seq_len"))
-
-
-def _dial(saved: Sequence[dict[str, Any]], units: Iterable[str]) -> tuple[DialPoint, ...]:
-    points: list[DialPoint] = []
-    before, names = -math.inf, set(units)
-    for entry in saved:
-        point = DialPoint(entry["sparsity"], entry["shift"], entry["keep"], entry.get("realized"))
-        _check_numbers(point.shift.values())
-        _check_shares([point.sparsity, *point.keep.values()])
-        if point.sparsity < before or not names == point.shift.keys() == point.keep.keys():
-            raise ValueError("dial is out of order, or of other units")
-        before = point.sparsity
-        points.append(point)
-    return tuple(points)
-
-
-def _unit_json(figures: UnitFigures) -> dict[str, float | None]:
-    measured = _known({"keep_ratio": figures.keep_ratio, "recoverability": figures.recoverability})
-    return measured | {"calibration_keep": figures.calibration_keep}
-
-
-def _known(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if value is not None}
-
-
-def _check_texts(*values: Any) -> None:
-    for value in values:
-        if not isinstance(value, str):
-            raise TypeError(f"{str(value)[:80]} is not a text")
-
-
-def _check_numbers(values: Iterable[Any]) -> None:
-    for value in values:
-        if type(value) not in (int, float) or not abs(value) < _LARGEST:  # NaN is not below it either
-            raise TypeError(f"{str(value)[:80]} is not a plausible number")
-
-
-def _check_shares(values: Iterable[Any]) -> None:
-    for value in values:
-        _check_numbers([value])
-        if not -_SLACK <= value <= 1 + _SLACK:
-            raise ValueError(f"{value:g} is not a share between 0 and 1")

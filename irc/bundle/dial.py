@@ -40,7 +40,8 @@ def turn_dial(model: RoutedForCausalLM, sparsity: float) -> None:
             router.shift(shift[name])
     # Keep ratio and recoverability were measured at the bundle's own sparsity; the forecasters are the same.
     units = {
-        name: UnitFigures(keep[name], None, unit.recoverability) for name, unit in bundle.config.measured.units.items()
+        name: UnitFigures(calibration_keep=keep[name], recoverability=unit.recoverability)
+        for name, unit in bundle.config.measured.units.items()
     }
     measured = replace(bundle.config.measured, units=units, sparsity=SparsityFigures(target=sparsity))
     config = replace(bundle.config, measured=measured)

@@ -166,7 +166,7 @@ def _write(model: RoutedForCausalLM, source: str, folder: Path, options: ExportO
     dtype = model.dtype
     weights = list(model.graph.parameters())
     pages = MappedPages(weights)
-    made_of = {"name": base.name} if bundle is None else asdict(bundle.config.base)
+    made_of = {"name": base.name} if bundle is None else bundle.config.base.model_dump()
     made_of["name"] = without_folder(made_of["name"])
     shares = SparsityFigures() if bundle is None else bundle.config.measured.sparsity
     description = Description(__version__, _doc_string(model, made_of["name"], shares), {"irc.version": __version__})

@@ -1,4 +1,4 @@
-"""A tiny random Llama on disk with its tokenizer, a text file, and what stages and commands need to run on them."""
+"""Fixtures: a tiny random Llama with a tokenizer, a text file, and what stages and commands need to run on them."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ SETTINGS = (
 
 
 class Killed(BaseException):
-    """Stands for a kill: nothing in the package may catch it."""
+    """Plays the part of a kill: nothing in the package may catch it."""
 
 
 @dataclass
 class Bar:
-    """A progress bar that remembers; raises Killed when it comes to the step `kill`."""
+    """A progress bar that records its steps, and raises Killed at the step `kill`."""
 
     name: str
     kill: int | None
@@ -75,7 +75,7 @@ class Bar:
 
 @dataclass
 class Bars:
-    """A progress factory that remembers its bars; `kill=(name, step)` raises Killed at that step of that bar."""
+    """A progress factory that records its bars; `kill=(name, step)` raises Killed at that step of that bar."""
 
     kill: tuple[str, int] = ("", 0)
     made: list[Bar] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Every supported architecture through convert, export and verify, and every other one refused by name.
+"""Converts, exports and verifies every supported architecture; the others are refused by name.
 
 Tiny random models of transformers' own classes. Windows of 16 tokens are longer than the sliding windows of 5. With
 nothing skipped the routed model equals transformers' (fp32: 2e-5 where logits are around 5), and ONNX Runtime equals

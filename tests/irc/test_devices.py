@@ -1,4 +1,4 @@
-"""Names of devices: what they mean here, and the sentence where one is not there."""
+"""Names of devices: what they mean on this machine, and errors for devices that it does not have."""
 
 from __future__ import annotations
 

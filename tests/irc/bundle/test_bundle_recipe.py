@@ -1,4 +1,4 @@
-"""The recipe in a bundle: evaluated by it, checked before it is used, missed where it is not there."""
+"""The recipe in a bundle: `irc eval` follows it, checks it, and says if it is missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model card says what a bundle holds: its policy, its measured figures, its options, how to make it again."""
+"""The model card describes a bundle: its policy, figures and options, and how to make it again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The key/value policy `reduced`: whom it touches, what it costs and saves, how it is kept, swept and refused."""
+"""The key/value policy `reduced`: which units it affects, what it saves, and how it is stored, swept and refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Saving what was loaded: no other folder is replaced, and what is known of a bundle goes along while it is true."""
+"""Saving a loaded model: only bundles are replaced, and recipe and figures are kept while they hold."""
 
 from __future__ import annotations
 

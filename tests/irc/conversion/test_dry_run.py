@@ -1,4 +1,4 @@
-"""A dry run says what a conversion takes, leaves nothing, and comes near what it then takes."""
+"""A dry run estimates what a conversion takes, and writes nothing."""
 
 from __future__ import annotations
 

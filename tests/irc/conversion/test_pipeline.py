@@ -1,4 +1,4 @@
-"""`irc convert` from end to end: its keys, agreement with `irc eval`, resuming, locking, and what is kept whole."""
+"""`irc convert` from end to end: keys, agreement with `irc eval`, resuming, locking, and atomic output."""
 
 from __future__ import annotations
 

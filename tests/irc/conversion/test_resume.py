@@ -1,4 +1,4 @@
-"""Work that goes on, or is done, is of the same recipe, model and text; a recipe says the same from any folder."""
+"""Work resumes only with the same recipe, model and text, and a saved recipe means the same from any folder."""
 
 from __future__ import annotations
 

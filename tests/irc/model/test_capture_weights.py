@@ -231,7 +231,7 @@ def test_refusal_of_torch_export_names_the_architecture(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
 def test_weights_that_need_a_scale_are_refused(dtype: torch.dtype) -> None:
-    """They have the right name and the right shape, and are not the weights."""
+    """Name and shape are right, but the numbers mean nothing without the scale."""
     captured = capture(LlamaConfig(**SMALL), torch.float32)
     weights = _random(captured.graph, tied=False)
     weights["model.layers.0.mlp.up_proj.weight"] = weights["model.layers.0.mlp.up_proj.weight"].to(dtype)
@@ -240,7 +240,7 @@ def test_weights_that_need_a_scale_are_refused(dtype: torch.dtype) -> None:
 
 
 def test_shards_give_every_weight_and_hold_one_shard(tmp_path: Path) -> None:
-    """Read in any order, weights are those of their files; a shard that was left is no longer mapped."""
+    """Weights equal those in the files in any order of reading, and only the current shard stays mapped."""
     shards = {"a": {"x": torch.arange(3.0), "y": torch.ones(2)}, "b": {"z": torch.full((4,), 7.0)}}
     for name, tensors in shards.items():
         save_file(tensors, tmp_path / f"{name}.safetensors")

@@ -1,4 +1,4 @@
-"""What is no model is told by what it is."""
+"""Folders that are not models are refused, and the error says what they are."""
 
 from __future__ import annotations
 

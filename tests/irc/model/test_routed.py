@@ -1,4 +1,4 @@
-"""The rewritten model where transformers' users meet it: arguments, outputs, moves, and refusals in a sentence."""
+"""The rewritten model as users of transformers see it: arguments, outputs, moves, and errors."""
 
 from __future__ import annotations
 
