@@ -179,7 +179,7 @@ def test_the_checker_and_strict_shape_inference_pass(routed: Any) -> None:
     onnx.checker.check_model(str(routed.path), full_check=True)
     inferred = onnx.shape_inference.infer_shapes(onnx.load(str(routed.path)), check_type=True, strict_mode=True)
     logits = inferred.graph.output[0].type.tensor_type.shape.dim
-    assert [dim.dim_param or dim.dim_value for dim in logits] == ["batch_size", "sequence_length", 61]
+    assert [dim.dim_param or dim.dim_value for dim in logits] == ["batch_size", "logit_tokens", 61]
 
 
 @pytest.mark.slow
