@@ -16,6 +16,7 @@ from irc.model.modules import Record, RoutingControl
 from irc.model.policies import make_forecaster, make_router
 from irc.model.routed import RoutedForCausalLM
 from irc.recipe.policies import POLICIES, policy_named
+from irc.recipe.stages import required_stages
 from irc.training.stages import StageContext, run_lff, run_lora, run_router
 from irc.training.static_depth import drop_units, unit_importance
 
@@ -218,4 +219,4 @@ def test_convert_runs_every_policy(
     outcome = irc_main(*convert_arguments(tmp_path / "b"), "--policy", policy, "--sparsity", "0.5")
     assert outcome.code == 0, outcome.err
     assert outcome.json["sparsity"]["realized"] == pytest.approx(0.5, abs=0.06)
-    assert outcome.json["stages"].keys() == set(policy_named(policy).stages)
+    assert outcome.json["stages"].keys() == set(required_stages(policy_named(policy)))
