@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 
 from passes.printer import print_model, unified_diff
-from passes.verify import verify_model
+from passes.verifier import verify_model
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import pytest
 from torch import fx, nn
 
 from passes.base import PassManager
-from passes.verify import RULES, verify_model
+from passes.verifier import RULES, verify_model
 
 
 @pytest.fixture
