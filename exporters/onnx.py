@@ -27,6 +27,7 @@ from exporters.onnx_format import (
     DOMAIN,
     LEAST_ORT,
     MODEL,
+    MODEL_VERSION,
     OPSET,
     PAST,
     PRESENT,
@@ -51,8 +52,6 @@ from passes.route_products import RouteProducts
 from passes.tracing import tracing
 
 log = logging.getLogger(__name__)
-
-MODEL_VERSION = 1  # of the model inside the file; what makes two files differ is in `irc.json`
 
 
 def lowering(provider: str = "cpu") -> list[Pass]:

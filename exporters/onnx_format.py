@@ -17,6 +17,7 @@ FORMAT_VERSION = 3
 """
 
 DOMAIN, VERSION, OPSET = "irc", 1, 23
+MODEL_VERSION = 1  # of the model inside the file; what makes two files differ is in `irc.json`
 LEAST_ORT = "1.24"  # the first whose Attention of opset 23 takes an empty past
 PROVIDERS = ("cpu", "cuda")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from irc.cli.options import (
     common_options,
@@ -15,6 +16,8 @@ from irc.cli.options import (
     output_option,
     sparsity_option,
 )
+
+_WITH_UPGRADE = frozenset({"upgrade", "as_json", "debug", "help"})
 
 
 @click.command()
@@ -79,8 +82,7 @@ def command(
     shorter caches than others; irc's own runtime handles them, onnxruntime-genai does not.
     """
     if upgrade is not None:
-        if model is not None or output is not None:
-            raise click.UsageError("--upgrade DIR rewrites DIR itself; leave out MODEL and --output")
+        _refuse_beside_upgrade(click.get_current_context())
         _upgrade(upgrade, as_json)
         return
     if model is None or output is None:
@@ -111,6 +113,17 @@ def command(
             ["seconds", f"{result['seconds']['export']:.1f}"],
         ],
     )
+
+
+def _refuse_beside_upgrade(context: click.Context) -> None:
+    given = [
+        "MODEL" if isinstance(parameter, click.Argument) else parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name not in _WITH_UPGRADE
+        and context.get_parameter_source(str(parameter.name)) is not ParameterSource.DEFAULT
+    ]
+    if given:
+        raise click.UsageError(f"--upgrade DIR rewrites DIR as it is; leave out {', '.join(given)}")
 
 
 def _upgrade(folder: Path, as_json: bool) -> None:

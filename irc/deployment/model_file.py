@@ -10,22 +10,13 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
+from exporters.onnx_dtypes import ALL
 from irc.errors import InputError
 from irc.files.untrusted import check_plain, first_line
 from irc.runtime.folder import OnnxFolder
 
-_BITS = {
-    onnx.TensorProto.FLOAT: 32,
-    onnx.TensorProto.FLOAT16: 16,
-    onnx.TensorProto.BFLOAT16: 16,
-    onnx.TensorProto.DOUBLE: 64,
-    onnx.TensorProto.INT64: 64,
-    onnx.TensorProto.INT32: 32,
-    onnx.TensorProto.INT8: 8,
-    onnx.TensorProto.UINT8: 8,
-    onnx.TensorProto.BOOL: 8,
-}
-"""The types that `irc export` writes."""
+_OTHERS = {"DOUBLE": 8, "INT32": 4, "INT8": 1, "UINT8": 1}  # bytes; constants of a model may have these types
+_BYTES = {kind.code: kind.bytes for kind in ALL} | {onnx.TensorProto.DataType.Value(n): b for n, b in _OTHERS.items()}
 
 
 def load_model(exported: OnnxFolder) -> ir.Model:
@@ -64,9 +55,9 @@ def read_model(path: Path, files: Iterable[str]) -> onnx.ModelProto:
     sizes = {name: (path.parent / name).stat().st_size for name in files}
     for tensor in _tensors([model.graph], model.functions):
         name = f"{path}: tensor {tensor.name[:80]}"
-        if tensor.data_type not in _BITS or any(size < 0 for size in tensor.dims):
+        if tensor.data_type not in _BYTES or any(size < 0 for size in tensor.dims):
             raise InputError(f"{name} has a type or shape that irc export never writes; export again")
-        needed = math.prod(tensor.dims) * _BITS[tensor.data_type] // 8
+        needed = math.prod(tensor.dims) * _BYTES[tensor.data_type]
         if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
             _check_external(tensor, name, path, sizes, needed)
         elif tensor.raw_data:

@@ -12,7 +12,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from exporters.onnx_format import DATA, DOMAIN, FORMAT_VERSION, MANIFEST, MODEL, Decision
+from exporters.onnx_format import DATA, DOMAIN, FORMAT_VERSION, MANIFEST, MODEL, MODEL_VERSION, Decision
 from exporters.onnx_interface import complete_interface
 from irc import __version__
 from irc.deployment.model_file import load_model, save_model
@@ -44,6 +44,9 @@ def upgrade(folder: Path) -> dict[str, Any]:
         model = load_model(exported)
         _check_decisions(model.graph, exported.decisions, folder / MANIFEST)
         complete_interface(model, exported.decisions, exported.cache.layers)
+        model.producer_name, model.producer_version = "irc", __version__
+        model.doc_string = f"Rewritten by irc {__version__} from format version {found}."
+        model.model_version = MODEL_VERSION
         with staged(folder) as staging:
             shutil.copytree(folder, staging, copy_function=_copy, dirs_exist_ok=True)
             place = staging / exported.model.relative_to(folder)

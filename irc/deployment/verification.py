@@ -140,7 +140,8 @@ def _source(folder: Path, exported: OnnxFolder, bundle: str | None, base: str | 
     source = bundle or exported.source
     if bundle is None and Path(source).is_absolute() and not Path(source).exists():
         raise InputError(
-            f"{folder}: was exported from {source}, which is not there; say where it is now", options=("bundle",)
+            f"{folder}: what it was exported from ({exported.manifest['source']}) is not there; say where it is now",
+            options=("bundle",),
         )
     model = open_model(
         ModelSource(

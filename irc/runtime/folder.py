@@ -89,7 +89,7 @@ def open_folder(path: Path, oldest: int = FORMAT_VERSION) -> OnnxFolder:
             older than what is accepted.
     """
     if not path.exists():
-        raise InputError(f"{path}: there is no such folder; give one that irc export wrote")
+        raise InputError(f"{path}: folder not found; give one that irc export wrote")
     if not (path / MANIFEST).is_file():
         bundle = (path / BUNDLE_FILE).is_file()
         hint = f"export it first: irc export {path} -o DIR" if bundle else "make one with irc export"

@@ -93,7 +93,7 @@ def load_library(path: Path) -> NativeLibrary:
     except OSError as error:
         raise InputError(f"ops is '{str(path)[:80]}': {error.strerror}; {_CHOICES}", options=("ops",)) from error
     if not there:
-        raise InputError(f"ops is '{path}', and there is no such library; {_CHOICES}", options=("ops",))
+        raise InputError(f"no operator library '{path}'; {_CHOICES}", options=("ops",))
     try:
         describe = ctypes.CDLL(str(path.resolve())).irc_native_describe
     except OSError as error:

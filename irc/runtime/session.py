@@ -286,9 +286,7 @@ def _cache_layout(exported: OnnxFolder, signature: _Signature, provider: str) ->
         raise InputError(f"{folder}: the model lacks inputs or outputs that irc export writes; export again")
     for name, (kind, _) in found.items():
         if kind != (of_weights(dtype) if name in keys else INT64).text:
-            raise InputError(
-                f"{folder / MANIFEST}: says {dtype}, the model takes {kind} for {name}: damaged; export again"
-            )
+            raise InputError(f"{folder / MANIFEST}: says {dtype}, but the model takes {kind} for {name}; export again")
     context = exported.manifest.get("context_length")
     return CacheLayout(past, present, cache.layers, cache.heads, cache.size, dtype, provider, context)
 

@@ -18,6 +18,7 @@ from irc.files.untrusted import first_line, read_text
 
 FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
 _MAP = "special_tokens_map.json"  # holds special tokens in folders of early versions
+_READ_BY_OTHERS = ("config.json", "added_tokens.json")  # a damaged one is refused here too
 _CLEANED = (
     (" .", "."),
     (" ?", "?"),
@@ -91,6 +92,8 @@ def open_tokenizer(folder: Path) -> TextTokenizer:
         InputError: There is no tokenizer, or it is damaged.
     """
     try:
+        for name in _READ_BY_OTHERS:
+            _read(folder / name)
         config = {**_read(folder / _MAP), **_read(folder / CONFIG)}
         return TextTokenizer(Tokenizer.from_str(read_text(folder / FILE)), config)
     except FileNotFoundError as error:

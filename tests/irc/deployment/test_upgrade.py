@@ -216,7 +216,16 @@ def test_nothing_is_left_of_an_upgrade_that_failed(
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--upgrade", "x", "demo"), ("--upgrade", "x", "-o", "y"), ("demo",), ("-o", "y"), ()]
+    "arguments",
+    [
+        ("--upgrade", "x", "demo"),
+        ("--upgrade", "x", "-o", "y"),
+        ("--upgrade", "x", "--dtype", "fp16"),
+        ("--upgrade", "x", "--force"),
+        ("demo",),
+        ("-o", "y"),
+        (),
+    ],
 )
 def test_arguments_that_do_not_go_together(irc_main: Callable[..., Any], arguments: tuple[str, ...]) -> None:
     shown = irc_main("export", *arguments)

@@ -32,7 +32,7 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "dtype": (lambda m: m.update(dtype="int4"), "dtype is 'int4'"),
     "another dtype": (
         lambda m: m.update(dtype="fp16"),
-        "irc.json: says fp16, the model takes tensor(float) for past_key_values.0.key",
+        "past_key_values.0.key",
     ),
     "layers": (lambda m: m["cache"].update(layers=1), "the model has 4 cache inputs, irc.json describes 2"),
     "layers as text": (lambda m: m["cache"].update(layers="x"), "not made of whole numbers"),
@@ -91,11 +91,16 @@ def test_names_in_the_model_that_are_not_text(folder: Path, exported: Path, name
     np.testing.assert_array_equal(steps[0].logits, steps[1].logits)
 
 
-def test_a_generation_config_that_is_none(folder: Path, irc_main: Callable[..., Any]) -> None:
-    (folder / "generation_config.json").write_text("{")
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json", "tokenizer_config.json"])
+def test_a_damaged_configuration(folder: Path, irc_main: Callable[..., Any], name: str) -> None:
+    (folder / name).write_text("{")
     outcome = irc_main("generate", folder, "def f(")
-    assert (outcome.code, "generation_config.json: damaged" in outcome.sentence()) == (2, True)
-    assert "there is no such folder" in irc_main("generate", folder / "no", "x").sentence()
+    assert (outcome.code, str(folder) in outcome.sentence()) == (2, True)
+
+
+def test_a_folder_that_is_missing(folder: Path, irc_main: Callable[..., Any]) -> None:
+    outcome = irc_main("generate", folder / "no", "x")
+    assert (outcome.code, str(folder / "no") in outcome.sentence()) == (2, True)
 
 
 OPTIONS = [

@@ -130,7 +130,7 @@ def test_kernels_that_were_asked_for_and_are_not_there(
     assert "the operator library cannot be loaded" in shown.sentence()
     shown = irc_main("generate", exported, PROMPT, "--ops", "nativ")
     assert shown.code == 2
-    assert "ops is 'nativ'" in shown.sentence()
+    assert "'nativ'" in shown.sentence()
     monkeypatch.setattr(native, "PACKAGE", "no_such_package_anywhere")
     shown = irc_main("generate", exported, PROMPT, "--ops", "native")
     assert shown.code == 2
