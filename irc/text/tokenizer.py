@@ -114,7 +114,10 @@ def token_text(token: Any) -> str | None:
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    found = json.loads(read_text(path))
+    try:
+        found = json.loads(read_text(path))
+    except ValueError as error:
+        raise ValueError(f"{path.name} is damaged: {first_line(error)}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path.name} is not an object of keys and values")
     return found

@@ -96,6 +96,7 @@ def test_a_damaged_configuration(folder: Path, irc_main: Callable[..., Any], nam
     (folder / name).write_text("{")
     outcome = irc_main("generate", folder, "def f(")
     assert (outcome.code, str(folder) in outcome.sentence()) == (2, True)
+    assert name in outcome.sentence()
 
 
 def test_a_folder_that_is_missing(folder: Path, irc_main: Callable[..., Any]) -> None:
