@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from irc import console
-from irc.compare.labels import name_of, with_spread
+from irc.compare.labels import name_of, note_of, realized_of, with_spread
 
 _WIDE = 110
 _ONLY_WIDE = ("seeds", "attention", "FFN")
@@ -20,7 +20,7 @@ def comparison_tables(results: dict[str, Any]) -> None:
             str(group["seeds"]),
             with_spread(group["perplexity"]),
             f"{group['ratio']['mean']:.4f}",
-            f"{group['realized']['mean']:.3f}",
+            realized_of(group),
             f"{group['attention']:.3f}",
             f"{group['ffn']:.3f}",
             f"{group['flops_ratio']:.3f}",
@@ -46,12 +46,13 @@ def comparison_tables(results: dict[str, Any]) -> None:
             "yes" if gap["lora"] else "no",
             with_spread(gap["closed"], 2),
             str(gap["seeds"]),
+            note_of(gap),
         ]
         for gap in results["summary"]["gaps"]
     ]
     if gaps:
         title = "share of another policy's log-perplexity gap to the dense model that informed closes"
-        console.table(title, ["policy", "target", "LoRA", "closed", "seeds"], gaps)
+        console.table(title, ["policy", "target", "LoRA", "closed", "seeds", ""], gaps)
     caught = [
         [
             f"{found['sparsity']:g}",

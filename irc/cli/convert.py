@@ -107,7 +107,7 @@ def command(
     from irc import console
     from irc.cli.report import conversion_report
     from irc.conversion.pipeline import convert
-    from irc.conversion.work_folder import is_main_process
+    from irc.training.processes import is_main_process
 
     recipe_file, overrides, cache = (flags.pop(name) for name in ("recipe_file", "overrides", "stages_folder"))
     flags |= {"model": model, "dial": flags["dial"] or None}

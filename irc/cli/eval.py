@@ -92,6 +92,7 @@ def command(
     **opening: Any,
 ) -> None:
     """Evaluate MODEL: a bundle or a plain model (folder, Hub id, or demo)."""
+    from exporters.onnx_format import MANIFEST
     from irc import console
     from irc.bundle.source import ModelSource
     from irc.cli.report import figures_table, kv_report, sparsity_report
@@ -108,6 +109,11 @@ def command(
                 raise InputError(f"{flag} applies to perplexity only; leave it or --tasks out")
         _evaluate_tasks(source, tasks, data or "stdlib", limit, task_path, as_json)
         return
+    if (Path(model) / MANIFEST).is_file():
+        raise InputError(
+            f"{model}: is an ONNX folder; irc verify measures its perplexity beside that of PyTorch, and --tasks runs "
+            "tasks on it"
+        )
     choice = TextChoice(data, split, tokens, seq_len)
     metrics = run_evaluation(source, console.progress, choice, kv_thresholds=kv_sweep, sparsities=sparsities)
     if as_json:

@@ -110,12 +110,27 @@ def _show_routes(routes: dict[str, Any], html: Path | None) -> None:
     console.table(
         f"{routes['tokens']} tokens, {routes['skipped']:.3f} skipped", ["token", "count", "skipped", ""], classes
     )
-    units = [[name, f"{share:.3f}", console.bar(share, 20)] for name, share in routes["by_unit"].items()]
-    console.table("by unit", ["unit", "skipped", ""], units)
-    error = routes["error"]
-    console.table("mean error of the forecast (1 - cosine)", ["where", "error"], [[k, v] for k, v in error.items()])
+    errors = routes["error_by_unit"]
+    units = [
+        [
+            name,
+            f"{share:.3f}",
+            console.bar(share, 20),
+            *(_error(errors[name][side]) for side in ("executed", "skipped")),
+        ]
+        for name, share in routes["by_unit"].items()
+    ]
+    console.table(
+        "by unit, with the mean error of the forecast (1 - cosine) on executed and on skipped tokens",
+        ["unit", "skipped", "", "error, executed", "error, skipped"],
+        units,
+    )
     if html is not None:
         console.say(f"page: {html}")
+
+
+def _error(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _show_texts(texts: dict[str, str]) -> None:

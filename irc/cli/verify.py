@@ -61,6 +61,9 @@ def command(
 def _what_differs(result: dict[str, Any]) -> str:
     """Say in one sentence which of the gates was missed."""
     generated, flips = result["generated"], result.get("flips", {}).get("other", 0)
+    if not result["finite"]:
+        range_ = " (fp16 holds none above 65,504)" if result["dtype"] == "fp16" else ""
+        return f"logits are not finite numbers{range_}; export in bf16 or fp32"
     found = []
     if result["max_abs_diff"] > result["tolerance"]:
         found.append(f"logits by {result['max_abs_diff']:.3g}, the tolerance is {result['tolerance']:.3g}")

@@ -15,3 +15,13 @@ def with_spread(figure: dict[str, float], digits: int = 3) -> str:
     """Return a mean, with its standard deviation if the values differ."""
     deviation = f" ± {figure['std']:.{digits}f}" if figure["min"] != figure["max"] else ""
     return f"{figure['mean']:.{digits}f}{deviation}"
+
+
+def note_of(found: dict[str, Any]) -> str:
+    """Return what a reader must know about a gap: which policies skip another share than the target says."""
+    return f"unfair: {' and '.join(found['missed'])} missed the target" if found["missed"] else ""
+
+
+def realized_of(group: dict[str, Any]) -> str:
+    """Return the realized sparsity of a group, marked if a seed missed the target."""
+    return f"{group['realized']['mean']:.3f}{' (missed)' if group['missed'] else ''}"

@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from irc.compare import plots
-from irc.compare.labels import name_of, with_spread
-from irc.compare.results import Row
+from irc.compare.labels import name_of, note_of, realized_of, with_spread
+from irc.compare.results import TOLERANCE, Row
 from irc.errors import InputError
 from irc.views.html import render
 
@@ -45,6 +45,9 @@ def write_report(results: dict[str, Any], path: Path) -> None:
         sections=list(_sections(results)),
         name=name_of,
         spread=with_spread,
+        note=note_of,
+        realized=realized_of,
+        tolerance=TOLERANCE,
         tokens=f"{results['cells'][0]['figures']['tokens']:,}",
         split=results["recipe"]["eval_split"],
         recipe=yaml.safe_dump(results["recipe"], sort_keys=False),

@@ -12,6 +12,9 @@ from irc.compare.cells import DENSE
 from irc.recipe.stages import STAGE_NAMES
 
 Row = dict[str, Any]
+TOLERANCE = 0.02
+"""A cell whose realized sparsity is further from its target has missed it, and compares with others unfairly."""
+
 _BUDGET = frozenset({"lff.tokens", "lff.steps", "router.steps", "router.calibration_tokens"})
 
 
@@ -29,9 +32,10 @@ def summarize(rows: Sequence[Row], sparsities: Sequence[float]) -> dict[str, Any
         sparsities: Targets of the plan.
 
     Returns:
-        `groups`: means and spreads over seeds for each policy, sparsity, LoRA and variant.
+        `groups`: means and spreads over seeds for each policy, sparsity, LoRA and variant; `missed` counts the seeds
+        that missed the target sparsity.
         `gaps`: the share of each other policy's log-perplexity gap to the dense model that informed closes, for each
-        sparsity, without and with LoRA.
+        sparsity, without and with LoRA; `missed` names the policies of which a seed missed the target.
         `catch_up`: the shortest informed training whose result is no worse than skipgpt's full training.
     """
     others = [name for name in dict.fromkeys(row["policy"] for row in rows) if name not in ("informed", DENSE)]
@@ -57,6 +61,7 @@ def groups(rows: Sequence[Row]) -> list[Row]:
             "dense": mean(dense_beside(m, rows) for m in members),
             "ratio": _spread([m["figures"]["perplexity"]["routed"] / dense_beside(m, rows) for m in members]),
             "realized": _spread([m["figures"]["sparsity"]["realized"] for m in members]),
+            "missed": sum(map(_missed, members)),
             "attention": mean(m["figures"]["sparsity"]["attention"] for m in members),
             "ffn": mean(m["figures"]["sparsity"]["ffn"] for m in members),
             "flops_ratio": mean(m["figures"]["flops_ratio"] for m in members),
@@ -85,13 +90,22 @@ def gap_closed(rows: Sequence[Row], sparsity: float, lora: bool, against: str = 
     if against == "static" and other:
         other = dict.fromkeys(informed, next(iter(other.values()))) | other
     shares = []
-    for seed in informed.keys() & other.keys():
+    seeds = informed.keys() & other.keys()
+    for seed in seeds:
         ours, theirs = (_excess(cells[seed], rows) for cells in (informed, other))
         if theirs > 0:
             shares.append(1 - ours / theirs)
     if not shares:
         return None
-    return {"against": against, "sparsity": sparsity, "lora": lora, "closed": _spread(shares), "seeds": len(shares)}
+    cells = {"informed": informed, against: other}
+    return {
+        "against": against,
+        "sparsity": sparsity,
+        "lora": lora,
+        "closed": _spread(shares),
+        "seeds": len(shares),
+        "missed": [policy for policy, found in cells.items() if any(_missed(found[seed]) for seed in seeds)],
+    }
 
 
 def catch_up(rows: Sequence[Row], sparsity: float) -> Row | None:
@@ -113,7 +127,7 @@ def catch_up(rows: Sequence[Row], sparsity: float) -> Row | None:
             if (row["policy"], row["sparsity"], row["seed"], row["lora"]) == ("informed", sparsity, seed, False)
             and all(change.partition("=")[0].strip() in _BUDGET for change in row["changes"])
         ]
-        good = [row for row in tries if row["figures"]["perplexity"]["routed"] <= wanted]
+        good = [row for row in tries if row["figures"]["perplexity"]["routed"] <= wanted and not _missed(row)]
         if good:
             best = min(good, key=training_seconds)
             for kind, found in shares.items():
@@ -135,6 +149,11 @@ def _plain(rows: Sequence[Row], policy: str, sparsity: float, lora: bool) -> dic
     """Return the cells of a policy without a variant, by seed."""
     wanted = (policy, sparsity, lora, "")
     return {row["seed"]: row for row in rows if (row["policy"], row["sparsity"], row["lora"], row["variant"]) == wanted}
+
+
+def _missed(row: Row) -> bool:
+    """Return whether a cell missed its target; the dense model has none."""
+    return row["policy"] != DENSE and abs(row["figures"]["sparsity"]["realized"] - row["sparsity"]) > TOLERANCE
 
 
 def _excess(row: Row, rows: Sequence[Row]) -> float:

@@ -35,6 +35,7 @@ from irc.model.checkpoint import BaseModel, find_base
 from irc.progress import ProgressFactory
 from irc.recipe.recipe import Recipe
 from irc.text.source import load_text
+from irc.training.processes import group
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,8 @@ def compare(
     Raises:
         InputError: The plan cannot be carried out, or `output` holds something else.
     """
+    if (size := group().size) > 1:
+        raise InputError(f"a comparison runs in one process, but WORLD_SIZE is {size}; unset it")
     cells = plan.cells(recipe)
     recipes = {cell.name: resolve(cell.recipe(recipe)) for cell in cells}
     base, text = find_base(recipe.model), load_text(recipe.data)
@@ -84,7 +87,7 @@ def compare(
         "data": {"name": text.name, "fingerprint": text.fingerprint()},
         "recipe": {key: value for key, value in recipe.to_dict().items() if key not in _PER_CELL},
     }
-    _open(output, facts, resume=resume, force=force)
+    _open(output, facts, base, resume=resume, force=force)
     started = time.monotonic()
     with progress("cells", len(cells)) as bar:
         for done, name in enumerate(_make(cells, recipes, output, progress, jobs, base), start=1):
@@ -113,7 +116,7 @@ def compare(
 _PER_CELL = ("policy", "sparsity", "seed", "stages", "checkpoint_seconds")
 
 
-def _open(output: Path, facts: dict[str, Any], *, resume: bool, force: bool) -> None:
+def _open(output: Path, facts: dict[str, Any], base: BaseModel, *, resume: bool, force: bool) -> None:
     """Create the folder, or check that it holds a comparison of the same model, text and recipe."""
     path = output / MANIFEST
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
@@ -124,7 +127,7 @@ def _open(output: Path, facts: dict[str, Any], *, resume: bool, force: bool) -> 
                 f"{output}: already holds a comparison; resume it or start over", options=("resume", "force")
             )
     if path.is_file() and resume:
-        check_same(path, facts)
+        check_same(path, facts, base)
     try:
         if force and not resume:
             _remove(output)

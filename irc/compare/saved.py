@@ -12,6 +12,7 @@ from pydantic import AfterValidator, ConfigDict, Field
 
 from irc.errors import InputError
 from irc.files.untrusted import first_line, read_json
+from irc.model.checkpoint import BaseModel
 from irc.recipe.checked import Checked, Natural
 from irc.recipe.layers import Layer, build
 
@@ -97,12 +98,13 @@ class Manifest(_Saved):
     recipe: dict[str, Any]
 
 
-def check_same(path: Path, manifest: Mapping[str, Any]) -> None:
+def check_same(path: Path, manifest: Mapping[str, Any], base: BaseModel) -> None:
     """Compare the manifest of a comparison with that of the one that would continue it.
 
     Args:
         path: Of `compare.json`.
         manifest: What it would hold now.
+        base: The model that would be compared.
 
     Raises:
         InputError: It is damaged, or another model, text or setting was compared.
@@ -112,7 +114,7 @@ def check_same(path: Path, manifest: Mapping[str, Any]) -> None:
         before = build(Manifest, [Layer("", read_json(path))])
     except (ValueError, InputError) as error:
         raise InputError(f"{path}: damaged ({first_line(error)}); start over", options=("force",)) from error
-    if before.base_identity != manifest["base_identity"]:
+    if not base.has_identity(before.base_identity):
         raise InputError(
             f"{output}: compares another model ({_shown(before.model)}); give another folder", options=("output",)
         )

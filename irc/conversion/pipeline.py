@@ -19,7 +19,6 @@ from irc.conversion.memory import enough_memory
 from irc.conversion.resume import check_same_inputs, finished_metrics, with_absolute_paths
 from irc.conversion.stage_cache import StageCache
 from irc.conversion.work_folder import (
-    is_main_process,
     load_stage,
     open_work_folder,
     remove_work,
@@ -43,6 +42,7 @@ from irc.recipe.recipe import Recipe, text_name
 from irc.recipe.stages import StageName, required_stages
 from irc.text.source import TextSource, load_text, pick, token_stream, windows
 from irc.training.calibrate import dial_points
+from irc.training.processes import is_main_process
 from irc.training.sharding import check_batches, own_device
 from irc.training.stages import STAGE_RUNNERS, StageContext, check_text, prepare
 

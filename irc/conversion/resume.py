@@ -49,6 +49,8 @@ def check_same_inputs(work: Path, base: BaseModel, text: TextSource) -> None:
             before = read_json(noted)
         except ValueError as error:
             raise InputError(f"{noted}: damaged ({error}); start over", options=("force",)) from error
+        if base.has_identity(before.get("base")):
+            before["base"] = found["base"]
         _refuse_other_inputs(work, before, found, base.name, text.name)
     else:
         write_whole(noted, json.dumps(found))

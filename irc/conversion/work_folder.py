@@ -31,14 +31,10 @@ from irc.files.untrusted import first_line, read_json
 from irc.model.routed import RoutedForCausalLM
 from irc.recipe.recipe import Recipe
 from irc.training.lora import load_lora, save_lora
+from irc.training.processes import is_main_process
 
 _RECIPE = "recipe.yaml"
 _LORA = "lora"
-
-
-def is_main_process() -> bool:
-    """Return whether this process writes files; the other processes of a distributed run do not."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def work_folder(output: Path) -> Path:

@@ -31,13 +31,12 @@ from irc.bundle.contents import bundle_of
 from irc.bundle.layout import RECIPE
 from irc.bundle.loading import open_model
 from irc.bundle.source import ModelSource, as_source
+from irc.deployment.overflow import warn_of_overflow
 from irc.deployment.tokenizer_files import write_tokenizer
 from irc.dtypes import short_name
 from irc.errors import InputError
 from irc.files.atomic import cannot_write, file_sha256, staged
-from irc.files.untrusted import first_line, read_json
 from irc.model.cache import cache_shape
-from irc.model.checkpoint import BaseModel
 from irc.model.paging import MappedPages
 from irc.model.routed import RoutedForCausalLM
 from irc.recipe.policies import policy_named, refuse_whole_sequences
@@ -46,8 +45,7 @@ from passes.base import PassError
 
 LAYOUTS = ("onnx", "triton")
 TRITON_NAME = "irc"
-_TEXTS = (".json", ".jinja", ".model", ".txt")
-_KEPT = ("config.json", "generation_config.json", "chat_template.jinja", "merges.txt", "vocab.json")
+_KEPT = ("config.json", "generation_config.json")
 
 
 @dataclass(frozen=True)
@@ -171,9 +169,12 @@ def _write(model: RoutedForCausalLM, source: str, folder: Path, options: ExportO
     shares = SparsityFigures() if bundle is None else bundle.config.measured.sparsity
     description = Description(__version__, _doc_string(model, made_of["name"], shares), {"irc.version": __version__})
     release = partial(pages.release, weights)
-    generation = _generation(base)  # refused before the work, if it cannot be read
+    generation = base.generation.to_dict()  # refused before the work, if it cannot be read
+    warn_of_overflow(model)
     decisions = export_onnx(model.graph, cache, dtype, folder, description, options.dump_dir, options.provider, release)
-    _copy_texts(base, folder)
+    for name in _KEPT:
+        if (base.folder / name).is_file():
+            shutil.copyfile(base.folder / name, folder / name)
     write_tokenizer(base.folder, base.name, folder)
     if bundle is not None and RECIPE in bundle.texts:  # how it was made
         (folder / RECIPE).write_text(bundle.texts[RECIPE], encoding="utf-8")
@@ -206,14 +207,6 @@ def _write(model: RoutedForCausalLM, source: str, folder: Path, options: ExportO
     return manifest
 
 
-def _generation(base: BaseModel) -> dict[str, Any]:
-    path = base.folder / "generation_config.json"
-    try:
-        return read_json(path) if path.is_file() else {}
-    except ValueError as error:
-        raise InputError(f"{path}: cannot be used ({first_line(error)}); fix or delete it") from error
-
-
 def _reduced_layers(model: RoutedForCausalLM) -> tuple[int, ...]:
     return tuple(unit.layer for unit in model.units if unit.name in model.control.reduced)
 
@@ -244,14 +237,6 @@ def _doc_string(model: RoutedForCausalLM, base: str, shares: SparsityFigures) ->
         return f"{base}, exported densely by irc {__version__}."
     target = "" if shares.target is None else f", target sparsity {shares.target:g}"
     return f"{base}, routed by irc {__version__}: policy {model.spec.policy}{target}."
-
-
-def _copy_texts(base: BaseModel, folder: Path) -> None:
-    """Copy configuration and tokenizer, never weights or code."""
-    for path in base.folder.iterdir():
-        of_tokenizer = path.name.startswith(("tokenizer", "special_tokens")) and path.suffix in _TEXTS
-        if path.is_file() and (path.name in _KEPT or of_tokenizer):
-            shutil.copyfile(path, folder / path.name)
 
 
 def _dump(path: Path, data: dict[str, Any]) -> None:

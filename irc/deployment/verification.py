@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from transformers import GenerationConfig
 
 from exporters.onnx_dtypes import of_weights
 from irc.bundle.loading import open_model
@@ -94,10 +95,10 @@ def verify(
         for index, window in enumerate(chosen):
             totals.add(model, window[None])
             bar.update(index + 1, max_abs_diff=totals.worst)
-    continued = pick(text, sample.prompts * seq_len)[: sample.prompts]
+    continued = pick(text, sample.prompts * seq_len)[: sample.prompts if totals.finite else 0]
     with progress("continuations", len(continued)) as bar:
         same, generated = _generated(model, runtime, continued, new_tokens, bar)
-    limit = tolerance_of(dtype, totals.largest) if tolerance is None else tolerance
+    limit = tolerance_of(dtype, totals.largest if totals.finite else 0) if tolerance is None else tolerance
     return {
         "model": str(folder),
         "bundle": source,
@@ -105,12 +106,13 @@ def verify(
         "ops": runtime.ops,
         "dtype": dtype,
         "data": {"name": data, "split": "heldout", "tokens": int(chosen.numel()), "seq_len": seq_len},
+        "finite": totals.finite,
         "max_abs_diff": totals.worst,
         "tolerance": limit,
         "perplexity": {"pytorch": totals.perplexity("pytorch"), "onnxruntime": totals.perplexity("onnxruntime")},
         **totals.routing(),
         "generated": {"prompts": generated, "identical": same, "new_tokens": new_tokens},
-        "ok": totals.worst <= limit and totals.flips == 0 and (dtype != "fp32" or same == generated),
+        "ok": totals.finite and totals.worst <= limit and totals.flips == 0 and (dtype != "fp32" or same == generated),
     }
 
 
@@ -225,6 +227,11 @@ class _Totals:
         if first:
             self.worst = _larger(self.worst, (expected - found)[:, :first])
 
+    @property
+    def finite(self) -> bool:
+        """Whether all logits of both sides were finite numbers."""
+        return math.isfinite(self.worst) and math.isfinite(self.largest)
+
     def perplexity(self, name: str) -> float:
         """Return the perplexity of one side."""
         return math.exp(self.loss[name] / max(1, self.predicted))
@@ -245,6 +252,7 @@ class _Totals:
 def _generated(model: Any, runtime: Runtime, texts: torch.Tensor, count: int, bar: Progress) -> tuple[int, int]:
     """Continue the first half of each text greedily with both; returns identical ones, and all."""
     generator = Generator(runtime)
+    model.generation_config = GenerationConfig(eos_token_id=sorted(generator.end) or None)  # no penalties either
     same = 0
     for done, window in enumerate(texts, start=1):
         prompt = window[: max(1, len(window) // 2)]

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from irc.dtypes import LONG_NAMES, torch_dtype
 from irc.errors import InputError
@@ -30,6 +31,21 @@ _SIZES = (
     "num_key_value_heads",
     "head_dim",
 )
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
+"""The files that decide which ids a text has."""
+
+_FILES_OF_VERSION_0_1 = TOKENIZER_FILES[:5]
 _OURS = {"irc_config.json": "a bundle", "irc.json": "an ONNX folder"}
 _MOST_LAYERS = 10_000
 _LARGE_MODEL_BYTES = 2_000_000_000
@@ -75,6 +91,21 @@ class BaseModel:
         except InputError as error:
             raise InputError(f"{self.name}: {error}") from error
         return config
+
+    @cached_property
+    def generation(self) -> GenerationConfig:
+        """Defaults of text generation, as transformers reads them: generation_config.json, or else config.json.
+
+        Raises:
+            InputError: The file cannot be used.
+        """
+        path = self.folder / "generation_config.json"
+        if not path.is_file():
+            return GenerationConfig.from_model_config(self.config)
+        try:
+            return GenerationConfig.from_dict(read_json(path))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise InputError(f"{path}: cannot be used ({first_line(error)}); fix or delete it") from error
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -174,10 +205,17 @@ class BaseModel:
 
         Names, paths and library versions in the configuration do not count.
         """
+        return self._identity(TOKENIZER_FILES)
+
+    def has_identity(self, noted: Any) -> bool:
+        """Return whether an identity that was noted earlier, perhaps by version 0.1, is this model's."""
+        return noted in (self.identity(), self._identity(_FILES_OF_VERSION_0_1))
+
+    def _identity(self, files: Sequence[str]) -> str:
         ignored = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
         config = {key: value for key, value in self.config.to_dict().items() if key not in ignored}
         digest = hashlib.sha256((self.sha256() + json.dumps(config, sort_keys=True, default=str)).encode())
-        for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt"):
+        for name in files:
             if (self.folder / name).is_file():
                 digest.update((self.folder / name).read_bytes())
         return digest.hexdigest()

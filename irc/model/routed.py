@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
@@ -11,7 +12,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -91,7 +92,7 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         self.bundle: object | None = None
         # In a dictionary, which makes them no submodules, so that no parameter has two names.
         self._split: dict[bool, tuple[fx.GraphModule, fx.GraphModule | None]] = {}
-        self.generation_config = GenerationConfig.from_model_config(captured.config)
+        self.generation_config = copy.deepcopy(base.generation)
 
     @property
     def units(self) -> tuple[Unit, ...]:

@@ -241,7 +241,10 @@ def choose(logits: NDArray[np.float32], sampling: Sampling, random: np.random.Ge
         IrcError: A logit is NaN or infinite.
     """
     if not math.isfinite(logits.max()):
-        raise IrcError("the model's logits are not finite; run irc verify to compare it with PyTorch")
+        raise IrcError(
+            "the model's logits are not finite numbers; if it was exported in fp16, which holds none above 65,504, "
+            "export it in bf16 or fp32"
+        )
     if sampling.temperature == 0:
         return int(logits.argmax())
     scaled = logits.astype(np.float64) / sampling.temperature
@@ -268,15 +271,14 @@ def _sure(text: str, stop: Sequence[str]) -> int:
 
 
 def _end_tokens(folder: Path, eos: int | None) -> frozenset[int]:
-    """Return the tokens that end a text: the tokenizer's, and those of generation_config.json."""
-    path = folder / "generation_config.json"
+    """Return the tokens that end a text: the tokenizer's, and those of generation_config.json or else config.json."""
     stated: Any = None
-    if path.is_file():
+    for path in (folder / "generation_config.json", folder / "config.json"):
         try:
-            stated = read_json(path).get("eos_token_id")
+            stated = read_json(path).get("eos_token_id") if stated is None and path.is_file() else stated
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: damaged ({first_line(error)}); export again") from error
-    ends = [end for end in (eos, *(stated if isinstance(stated, list) else [stated])) if end is not None]
-    if any(type(end) is not int for end in ends):
-        raise InputError(f"{path}: damaged (eos_token_id is {str(stated)[:80]}); export again")
-    return frozenset(ends)
+        ends = stated if isinstance(stated, list) else [] if stated is None else [stated]
+        if any(type(end) is not int for end in ends):
+            raise InputError(f"{path}: damaged (eos_token_id is {str(stated)[:80]}); export again")
+    return frozenset(ends if eos is None else [*ends, eos])

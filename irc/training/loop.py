@@ -23,6 +23,7 @@ from irc.errors import InputError, IrcError
 from irc.files.tensors import write_safetensors
 from irc.progress import Progress
 from irc.training.master_weights import MasterAdamW
+from irc.training.processes import join_group
 from irc.training.sharding import average_gradients, broadcast_weights
 
 
@@ -91,7 +92,13 @@ class LoopResult:
 
 
 def accelerator_for(device: str, precision: str) -> Accelerator:
-    """Return an accelerator with the given precision that splits each batch over the processes."""
+    """Return an accelerator with the given precision that splits each batch over the processes.
+
+    Raises:
+        InputError: The environment does not describe a group of processes.
+        IrcError: The other processes of the group did not come in time.
+    """
+    join_group(device)
     return Accelerator(
         cpu=device == "cpu",
         mixed_precision="bf16" if precision == "bf16" else "no",

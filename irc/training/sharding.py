@@ -12,7 +12,6 @@ import os
 from collections.abc import Container, Iterable
 
 import torch
-from accelerate import PartialState
 
 from irc.errors import InputError
 from irc.model.routed import RoutedForCausalLM
@@ -20,6 +19,7 @@ from irc.recipe.policies import policy_named
 from irc.recipe.recipe import Recipe
 from irc.recipe.stages import stage_named
 from irc.training.layerwise import outermost
+from irc.training.processes import group, join_group
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def sharding_wanted() -> bool:
     Raises:
         InputError: Another version of FSDP was asked for.
     """
-    if os.environ.get(_USE_FSDP, "").lower() not in ("true", "1") or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if os.environ.get(_USE_FSDP, "").lower() not in ("true", "1") or group().size == 1:
         return False
     version = os.environ.get(_FSDP_VERSION, "1")
     if version != "2":
@@ -51,7 +51,7 @@ def check_batches(recipe: Recipe, finished: Container[str] = ()) -> None:
         InputError: A batch size is not a multiple of the number of processes.
     """
     policy = policy_named(recipe.policy)
-    processes = PartialState(cpu=recipe.device == "cpu").num_processes
+    processes = join_group(recipe.device).num_processes
     for stage in recipe.stages:
         settings = stage_named(stage).settings_in(recipe)
         size = settings.batch_size
@@ -63,9 +63,8 @@ def check_batches(recipe: Recipe, finished: Container[str] = ()) -> None:
 
 def own_device(device: str) -> None:
     """Make `cuda` mean this process's own GPU when several processes share a machine."""
-    local_rank = os.environ.get("LOCAL_RANK")
-    if device == "cuda" and local_rank is not None:
-        torch.cuda.set_device(int(local_rank))
+    if device == "cuda" and group().size > 1:
+        torch.cuda.set_device(group().local_rank)
 
 
 def shard_base(model: RoutedForCausalLM) -> None:

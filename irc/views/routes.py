@@ -45,8 +45,9 @@ class Routes:
         """Return the shares of skipped pairs and the mean forecast errors as plain data.
 
         Returns:
-            `tokens` (their number), `skipped` (share of all pairs), `by_unit`, `by_class`, and `error` (mean 1 - cosine
-            of executed and of skipped pairs).
+            `tokens` (their number), `skipped` (share of all pairs), `by_unit`, `by_class`, and `error_by_unit` (mean
+            1 - cosine of executed and of skipped tokens; None where there are none). It is not averaged over units:
+            units that are hard to forecast skip least, which would hide what the routers do within a unit.
         """
         skipped = 1 - self.execute.double().mean(0)
         classes = self.classes
@@ -61,7 +62,10 @@ class Routes:
             "skipped": skipped.mean().item(),
             "by_unit": dict(zip(self.units, by_unit.tolist(), strict=True)),
             "by_class": by_class,
-            "error": {"executed": _mean(self.error[self.execute]), "skipped": _mean(self.error[~self.execute])},
+            "error_by_unit": {
+                name: {"executed": _mean(error[execute]), "skipped": _mean(error[~execute])}
+                for name, error, execute in zip(self.units, self.error, self.execute, strict=True)
+            },
         }
 
 

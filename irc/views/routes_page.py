@@ -45,7 +45,7 @@ def write_routes_page(routes: Routes, model: str, text: str, path: Path) -> dict
         ("Skipped by position", _plot_by_position(routes)),
         ("Skipped by token class", _plot_by_class(facts)),
         ("Confidence of the routers", _plot_confidence(routes)),
-        ("Forecast error by decision", _plot_error(routes)),
+        ("Forecast error of each unit that routes", _plot_error(facts)),
     ]
     path.write_text(render(TEMPLATE, model=model, text=text, facts=facts, data=data, plots=plots), encoding="utf-8")
     return facts
@@ -87,14 +87,22 @@ def _plot_confidence(routes: Routes) -> str:
     return svg(draw, 4.6, 2.8)
 
 
-def _plot_error(routes: Routes) -> str:
+def _plot_error(facts: dict[str, Any]) -> str:
+    """Draw a row for each unit that executes some tokens and skips others."""
+    both = {
+        name.removeprefix("model.layers."): error
+        for name, error in facts["error_by_unit"].items()
+        if error["executed"] is not None and error["skipped"] is not None
+    }
+
     def draw(axes: Axes) -> None:
-        top = max(1.0, routes.error.max().item())
-        for chosen, label, colour in ((routes.execute, "executed", BLUE), (~routes.execute, "skipped", ORANGE)):
-            values = routes.error[chosen].tolist()
-            if values:
-                axes.hist(values, bins=40, range=(0, top), density=True, alpha=0.6, label=label, color=colour)
-        axes.set(xlabel="1 - cosine between forecast and unit output", ylabel="density")
+        rows = range(len(both), 0, -1)
+        for side, colour in (("executed", BLUE), ("skipped", ORANGE)):
+            axes.scatter([error[side] for error in both.values()], rows, color=colour, label=side, s=24, zorder=3)
+        for row, error in zip(rows, both.values(), strict=True):
+            axes.plot([error["executed"], error["skipped"]], [row, row], color="grey", linewidth=1)
+        axes.set_yticks(list(rows), list(both))
+        axes.set(xlabel="mean of 1 - cosine between forecast and unit output")
         legend(axes)
 
-    return svg(draw, 4.6, 2.8)
+    return svg(draw, 4.6, max(1.6, 0.9 + 0.17 * len(both)))

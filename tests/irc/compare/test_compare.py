@@ -13,6 +13,7 @@ import pytest
 
 from irc.compare import run
 from irc.compare.cells import Cell, Plan, read_variants
+from irc.compare.labels import note_of, realized_of
 from irc.compare.results import catch_up, gap_closed, groups
 from irc.errors import InputError
 from irc.recipe.recipe import Recipe
@@ -223,6 +224,29 @@ def test_the_gap_is_that_of_log_perplexities() -> None:
     assert found is not None
     assert found["closed"]["mean"] == pytest.approx(0.75)
     assert gap_closed(rows, 0.4, False) is None
+
+
+def test_a_cell_that_missed_its_target_is_marked_everywhere() -> None:
+    """What skips less is closer to the dense model, whatever the policy is worth."""
+    rows = [row("informed", 10.5), row("skipgpt", 12.0), row("informed", 10.1, variant="router.steps=5", seconds=1.0)]
+    for missing in (rows[0], rows[2]):
+        missing["figures"]["sparsity"]["realized"] = 0.2
+    gap = gap_closed(rows, 0.25, False)
+    assert gap is not None
+    assert gap["missed"] == ["informed"]
+    assert "informed missed the target" in note_of(gap)
+    assert [(group["missed"], "missed" in realized_of(group)) for group in groups(rows)] == [
+        (1, True),
+        (0, False),
+        (1, True),
+    ]
+    caught = catch_up(rows, 0.25)
+    assert caught is not None
+    assert caught["reached"] == 0
+    rows[0]["figures"]["sparsity"]["realized"] = 0.235
+    near = gap_closed(rows, 0.25, False)
+    assert near is not None
+    assert (near["missed"], note_of(near)) == ([], "")
 
 
 def test_static_stands_for_itself_at_every_seed() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
+from safetensors.torch import load_file, save_file
 
 from irc.bundle.saving import save_bundle
 from irc.model.build import build_routed
@@ -72,3 +75,52 @@ def test_lora_is_merged(
     shown = irc_main(*verify_arguments(tmp_path / "onnx", text_file))
     assert shown.code == 0, shown.err
     assert shown.json["max_abs_diff"] <= 1e-4
+
+
+@pytest.fixture
+def overflowing(model_folder: Path, tmp_path: Path) -> Path:
+    """A model whose activations are larger than fp16 holds, though its weights are not."""
+    folder = Path(shutil.copytree(model_folder, tmp_path / "large"))
+    factors = {"down_proj": 3e3, "up_proj": 50.0, "gate_proj": 50.0}
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        tensors[name] = tensor * next((factor for part, factor in factors.items() if part in name), 1.0)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_an_overflow_of_fp16_is_told_at_export_and_misses_the_gate(
+    overflowing: Path, text_file: Path, tmp_path: Path, irc_main: Callable[..., Any]
+) -> None:
+    shown = irc_main("export", overflowing, "-o", tmp_path / "half", "--dtype", "fp16")
+    assert shown.code == 0, shown.err
+    assert "65,504" in shown.err
+    assert "infinite" in shown.err
+    shown = irc_main(*verify_arguments(tmp_path / "half", text_file))
+    assert shown.code == 3, shown.err
+    assert (shown.json["finite"], shown.json["ok"], shown.json["max_abs_diff"]) == (False, False, None)
+    assert "bf16 or fp32" in shown.sentence()
+    shown = irc_main("generate", tmp_path / "half", PROMPT)
+    assert (shown.code, "bf16 or fp32" in shown.sentence()) == (1, True)
+    assert irc_main("export", overflowing, "-o", tmp_path / "full", "--dtype", "fp32").code == 0
+    shown = irc_main(*verify_arguments(tmp_path / "full", text_file, "--tolerance", "1e6"))
+    assert (shown.code, shown.json["finite"]) == (0, True)
+
+
+def test_ordinary_activations_are_no_reason_to_warn(
+    model_folder: Path, tmp_path: Path, irc_main: Callable[..., Any]
+) -> None:
+    shown = irc_main("export", model_folder, "-o", tmp_path / "half", "--dtype", "fp16")
+    assert shown.code == 0, shown.err
+    assert "65,504" not in shown.err
+
+
+def test_penalties_of_the_base_do_not_change_the_comparison(
+    model_folder: Path, text_file: Path, tmp_path: Path, irc_main: Callable[..., Any]
+) -> None:
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    settings = {"repetition_penalty": 3.0, "do_sample": True, "temperature": 0.7, "eos_token_id": [256, 7]}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    assert irc_main("export", folder, "-o", tmp_path / "onnx").code == 0
+    shown = irc_main(*verify_arguments(tmp_path / "onnx", text_file))
+    assert shown.code == 0, shown.err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,15 @@ from typing import Any
 import pytest
 import torch
 from torch import fx
+from transformers import AutoModelForCausalLM
 
-from irc.bundle.loading import load
+from irc.bundle.loading import load, open_model
+from irc.deployment.onnx_folder import export
 from irc.errors import InputError
 from irc.model.cache import CACHE_NAME
 from irc.model.routed import RoutedForCausalLM
+from irc.runtime.generation import Generator
+from irc.runtime.session import Runtime
 
 
 @pytest.fixture
@@ -156,3 +162,39 @@ def test_from_pretrained_loads_what_save_pretrained_saves(
     assert torch.equal(again(ids).logits, model(ids).logits)
     with pytest.raises(InputError, match=str(tmp_path)):
         RoutedForCausalLM.from_pretrained(tmp_path)
+
+
+def with_settings(model_folder: Path, tmp_path: Path, **files: Any) -> Path:
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    for name, content in files.items():
+        path = folder / f"{name}.json"
+        before = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(before | content))
+    return folder
+
+
+def ends(folder: Path, tmp_path: Path) -> tuple[Any, frozenset[int]]:
+    """Return the tokens that end a text in PyTorch, and in an exported folder."""
+    model = open_model(str(folder))
+    export(str(folder), tmp_path / "onnx")
+    return model.generation_config.eos_token_id, Generator(Runtime(tmp_path / "onnx", "cpu")).end
+
+
+def test_generation_follows_the_generation_config_of_the_base(model_folder: Path, tmp_path: Path) -> None:
+    settings = {"eos_token_id": [256, 7], "do_sample": True, "temperature": 0.7, "top_p": 0.9}
+    folder = with_settings(model_folder, tmp_path, generation_config=settings)
+    config, plain = open_model(str(folder)).generation_config, AutoModelForCausalLM.from_pretrained(folder)
+    for name in settings:
+        assert getattr(config, name) == getattr(plain.generation_config, name) == settings[name]
+    assert ends(folder, tmp_path) == ([256, 7], {256, 7})
+    ids = torch.arange(8)[None]
+    found = open_model(str(folder)).generate(ids, max_new_tokens=40, do_sample=False)
+    torch.testing.assert_close(found, plain.generate(ids, max_new_tokens=40, do_sample=False))
+
+
+def test_without_a_generation_config_the_configuration_decides_on_both_sides(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    folder = with_settings(model_folder, tmp_path, config={"eos_token_id": [256, 9]})
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    assert ends(folder, tmp_path) == ([256, 9], {256, 9})

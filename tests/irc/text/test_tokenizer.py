@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
+from irc.deployment import tokenizer_files
 from irc.deployment.tokenizer_files import write_tokenizer
 from irc.errors import InputError
 from irc.model.checkpoint import find_base
@@ -114,6 +116,51 @@ def test_ids_and_texts_are_those_of_transformers(name: str, tmp_path: Path) -> N
             assert found.decode(part, skip_special_tokens=True) == expected.decode(part, skip_special_tokens=True)
 
 
+def slow_files(folder: Path) -> None:
+    """Write the files of a tokenizer as early models have them: a vocabulary, merges and added tokens apart."""
+    folder.mkdir()
+    files = {
+        "vocab.json": {letter: index for index, letter in enumerate(LETTERS)} | {"<|end|>": 256},
+        "added_tokens.json": {"<|im_start|>": 257, "<|im_end|>": 258},
+        "special_tokens_map.json": dict.fromkeys(("eos_token", "bos_token", "unk_token"), "<|end|>"),
+        "tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer"},
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+
+
+def test_added_tokens_of_another_file_are_exported(tmp_path: Path) -> None:
+    slow_files(tmp_path / "model")
+    (tmp_path / "onnx").mkdir()
+    write_tokenizer(tmp_path / "model", "model", tmp_path / "onnx")
+    chat = "<|im_start|>hi<|im_end|>"
+    letters = [LETTERS.index(letter) for letter in "hi"]
+    readers = (AutoTokenizer.from_pretrained(tmp_path / "onnx"), open_tokenizer(tmp_path / "onnx"))
+    assert [reader.encode(chat) for reader in readers] == 2 * [[257, *letters, 258]]
+
+
+def test_an_export_that_gives_other_ids_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow_files(tmp_path / "model")
+    (tmp_path / "onnx").mkdir()
+    without = AutoTokenizer.from_pretrained(tmp_path / "model").backend_tokenizer.to_str().replace("im_end", "im_other")
+    monkeypatch.setattr(tokenizer_files, "_serialized", lambda *_: without)
+    with pytest.raises(InputError, match=r"model: .*<\|im_end\|>.*\[258\]"):
+        write_tokenizer(tmp_path / "model", "model", tmp_path / "onnx")
+
+
+@pytest.mark.parametrize(
+    "name", ["added_tokens.json", "special_tokens_map.json", "tokenizer_config.json", "merges.txt"]
+)
+def test_every_file_that_changes_ids_changes_the_identity(model_folder: Path, tmp_path: Path, name: str) -> None:
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    before = find_base(str(folder)).identity()
+    text = (folder / name).read_text() if (folder / name).exists() else ""
+    (folder / name).write_text(json.dumps(json.loads(text or "{}") | {"<|new|>": 300}))
+    assert find_base(str(folder)).identity() != before
+    assert find_base(str(folder)).has_identity(find_base(str(folder)).identity())
+
+
 def test_words_are_cleaned_and_byte_pairs_are_not(tmp_path: Path) -> None:
     cleaned = {}
     for name in ("word pieces, cleaned", "BPE that asks to be cleaned"):
@@ -177,6 +224,7 @@ config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": 
 (folder / "tokenizer_config.json").write_text(json.dumps(config))
 (folder / "config.json").write_text('{"model_type": "llama"}')
 from transformers import AutoTokenizer
+from irc.deployment import tokenizer_files
 from irc.deployment.tokenizer_files import write_tokenizer
 (folder / "onnx").mkdir()
 write_tokenizer(folder, "model", folder / "onnx")

@@ -15,7 +15,7 @@ import torch
 from irc.bundle.saving import save_bundle
 from irc.model.modules import Record
 from irc.model.routed import RoutedForCausalLM
-from irc.views.routes import TOKEN_CLASSES, read_routes, token_class
+from irc.views.routes import TOKEN_CLASSES, Routes, read_routes, token_class
 
 Make = Callable[..., RoutedForCausalLM]
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -68,6 +68,20 @@ def test_decisions_are_those_of_the_model(make_routed: Make, shake: Any, text_fi
 def test_classes_of_tokens(token: str, expected: str) -> None:
     assert token_class(token) == expected
     assert expected in TOKEN_CLASSES
+
+
+def test_errors_are_not_pooled_over_units() -> None:
+    """Within both units the skipped tokens are the better forecast; over all pairs they look like the worse one."""
+    execute = torch.tensor([[True, True, True, False], [True, False, False, False], [True, True, True, True]])
+    error = torch.tensor([[0.2, 0.2, 0.2, 0.1], [0.9, 0.8, 0.8, 0.8], [0.5, 0.5, 0.5, 0.5]])
+    units = ("a", "b", "c")
+    kinds = ("ffn", "ffn", "ffn")
+    routes = Routes(("x",) * 4, units, kinds, execute, torch.ones(3, 4), error)
+    found = routes.facts()["error_by_unit"]
+    assert found["a"] == {"executed": pytest.approx(0.2), "skipped": pytest.approx(0.1)}
+    assert found["b"] == {"executed": pytest.approx(0.9), "skipped": pytest.approx(0.8)}
+    assert found["c"] == {"executed": pytest.approx(0.5), "skipped": None}
+    assert error[~execute].mean() > error[execute].mean()
 
 
 def test_no_more_than_the_context_is_read(make_routed: Make, text_file: Path) -> None:
