@@ -16,7 +16,10 @@ def model_card(metrics: dict[str, Any], recipe: Recipe) -> str:
         recipe: Recipe of the conversion, resolved.
     """
     perplexity, sparsity = metrics["perplexity"], metrics["sparsity"]
+    fidelity = metrics["fidelity"]
     rows = [
+        ("KL(dense, routed), mean and 99th percentile", f"{fidelity['kl']:.3f}, {fidelity['kl_p99']:.2f} nats"),
+        ("tokens with the same likeliest successor", f"{fidelity['top1']:.3f}"),
         ("perplexity, dense", f"{perplexity['dense']:.3f}"),
         ("perplexity, routed", f"{perplexity['routed']:.3f} ({perplexity['ratio']:.3f} x dense)"),
         ("sparsity, target", f"{recipe.sparsity:.3f}"),
@@ -34,10 +37,27 @@ def model_card(metrics: dict[str, Any], recipe: Recipe) -> str:
         f"Measured on {metrics['data']['tokens']:,} tokens of the {text_name(metrics['data']['split'])} of "
         f"`{recipe.data}` in windows of {recipe.seq_len} tokens:\n\n"
         f"| figure | value |\n|---|---|\n{table}\n\n"
+        f"{_texts(metrics['texts'])}"
         'Use it:\n\n```python\nimport irc\n\nmodel = irc.load("PATH/OF/THIS/FOLDER")\n```\n\n'
         f"{_options(recipe)}"
         "Make it again: `irc convert --recipe recipe.yaml -o OUTPUT` "
         f"(stages {', '.join(recipe.stages)}, seed {recipe.seed}).\n"
+    )
+
+
+def _texts(texts: list[dict[str, Any]]) -> str:
+    """Return the table of further texts, on which nothing was trained or chosen."""
+    if not texts:
+        return ""
+    rows = "\n".join(
+        f"| {text['name']} | {text['fidelity']['kl']:.3f} | {text['fidelity']['top1']:.3f} | "
+        f"{text['perplexity']['dense']:.2f} | {text['perplexity']['routed']:.2f} | {text['flops_ratio']:.3f} |"
+        for text in texts
+    )
+    return (
+        "On other texts, which were neither trained on nor used to choose a setting:\n\n"
+        "| text | KL, nats | same top-1 | perplexity, dense | routed | FLOPs |\n|---|---|---|---|---|---|\n"
+        f"{rows}\n\n"
     )
 
 

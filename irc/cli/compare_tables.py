@@ -8,7 +8,7 @@ from irc import console
 from irc.compare.labels import name_of, note_of, realized_of, with_spread
 
 _WIDE = 110
-_ONLY_WIDE = ("seeds", "attention", "FFN")
+_ONLY_WIDE = ("seeds", "top-1", "attention", "FFN")
 
 
 def comparison_tables(results: dict[str, Any]) -> None:
@@ -18,6 +18,8 @@ def comparison_tables(results: dict[str, Any]) -> None:
             name_of(group),
             f"{group['sparsity']:g}",
             str(group["seeds"]),
+            None if group["kl"] is None else with_spread(group["kl"]),
+            None if group["top1"] is None else with_spread(group["top1"]),
             with_spread(group["perplexity"]),
             f"{group['ratio']['mean']:.4f}",
             realized_of(group),
@@ -28,7 +30,20 @@ def comparison_tables(results: dict[str, Any]) -> None:
         ]
         for group in results["summary"]["groups"]
     ]
-    columns = ["policy", "target", "seeds", "perplexity", "x dense", "skipped", "attention", "FFN", "FLOPs", "seconds"]
+    columns = [
+        "policy",
+        "target",
+        "seeds",
+        "KL",
+        "top-1",
+        "perplexity",
+        "x dense",
+        "skipped",
+        "attention",
+        "FFN",
+        "FLOPs",
+        "seconds",
+    ]
     shown = [i for i, name in enumerate(columns) if console.width() >= _WIDE or name not in _ONLY_WIDE]
     console.table(
         f"{results['model']} on {results['data']['name']}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import click
 
 from irc.cli.options import (
     Session,
+    also_option,
     common_options,
     data_option,
     device_option,
@@ -42,10 +44,37 @@ def _list_fields(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     ctx.exit()
 
 
+_FIGURES = ("kl", "top1")
+
+
+def _limits(ctx: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> dict[str, float]:
+    """Read the limits of --require."""
+    limits = {}
+    for given in value:
+        name, _, number = given.partition("=")
+        try:
+            limits[name.strip()] = float(number)
+        except ValueError:
+            limits[name.strip()] = math.nan
+        if name.strip() not in _FIGURES or not 0 <= limits[name.strip()] < math.inf:
+            raise click.BadParameter(f"'{given}' is no limit; use for example kl=0.2 or top1=0.9", ctx, parameter)
+    return limits
+
+
 @click.command()
 @click.argument("model", required=False, shell_complete=files)
 @output_option("Folder for the bundle.", required=True)
 @data_option(None)
+@also_option()
+@click.option(
+    "--require",
+    "required",
+    multiple=True,
+    callback=_limits,
+    metavar="FIGURE=VALUE",
+    help="Fail (exit code 3, the bundle is kept) if a text misses this: kl=0.2 (at most) or top1=0.9 (at least). "
+    "Repeatable.",
+)
 @click.option(
     "--sparsity", type=float, metavar="SHARE", help="Fraction of (token, unit) pairs to approximate. [default: 0.25]"
 )
@@ -101,12 +130,21 @@ def _list_fields(ctx: click.Context, _: click.Parameter, value: bool) -> None:
 @force_option()
 @common_options
 def command(
-    model: str | None, output: Path, as_json: bool, force: bool, resume: bool, dry_run: bool, **flags: Any
+    model: str | None,
+    output: Path,
+    as_json: bool,
+    force: bool,
+    resume: bool,
+    dry_run: bool,
+    also: tuple[str, ...],
+    required: dict[str, float],
+    **flags: Any,
 ) -> None:
     """Convert MODEL (a folder, a Hub id, or demo) into a bundle of trained routers and forecasters."""
     from irc import console
     from irc.cli.report import conversion_report
     from irc.conversion.pipeline import convert
+    from irc.evaluation.figures import check_limits
     from irc.training.processes import is_main_process
 
     recipe_file, overrides, cache = (flags.pop(name) for name in ("recipe_file", "overrides", "stages_folder"))
@@ -124,10 +162,11 @@ def command(
         plan = estimate_conversion(recipe, output, console.progress)
         console.emit_json(plan) if as_json else dry_run_report(plan)
         return
-    metrics = convert(recipe, output, console.progress, force=force, resume=resume, stage_cache_folder=cache)
+    metrics = convert(recipe, output, console.progress, force=force, resume=resume, stage_cache_folder=cache, also=also)
     if not is_main_process():
         return
     if as_json:
         console.emit_json(metrics)
     else:
         conversion_report(metrics)
+    check_limits(metrics, required)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from irc.cli.options import (
+    also_option,
     common_options,
     data_option,
     device_option,
@@ -39,6 +40,14 @@ if TYPE_CHECKING:
     type=click.IntRange(min=0),
     metavar="N",
     help="Tokens to read, spread evenly; 0 reads all. [default: as in the conversion]",
+)
+@also_option()
+@click.option(
+    "--yardstick-tokens",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Tokens of each text of irc's yardstick (prose, code, technical text, dialogue); 0 leaves it out. "
+    "[default: as in the conversion, 4096]",
 )
 @click.option("--base", metavar="MODEL", help="The bundle's base model, if it has moved.")
 @device_option()
@@ -89,13 +98,15 @@ def command(
     tokens: int | None,
     seq_len: int | None,
     sparsities: list[float],
+    also: tuple[str, ...],
+    yardstick_tokens: int | None,
     **opening: Any,
 ) -> None:
     """Evaluate MODEL: a bundle or a plain model (folder, Hub id, or demo)."""
     from exporters.onnx_format import MANIFEST
     from irc import console
     from irc.bundle.source import ModelSource
-    from irc.cli.report import figures_table, kv_report, sparsity_report
+    from irc.cli.report import figures_table, kv_report, sparsity_report, texts_table
     from irc.errors import InputError
     from irc.evaluation.run import TextChoice, run_evaluation
     from irc.recipe.key_policy import KeyPolicy
@@ -103,7 +114,7 @@ def command(
     source = ModelSource(model, key_policy=KeyPolicy.chosen(kv_policy, kv_threshold), **opening)
     if tasks is not None:
         given = {"--kv-sweep": kv_sweep, "--sparsity-sweep": sparsities, "--tokens": tokens}
-        given |= {"--seq-len": seq_len, "--split": split != "auto"}
+        given |= {"--seq-len": seq_len, "--split": split != "auto", "--also": also}
         for flag, value in given.items():
             if value:
                 raise InputError(f"{flag} applies to perplexity only; leave it or --tasks out")
@@ -114,12 +125,13 @@ def command(
             f"{model}: is an ONNX folder; irc verify measures its perplexity beside that of PyTorch, and --tasks runs "
             "tasks on it"
         )
-    choice = TextChoice(data, split, tokens, seq_len)
+    choice = TextChoice(data, split, tokens, seq_len, yardstick_tokens, also)
     metrics = run_evaluation(source, console.progress, choice, kv_thresholds=kv_sweep, sparsities=sparsities)
     if as_json:
         console.emit_json(metrics)
         return
     read = metrics["data"]
+    texts_table(f"{read['name']}, {read['split']}", metrics)
     figures_table(f"{read['name']}, split {read['split']}, {read['tokens']:,} tokens", metrics)
     if "units" in metrics:
         rows = [

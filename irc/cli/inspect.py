@@ -251,6 +251,11 @@ def _show_totals(facts: dict[str, Any]) -> None:
         rows.append(["inserted parameters", f"{counts['inserted']:,}  ({share:.2%} of the base)"])
     if "lora" in counts:
         rows.append(["LoRA parameters", f"{counts['lora']:,}  (merged at export)"])
+    if (fidelity := facts["fidelity"]) is not None:
+        rows += [
+            ["KL(dense || routed)", f"{fidelity['kl']:.3f} nats  (99th percentile {fidelity['kl_p99']:.2f})"],
+            ["same likeliest token", f"{fidelity['top1']:.3f}"],
+        ]
     if sparsity is not None:
         target = "" if sparsity["target"] is None else f"  (target {sparsity['target']:.3f})"
         rows += [

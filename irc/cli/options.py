@@ -93,6 +93,12 @@ def data_option(default: str | None = "stdlib") -> Decorator:
     return click.option("--data", default=default, show_default=True, metavar="TEXT", help=text, shell_complete=files)
 
 
+def also_option() -> Decorator:
+    """Add --also, further texts to measure on. Argument `also: tuple[str, ...]`."""
+    text = "Also measure on this text (given as for --data), read whole; repeatable."
+    return click.option("--also", multiple=True, metavar="NAME=TEXT", help=text)
+
+
 def seed_option(default: int | None = 0) -> Decorator:
     """Add --seed. Argument `seed: int`, or `int | None` if `default` is None."""
     kind = click.IntRange(0, 2**32 - 1)

@@ -5,12 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from irc import console
+from irc.evaluation.figures import worst_text
 from irc.recipe.recipe import text_name
+
+_WIDE = 100
 
 
 def conversion_report(metrics: dict[str, Any]) -> None:
     """Show a finished conversion."""
-    figures_table(text_name(metrics["data"]["split"]), metrics)
+    name = text_name(metrics["data"]["split"])
+    texts_table(name, metrics)
+    figures_table(name, metrics)
     seconds = metrics["seconds"]
     console.table("time", ["phase", "seconds"], [[name, f"{value:.1f}"] for name, value in seconds.items()])
     console.say(f"bundle: {metrics['output']}")
@@ -32,6 +37,45 @@ def figures_table(title: str, metrics: dict[str, Any]) -> None:
             ["FLOPs, routed / dense", f"{metrics['flops_ratio']:.3f}"],
         ]
     console.table(title, ["figure", "value"], rows)
+
+
+def texts_table(main: str, metrics: dict[str, Any]) -> None:
+    """Show how close the routed model stays to the dense one on every text, and mark the text where it is furthest.
+
+    Args:
+        main: What to call the main text.
+        metrics: Of a conversion or an evaluation.
+    """
+    if "fidelity" not in metrics:
+        rows = [[text["name"], f"{text['perplexity']['dense']:.3f}"] for text in metrics["texts"]]
+        if rows:
+            console.table("further texts", ["text", "perplexity"], rows)
+        return
+    texts = [{**metrics, "name": main}, *metrics["texts"]]
+    worst = worst_text(texts) if len(texts) > 1 else None
+    console.table(
+        "fidelity: KL(dense || routed) in nats a token, and share of tokens with the same likeliest successor",
+        ["text", "KL", "99th percentile", "same top-1", "perplexity", "routed", "ratio", "FLOPs"],
+        [_fidelity_row(text, text["name"] == worst) for text in texts],
+    )
+    if any(text["perplexity"]["ratio"] < 1 for text in texts):
+        console.say("* under 1: the model has adapted to this kind of text while it was trained; it is not better")
+
+
+def _fidelity_row(text: dict[str, Any], is_worst: bool) -> list[object]:
+    fidelity, perplexity = text["fidelity"], text["perplexity"]
+    low, high = fidelity["kl_p99_interval"]
+    interval = f" ({low:.2f} to {high:.2f})" if console.width() >= _WIDE else ""
+    return [
+        console.Styled(f"{text['name']} (worst)", "bold") if is_worst else text["name"],
+        f"{fidelity['kl']:.3f}",
+        f"{fidelity['kl_p99']:.2f}{interval}",
+        f"{fidelity['top1']:.3f}",
+        f"{perplexity['dense']:.2f}",
+        f"{perplexity['routed']:.2f}",
+        f"{perplexity['ratio']:.3f}{' *' if perplexity['ratio'] < 1 else ''}",
+        f"{text['flops_ratio']:.3f}",
+    ]
 
 
 def kv_rows(kv: dict[str, Any]) -> list[list[str]]:
@@ -68,11 +112,14 @@ def sparsity_report(metrics: dict[str, Any]) -> None:
     rows = [
         [
             *(f"{row['target']:g}", f"{row['realized']:.3f}", console.bar(row["realized"], 16)),
+            *(f"{row['kl']:.3f}", f"{row['top1']:.3f}"),
             *(f"{row['perplexity']:.3f}", f"{row['perplexity'] / dense:.3f}", f"{row['flops_ratio']:.3f}"),
         ]
         for row in sweep
     ]
-    console.table("sparsity sweep", ["target", "realized", "", "perplexity", "x dense", "FLOPs"], rows)
+    console.table(
+        "sparsity sweep", ["target", "realized", "", "KL", "same top-1", "perplexity", "x dense", "FLOPs"], rows
+    )
     points = [(row["realized"], row["perplexity"], "*") for row in sweep]
     console.plot("perplexity over sparsity", "fraction of pairs approximated", "perplexity", points)
 

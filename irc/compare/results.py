@@ -59,6 +59,7 @@ def groups(rows: Sequence[Row]) -> list[Row]:
             "seeds": len(members),
             "perplexity": _spread([m["figures"]["perplexity"]["routed"] for m in members]),
             "dense": mean(dense_beside(m, rows) for m in members),
+            **{key: _spread_of_known([fidelity_of(m["figures"], key) for m in members]) for key in ("kl", "top1")},
             "ratio": _spread([m["figures"]["perplexity"]["routed"] / dense_beside(m, rows) for m in members]),
             "realized": _spread([m["figures"]["sparsity"]["realized"] for m in members]),
             "missed": sum(map(_missed, members)),
@@ -149,6 +150,26 @@ def _plain(rows: Sequence[Row], policy: str, sparsity: float, lora: bool) -> dic
     """Return the cells of a policy without a variant, by seed."""
     wanted = (policy, sparsity, lora, "")
     return {row["seed"]: row for row in rows if (row["policy"], row["sparsity"], row["lora"], row["variant"]) == wanted}
+
+
+def fidelity_of(figures: Row, key: str) -> float | None:
+    """Return a figure of fidelity, averaged over the further texts, or of the main text where there are none.
+
+    Args:
+        figures: Of a cell.
+        key: `kl` or `top1`.
+
+    Returns:
+        None for a cell of an earlier version, which did not measure it.
+    """
+    texts = [text["fidelity"] for text in figures.get("texts", []) if text.get("fidelity")]
+    texts = texts or [figures["fidelity"]] if figures.get("fidelity") else texts
+    return mean(text[key] for text in texts) if texts else None
+
+
+def _spread_of_known(values: Sequence[float | None]) -> dict[str, float] | None:
+    known = [value for value in values if value is not None]
+    return _spread(known) if len(known) == len(values) else None
 
 
 def _missed(row: Row) -> bool:

@@ -113,7 +113,7 @@ def compare(
     return results
 
 
-_PER_CELL = ("policy", "sparsity", "seed", "stages", "checkpoint_seconds")
+_PER_CELL = ("policy", "sparsity", "seed", "stages", "checkpoint_seconds", "yardstick_tokens")
 
 
 def _open(output: Path, facts: dict[str, Any], base: BaseModel, *, resume: bool, force: bool) -> None:

@@ -21,7 +21,7 @@ _DEEPEST = 8
 _SLACK = 1e-6  # shares are means, and sums are rounded
 _LARGEST_COSINE = 2  # generous: rounding takes a cosine a little beyond 1
 _UNIT_NAME = r"[A-Za-z0-9_.]{1,200}"  # plots show it
-_FIGURES = ("perplexity", "sparsity", "flops_ratio", "units", "seconds", "stages")
+_FIGURES = ("perplexity", "fidelity", "texts", "sparsity", "flops_ratio", "units", "seconds", "stages")
 
 
 def _cosine(value: float) -> float:
@@ -67,6 +67,17 @@ class _Unit(_Saved):
     recoverability: Cosine
 
 
+class _Fidelity(_Saved):
+    kl: Annotated[float, Field(ge=0, le=_LARGEST)]
+    kl_p99: Annotated[float, Field(ge=0, le=_LARGEST)]
+    top1: Share
+
+
+class _TextFigures(_Saved):
+    name: str
+    fidelity: _Fidelity | None = None
+
+
 class _StageTime(_Saved):
     seconds: Seconds
     cpu_seconds: Seconds
@@ -76,6 +87,8 @@ class Figures(_Saved):
     """The figures of a cell that results, tables and plots are computed from."""
 
     perplexity: _Perplexities
+    fidelity: _Fidelity | None = None  # missing before version 0.2
+    texts: list[_TextFigures] = Field(default_factory=list)
     sparsity: _Skipped
     flops_ratio: Annotated[float, Field(ge=0, le=_LARGEST)]
     units: dict[UnitName, _Unit]

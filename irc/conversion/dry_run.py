@@ -148,12 +148,13 @@ def _extrapolated(figures: dict[str, Any], full: Any, few: Any, router: Any, few
 
 
 def _evaluation(conversion: Conversion) -> float:
-    """Return the seconds of the closing evaluation, from one batch of it."""
+    """Return the seconds of the closing evaluation on all texts, from one batch of it."""
     some = conversion.heldout[:_WINDOWS]
     started = time.monotonic()
     with silent("", 1) as bar:
         evaluate(conversion.model, some, bar)
-    return (time.monotonic() - started) * len(conversion.heldout) / len(some)
+    tokens = conversion.heldout.numel() + sum(text.windows.numel() for text in conversion.further)
+    return (time.monotonic() - started) * tokens / some.numel()
 
 
 def _peak_memory(device: str) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from irc.dtypes import short_name
 from irc.errors import InputError
 from irc.evaluation.figures import result_metrics
 from irc.evaluation.perplexity import Evaluation, evaluate
+from irc.evaluation.texts import NamedText, further_texts, measure_texts
 from irc.files.atomic import check_place, staged
 from irc.model.build import build_routed
 from irc.model.checkpoint import BaseModel, find_base
@@ -59,6 +61,7 @@ class Conversion:
         work: Folder beside it with the stages' checkpoints and results.
         progress: Makes progress bars.
         stage_cache_folder: Folder of finished stages to reuse and to add to, None for none.
+        also: Further texts to measure on, each `NAME=TEXT`.
         base: The base model.
         text: The text.
         model: The rewritten model.
@@ -68,7 +71,9 @@ class Conversion:
         stage_figures: What every stage measured.
         keep: Share of the calibration text that each unit executes.
         dial: Thresholds of other sparsities.
+        further: The yardstick and the user's further texts.
         evaluation: Result of the closing evaluation.
+        texts: What was measured on each further text.
         metrics: What metrics.json holds.
     """
 
@@ -77,6 +82,7 @@ class Conversion:
     work: Path
     progress: ProgressFactory
     stage_cache_folder: Path | None = None
+    also: Sequence[str] = ()
     base: BaseModel = field(init=False)
     text: TextSource = field(init=False)
     model: RoutedForCausalLM = field(init=False)
@@ -86,7 +92,9 @@ class Conversion:
     stage_figures: dict[str, dict[str, Any]] = field(default_factory=dict)
     keep: dict[str, float] = field(default_factory=dict)
     dial: tuple[DialPoint, ...] = ()
+    further: list[NamedText] = field(default_factory=list)
     evaluation: Evaluation = field(init=False)
+    texts: list[dict[str, Any]] = field(default_factory=list)
     metrics: dict[str, Any] = field(default_factory=dict)
 
 
@@ -99,6 +107,7 @@ def convert(
     resume: bool = False,
     stage_cache_folder: Path | None = None,
     base: BaseModel | None = None,
+    also: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Convert a model into a bundle.
 
@@ -111,6 +120,7 @@ def convert(
         stage_cache_folder: Folder of finished stages: identical ones are reused from it and new ones are stored in it
             (see `irc.conversion.stage_cache`).
         base: The recipe's model, if the caller has opened it, so that its weights are hashed once.
+        also: Further texts to measure the result on, each `NAME=TEXT`; nothing is trained or chosen on them.
 
     Returns:
         The metrics, as written to metrics.json.
@@ -130,7 +140,7 @@ def convert(
     if output.exists() and not force and not resume:
         raise InputError(f"{output}: exists already; replace it or resume it", options=("force", "resume"))
     visible_progress = progress if is_main_process() else silent
-    conversion = Conversion(recipe, output, work, visible_progress, stage_cache_folder)
+    conversion = Conversion(recipe, output, work, visible_progress, stage_cache_folder, also)
     check_batches(recipe, {stage for stage in recipe.stages if resume and stage_figures(work, stage)})
     conversion.base = base or find_base(recipe.model)
     read_inputs(conversion)
@@ -211,6 +221,7 @@ def _read_text(conversion: Conversion) -> None:
         )
     evaluation = windows(streams[recipe.eval_split], recipe.seq_len, f"{recipe.eval_split} split")
     conversion.heldout = pick(evaluation, recipe.eval_tokens)
+    conversion.further = further_texts(base, recipe.seq_len, recipe.yardstick_tokens, conversion.also)
 
 
 def capture_and_rewrite(conversion: Conversion) -> None:
@@ -289,10 +300,16 @@ def evaluate_heldout(conversion: Conversion) -> None:
         conversion.evaluation = evaluate(conversion.model, conversion.heldout, progress)
 
 
+def evaluate_texts(conversion: Conversion) -> None:
+    """Measure the result on the yardstick and on the user's further texts."""
+    conversion.texts = measure_texts(conversion.model, conversion.further, conversion.progress)
+
+
 PHASES = (
     ("capture", capture_and_rewrite),
     ("stages", run_stages),
     ("evaluate", evaluate_heldout),
+    ("texts", evaluate_texts),
 )
 
 
@@ -327,6 +344,7 @@ def metrics_of(conversion: Conversion) -> dict[str, Any]:
             "seq_len": conversion.recipe.seq_len,
         },
         **result_metrics(conversion.model, result, conversion.recipe.sparsity),
+        "texts": conversion.texts,
         "calibration_keep": conversion.keep,
         "seconds": seconds,
         "stages": conversion.stage_figures,

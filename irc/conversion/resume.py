@@ -18,7 +18,7 @@ from irc.recipe.recipe import Recipe, recipe_fields, recipe_from
 from irc.text.source import TextSource, load_text
 
 INPUTS = "inputs.json"
-_FREE_TO_CHANGE = frozenset({"checkpoint_seconds"})
+_FREE_TO_CHANGE = frozenset({"checkpoint_seconds", "yardstick_tokens"})
 
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:

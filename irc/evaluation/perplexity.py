@@ -1,4 +1,4 @@
-"""Measures perplexity, realized sparsity and recoverability on text, dense and routed."""
+"""Measures fidelity, perplexity, realized sparsity and recoverability on text, dense and routed."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import time
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
+from irc.evaluation.fidelity import Fidelity, fidelity_of
 from irc.model.flops import flops_ratio
-from irc.model.head import token_losses
+from irc.model.head import divergence, parts
 from irc.model.modules import Mode, Record
 from irc.model.routed import RoutedForCausalLM
 from irc.progress import Progress
@@ -26,6 +28,7 @@ class Evaluation:
         tokens: Number of predicted tokens.
         dense: Perplexity of the base, with every unit executed and without LoRA adapters.
         routed: Perplexity under deterministic routing; None for a plain model.
+        fidelity: How close the routed predictions are to the dense ones; None for a plain model.
         keep: Share of tokens that each unit executes.
         recoverability: Mean cosine between forecaster(x) and unit(x) by unit, with every unit executed.
         flops_ratio: Matrix-multiply FLOPs of the routed model over those of the dense model.
@@ -35,6 +38,7 @@ class Evaluation:
     tokens: int
     dense: float
     routed: float | None
+    fidelity: Fidelity | None
     keep: dict[str, float]
     recoverability: dict[str, float]
     flops_ratio: float
@@ -92,9 +96,7 @@ def evaluate(
         mask = torch.ones_like(batch)
         if attention_mask is not None:
             mask = attention_mask[index : index + rows].to(model.device)
-        totals.add_dense(batch, mask)
-        if model.spec:
-            totals.add_routed(batch, mask)
+        totals.add(batch, mask)
         progress.update(min(index + rows, len(text)), **totals.figures())
     return totals.result(text.shape[1], time.monotonic() - started)
 
@@ -105,28 +107,41 @@ class _Totals:
     def __init__(self, model: RoutedForCausalLM) -> None:
         self.model = model
         self.loss: dict[Mode, float] = {"execute": 0.0, "route": 0.0}
-        self.predicted: dict[Mode, int] = {"execute": 0, "route": 0}
-        self.tokens: dict[Mode, int] = {"execute": 0, "route": 0}
+        self.predicted = 0
+        self.tokens = 0
         self.executed = {unit.name: 0.0 for unit in model.units}
         self.cosine = {unit.name: 0.0 for unit in model.units}
+        self.divergence: list[torch.Tensor] = []
+        self.same: list[torch.Tensor] = []
 
-    def add_dense(self, batch: torch.Tensor, mask: torch.Tensor) -> None:
-        """Run a batch with every unit executed, and once more without LoRA adapters if the model has any."""
+    def add(self, batch: torch.Tensor, mask: torch.Tensor) -> None:
+        """Run a batch with every unit executed, and that of a rewritten model also under deterministic routing."""
+        dense = self._dense_states(batch, mask)
+        if self.model.spec is None:
+            self._count({"execute": dense}, batch, mask)
+        else:
+            self._count({"execute": dense, "route": self._routed_states(batch, mask)}, batch, mask)
+
+    def add_routed(self, batch: torch.Tensor, mask: torch.Tensor) -> None:
+        """Run a batch of a rewritten model under deterministic routing alone."""
+        self._count({"route": self._routed_states(batch, mask)}, batch, mask)
+
+    def _dense_states(self, batch: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Return the states of the base; forecasts are compared with units that have their LoRA adapters."""
         tape, states = self._run("execute", batch, mask, measure_error=True)
         for name, record in tape.items():
             assert record.cosine is not None
             self.cosine[name] += record.cosine[mask.bool()].double().sum().item()
-        with adapters_off(self.model):
-            if self.model.lora is not None:
+        if self.model.lora is not None:
+            with adapters_off(self.model):
                 _, states = self._run("execute", batch, mask)
-            self._count("execute", states, batch, mask)
+        return states
 
-    def add_routed(self, batch: torch.Tensor, mask: torch.Tensor) -> None:
-        """Run a batch of a rewritten model under deterministic routing."""
+    def _routed_states(self, batch: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         tape, states = self._run("route", batch, mask)
         for name, record in tape.items():
             self.executed[name] += record.execute[mask.bool()].double().sum().item()
-        self._count("route", states, batch, mask)
+        return states
 
     def _run(
         self, mode: Mode, batch: torch.Tensor, mask: torch.Tensor, measure_error: bool = False
@@ -135,13 +150,21 @@ class _Totals:
         with self.model.control.using(mode=mode, tape=tape, measure_error=measure_error):
             return tape, self.model.states(batch, mask)
 
-    def _count(self, mode: Mode, states: torch.Tensor, batch: torch.Tensor, mask: torch.Tensor) -> None:
-        flat, targets = states[:, :-1].flatten(0, 1), batch[:, 1:].flatten()
-        losses = token_losses(self.model.logits, flat, targets, self.model.config.vocab_size)
+    def _count(self, states: dict[Mode, torch.Tensor], batch: torch.Tensor, mask: torch.Tensor) -> None:
+        """Add the losses of the predicted tokens, and how the two modes differ if both were run."""
         counted = (mask[:, 1:].bool() & mask[:, :-1].bool()).flatten()
-        self.loss[mode] += losses[counted].double().sum().item()
-        self.predicted[mode] += int(counted.sum())
-        self.tokens[mode] += int(mask.bool().sum())
+        targets = batch[:, 1:].flatten()[counted]
+        chosen = {mode: found[:, :-1].flatten(0, 1)[counted] for mode, found in states.items()}
+        for rows in parts(len(targets), self.model.config.vocab_size):
+            logits = {mode: self.model.logits(found[rows]) for mode, found in chosen.items()}
+            for mode, found in logits.items():
+                self.loss[mode] += F.cross_entropy(found.float(), targets[rows], reduction="sum").double().item()
+            if len(logits) == 2:
+                found, same = divergence(logits["execute"], logits["route"])
+                self.divergence.append(found.cpu())
+                self.same.append(same.cpu())
+        self.predicted += len(targets)
+        self.tokens += int(mask.bool().sum())
 
     def figures(self) -> dict[str, float]:
         """Return the figures for the progress bar."""
@@ -149,17 +172,18 @@ class _Totals:
         if self.model.spec:
             keep = self.keep()
             figures["routed_ppl"] = self.perplexity("route")
+            figures["kl"] = torch.cat(self.divergence).mean().item()
             figures["sparsity"] = 1 - sum(keep.values()) / max(1, len(keep))
         return figures
 
     def perplexity(self, mode: Mode) -> float:
         """Return the perplexity of all batches so far."""
-        return math.exp(min(700.0, self.loss[mode] / max(1, self.predicted[mode])))
+        return math.exp(min(700.0, self.loss[mode] / max(1, self.predicted)))
 
     def keep(self) -> dict[str, float]:
         """Return the share of tokens that each unit executes; 1 in a plain model."""
-        tokens = self.tokens["route"]
-        return {name: count / tokens if tokens else 1.0 for name, count in self.executed.items()}
+        routed = self.model.spec is not None and self.tokens
+        return {name: count / self.tokens if routed else 1.0 for name, count in self.executed.items()}
 
     def result(self, context: int, seconds: float) -> Evaluation:
         """Return the figures over all batches.
@@ -169,13 +193,13 @@ class _Totals:
             seconds: Seconds taken.
         """
         routed, keep = self.model.spec is not None, self.keep()
-        tokens = max(1, self.tokens["execute"])
         return Evaluation(
-            tokens=self.predicted["execute"],
+            tokens=self.predicted,
             dense=self.perplexity("execute"),
             routed=self.perplexity("route") if routed else None,
+            fidelity=fidelity_of(torch.cat(self.divergence), torch.cat(self.same)) if routed else None,
             keep=keep,
-            recoverability={name: total / tokens for name, total in self.cosine.items()} if routed else {},
+            recoverability={name: total / max(1, self.tokens) for name, total in self.cosine.items()} if routed else {},
             flops_ratio=flops_ratio(self.model, keep, context),
             seconds=seconds,
         )

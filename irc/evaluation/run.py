@@ -18,8 +18,8 @@ from irc.bundle.source import ModelSource, as_source
 from irc.errors import InputError
 from irc.evaluation.figures import result_metrics
 from irc.evaluation.kv_sweep import kv_sweep
-from irc.evaluation.perplexity import evaluate, evaluate_routed
-from irc.model.flops import flops_ratio
+from irc.evaluation.perplexity import evaluate
+from irc.evaluation.texts import NamedText, further_texts, measure_texts
 from irc.model.routed import RoutedForCausalLM
 from irc.progress import ProgressFactory
 from irc.recipe.recipe import Recipe, check_key_policy
@@ -36,12 +36,16 @@ class TextChoice:
             and `all` for any other text.
         tokens: Tokens to read, spread evenly; 0 for all.
         seq_len: Tokens per window.
+        yardstick_tokens: Tokens to read of each further text; 0 leaves the yardstick out.
+        also: Further texts, each `NAME=TEXT`.
     """
 
     data: str | None = None
     split: str = "auto"
     tokens: int | None = None
     seq_len: int | None = None
+    yardstick_tokens: int | None = None
+    also: tuple[str, ...] = ()
 
 
 def run_evaluation(
@@ -73,10 +77,12 @@ def run_evaluation(
     opened = open_model(source)
     _refuse_sweeps(opened, source.name, kv_thresholds, sparsities)
     text, split, seq_len, chosen = _chosen_text(opened, source.name, choice)
+    further = _further_texts(opened, seq_len, choice)
     with progress("evaluate", len(chosen)) as bar:
         result = evaluate(opened, chosen, bar)
     bundle = bundle_of(opened)
     figures = result_metrics(opened, result, None if bundle is None else bundle.config.measured.sparsity.target)
+    figures["texts"] = measure_texts(opened, further, progress)
     if kv_thresholds:
         figures["kv_sweep"] = kv_sweep(opened, chosen, kv_thresholds, progress)
     if sparsities:  # last, because the dial stays where it is turned to
@@ -132,6 +138,13 @@ def _chosen_text(model: RoutedForCausalLM, name: str, choice: TextChoice) -> tup
     return text, split, seq_len, pick(windows(stream, seq_len, text.name), tokens)
 
 
+def _further_texts(model: RoutedForCausalLM, seq_len: int, choice: TextChoice) -> list[NamedText]:
+    bundle, tokens = bundle_of(model), choice.yardstick_tokens
+    if tokens is None:
+        tokens = (Recipe() if bundle is None else bundle.recipe).yardstick_tokens
+    return further_texts(model.base, seq_len, tokens, choice.also)
+
+
 def _text_is_lost(bundle: Bundle | None, recipe: Recipe) -> bool:
     """Return whether a conversion read a text and the bundle no longer says which."""
     return bundle is not None and bundle.config.measured.text != EvaluationText() and recipe == Recipe()
@@ -144,10 +157,13 @@ def _figures_at(
     turn_dial(model, sparsity)
     set_key_policy(model, model.key_policy, calibrated_keep(model))
     with progress(f"sparsity {sparsity:g}", len(text)) as bar:
-        perplexity, keep = evaluate_routed(model, text, bar)
+        result = evaluate(model, text, bar)
+    assert result.fidelity is not None
     return {
         "target": sparsity,
-        "realized": 1 - sum(keep.values()) / len(keep),
-        "perplexity": perplexity,
-        "flops_ratio": flops_ratio(model, keep, text.shape[1]),
+        "realized": result.sparsity(model),
+        "perplexity": result.routed,
+        "kl": result.fidelity.kl,
+        "top1": result.fidelity.top1,
+        "flops_ratio": result.flops_ratio,
     }

@@ -97,21 +97,20 @@ def summed_loss(states: torch.Tensor, vocabulary: int, part_loss: PartLoss) -> t
     return apply(states, vocabulary, part_loss)
 
 
-def token_losses(logits: Logits, states: torch.Tensor, targets: torch.Tensor, vocabulary: int) -> torch.Tensor:
-    """Return the cross-entropy of every token, float32 [tokens], without a gradient.
+@torch.no_grad()
+def divergence(dense: torch.Tensor, routed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compare the predictions of two models for the same tokens.
 
     Args:
-        logits: The head.
-        states: Hidden states that it reads [tokens, d].
-        targets: int64 [tokens].
-        vocabulary: Size of the vocabulary.
+        dense: Logits of the reference [tokens, vocabulary].
+        routed: Logits of the other model, of the same shape.
+
+    Returns:
+        KL(dense || routed) in nats, float32 [tokens], and whether both find the same token likeliest, bool [tokens].
     """
-    with torch.no_grad():
-        found = [
-            F.cross_entropy(logits(states[rows]).float(), targets[rows], reduction="none")
-            for rows in parts(len(states), vocabulary)
-        ]
-    return torch.cat(found)
+    reference, other = F.log_softmax(dense.float(), -1), F.log_softmax(routed.float(), -1)
+    found = F.kl_div(other, reference, reduction="none", log_target=True).sum(-1)
+    return found.clamp(min=0), dense.argmax(-1) == routed.argmax(-1)
 
 
 class _PartByPart(torch.autograd.Function):

@@ -62,6 +62,9 @@ class Recipe(Checked):
     eval_tokens: Natural = Field(
         default=32_768, description="held-out tokens that the final evaluation reads; 0 means all"
     )
+    yardstick_tokens: Natural = Field(
+        default=4096, description="tokens of each text of the yardstick in the final evaluation; 0 leaves it out"
+    )
     eval_split: Literal["heldout", "validation"] = Field(
         default="heldout", description="text of the final evaluation: heldout, or validation for choosing settings"
     )

@@ -9,7 +9,9 @@ from torch import fx, nn
 
 from irc.bundle.config import UnitFigures
 from irc.bundle.contents import Bundle, bundle_of
+from irc.bundle.layout import METRICS
 from irc.errors import InputError
+from irc.files.untrusted import parse_json
 from irc.model.build import build_plain
 from irc.model.flops import UnitFlops, flops_ratio, head_flops, unit_flops
 from irc.model.modules import Forecaster, Router
@@ -52,6 +54,7 @@ def inspection(model: RoutedForCausalLM, name: str) -> dict[str, Any]:
         "seq_len": seq_len,
         "parameters": parameters(model),
         "sparsity": _sparsity(model, keep, bundle),
+        "fidelity": _fidelity(bundle),
         "flops": {"head": head, "dense": head + sum(count.dense for count in counts.values()), "routed": routed},
         "flops_ratio": None if keep is None else flops_ratio(model, keep, seq_len),
         "units": units,
@@ -160,6 +163,15 @@ def _sparsity(
         skipped[unit.kind].append(1 - keep[unit.name])
     means = {kind: sum(shares) / len(shares) if shares else 0.0 for kind, shares in skipped.items()}
     return {"target": None if bundle is None else bundle.config.measured.sparsity.target, **means}
+
+
+def _fidelity(bundle: Bundle | None) -> dict[str, float] | None:
+    """Return the fidelity that the conversion measured on its text; None if it is not known."""
+    try:
+        found = None if bundle is None else parse_json(bundle.texts[METRICS])["fidelity"]
+        return found and {key: float(found[key]) for key in ("kl", "kl_p99", "top1")}
+    except (KeyError, TypeError, ValueError):  # made by an earlier version, or changed since it was measured
+        return None
 
 
 def _seq_len(model: RoutedForCausalLM, bundle: Bundle | None) -> int:
