@@ -29,7 +29,7 @@ BUILT_FROM = (
 IGNORED = shutil.ignore_patterns("__pycache__", "*.egg-info", "build", ".*_cache")
 SHORT = (
     "lff.tokens=256 lff.steps=1 lff.batch_size=1 router.teach_steps=1 router.steps=1 router.batch_size=1 "
-    "router.calibration_tokens=256 eval_tokens=64"
+    "router.calibration_tokens=256 eval_tokens=64 yardstick_tokens=0"
 ).split()
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -11,7 +11,17 @@ from irc.conversion.pipeline import resolve
 from irc.recipe.policies import policy_named
 from irc.recipe.recipe import load_recipe
 
+FIDELITY = {"kl": 0.1234, "kl_p99": 1.5, "kl_p99_interval": [1.4, 1.6], "top1": 0.875}
 METRICS: dict[str, Any] = {
+    "fidelity": FIDELITY,
+    "texts": [
+        {
+            "name": "code",
+            "fidelity": FIDELITY | {"kl": 0.777},
+            "perplexity": {"dense": 3.0, "routed": 4.0, "ratio": 4 / 3},
+            "flops_ratio": 0.71,
+        }
+    ],
     "perplexity": {"dense": 10.0, "routed": 10.5, "ratio": 1.05},
     "sparsity": {"target": 0.4, "realized": 0.412, "attention": 0.3, "ffn": 0.524},
     "flops_ratio": 0.7,
@@ -27,6 +37,8 @@ def test_figures_are_those_of_the_metrics() -> None:
     text = card()
     for cell in ("10.000", "10.500 (1.050 x dense)", "0.400", "0.412", "0.300 / 0.524", "0.700"):
         assert f"| {cell} |" in text
+    assert "| 0.123, 1.50 nats |" in text
+    assert "| code | 0.777 | 0.875 | 3.00 | 4.00 | 0.710 |" in text
     assert "on 1,234 tokens of the held-out text of `stdlib` in windows of 256 tokens" in text
     assert "Make it again: `irc convert --recipe recipe.yaml -o OUTPUT` (stages lff, router, seed 0)" in text
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from irc.evaluation.perplexity import Evaluation, evaluate
 from irc.model.build import build_plain
 from irc.model.checkpoint import BaseModel
 from irc.model.flops import flops_ratio, head_flops, unit_flops
-from irc.model.modules import Record
+from irc.model.modules import Record, Router
 from irc.model.routed import RoutedForCausalLM
 
 Make = Callable[..., RoutedForCausalLM]
@@ -81,6 +81,58 @@ def test_dense_perplexity_is_the_eager_models(
     plain = build_plain(base, "fp32")
     assert measure(plain, ids).dense == pytest.approx(expected, rel=1e-5)
     assert measure(plain, ids).routed is None
+
+
+def fidelity(dense: Any, routed: Any, rows: list[torch.Tensor]) -> tuple[float, float]:
+    """Return mean KL(dense || routed) and the share of equal likeliest tokens, row by row."""
+    divergences, same = [], []
+    with torch.no_grad():
+        for row in rows:
+            one, other = (model(input_ids=row[None], use_cache=False).logits[0, :-1] for model in (dense, routed))
+            reference = torch.distributions.Categorical(logits=one.double())
+            divergences.append(
+                torch.distributions.kl_divergence(reference, torch.distributions.Categorical(logits=other.double()))
+            )
+            same.append(one.argmax(-1) == other.argmax(-1))
+    return torch.cat(divergences).mean().item(), torch.cat(same).double().mean().item()
+
+
+@pytest.mark.parametrize("side", [None, "left", "right"])
+def test_fidelity_is_to_the_dense_model(
+    model: RoutedForCausalLM,
+    base: BaseModel,
+    ids: torch.Tensor,
+    measure: Callable[..., Evaluation],
+    side: str | None,
+) -> None:
+    rows = list(ids) if side is None else [ids[0], ids[1, :9], ids[2, :5]]
+    found = (measure(model, ids) if side is None else measure(model, *padded(rows, side))).fidelity
+    kl, top1 = fidelity(build_plain(base, "fp32"), model, rows)
+    assert found is not None
+    assert found.kl == pytest.approx(kl, rel=1e-3)
+    assert found.top1 == pytest.approx(top1)
+    assert found.kl > 1e-3
+    assert found.kl_p99_interval[0] <= found.kl_p99 <= found.kl_p99_interval[1]
+
+
+def test_with_lora_fidelity_is_to_the_base_without_it(
+    make_routed: Make, lora_on: Any, base: BaseModel, ids: torch.Tensor, measure: Callable[..., Evaluation]
+) -> None:
+    adapted = lora_on(make_routed())
+    found = measure(adapted, ids).fidelity
+    assert found is not None
+    assert found.kl == pytest.approx(fidelity(build_plain(base, "fp32"), adapted, list(ids))[0], rel=1e-3)
+
+
+def test_a_model_that_executes_everything_is_the_dense_model(
+    make_routed: Make, ids: torch.Tensor, measure: Callable[..., Evaluation]
+) -> None:
+    model = make_routed()
+    for unit in model.units:
+        cast(Router, model.part(unit, "router")).shift(100.0)
+    found = measure(model, ids).fidelity
+    assert found is not None
+    assert (found.kl, found.kl_p99, found.top1) == (pytest.approx(0, abs=1e-6), pytest.approx(0, abs=1e-6), 1.0)
 
 
 def test_routed_figures_are_those_of_rows_alone(

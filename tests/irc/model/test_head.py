@@ -12,7 +12,7 @@ from transformers import Gemma3TextConfig, GraniteConfig, LlamaConfig
 
 from irc.model import head
 from irc.model.capture import capture
-from irc.model.head import split_head, summed_loss, token_losses
+from irc.model.head import divergence, split_head, summed_loss
 from irc.model.routed import RoutedForCausalLM
 
 SIZES = {
@@ -85,7 +85,20 @@ def test_a_loss_part_by_part_is_the_loss(
     assert whole.grad is not None
     assert pieces.grad is not None
     torch.testing.assert_close(pieces.grad, whole.grad, rtol=1e-5, atol=1e-6)
-    one_by_one = token_losses(model.logits, start, targets, VOCABULARY)
-    torch.testing.assert_close(one_by_one.sum(), loss.detach(), rtol=1e-6, atol=0)
     with torch.no_grad():
         torch.testing.assert_close(summed_loss(start, VOCABULARY, part_loss), loss.detach(), rtol=1e-6, atol=0)
+
+
+def test_divergence_is_that_of_the_definition() -> None:
+    torch.manual_seed(0)
+    dense, routed = 4 * torch.randn(50, 11), 4 * torch.randn(50, 11)
+    routed[7] = dense[7] + 3  # the same distribution
+    reference = torch.distributions.Categorical(logits=dense.double())
+    expected = torch.distributions.kl_divergence(reference, torch.distributions.Categorical(logits=routed.double()))
+    found, same = divergence(dense, routed)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+    assert same.tolist() == [
+        one.index(max(one)) == other.index(max(other))
+        for one, other in zip(dense.tolist(), routed.tolist(), strict=True)
+    ]
+    assert (found[7].item(), bool(same[7])) == (pytest.approx(0, abs=1e-6), True)
