@@ -49,7 +49,7 @@ def test_dialogues_are_seen_through_the_chat_template(model_folder: Path, tmp_pa
     folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     with_template, plain = (
-        bytes(further_texts(find_base(str(one)), 64, 0 or 4096)[-1].windows[0].tolist())
+        bytes(further_texts(find_base(str(one)), 64, 4096)[-1].windows[0].tolist())
         for one in (folder, model_folder)
     )
     assert b"<|user|>" in with_template or b"<|system|>" in with_template
