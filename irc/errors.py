@@ -26,6 +26,10 @@ class InputError(IrcError):
     exit_code = 2
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C stopped work that can be resumed; the notes of the exception and of its causes say where."""
+
+
 class GateMissed(IrcError):
     """A limit that the user set was missed, such as the tolerance of `irc verify`."""
 

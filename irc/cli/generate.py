@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import click
 
 from irc.cli.options import common_options, ops_option, provider_option, seed_option
+from irc.errors import InputError
 
 
 @click.command()
@@ -42,7 +44,7 @@ from irc.cli.options import common_options, ops_option, provider_option, seed_op
 @seed_option()
 @common_options
 def command(folder: Path, prompt: str, as_json: bool, max_tokens: int, stop: tuple[str, ...], **flags: Any) -> None:
-    """Continue PROMPT with FOLDER, the output of irc export. Ctrl-C ends the text cleanly."""
+    """Continue PROMPT (- reads it from stdin) with FOLDER, the output of irc export. Ctrl-C ends the text cleanly."""
     from irc import console
     from irc.runtime.generation import Generator, Sampling
     from irc.runtime.session import Runtime
@@ -50,6 +52,7 @@ def command(folder: Path, prompt: str, as_json: bool, max_tokens: int, stop: tup
     provider, ops = flags.pop("provider"), flags.pop("ops")
     sampling = Sampling(**flags)
     sampling.check()
+    prompt = _read_stdin() if prompt == "-" else prompt
     generator = Generator(Runtime(folder, provider, ops=ops))
     generator.encode(prompt)  # refuses a prompt that cannot be continued before anything is printed
     emit: Callable[[str], None] = (lambda _: None) if as_json else console.stream
@@ -82,3 +85,16 @@ def command(folder: Path, prompt: str, as_json: bool, max_tokens: int, stop: tup
         f"{1e3 * result.prefill_seconds:.0f} ms, {result.skipped:.1%} of the units' work skipped, "
         f"{memory}{generator.runtime.provider}, {generator.runtime.ops} operators"
     )
+
+
+def _read_stdin() -> str:
+    """Return the text on stdin without its last line end, as a shell passes the output of a command."""
+    from irc import console
+
+    if sys.stdin.isatty():
+        console.note("reading the prompt from stdin; end it with Ctrl-D")
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"stdin: not UTF-8 text (at byte {error.start}); convert it to UTF-8") from error
+    return text.removesuffix("\n").removesuffix("\r")

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import errno
 import importlib
+import io
 import logging
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -23,7 +25,7 @@ import click
 
 from irc import __version__
 from irc.cli.options import Session, debug_option
-from irc.errors import IrcError
+from irc.errors import Interrupted, IrcError
 
 COMMANDS = {
     "convert": "Add routers and forecasters to a model and train them.",
@@ -101,7 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Without the program's name; by default those of this process.
 
     Returns:
-        0 for success, 1 for a failure, 2 for wrong usage or input, 3 for a missed limit that the user set.
+        0 for success, 1 for a failure, 2 for wrong usage or input, 3 for a missed limit that the user set, 130 for an
+        interrupt (Ctrl-C).
     """
     from irc import console
 
@@ -111,11 +114,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if sys.stdout is None:
         console.fail("stdout is closed; redirect it to a file or to /dev/null")
         return 1
+    _escape_unknown_letters()
     _quiet_libraries()
     session = Session()
+    given = sys.argv[1:] if arguments is None else list(arguments)
     _end_cleanly()
     try:
-        given = sys.argv[1:] if arguments is None else list(arguments)
         result = group.main(given or ["--help"], prog_name="irc", standalone_mode=False, obj=session)
         sys.stdout.flush()
         return result if type(result) is int else 0  # click returns the code of ctx.exit(code)
@@ -123,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader (head, less) has exited
         return 1
     except (Exception, KeyboardInterrupt) as error:
-        failure = _failure(error, session.flags)
+        failure = _failure(error, session.flags, given)
         if session.debug:
             console.note(traceback.format_exc().rstrip())
         console.fail(failure.message)
@@ -136,13 +140,13 @@ def _flags(command: click.Command | None) -> dict[str, str]:
     return {each.name: max(each.opts, key=len) for each in options if each.name}
 
 
-def _failure(error: BaseException, flags: Mapping[str, str]) -> _Failure:
+def _failure(error: BaseException, flags: Mapping[str, str], arguments: Sequence[str]) -> _Failure:
     """Turn any exception into a one-line message and an exit code."""
     if isinstance(error, IrcError):
         helpful = [flag for name in error.options if (flag := _flag_of(name, flags))]
         return _Failure(f"{error} ({', '.join(helpful)})" if helpful else str(error), error.exit_code)
     if isinstance(error, KeyboardInterrupt | click.Abort):
-        return _Failure("interrupted", 1)
+        return _Failure(_interrupted(error, arguments), 128 + signal.SIGINT)
     if isinstance(error, click.UsageError):
         path = error.ctx.command_path if error.ctx else "irc"
         return _Failure(f"{_one_line(error.format_message()).rstrip('.')} (see '{path} --help')", 2)
@@ -159,6 +163,22 @@ def _failure(error: BaseException, flags: Mapping[str, str]) -> _Failure:
     message = _one_line(str(error))
     name = type(error).__name__
     return _Failure(f"{name}: {message or 'no message'} (--debug shows the traceback)", 1)
+
+
+def _interrupted(error: BaseException, arguments: Sequence[str]) -> str:
+    """Say where an interrupt stopped the work, from the whole to its parts, and which command resumes it."""
+    places: list[str] = []
+    can_resume = False
+    cause: BaseException | None = error
+    while cause is not None:  # click puts its own exception around the interrupt
+        places += reversed(getattr(cause, "__notes__", []))
+        can_resume = can_resume or isinstance(cause, Interrupted)
+        cause = cause.__cause__
+    where = f" in {', '.join(places)}" if places else ""
+    if not can_resume:
+        return f"interrupted{where}"
+    kept = [each for each in arguments if each not in ("--force", "--resume")]
+    return f"interrupted{where}; resume with: {shlex.join(['irc', *kept, '--resume'])}"
 
 
 def _flag_of(name: str, flags: Mapping[str, str]) -> str:
@@ -179,6 +199,15 @@ def _end_cleanly() -> None:
     """Make SIGTERM unwind the stack as an interrupt does, so that no half-written folder remains."""
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
+def _escape_unknown_letters() -> None:
+    """Show letters that stdout's encoding lacks (ascii, cp1252) as escapes, as Python does on stderr.
+
+    The rest stays in the encoding that the reader of stdout expects, and the escapes say which letters were meant.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _quiet_libraries() -> None:

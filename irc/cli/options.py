@@ -87,8 +87,8 @@ def data_option(default: str | None = "stdlib") -> Decorator:
     Argument `data: str`, or `str | None` if `default` is None.
     """
     text = (
-        "Text to read: a file, a folder, a .jsonl or .parquet file with a text column, hf:NAME, or stdlib "
-        "(the source code of Python's standard library)."
+        "Text to read: a file, a folder, a table (.jsonl, .json, .csv or .parquet) of texts or conversations, hf:NAME, "
+        "or stdlib (the source code of Python's standard library)."
     )
     return click.option("--data", default=default, show_default=True, metavar="TEXT", help=text, shell_complete=files)
 

@@ -32,7 +32,7 @@ from irc.errors import InputError, IrcError
 from irc.evaluation.run import TextChoice, run_evaluation
 from irc.files.atomic import write_whole
 from irc.model.checkpoint import BaseModel, find_base
-from irc.progress import ProgressFactory
+from irc.progress import ProgressFactory, place, resumable
 from irc.recipe.recipe import Recipe
 from irc.text.source import load_text
 from irc.training.processes import group
@@ -72,6 +72,7 @@ def compare(
 
     Raises:
         InputError: The plan cannot be carried out, or `output` holds something else.
+        Interrupted: Ctrl-C stopped the comparison after it had begun.
     """
     if (size := group().size) > 1:
         raise InputError(f"a comparison runs in one process, but WORLD_SIZE is {size}; unset it")
@@ -89,7 +90,7 @@ def compare(
     }
     _open(output, facts, base, resume=resume, force=force)
     started = time.monotonic()
-    with progress("cells", len(cells)) as bar:
+    with resumable(), progress("cells", len(cells)) as bar:
         for done, name in enumerate(_make(cells, recipes, output, progress, jobs, base), start=1):
             bar.update(done, newest=name)
     rows = [_row(cell, output, recipes[cell.name].stages) for cell in cells]
@@ -97,7 +98,8 @@ def compare(
     sweeps = []
     for cell in swept:
         source = ModelSource(str(_folder(output, cell)), base)
-        rows_of_cell = _sweep(source, recipe.eval_split, progress, kv_thresholds)
+        with resumable(), place(f"cell {cell.name}"):
+            rows_of_cell = _sweep(source, recipe.eval_split, progress, kv_thresholds)
         sweeps.append({"cell": cell.name, "sparsity": cell.sparsity, "rows": rows_of_cell})
     results = {
         **facts,
@@ -159,7 +161,8 @@ def _make(
             log.info("cell %s", cell.name)
             folder = _folder(output, cell)
             cache = output / _STAGES
-            convert(recipes[cell.name], folder, progress, resume=True, stage_cache_folder=cache, base=base)
+            with place(f"cell {cell.name}"):
+                convert(recipes[cell.name], folder, progress, resume=True, stage_cache_folder=cache, base=base)
             yield cell.name
         return
     with _processes(jobs) as (pool, running):

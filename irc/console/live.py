@@ -15,6 +15,7 @@ from rich.text import Text
 
 from irc.console.layout import cell_text
 from irc.console.output import messages, note
+from irc.progress import place
 
 LOG_INTERVAL = 10.0
 """Minimum seconds between two lines of a running loop if stderr is not a terminal."""
@@ -45,12 +46,15 @@ def progress(description: str, total: int) -> Iterator[ProgressBar]:
     console = messages()
     if not console.is_terminal or console.is_dumb_terminal:
         lines = _LineProgress(description, total)
-        yield lines
+        with place(lines):
+            yield lines
         lines.close()
         return
     live = Progress(*_columns(console, description, total), console=console)
     with _shown(live):
-        yield _LiveProgress(live, description, total)
+        bar = _LiveProgress(live, description, total)
+        with place(bar):
+            yield bar
 
 
 @contextmanager
@@ -100,25 +104,37 @@ class _FiguresColumn(ProgressColumn):
         return shown
 
 
-class _LiveProgress:
-    """A rich bar with one task."""
-
-    def __init__(self, live: Progress, description: str, total: int) -> None:
-        self._live = live
-        self._task = live.add_task(description, total=total, figures=[])
-
-    def update(self, step: int, **figures: float | str) -> None:
-        self._live.update(self._task, completed=step, figures=_figures(figures))
-
-
-class _LineProgress:
-    """Plain lines for files and pipes."""
+class _Steps:
+    """How far a loop is; its text is `router 12/300`."""
 
     def __init__(self, description: str, total: int) -> None:
         self._description = description
         self._total = total
-        self._start = self._last = time.monotonic()
         self._step = 0
+
+    def __str__(self) -> str:
+        return f"{self._description} {self._step}/{self._total}"
+
+
+class _LiveProgress(_Steps):
+    """A rich bar with one task."""
+
+    def __init__(self, live: Progress, description: str, total: int) -> None:
+        super().__init__(description, total)
+        self._live = live
+        self._task = live.add_task(description, total=total, figures=[])
+
+    def update(self, step: int, **figures: float | str) -> None:
+        self._step = step
+        self._live.update(self._task, completed=step, figures=_figures(figures))
+
+
+class _LineProgress(_Steps):
+    """Plain lines for files and pipes."""
+
+    def __init__(self, description: str, total: int) -> None:
+        super().__init__(description, total)
+        self._start = self._last = time.monotonic()
         self._figures: list[str] = []
 
     def update(self, step: int, **figures: float | str) -> None:
@@ -133,7 +149,7 @@ class _LineProgress:
         self._line(f"{duration(time.monotonic() - self._start)} total")
 
     def _line(self, end: str) -> None:
-        note("  ".join([f"{self._description} {self._step}/{self._total}", *self._figures, end]).rstrip())
+        note("  ".join([str(self), *self._figures, end]).rstrip())
 
 
 def _figures(figures: Mapping[str, float | str]) -> list[str]:

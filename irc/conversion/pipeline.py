@@ -37,7 +37,7 @@ from irc.files.atomic import check_place, staged
 from irc.model.build import build_routed
 from irc.model.checkpoint import BaseModel, find_base
 from irc.model.routed import RoutedForCausalLM, RoutingSpec
-from irc.progress import ProgressFactory, silent
+from irc.progress import ProgressFactory, place, silent
 from irc.recipe.key_policy import KeyPolicy
 from irc.recipe.policies import policy_named
 from irc.recipe.recipe import Recipe, text_name
@@ -127,6 +127,7 @@ def convert(
 
     Raises:
         InputError: The recipe, the model or the text cannot be used, or something else is at `output`.
+        Interrupted: Ctrl-C stopped the conversion after it had work to resume.
         IrcError: Memory or disk space ran out. The finished work stays, to be resumed.
     """
     recipe = resolve(recipe)
@@ -149,7 +150,7 @@ def convert(
             check_same_inputs(work, conversion.base, conversion.text)
         for name, phase in PHASES:
             started = time.monotonic()
-            with enough_memory(recipe):
+            with enough_memory(recipe), place(f"phase {name}"):
                 phase(conversion)
             conversion.seconds[name] = time.monotonic() - started
             log.debug("phase %s ended after %.1f s", name, conversion.seconds[name])
@@ -257,7 +258,8 @@ def run_stages(conversion: Conversion) -> None:
     for stage in recipe.stages:
         figures = _finished_stage(conversion, cache, stage)
         if figures is None:
-            figures = _run_stage(conversion, context, cache, stage)
+            with place(f"stage {stage}"):
+                figures = _run_stage(conversion, context, cache, stage)
         else:
             load_stage(conversion.model, conversion.work, stage, recipe)
         conversion.stage_figures[stage] = figures

@@ -29,6 +29,7 @@ from irc.files.atomic import cannot_write, write_whole
 from irc.files.tensors import write_safetensors
 from irc.files.untrusted import first_line, read_json
 from irc.model.routed import RoutedForCausalLM
+from irc.progress import resumable
 from irc.recipe.recipe import Recipe
 from irc.training.lora import load_lora, save_lora
 from irc.training.processes import is_main_process
@@ -63,6 +64,7 @@ def open_work_folder(work: Path, recipe: Recipe, *, force: bool, resume: bool) -
         resume: Continue the folder.
 
     Raises:
+        Interrupted: The block was interrupted, and the folder holds work to continue.
         InputError: Unfinished work is there and neither flag is set, it was begun with another recipe, another process
             holds it, or the folder cannot be written.
     """
@@ -85,7 +87,9 @@ def open_work_folder(work: Path, recipe: Recipe, *, force: bool, resume: bool) -
             except BaseException:
                 if work.is_dir() and {path.name for path in work.iterdir()} <= {saved.name, INPUTS}:
                     shutil.rmtree(work)  # nothing to continue
-                raise
+                    raise
+                with resumable():
+                    raise
     except OSError as error:
         raise cannot_write(work, error) from error
 

@@ -36,7 +36,9 @@ class Recipe(Checked):
     """
 
     model: str = Field(default="demo", description="local folder, Hugging Face Hub id, or demo")
-    data: str = Field(default="stdlib", description="text file, folder, .jsonl, .parquet, hf:NAME, or stdlib")
+    data: str = Field(
+        default="stdlib", description="text file, folder, table (.jsonl, .json, .csv, .parquet), hf:NAME, or stdlib"
+    )
     policy: PolicyName = Field(
         default="informed", description="routing policy: informed, skipgpt, mod, random or static"
     )

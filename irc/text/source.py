@@ -6,28 +6,47 @@ and not a random generator, so every command sees the same held-out text.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import io
+import json
+import logging
 import os
 import sysconfig
+import zlib
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
 from irc.errors import InputError
-from irc.text.rows import hub_texts, json_texts, parquet_texts
+from irc.files.untrusted import first_line
+from irc.text.rows import MOST_CHARACTERS, READERS, NotATable, Row, hub_rows, parquet_rows
+
+log = logging.getLogger(__name__)
 
 Split = Literal["train", "calibration", "validation", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "calibration", "validation", "heldout")
 _REQUIRED_SPLITS = frozenset({"train", "calibration", "heldout"})
 
-TEXT_SUFFIXES = frozenset(
-    ".txt .md .rst .py .js .ts .c .h .cpp .java .go .rs .tex .html .xml .csv .yaml .yml .toml".split()
-)
+TEXT_SUFFIXES = frozenset(".txt .md .rst .py .js .ts .c .h .cpp .java .go .rs .tex .html .xml .yaml .yml .toml".split())
+TABLE_SUFFIXES = frozenset([*READERS, ".parquet"])
 
+_ALWAYS_TABLES = frozenset([".jsonl", ".ndjson", ".parquet"])  # the other suffixes may also name something else
+_UNPACKED_BY = {
+    ".zst": "zstd -d",
+    ".xz": "xz -d",
+    ".bz2": "bzip2 -d",
+    ".lz4": "lz4 -d",
+    ".zip": "unzip",
+    ".tar": "tar -xf",
+    ".tgz": "tar -xf",
+}
+_ABOUT_A_DATASET = ("readme", "license", "licence", "notice", "citation", "changelog")
 _BLOCK_CHARACTERS, _LEAST_BLOCK_CHARACTERS = 4096, 256
 _STDLIB_SKIPPED = frozenset("site-packages dist-packages encodings pydoc_data __pycache__".split())
 _STDLIB_TESTS = frozenset("test tests idle_test".split())
@@ -45,10 +64,17 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Document:
-    """A piece of text, and the name that decides its split."""
+    """A piece of text, and the name that decides its split.
+
+    Attributes:
+        name: Name of the file, and number of the row or block.
+        text: The text; of a conversation, what its messages say, without the roles.
+        messages: The messages of a conversation as JSON, which `token_ids` renders; empty for plain text.
+    """
 
     name: str
     text: str
+    messages: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,10 +98,10 @@ class TextSource:
         return [document for document in self.documents if split_of(document.name) == split]
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of all names and texts, in hexadecimal. Equal text has an equal fingerprint."""
+        """Return the SHA-256 of all names, texts and messages, in hexadecimal. Equal text has an equal fingerprint."""
         digest = hashlib.sha256()
         for document in self.documents:
-            for part in (document.name, document.text):
+            for part in (document.name, document.messages or document.text):
                 encoded = part.encode("utf-8", "surrogatepass")
                 digest.update(len(encoded).to_bytes(8, "little"))
                 digest.update(encoded)
@@ -105,8 +131,8 @@ def load_text(spec: str) -> TextSource:
     """Load the text that the setting `data` names.
 
     Args:
-        spec: `stdlib`, `stdlib-tests`, `hf:NAME[:CONFIG]` (streamed, see `irc.text.rows`), a text file, a .jsonl or
-            .parquet file with a text column, or a folder of such files.
+        spec: `stdlib`, `stdlib-tests`, `hf:NAME[:CONFIG]` (streamed, see `irc.text.rows`), a text file, a table with
+            a column of text or conversations, or a folder of such files. Files may be packed by gzip.
 
     Raises:
         InputError: The source does not exist, is not text, or is empty.
@@ -118,11 +144,15 @@ def load_text(spec: str) -> TextSource:
     elif spec == "hf:":
         raise InputError("hf:: the name of the dataset is missing; write hf:NAME", options=("data",))
     elif spec.startswith("hf:"):
-        documents = _blocks(spec, "\n\n".join(hub_texts(spec[3:])))
+        rows = list(hub_rows(spec[3:]))
+        if any(row.messages for row in rows):
+            documents = _numbered(spec, rows)
+        else:
+            documents = _blocks(spec, "\n\n".join(row.text for row in rows))
     else:
         path = Path(spec)
         if path.is_dir():
-            documents = _in_every_split(list(_folder_documents(path)))
+            documents = _in_every_split(_folder_documents(path))
         elif path.is_file():
             documents = _file_documents(path, path.name)
         else:
@@ -152,19 +182,45 @@ def _stdlib_documents(*, tests: bool) -> Iterator[Document]:
                 yield Document(relative.as_posix(), text)
 
 
-def _folder_documents(root: Path) -> Iterator[Document]:
-    for path in sorted(root.rglob("*")):
-        if path.is_file() and path.suffix.lower() in TEXT_SUFFIXES | {".jsonl", ".parquet"}:
-            name = path.relative_to(root).as_posix()
-            if path.suffix.lower() in (".jsonl", ".parquet"):
-                yield from _file_documents(path, name)
+def _folder_documents(root: Path) -> list[Document]:
+    """Return the documents of a folder's tables if it has any, or else those of its other texts."""
+    tables: list[Document] = []
+    texts: list[Path] = []
+    left_out: list[Path] = []
+    refusals: list[InputError] = []
+    for path in sorted(path for path in root.rglob("*") if path.is_file()):
+        suffix = _suffix(path)
+        try:
+            if suffix in TABLE_SUFFIXES | _UNPACKED_BY.keys():
+                tables += _file_documents(path, path.relative_to(root).as_posix())
             else:
-                yield Document(name, _read_text(path))
+                (texts if suffix in TEXT_SUFFIXES else left_out).append(path)
+        except NotATable as error:
+            if suffix in _ALWAYS_TABLES:
+                raise
+            refusals.append(error)
+            left_out.append(path)
+    if refusals and not tables and all(path.name.lower().startswith(_ABOUT_A_DATASET) for path in texts):
+        raise refusals[0]
+    _tell_left_out(root, left_out)
+    if not tables:
+        return [Document(path.relative_to(root).as_posix(), _read_text(path)) for path in texts]
+    if texts:
+        log.warning("%s: only its tables are read, not %d other texts such as %s", root, len(texts), texts[0].name)
+    return tables
+
+
+def _tell_left_out(root: Path, paths: Sequence[Path]) -> None:
+    """Log how many files of a folder are not read, by suffix; hidden ones are not counted."""
+    visible = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(root).parts)]
+    counts = Counter(path.suffix.lower() or "without a suffix" for path in visible)
+    if counts:
+        log.info("%s: not read: %s", root, ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common()))
 
 
 def _in_every_split(documents: list[Document]) -> list[Document]:
     """Return the documents, cut into blocks if a split would be empty otherwise (in a folder of few files)."""
-    if _fills_every_split(documents):
+    if _fills_every_split(documents) or any(document.messages for document in documents):
         return documents
     blocks = [block for document in documents for block in _blocks(document.name, document.text)]
     return blocks if _fills_every_split(blocks) else documents
@@ -176,20 +232,44 @@ def _fills_every_split(documents: Sequence[Document]) -> bool:
 
 def _file_documents(path: Path, name: str) -> list[Document]:
     """Return the rows of a table, or the blocks of a text file, so that even a single file has held-out text."""
-    if path.suffix.lower() == ".jsonl":
-        return [Document(f"{name}#{i}", text) for i, text in enumerate(json_texts(path, _read_text(path)))]
-    if path.suffix.lower() == ".parquet":
-        return [Document(f"{name}#{i}", text) for i, text in enumerate(parquet_texts(path))]
+    suffix = _suffix(path)
+    if suffix in _UNPACKED_BY:
+        raise NotATable(f"{path}: is packed; unpack it first: {_UNPACKED_BY[suffix]} {path}")
+    if suffix == ".parquet":
+        return _numbered(name, parquet_rows(path))
+    if suffix in READERS:
+        return _numbered(name, READERS[suffix](path, _read_text(path)))
     return _blocks(name, _read_text(path))
 
 
+def _suffix(path: Path) -> str:
+    """Return the suffix that says what a file holds: of `a.jsonl.gz`, this is `.jsonl`."""
+    inner = path.stem if path.suffix.lower() == ".gz" else path.name
+    return Path(inner).suffix.lower()
+
+
+def _numbered(name: str, rows: Sequence[Row]) -> list[Document]:
+    return [Document(f"{name}#{i}", row.text, row.messages) for i, row in enumerate(rows)]
+
+
 def _read_text(path: Path) -> str:
+    """Return the text of a file, which gzip may have packed, without a byte order mark."""
     try:
-        return path.read_text(encoding="utf-8")
+        text = _unpacked(path) if path.suffix.lower() == ".gz" else path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (at byte {error.start}); convert it to UTF-8") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise InputError(f"{path}: cannot be read: {reason}") from error
+    return text.removeprefix("\ufeff")
+
+
+def _unpacked(path: Path) -> str:
+    with gzip.open(path) as opened:
+        content = opened.read(MOST_CHARACTERS + 1)
+    if len(content) > MOST_CHARACTERS:
+        raise InputError(f"{path}: holds more than {MOST_CHARACTERS} bytes; unpack it first: gzip -d {path}")
+    return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8").read()
 
 
 def _blocks(name: str, text: str) -> list[Document]:
@@ -211,16 +291,46 @@ def _blocks(name: str, text: str) -> list[Document]:
     return [Document(f"{name}#{i}", block) for i, block in enumerate(blocks)]
 
 
+def token_ids(document: Document, tokenizer: Tokenizer) -> list[int]:
+    """Tokenize a document; a conversation passes through the tokenizer's chat template.
+
+    Raises:
+        InputError: The document is a conversation, and the tokenizer has no chat template or one that rejects it.
+    """
+    text = _rendered(document, tokenizer) if document.messages else document.text
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _rendered(document: Document, tokenizer: Any) -> str:
+    name = getattr(tokenizer, "name_or_path", "")
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError(
+            f"{document.name}: is a conversation, but the tokenizer of {name} has no chat template; take a model that "
+            "has one, or write the rows as text",
+            options=("data",),
+        )
+    try:
+        return str(tokenizer.apply_chat_template(json.loads(document.messages), tokenize=False))
+    except Exception as error:  # templates raise errors of their own
+        raise InputError(
+            f"{document.name}: the chat template of {name} rejects this conversation ({first_line(error)})",
+            options=("data",),
+        ) from error
+
+
 def token_stream(documents: Sequence[Document], tokenizer: Tokenizer) -> torch.Tensor:
-    """Tokenize documents into one stream, with an end-of-text token after each.
+    """Tokenize documents into one stream, with an end-of-text token after each; a chat template ends conversations.
 
     Returns:
         int64 [tokens].
+
+    Raises:
+        InputError: A conversation cannot be rendered (see `token_ids`).
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids = array("q")  # 8 bytes per token; a list takes 36
     for document in documents:
-        ids.extend(tokenizer(document.text, add_special_tokens=False)["input_ids"] + end)
+        ids.extend(token_ids(document, tokenizer) + ([] if document.messages else end))
     return torch.frombuffer(ids, dtype=torch.int64) if ids else torch.zeros(0, dtype=torch.int64)
 
 

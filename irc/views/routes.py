@@ -10,7 +10,7 @@ import torch
 from irc.errors import InputError
 from irc.model.modules import Record
 from irc.model.routed import RoutedForCausalLM
-from irc.text.source import load_text
+from irc.text.source import load_text, token_ids
 
 TOKEN_CLASSES = ("word", "number", "punctuation", "space", "line end", "other")
 
@@ -86,7 +86,7 @@ def read_routes(model: RoutedForCausalLM, spec: str, limit: int) -> Routes:
     tokenizer: Any = model.base.tokenizer
     ids: list[int] = []
     for document in load_text(spec).documents:
-        ids += tokenizer(document.text, add_special_tokens=False)["input_ids"]
+        ids += token_ids(document, tokenizer)
         if len(ids) >= limit:
             break
     context = getattr(model.config, "max_position_embeddings", None) or limit

@@ -177,7 +177,7 @@ def test_a_kill_while_the_work_was_removed(
 
     with monkeypatch.context() as patch:
         patch.setattr(workspace.shutil, "rmtree", half)
-        assert irc_main(*arguments).code == 1
+        assert irc_main(*arguments).code == 130
     assert irc_main(*arguments, "--resume").code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
 

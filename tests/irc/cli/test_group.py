@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import subprocess
@@ -18,7 +19,8 @@ import pytest
 from irc import console
 from irc.cli import group, main, options
 from irc.cli.recipe_options import recipe_of, set_option
-from irc.errors import GateMissed, InputError, IrcError
+from irc.errors import GateMissed, InputError, Interrupted, IrcError
+from irc.progress import place, resumable
 from irc.recipe.policies import POLICIES
 from irc.recipe.presets import ready_names
 from irc.recipe.stages import STAGE_NAMES
@@ -115,7 +117,7 @@ def test_no_arguments_show_the_help(capsys: pytest.CaptureFixture[str], monkeypa
         (InputError("no [such] file; give another"), 2, "no [such] file; give another"),
         (InputError("no room", options=("as_json", "overrides")), 2, "no room (--json)"),
         (GateMissed("0.2 is less than 0.3"), 3, "0.2 is less than 0.3"),
-        (KeyboardInterrupt(), 1, "interrupted"),
+        (KeyboardInterrupt(), 130, "interrupted"),
         (RuntimeError("two\n  lines"), 1, "RuntimeError: two lines (--debug shows the traceback)"),
         (ZeroDivisionError(), 1, "ZeroDivisionError: no message (--debug shows the traceback)"),
         (click.UsageError("Wrong use."), 2, "Wrong use (see 'irc --help')"),
@@ -136,6 +138,65 @@ def test_a_failure_is_one_line_and_its_exit_code(
     shown = capsys.readouterr()
     assert shown.out == ""
     assert shown.err.strip().replace("(see 'irc env --help')", "(see 'irc --help')") == f"error: {sentence}"
+
+
+def test_an_interrupt_says_where_and_how_to_resume(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @click.command()
+    @click.option("--resume", is_flag=True)
+    @click.option("--force", is_flag=True)
+    @click.argument("model")
+    def command(**flags: Any) -> None:
+        with console.progress("cells", 3) as cells, place("cell b"), resumable(), place("stage router"):
+            cells.update(1)
+            with console.progress("teach", 40) as steps:
+                steps.update(12)
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(group.LazyGroup, "get_command", lambda self, ctx, name: command)
+    for flags in ([], ["--resume"], ["--force"]):
+        assert main(["env", "my model", *flags]) == 130
+        told = capsys.readouterr().err.strip()
+        assert "in cells 1/3, cell b, stage router, teach 12/40;" in told
+        assert told.endswith("irc env 'my model' --resume")
+
+
+def test_only_work_that_can_be_resumed_is_offered() -> None:
+    with pytest.raises(KeyboardInterrupt) as caught, place("a"), place("b"):
+        raise KeyboardInterrupt
+    assert caught.value.__notes__ == ["b", "a"]
+    assert not isinstance(caught.value, Interrupted)
+    with pytest.raises(Interrupted), resumable(), resumable():
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("encoding", "errors", "shown"),
+    [
+        ("ascii", "strict", b"caf\\xe9 \\u4f60"),
+        ("ascii", "surrogateescape", b"caf\\xe9 \\u4f60"),
+        ("cp1252", "strict", b"caf\xe9 \\u4f60"),
+        ("ascii", "replace", b"caf? ?"),
+        ("utf-8", "strict", "caf\u00e9 \u4f60".encode()),
+    ],
+)
+def test_letters_that_stdout_lacks_are_escaped(
+    monkeypatch: pytest.MonkeyPatch, encoding: str, errors: str, shown: bytes
+) -> None:
+    @click.command()
+    def command() -> None:
+        console.say("caf\u00e9 \u4f60")
+        console.stream("caf\u00e9 \u4f60\n")
+        console.table("", ["caf\u00e9 \u4f60"], [[1]])
+        console.tree("caf\u00e9 \u4f60", {"a": {"b": 1}})
+
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding, errors=errors))
+    monkeypatch.setattr(group.LazyGroup, "get_command", lambda self, ctx, name: command)
+    assert main(["env"]) == 0
+    lines = [line for line in written.getvalue().splitlines() if line.startswith(b"caf")]
+    assert [line.rstrip() for line in lines] == [shown] * 4
 
 
 @pytest.mark.parametrize("arguments", [["--debug", "env"], ["env", "--debug"]], ids=" ".join)

@@ -112,6 +112,22 @@ def test_a_killed_comparison_goes_on(
     assert (out / "cells" / made[0] / "metrics.json").stat().st_mtime_ns == before
 
 
+def test_an_interrupted_comparison_says_in_which_cell(
+    irc_main: Main, arguments: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*rest: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "convert", interrupted)
+    outcome = irc_main(*arguments(tmp_path / "c", *"--policies skipgpt --sparsities 0.5 --seeds 2 --force".split()))
+    assert outcome.code == 130
+    assert "cells 0/2, cell skipgpt-0.5-seed0" in outcome.sentence()
+    command = outcome.sentence().partition("irc compare ")[2].split()
+    assert command[-1] == "--resume"
+    assert str(tmp_path / "c") in command
+    assert "--force" not in command
+
+
 @pytest.mark.slow
 def test_jobs_give_the_same_figures(irc_main: Main, arguments: Callable[..., list[str]], tmp_path: Path) -> None:
     more = "--policies skipgpt,static --sparsities 0.5 --seeds 1".split()

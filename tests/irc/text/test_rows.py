@@ -1,10 +1,11 @@
-"""Text from JSON Lines files, parquet files, and streamed datasets.
+"""Text and conversations from tables (JSON Lines, JSON, CSV, parquet) and streamed datasets.
 
 Without a connection, a dataset of the hub is read from the cache of `datasets` or of the hub's client, or refused.
 """
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import json
 import re
@@ -14,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from irc.errors import InputError
 from irc.text import rows as text_rows
-from irc.text.source import Document, load_text
+from irc.text import source as text_source
+from irc.text.source import Document, load_text, token_stream
 
 needs_data = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("datasets", "pyarrow")),
@@ -51,8 +54,8 @@ def test_jsonl_strings_may_hold_any_line_end_but_a_line_feed(tmp_path: Path) -> 
 
 
 def test_jsonl_rows_without_text_are_empty_not_the_word_none(tmp_path: Path) -> None:
-    path = _jsonl(tmp_path, '{"text": "a"}\n{"text": null}\n{"other": 1}\n')
-    assert [document.text for document in load_text(str(path)).documents] == ["a", "", ""]
+    path = _jsonl(tmp_path, '{"text": "a"}\n{"text": null}\n{"other": 1}\n{"text": "b"}\n')
+    assert [document.text for document in load_text(str(path)).documents] == ["a", "", "", "b"]
 
 
 def test_malformed_jsonl_is_refused_with_its_line(tmp_path: Path) -> None:
@@ -72,6 +75,217 @@ def test_jsonl_without_a_text_column_is_refused(tmp_path: Path, content: str) ->
     path = _jsonl(tmp_path, content)
     with _refused(path, "text, content, document"):
         load_text(str(path))
+
+
+def _texts(path: Path) -> list[str]:
+    return [document.text for document in load_text(str(path)).documents]
+
+
+def test_the_first_row_with_a_known_column_decides(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = _jsonl(tmp_path, '{"meta": 1}\n{"content": "a"}\n{"content": "b"}\n{"text": "c", "content": "d"}')
+    assert _texts(path) == ["", "a", "b", "d"]
+    (told,) = caplog.messages
+    assert told.startswith(str(path))
+    assert "1 of 4 rows" in told
+    assert "'content'" in told
+
+
+def test_a_table_most_of_whose_rows_have_no_text_is_refused(tmp_path: Path) -> None:
+    path = _jsonl(tmp_path, '{"text": "a"}\n{"content": "b"}\n{"text": null}\n')
+    with _refused(path, "2 of 3 rows .*'text'"):
+        load_text(str(path))
+
+
+@pytest.mark.parametrize(
+    ("value", "name"), [([], "list"), (["a"], "list"), ({"a": 1}, "dict"), (5, "int"), (False, "bool")]
+)
+@pytest.mark.parametrize("column", ["text", "content"])
+def test_values_that_are_not_text_are_refused_with_their_row(
+    tmp_path: Path, column: str, value: object, name: str
+) -> None:
+    path = _jsonl(tmp_path, "\n".join(json.dumps(row) for row in [{column: "a"}, {column: value}]))
+    with _refused(path, f"line 2, column '{column}': found {name} {re.escape(repr(value))}"):
+        load_text(str(path))
+
+
+@pytest.mark.parametrize("row", [r'{"text": "see \ud83d you"}', r'{"messages": [{"role": "a", "content": "\ud83d"}]}'])
+def test_half_a_surrogate_pair_is_refused_with_its_row(tmp_path: Path, row: str) -> None:
+    path = _jsonl(tmp_path, row.replace("\\ud83d", "\\ud83d\\ude00") + "\n" + row)
+    with _refused(path, r"line 2, column '(text|messages)'.*'\\ud83d'"):
+        load_text(str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.ndjson", '{"text": "a"}\n{"text": "b"}'),
+        ("a.json", '[{"text": "a"}, {"text": "b"}]'),
+        ("a.json", '{"version": "1", "data": [{"text": "a"}, {"text": "b"}]}'),
+        ("a.json", '{"1": {"text": "a"}, "2": {"text": "b"}}'),
+        ("a.json", '{"text": "a"}\n{"text": "b"}\n'),
+        ("a.JSON.gz", '[{"text": "a"}, {"text": "b"}]'),
+        ("a.jsonl.gz", '{"text": "a"}\r\n{"text": "b"}'),
+        ("a.csv", 'id,text\n1,a\n2,"b"\n'),
+        ("a.tsv.gz", "id\ttext\n1\ta\n2\tb\n"),
+    ],
+)
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "byte order mark"])
+def test_tables_of_other_forms(tmp_path: Path, name: str, content: str, mark: bytes) -> None:
+    path = tmp_path / name
+    path.write_bytes((gzip.compress if path.suffix == ".gz" else bytes)(mark + content.encode()))
+    assert load_text(str(path)).documents == (Document(f"{name}#0", "a"), Document(f"{name}#1", "b"))
+
+
+def test_one_json_object_is_one_row(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{\n "text": "a",\n "tags": [{"content": "b"}]\n}')
+    assert _texts(tmp_path / "a.json") == ["a"]
+
+
+def test_csv_fields_may_hold_line_ends_and_much_text(tmp_path: Path) -> None:
+    long = "many words, " * 20_000
+    (tmp_path / "a.csv").write_text(f'text,id\n"one\n""two""",1\n"{long}",2\n')
+    assert _texts(tmp_path / "a.csv") == ['one\n"two"', long]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "found"),
+    [
+        ("a.json", '{"key": "value"}', "list of objects"),
+        ("a.json", "[1, 2]", "list of objects"),
+        ("a.json", '[{"body": "a"}]', "body.*text, content, document"),
+        ("a.json", '[{"text": "a"}, 5]', "row 2: .*int"),
+        ("a.json", '[{"text": "a"}', "not JSON"),
+        ("a.json", '{"text": "a"}\n{"text": \n', "line 2: not JSON"),
+        ("a.json", "[" * 100_000, "not JSON"),
+        ("a.csv", "one,two\n1,2\n", "one, two"),
+        ("a.csv", "id,text\n1,a, b\n", "line 2.*more fields"),
+        ("a.csv", 'id,text\n1,a\n2,"b\n', "line 3"),
+        ("a.jsonl.zst", "", "zstd -d"),
+        ("a.txt.xz", "", "xz -d"),
+        ("a.tar.gz", "", "tar -xf"),
+        ("a.jsonl.gz", "no gzip", "gzip"),
+    ],
+)
+def test_other_files_are_refused_with_the_remedy(tmp_path: Path, name: str, content: str, found: str) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    with _refused(path, found):
+        load_text(str(path))
+
+
+def test_packed_files_are_read_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.txt.gz"
+    packed = gzip.compress(b"some text\n" * 100)
+    path.write_bytes(packed)
+    assert "".join(_texts(path)) == "some text\n" * 100
+    path.write_bytes(packed[:-9])
+    with _refused(path, "cannot be read"):
+        load_text(str(path))
+    path.write_bytes(packed)
+    monkeypatch.setattr(text_source, "MOST_CHARACTERS", 999)
+    with _refused(path, "999.*gzip -d"):
+        load_text(str(path))
+
+
+# Conversations
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+TWO = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+
+
+@pytest.fixture
+def tokenizer(model_folder: Path) -> Any:
+    """The tokenizer of one token a byte, with a chat template."""
+    made = PreTrainedTokenizerFast.from_pretrained(model_folder)
+    made.chat_template = TEMPLATE
+    return made
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": TWO},
+        {"id": 1, "conversation": TWO},
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho", "weight": None}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, TWO[1] | {"tool_calls": None}]},
+    ],
+)
+def test_conversations_pass_through_the_chat_template(tmp_path: Path, tokenizer: Any, row: dict[str, Any]) -> None:
+    source = load_text(str(_jsonl(tmp_path, json.dumps(row) + "\n" + json.dumps(row))))
+    assert [(document.name, document.text) for document in source.documents] == [
+        ("a.jsonl#0", "hi\n\nho"),
+        ("a.jsonl#1", "hi\n\nho"),
+    ]
+    assert tokenizer.decode(token_stream(source.documents, tokenizer)) == 2 * "<user>hi<assistant>ho"
+
+
+def test_the_fingerprint_covers_the_roles(tmp_path: Path) -> None:
+    fingerprints = set()
+    for role in ("user", "system"):
+        path = _jsonl(tmp_path, json.dumps({"messages": [{"role": role, "content": "hi"}]}))
+        fingerprints.add(load_text(str(path)).fingerprint())
+    fingerprints.add(load_text(str(_jsonl(tmp_path, '{"text": "hi"}'))).fingerprint())
+    assert len(fingerprints) == 3
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        ("hi", "column 'messages': found str 'hi'"),
+        (["hi"], "message 1: found str 'hi'"),
+        ([TWO[0], {"role": "user"}], "message 2: .*content None"),
+        ([{"content": "hi"}], "message 1: .*role None"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "message 1: .*image"),
+    ],
+)
+def test_conversations_that_are_not_text_are_refused(tmp_path: Path, value: object, found: str) -> None:
+    path = _jsonl(tmp_path, json.dumps({"messages": TWO}) + "\n" + json.dumps({"messages": value}))
+    with _refused(path, f"line 2, .*{found}"):
+        load_text(str(path))
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"), [(None, "no chat template"), ("{{ raise_exception('roles must alternate') }}", "alternate")]
+)
+def test_a_tokenizer_that_cannot_render_a_conversation(
+    tmp_path: Path, tokenizer: Any, template: str | None, reason: str
+) -> None:
+    tokenizer.chat_template = template
+    source = load_text(str(_jsonl(tmp_path, json.dumps({"messages": TWO}))))
+    with pytest.raises(InputError, match=rf"^a\.jsonl#0: .*{reason}"):
+        token_stream(source.documents, tokenizer)
+
+
+@needs_data
+def test_conversations_of_parquet_and_of_a_dataset(tmp_path: Path, tokenizer: Any) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [{"messages": TWO}, {"messages": [TWO[0] | {"name": "me"}]}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for spec in (str(tmp_path / "a.parquet"), f"hf:{tmp_path}"):
+        documents = load_text(spec).documents
+        assert [document.name.rpartition("#")[2] for document in documents] == ["0", "1"]
+        assert tokenizer.decode(token_stream(documents, tokenizer)) == "<user>hi<assistant>ho<user>hi"
+
+
+@needs_data
+@pytest.mark.parametrize("spec", ["{}/a.parquet", "hf:{}"])
+def test_lists_of_parquet_and_of_a_dataset_are_refused(tmp_path: Path, spec: str) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"text": [["a"], ["b"]]}), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=rf"^{re.escape(spec.format(tmp_path))}, row 1, column 'text': found list"):
+        load_text(spec.format(tmp_path))
+
+
+def test_a_dataset_without_a_text_column_is_not_downloaded_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(text_rows, "_streamed", lambda name: (seen.append(i) or {"label": i} for i in range(10**6)))
+    with pytest.raises(InputError, match=r"^hf:x: .*label"):
+        load_text("hf:x")
+    assert len(seen) < 2000
 
 
 @needs_data

@@ -137,9 +137,49 @@ def test_folder_is_read_in_order_with_names_relative_to_it(tmp_path: Path) -> No
     _write(tmp_path / "b.txt", "two")
     _write(tmp_path / "a" / "c.md", "one")
     _write(tmp_path / "d.bin", b"\xff\xfe\x00")
-    _write(tmp_path / "e.JSONL", '{"text": "three"}\n')
+    _write(tmp_path / "e.rst", b"\xef\xbb\xbfthree")
     source = load_text(str(tmp_path))
-    assert source.documents == (Document("a/c.md", "one"), Document("b.txt", "two"), Document("e.JSONL#0", "three"))
+    assert source.documents == (Document("a/c.md", "one"), Document("b.txt", "two"), Document("e.rst", "three"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("e.JSONL", '{"text": "rows"}\n'), ("a/e.json", '[{"text": "rows"}]'), ("e.csv", "text\nrows\n")],
+)
+def test_a_folder_with_tables_is_read_for_them_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, content: str
+) -> None:
+    caplog.set_level("INFO")
+    _write(tmp_path / name, content)
+    _write(tmp_path / "README.md", b"\xff about the rows")
+    _write(tmp_path / "dataset_info.json", '{"features": {"text": {"dtype": "string"}}, "splits": {"train": {}}}')
+    for left_out in ("a.png", "b.png", "LICENSE", ".git/x.pack"):
+        _write(tmp_path / left_out, "x")
+    assert load_text(str(tmp_path)).documents == (Document(f"{name}#0", "rows"),)
+    by_suffix, texts = caplog.messages
+    assert by_suffix.partition(": not read: ")[2] == "2 .png, 1 without a suffix, 1 .json"
+    assert "README.md" in texts
+
+
+def test_a_folder_of_code_is_read_without_its_json(tmp_path: Path) -> None:
+    _write(tmp_path / "a.js", "let a")
+    _write(tmp_path / "package.json", '{"name": "a", "files": ["a.js"]}')
+    _write(tmp_path / "tsconfig.json", '{"strict": true} // as tsc reads it')
+    _write(tmp_path / "data.csv", "x,y\n1,2\n")
+    assert load_text(str(tmp_path)).documents == (Document("a.js", "let a"),)
+
+
+@pytest.mark.parametrize(
+    ("name", "found"), [("train.json", "question"), ("train.csv", "question"), ("data/train.jsonl.zst", "zstd -d")]
+)
+@pytest.mark.parametrize("readme", [True, False])
+def test_a_folder_is_not_read_for_its_readme(tmp_path: Path, name: str, found: str, readme: bool) -> None:
+    _write(tmp_path / name, '[{"question": "q"}]' if name.endswith("json") else "question,answer\n")
+    if readme:
+        _write(tmp_path / "README_en.md", "about the rows\n" * 300)
+    refusal = _refusal(tmp_path)
+    assert refusal.startswith(str(tmp_path / name))
+    assert found in refusal
 
 
 def test_a_folder_of_one_file_has_all_splits(tmp_path: Path) -> None:
