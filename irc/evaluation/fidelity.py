@@ -42,9 +42,9 @@ def fidelity_of(divergence: torch.Tensor, same: torch.Tensor) -> Fidelity:
     """
     generator = torch.Generator().manual_seed(_SEED)
     values = divergence.double().cpu()
-    blocks = values[: len(values) // _BLOCK * _BLOCK].view(-1, _BLOCK) if len(values) >= _BLOCK else values[None]
-    drawn = torch.randint(len(blocks), (_RESAMPLES, len(blocks)), generator=generator)
-    percentiles = torch.stack([_p99(blocks[rows].flatten()) for rows in drawn])
+    blocks = values.split(_BLOCK)
+    drawn = torch.randint(len(blocks), (_RESAMPLES, len(blocks)), generator=generator).tolist()
+    percentiles = torch.stack([_p99(torch.cat([blocks[row] for row in rows])) for rows in drawn])
     low, high = torch.quantile(percentiles, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return Fidelity(
         kl=values.mean().item(),

@@ -59,8 +59,8 @@ def further_texts(base: BaseModel, seq_len: int, tokens: int, also: Sequence[str
     if not tokens:
         return found
     context = getattr(base.config, "max_position_embeddings", None) or _LONG_WINDOW
-    for name, document in _yardstick(tokenizer):
-        stream = token_stream([document], tokenizer)
+    for name, documents in _yardstick(tokenizer):
+        stream = token_stream(documents, tokenizer)
         if len(stream) >= seq_len:  # a tokenizer with very long tokens may leave less
             found.append(NamedText(name, pick(windows(stream, seq_len), tokens)))
         length = min(_LONG_WINDOW, context, len(stream))
@@ -87,18 +87,16 @@ def _named(given: str) -> tuple[str, str]:
     return name.strip(), text.strip()
 
 
-def _yardstick(tokenizer: Any) -> Iterator[tuple[str, Document]]:
+def _yardstick(tokenizer: Any) -> Iterator[tuple[str, list[Document]]]:
     folder = Path(str(resources.files("irc.evaluation"))) / "yardstick"
     for name in ("prose", "code", "technical"):
-        yield name, Document(name, (folder / f"{name}.txt").read_text(encoding="utf-8"))
+        yield name, [Document(name, (folder / f"{name}.txt").read_text(encoding="utf-8"))]
     lines = (folder / "dialogue.jsonl").read_text(encoding="utf-8").splitlines()
-    dialogues = [json.loads(line)["messages"] for line in lines]
-    yield "dialogue", Document("dialogue", "".join(_dialogue(tokenizer, messages) for messages in dialogues))
+    yield "dialogue", [_dialogue(tokenizer, json.loads(line)["messages"]) for line in lines]
 
 
-def _dialogue(tokenizer: Any, messages: list[dict[str, str]]) -> str:
-    """Return a dialogue as the model knows dialogues, or else as plain turns."""
-    if getattr(tokenizer, "chat_template", None):
-        rendered: str = tokenizer.apply_chat_template(messages, tokenize=False)
-        return rendered
-    return "".join(f"{turn['role'].capitalize()}: {turn['content']}\n" for turn in messages) + "\n"
+def _dialogue(tokenizer: Any, messages: list[dict[str, str]]) -> Document:
+    """Return a dialogue for the model's chat template, or as plain turns for a model without one."""
+    turns = "".join(f"{turn['role'].capitalize()}: {turn['content']}\n" for turn in messages)
+    has_template = getattr(tokenizer, "chat_template", None)
+    return Document("dialogue", turns, json.dumps(messages) if has_template else "")
