@@ -145,7 +145,8 @@ def _refuse_unsupported(config: PretrainedConfig) -> None:
             dynamic = kind in _DYNAMIC_ROPES
             why = "depends on the text's length, which a graph cannot express" if dynamic else "is unknown"
             raise InputError(
-                f"{config.model_type}: rope type '{kind}' {why}; use a model with {', '.join(_ROPES)} rope"
+                f"{config.model_type}: config.json has rope type '{kind}', which {why}; use a model with one of "
+                f"{', '.join(_ROPES)}"
             )
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(f"{config.model_type}: encoder-decoder models are not supported; convert a decoder-only model")

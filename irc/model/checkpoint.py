@@ -150,7 +150,7 @@ class BaseModel:
         if empty is not None:
             raise InputError(
                 f"{self.name}: weight {empty} is {list(weights.shapes[empty])}, without a number, as ZeRO-3 "
-                "saves them; save the model again with stage3_gather_16bit_weights_on_model_save, or run zero_to_fp32.py"
+                "saves it; run zero_to_fp32.py, or save again with stage3_gather_16bit_weights_on_model_save"
             )
         largest = max((size for shape in weights.shapes.values() for size in shape), default=0)
         for name in (*_COUNTS, *_SIZES):

@@ -211,7 +211,7 @@ def test_a_layer_that_is_not_there_is_refused(plain: RoutedForCausalLM, layer: i
 
 def test_why_on_matched_and_unknown_names(bundle: RoutedForCausalLM) -> None:
     said = why(bundle, "1.mlp")
-    for part in ("model.layers.1.mlp: matched as ffn", "width 32", "mul, silu", "%mlp ", "%mlp_mux"):
+    for part in ("model.layers.1.mlp: matched as ffn", "width 32", "mul, silu", "%mlp ", "%add_"):
         assert part in said
     said = why(bundle, "model.layers.0.self_attn")
     for part in ("model.layers.0.self_attn: matched as attention", "width 32", "scaled_dot_product_attention"):
