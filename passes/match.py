@@ -43,6 +43,7 @@ class Unit:
         y: Name of the node that is the unit's output, [batch, tokens, width].
         add: Name of the residual add that takes `y`, or of the mux or scatter that takes its place.
         width: Size of the hidden state.
+        reason: Why it is of this kind.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Unit:
     y: str
     add: str
     width: int
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,11 @@ class MatchResult:
         """Say how the submodule whose path ends in `name` was matched, or why the matcher rejected it."""
         for unit in self.units:
             if unit.name == name or unit.name.endswith("." + name):
-                flow = f"reads %{unit.x}, its output %{unit.y} is added to the residual stream"
-                return f"{unit.name}: matched as {unit.kind}; {flow}"
+                flow = f"its linears read only %{unit.x}, and only the residual stream reads its output %{unit.y}"
+                return (
+                    f"{unit.name}: matched as {unit.kind} of width {unit.width}, because {unit.reason}, {flow} "
+                    f"(at %{unit.add})"
+                )
         for refusal in self.refusals:
             if refusal.name == name or refusal.name.endswith("." + name):
                 return f"{refusal.name}: not matched: {refusal.reason}"
@@ -127,7 +132,7 @@ def _blocks(model: fx.GraphModule) -> Iterator[tuple[str, nn.Module]]:
 
 def _match_call(block: nn.Module, call: fx.Node, path: str, layer: int) -> Unit:
     submodule = block.get_submodule(str(call.target))
-    kind = _kind(submodule)
+    kind, reason = _kind(submodule)
     adds = _residual_adds(block, call)
     if not adds:
         raise _NoMatch("none of its outputs is added to the residual stream")
@@ -139,7 +144,8 @@ def _match_call(block: nn.Module, call: fx.Node, path: str, layer: int) -> Unit:
     x, width = _input(submodule, call)
     _check_output(submodule, kind, result, call, width)
     target = str(call.target)
-    return Unit(f"{path}.{target}", kind, layer, path, target, call.name, x.name, y.name, add.name, width)
+    nodes = (call.name, x.name, y.name, add.name)
+    return Unit(f"{path}.{target}", kind, layer, path, target, *nodes, width, reason)
 
 
 def _residual_adds(block: nn.Module, call: fx.Node) -> list[tuple[fx.Node, fx.Node, fx.Node]]:
@@ -195,16 +201,18 @@ def _chooses(node: fx.Node, y: fx.Node) -> bool:
     return (is_mux(node) or node.target in _SCATTERS) and node.args[0] is y
 
 
-def _kind(submodule: nn.Module) -> Kind:
+def _kind(submodule: nn.Module) -> tuple[Kind, str]:
+    """Return the kind of a submodule and why it is of this kind."""
     nodes = [node for graph in _graphs(submodule) for node in graph.nodes if node.op == "call_function"]
     names = {operator_name(node) for node in nodes}
     if names & _SCORES or (names & _SOFTMAX and names & _PRODUCTS):
-        return "attention"
+        scores = names & (_SCORES | _SOFTMAX | _PRODUCTS)
+        return "attention", f"it computes attention scores ({', '.join(sorted(scores))})"
     for node in nodes:
         if not is_row_wise(node):
             found = f"it holds no attention scores, and {operator_name(node)} may mix tokens"
             raise _NoMatch(f"{found}; expected linears and row-wise operators")
-    return "ffn"
+    return "ffn", f"it holds only linears and row-wise operators ({', '.join(sorted(names)) or 'none'})"
 
 
 def _graphs(module: nn.Module) -> Iterator[fx.Graph]:

@@ -17,7 +17,7 @@ from irc.bundle.source import ModelSource, as_source
 from irc.devices import find_device
 from irc.errors import InputError
 from irc.files.atomic import file_sha256
-from irc.files.untrusted import first_line
+from irc.files.untrusted import check_pulled, first_line
 from irc.model.build import build_plain, build_routed
 from irc.model.checkpoint import BaseModel, find_base
 from irc.model.routed import RoutedForCausalLM
@@ -157,6 +157,7 @@ def read_adapter(folder: Path, expected: str) -> dict[str, torch.Tensor]:
 def _check_hash(path: Path, expected: str | None) -> None:
     if not path.is_file():
         raise InputError(f"{path}: the file is missing; convert again")
+    check_pulled(path)
     if file_sha256(path) != expected:
         raise InputError(
             f"{path}: its hash is not the one in {CONFIG}: the file is truncated or was changed; convert again"

@@ -12,6 +12,7 @@ MOST_TEXT = 1 << 26
 """Largest configuration file that is read, in bytes. The largest known one, a tokenizer.json, has half as many."""
 
 _MAX_DIGITS = 400
+_POINTER = b"version https://git-lfs.github.com/spec/"
 _LINKED_FOLDERS = ("additional_chat_templates",)
 
 
@@ -22,8 +23,10 @@ def read_text(path: Path) -> str:
         path: Path of the file.
 
     Raises:
+        InputError: The file is a Git LFS pointer.
         ValueError: The file is larger than `MOST_TEXT` bytes, or not UTF-8.
     """
+    check_pulled(path)
     size = path.stat().st_size
     if size > MOST_TEXT:
         raise ValueError(f"the file has {size} bytes; at most {MOST_TEXT} are read")
@@ -65,6 +68,21 @@ def _integer(digits: str) -> int:
     if len(digits) > _MAX_DIGITS:
         raise ValueError(f"a number has {len(digits)} digits; at most {_MAX_DIGITS} are read")
     return int(digits)
+
+
+def check_pulled(path: Path) -> None:
+    """Refuse a Git LFS pointer, which a clone without Git LFS leaves in the place of a large file.
+
+    Args:
+        path: Path of the file.
+
+    Raises:
+        InputError: The file is such a pointer.
+    """
+    with path.open("rb") as opened:
+        head = opened.read(len(_POINTER))
+    if head == _POINTER:
+        raise InputError(f"{path}: is a Git LFS pointer, not the file itself; run git lfs pull in its folder")
 
 
 def check_links(folder: Path) -> None:
@@ -121,11 +139,15 @@ def check_plain(name: Any, where: Path) -> str:
 def first_line(error: BaseException, most: int = 200) -> str:
     """Return the first line of an exception's message, or its class name if the message is empty.
 
+    If that line ends with a colon, the line after it, which has the reason, is joined to it.
+
     Args:
         error: The exception.
         most: Longest result, in characters.
     """
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:most]
+    first, *others = (str(error).strip() or type(error).__name__).splitlines()
+    reason = f" {others[0].strip()}" if first.endswith(":") and others else ""
+    return f"{first}{reason}"[:most]
 
 
 def _short(value: Any) -> str:

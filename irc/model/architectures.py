@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from transformers import PretrainedConfig
-
 from irc.errors import InputError
 
 TESTED = {
@@ -45,19 +43,3 @@ def check_model_type(model_type: str) -> None:
     """
     if model_type not in TESTED:
         raise InputError(f"{model_type} is not a supported architecture; convert {SUPPORTED}")
-
-
-def check_architecture(config: PretrainedConfig) -> None:
-    """Refuse an architecture that is not tested, and quantized weights, which need scales.
-
-    Raises:
-        InputError: Names the architecture or the kind of weights.
-    """
-    check_model_type(config.model_type)
-    quantized = getattr(config, "quantization_config", None)
-    if quantized is not None:
-        method = quantized.get("quant_method", "quantized") if isinstance(quantized, dict) else "quantized"
-        raise InputError(
-            f"its weights are quantized ({str(method)[:40]}), which is not supported; convert the checkpoint that it "
-            "was quantized from"
-        )

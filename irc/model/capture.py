@@ -22,7 +22,7 @@ from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_mo
 
 from irc.errors import InputError
 from irc.files.untrusted import first_line
-from irc.model.architectures import SUPPORTED
+from irc.model.architectures import SUPPORTED, TESTED
 from irc.model.cache import CACHE_NAME, cache_shape
 from irc.model.experts import separate_experts, stored_name
 from passes.base import PassManager
@@ -36,7 +36,9 @@ _BATCH, _LENGTH, _PAST = 2, 3, 5
 _CALL_NUMBER = re.compile(r"@\d+")
 _NUMBERS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 _WANTED = "convert a checkpoint in bfloat16, float16 or float32"
-_DYNAMIC_ROPE = ("dynamic", "longrope")
+_ROPES = ("default", "linear", "yarn", "llama3")
+_DYNAMIC_ROPES = ("dynamic", "longrope", "su")  # su is longrope's earlier name
+_PREFIX = "model."
 _COMPUTED = ".rotary_emb.inv_freq"  # older checkpoints contain it; it follows from the configuration
 
 
@@ -79,8 +81,8 @@ def capture(config: PretrainedConfig, dtype: torch.dtype) -> Captured:
             module = unflatten(program)
     except Exception as error:
         raise InputError(
-            f"{config.model_type}: torch.export cannot capture this architecture ({first_line(error)}); "
-            f"convert {SUPPORTED}"
+            f"{config.model_type}: torch.export cannot capture the model that config.json describes "
+            f"({first_line(error)}); {_remedy(config)}"
         ) from error
     finally:
         torch.set_grad_enabled(grad_mode)
@@ -108,16 +110,17 @@ def assign_weights(captured: Captured, weights: Mapping[str, torch.Tensor], devi
     model = captured.graph
     tied = _tied_names(captured.config)
     for name, other in tied.items():
-        if name in weights and other in weights and not _same(weights[name], weights[other]):
+        head, embedding = _found(name, weights), _found(other, weights)
+        if head in weights and embedding in weights and not _same(weights[head], weights[embedding]):
             raise InputError(
                 f"weight {name} differs from {other}, but the configuration ties them; if both are needed, set "
                 "tie_word_embeddings to false in config.json"
             )
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-        stored = stored_name(tied.get(name, name), captured.config)
+        stored = _found(stored_name(tied.get(name, name), captured.config), weights)
         source = weights.get(stored)
         if source is None:
-            raise InputError(f"weight {name} is missing from the checkpoint; expected {list(parameter.shape)}")
+            raise InputError(f"weight {name} is missing from the checkpoint; {_missing(name, parameter, weights)}")
         if source.shape != parameter.shape:
             raise InputError(f"weight {name} is {list(source.shape)}, the configuration says {list(parameter.shape)}")
         if source.dtype not in _NUMBERS:
@@ -127,7 +130,9 @@ def assign_weights(captured: Captured, weights: Mapping[str, torch.Tensor], devi
             # Mixed-dtype checkpoints are converted here; if dtype and device agree, nothing is copied.
             shared[stored] = nn.Parameter(source.detach().to(device, captured.dtype), requires_grad=False)
         _set(model, name, shared[stored])
-    _warn_about_unused(captured.config.model_type, weights.keys() - shared.keys() - tied.keys())
+    _warn_about_unused(
+        captured.config.model_type, weights.keys() - shared.keys() - {_found(name, weights) for name in tied}
+    )
     _rebuild_buffers(captured, device)
     PassManager([SetDevice(device)]).run(model)
 
@@ -136,10 +141,12 @@ def _refuse_unsupported(config: PretrainedConfig) -> None:
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     parts = [rope, *rope.values()] if isinstance(rope, dict) else []  # one for all layers, or one per kind
     for kind in (part.get("rope_type") for part in parts if isinstance(part, dict)):
-        if kind in _DYNAMIC_ROPE:
+        if kind is not None and kind not in _ROPES:
+            dynamic = kind in _DYNAMIC_ROPES
+            why = "depends on the text's length, which a graph cannot express" if dynamic else "is unknown"
             raise InputError(
-                f"{config.model_type}: rope type '{kind}' depends on the text's length, which a graph cannot express; "
-                "use a model with default, linear, yarn or llama3 rope"
+                f"{config.model_type}: config.json has rope type '{kind}', which {why}; use a model with one of "
+                f"{', '.join(_ROPES)}"
             )
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(f"{config.model_type}: encoder-decoder models are not supported; convert a decoder-only model")
@@ -151,12 +158,16 @@ def _meta_twin(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
             twin: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     except Exception as error:
         raise InputError(
-            f"{config.model_type}: transformers has no causal language model of this type that can be captured "
-            f"({first_line(error)}); convert {SUPPORTED}"
+            f"{config.model_type}: transformers cannot build the model that config.json describes "
+            f"({first_line(error)}); {_remedy(config)}"
         ) from error
     twin.train(False)
     model: PreTrainedModel = twin
     return model
+
+
+def _remedy(config: PretrainedConfig) -> str:
+    return "correct config.json" if config.model_type in TESTED else f"convert {SUPPORTED}"
 
 
 def _example_inputs(config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -233,6 +244,22 @@ def _set(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
 
 def _tied_names(config: PretrainedConfig) -> dict[str, str]:
     return {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
+
+
+def _found(name: str, weights: Mapping[str, torch.Tensor]) -> str:
+    """Return a weight's name in a checkpoint, where transformers' prefix of it may be missing or doubled."""
+    return next((key for key in (name, name.removeprefix(_PREFIX), _PREFIX + name) if key in weights), name)
+
+
+def _missing(name: str, parameter: nn.Parameter, weights: Mapping[str, torch.Tensor]) -> str:
+    wrapped = next((key for key in weights if key.endswith(f".{name}")), None)
+    if wrapped is None:
+        return f"expected {list(parameter.shape)}"
+    prefix = wrapped.removesuffix(name)
+    return (
+        f"it is there as {wrapped}; remove the prefix {prefix} from all names, or save the model again without the "
+        "wrapper that it was in (a PEFT model: merge_and_unload())"
+    )
 
 
 def _same(weight: torch.Tensor, other: torch.Tensor) -> bool:

@@ -17,10 +17,11 @@ from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, Pretraine
 
 from irc.dtypes import LONG_NAMES, torch_dtype
 from irc.errors import InputError
-from irc.files.untrusted import check_links, check_plain, first_line, read_json, read_text
-from irc.model.architectures import check_architecture, check_model_type
+from irc.files.untrusted import check_links, check_pulled, first_line, read_json, read_text
+from irc.model.architectures import check_model_type
 from irc.model.paging import MappedPages
 from irc.model.tokenizer import load_tokenizer
+from irc.model.weight_files import weight_files, what_instead
 
 _COUNTS = ("num_hidden_layers", "num_experts", "num_local_experts")
 _SIZES = (
@@ -46,10 +47,22 @@ TOKENIZER_FILES = (
 """The files that decide which ids a text has."""
 
 _FILES_OF_VERSION_0_1 = TOKENIZER_FILES[:5]
+# Options for the form of a model's output, which leave its values alone. Capture expects logits and a cache.
+_OUTPUT = {
+    "output_hidden_states": False,
+    "output_attentions": False,
+    "output_router_logits": False,
+    "return_dict": True,
+    "use_cache": True,
+}
+_NOT_QUANTIZED = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 _OURS = {"irc_config.json": "a bundle", "irc.json": "an ONNX folder"}
 _MOST_LAYERS = 10_000
 _LARGE_MODEL_BYTES = 2_000_000_000
 _PIECE = 1 << 22
+# Beside safetensors: configuration, tokenizer, and chat templates, also those in additional_chat_templates/.
+_DOWNLOADED = ["*.json", "*.safetensors", "tokenizer*", "*.txt", "*.model", "*.jinja"]
+_NOT_DOWNLOADED = ["consolidated*.safetensors", "*/*.safetensors"]  # the same weights once more, or another model's
 
 
 @dataclass(frozen=True)
@@ -66,31 +79,57 @@ class BaseModel:
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        """Configuration. Code in the folder is never run.
+        """Configuration, without options that change the form of the output. Code in the folder is never run.
 
         Raises:
             InputError: It cannot be read, or the architecture or kind of weights is not supported.
         """
         try:
             raw = json.loads(read_text(self.folder / "config.json"))
-            if "configuration_files" in raw:
-                raise ValueError("it names other configuration files, which is not supported")
+            for key, names in (
+                ("configuration_files", "other configuration files"),
+                ("transformers_weights", "weights"),
+            ):
+                if raw.get(key):
+                    raise ValueError(f"it names {names} in {key}, which is not supported; remove the key")
             # transformers builds a list with one entry per layer before the number can be checked
             if raw.get("model_type") in CONFIG_MAPPING:
                 check_model_type(raw["model_type"])
-            layers = raw.get("num_hidden_layers", 0)
-            if not isinstance(layers, int) or layers > _MOST_LAYERS:
+            layers = raw.get("num_hidden_layers")
+            if isinstance(layers, int) and layers > _MOST_LAYERS:
                 raise ValueError(f"num_hidden_layers is {str(layers)[:40]}, more than any model has")
             config: PretrainedConfig = AutoConfig.from_pretrained(
                 self.folder, trust_remote_code=False, local_files_only=True
             )
-        except Exception as error:
-            raise InputError(f"{self.name}: config.json cannot be used ({first_line(error, 500)})") from error
-        try:
-            check_architecture(config)
+            check_model_type(config.model_type)
         except InputError as error:
             raise InputError(f"{self.name}: {error}") from error
+        except Exception as error:
+            reason = first_line(error, 500)
+            raise InputError(f"{self.name}: config.json cannot be used ({reason}); correct it") from error
+        self._refuse_quantized(config)
+        for option, value in _OUTPUT.items():
+            if hasattr(config, option):
+                setattr(config, option, value)
         return config
+
+    def _refuse_quantized(self, config: PretrainedConfig) -> None:
+        """Refuse quantized weights, which need scales."""
+        settings = getattr(config, "quantization_config", None)
+        if settings is None:
+            return
+        method = settings.get("quant_method", "quantized") if isinstance(settings, dict) else "quantized"
+        stored = self.weights().dtypes
+        if stored <= _NOT_QUANTIZED:
+            types = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in stored))
+            raise InputError(
+                f"{self.name}: config.json says that the weights are quantized ({str(method)[:40]}), but they are "
+                f"stored as {types}; if that is right, remove quantization_config from config.json"
+            )
+        raise InputError(
+            f"{self.name}: its weights are quantized ({str(method)[:40]}), which is not supported; convert the "
+            "checkpoint that it was quantized from"
+        )
 
     @cached_property
     def generation(self) -> GenerationConfig:
@@ -118,39 +157,23 @@ class BaseModel:
         tokenizer.model_max_length = int(1e30)  # we cut windows ourselves, so no warning about long texts
         return tokenizer
 
-    @property
+    @cached_property
     def shards(self) -> list[Path]:
         """The safetensors files, in order.
 
         Raises:
-            InputError: One is missing, or the index names one outside of the folder.
+            InputError: See `irc.model.weight_files.weight_files`.
         """
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            try:
-                names = set(read_json(index)["weight_map"].values())
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
-                raise InputError(f"{index}: not a safetensors index") from error
-            shards = [self.folder / check_plain(name, index) for name in sorted(names, key=str)]
-        else:
-            shards = [self.folder / "model.safetensors"]
-        missing = [shard.name for shard in shards if not shard.is_file()]
-        if missing:
-            pickles = any(self.folder.glob("*.bin"))
-            why = (
-                "only pickled .bin weights, which are never loaded; save it with safe_serialization"
-                if pickles
-                else "no weights"
-            )
-            raise InputError(f"{self.name}: {missing[0]} is missing; the folder holds {why}")
-        return shards
+        return weight_files(self.folder, self.name)
 
     def weights(self) -> Weights:
         """Return all weights, memory-mapped: pages are read when they are used."""
         return Weights(self.shards)
 
     def check_sizes(self, weights: Weights) -> None:
-        """Refuse a configuration with more layers or larger sizes than the weights, before anything is built from it.
+        """Refuse a configuration that does not fit the weights, before anything is built from it.
+
+        It may not have more layers or larger sizes than the weights, nor pad with a token that has no embedding.
 
         Args:
             weights: All weights of the checkpoint.
@@ -158,6 +181,12 @@ class BaseModel:
         Raises:
             InputError: Names the value and the largest that the weights allow.
         """
+        empty = next((key for key, shape in weights.shapes.items() if 0 in shape), None)
+        if empty is not None:
+            raise InputError(
+                f"{self.name}: weight {empty} is {list(weights.shapes[empty])}, without a number, as ZeRO-3 "
+                "saves it; run zero_to_fp32.py, or save again with stage3_gather_16bit_weights_on_model_save"
+            )
         largest = max((size for shape in weights.shapes.values() for size in shape), default=0)
         for name in (*_COUNTS, *_SIZES):
             value = getattr(self.config, name, None)
@@ -167,6 +196,12 @@ class BaseModel:
                     f"{self.name}: config.json says {name} {str(value)[:40]}, but the checkpoint's weights allow at "
                     f"most {most}"
                 )
+        padding, tokens = getattr(self.config, "pad_token_id", None), self.config.vocab_size
+        if padding is not None and not -tokens <= padding < tokens:
+            raise InputError(
+                f"{self.name}: config.json says pad_token_id {padding}, but the model has tokens 0 to {tokens - 1}; "
+                "give one of them, or null"
+            )
 
     def check_finite(self) -> None:
         """Refuse weights with NaN or infinity. No shard stays in memory.
@@ -255,19 +290,21 @@ def find_base(name: str, revision: str | None = None, *, ask_hub: bool = True) -
         for ours, what in _OURS.items():
             if (folder / ours).is_file():
                 raise InputError(f"{name}: is {what}, not a model; give the model that it was made from")
-        if not (folder / "config.json").is_file():
-            raise InputError(f"{name}: no config.json in this folder; give a Hugging Face model folder")
-        check_links(folder)
-        return BaseModel(name, folder)
+        return _checked(name, folder)
     if not name.strip():
         raise InputError("the model's name is empty; give a folder, a hub id such as org/name, or demo")
     if len(name) > 200 or folder.exists() or name.startswith((".", "/")) or name.count("/") != 1:
         raise InputError(f"{name[:200]}: no such model folder; give a folder, a hub id such as org/name, or demo")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "tokenizer*", "*.txt"]
     try:
-        path = snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=not ask_hub)
+        path = snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=_DOWNLOADED,
+            ignore_patterns=_NOT_DOWNLOADED,
+            local_files_only=not ask_hub,
+        )
     except Exception as error:
         if not ask_hub:
             raise InputError(
@@ -276,8 +313,15 @@ def find_base(name: str, revision: str | None = None, *, ask_hub: bool = True) -
                 options=("base", "bundle"),
             ) from error
         raise InputError(f"{name}: no such folder, and the hub does not provide it ({first_line(error)})") from error
-    check_links(Path(path))
-    return BaseModel(name, Path(path))
+    return _checked(name, Path(path))
+
+
+def _checked(name: str, folder: Path) -> BaseModel:
+    if not (folder / "config.json").is_file():
+        instead = what_instead(folder) or "give a Hugging Face model folder"
+        raise InputError(f"{name}: no config.json in this folder; {instead}")
+    check_links(folder)
+    return BaseModel(name, folder)
 
 
 class Weights(Mapping[str, torch.Tensor]):
@@ -285,14 +329,17 @@ class Weights(Mapping[str, torch.Tensor]):
 
     Attributes:
         shapes: Shapes of all weights.
+        dtypes: All data types that occur.
     """
 
     def __init__(self, shards: Sequence[Path]) -> None:
         self._shard: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: set[torch.dtype] = set()
         for shard in shards:
             for key, tensor in _mapped(shard).items():
                 self._shard[key], self.shapes[key] = shard, tuple(tensor.shape)
+                self.dtypes.add(tensor.dtype)
         self._current: tuple[Path | None, dict[str, torch.Tensor]] = (None, {})
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -310,6 +357,7 @@ class Weights(Mapping[str, torch.Tensor]):
 
 
 def _mapped(shard: Path) -> dict[str, torch.Tensor]:
+    check_pulled(shard)
     try:
         with safe_open(shard, framework="pt") as opened:
             return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - not a mapping

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from irc.errors import InputError
-from irc.files.untrusted import check_plain, first_line, read_text
+from irc.files.untrusted import check_plain, check_pulled, first_line, read_text
 
 _CONFIG = "tokenizer_config.json"
 _FILES = ("_file", "_spm", "sp_model")  # endings of keys that name files
@@ -35,6 +35,8 @@ def load_tokenizer(folder: Path, name: str) -> Any:
                 text = read_text(folder / file)
                 if file == _CONFIG:
                     _check_files(json.loads(text), folder / file)
+        for path in folder.glob("*.model"):  # of SentencePiece
+            check_pulled(path)
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except InputError:
         raise

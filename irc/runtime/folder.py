@@ -20,7 +20,7 @@ from exporters.onnx_format import (
 )
 from irc.errors import InputError
 from irc.files.atomic import file_sha256
-from irc.files.untrusted import check_links, check_plain, read_json
+from irc.files.untrusted import check_links, check_plain, check_pulled, read_json
 
 BUNDLE_FILE = "irc_config.json"
 """The file that tells a bundle from an ONNX folder; `irc.bundle` defines its name too."""
@@ -141,6 +141,7 @@ def _check_hashes(model: Path, hashes: dict[str, str]) -> None:
         file = model.with_name(name)
         if not file.is_file():
             raise InputError(f"{file}: the file is missing; export again")
+        check_pulled(file)
         if file_sha256(file) != hashes.get(name):
             raise InputError(
                 f"{file}: its hash is not the one in {MANIFEST}: the file is truncated or was changed; export again"

@@ -96,6 +96,8 @@ def open_tokenizer(folder: Path) -> TextTokenizer:
             _read(folder / name)
         config = {**_read(folder / _MAP), **_read(folder / CONFIG)}
         return TextTokenizer(Tokenizer.from_str(read_text(folder / FILE)), config)
+    except InputError:
+        raise
     except FileNotFoundError as error:
         raise InputError(f"{folder}: the folder holds no usable tokenizer ({FILE} is missing); export again") from error
     except BaseException as error:

@@ -114,8 +114,14 @@ def change_config(**changes: Any) -> Callable[[Path], None]:
 
 
 def lack_a_shard(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
     index = {"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def junk_index(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    (folder / "model.safetensors.index.json").write_text("[]")
 
 
 MODELS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
@@ -125,10 +131,10 @@ MODELS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "truncated": (truncate, ("model.safetensors",)),
     "a weight lacks": (lack_a_weight, ("model.layers.1.mlp.up_proj.weight",)),
     "a shard lacks": (lack_a_shard, ("model-00001-of-00002.safetensors",)),
-    "junk index": (lambda f: (f / "model.safetensors.index.json").write_text("[]"), ("model.safetensors.index.json",)),
+    "junk index": (junk_index, ("model.safetensors.index.json",)),
     "no config": (lambda f: (f / "config.json").unlink(), ("config.json",)),
     "junk config": (lambda f: (f / "config.json").write_text("{"), ("config.json",)),
-    "unknown type": (change_config(model_type="nosuch"), ("config.json",)),
+    "unknown type": (change_config(model_type="nosuch"), ("config.json", "nosuch")),
     "remote code": (
         change_config(model_type="nosuch", auto_map={"AutoConfig": "x.Y"}),
         ("config.json",),

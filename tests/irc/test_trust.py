@@ -126,6 +126,7 @@ NAMES = ["../model.safetensors", "/etc/hostname", "a/b.safetensors", "..", "", "
 
 @pytest.mark.parametrize("name", NAMES, ids=repr)
 def test_shards_outside_of_the_folder(copied: Path, name: Any) -> None:
+    (copied / "model.safetensors").unlink()
     (copied / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(InputError, match=r"index.json: names the file"):
         _ = find_base(str(copied)).shards

@@ -185,7 +185,8 @@ def test_checkpoint(fuzz: Any, copied: Path, copied_capture: Callable[..., Captu
 
 
 def test_checkpoint_index(fuzz: Any, copied: Path) -> None:
-    names = dict.fromkeys(find_base(str(copied)).weights(), "model.safetensors")
+    names = dict.fromkeys(find_base(str(copied)).weights(), "model-00001-of-00001.safetensors")
+    (copied / "model.safetensors").rename(copied / "model-00001-of-00001.safetensors")  # or it would be taken first
     index = copied / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": names}))
     fuzz(index, lambda: list(find_base(str(copied)).weights()))

@@ -12,10 +12,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import BertConfig, CLIPConfig, Gemma3TextConfig, LlamaConfig, PretrainedConfig, T5Config
+from transformers import (
+    BertConfig,
+    CLIPConfig,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    T5Config,
+)
 
 from irc.errors import InputError
-from irc.model.architectures import SUPPORTED
 from irc.model.capture import assign_weights, capture
 from irc.model.checkpoint import BaseModel, find_base
 
@@ -178,6 +185,31 @@ def test_wrong_shape_is_refused() -> None:
         assign_weights(captured, weights)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("rename", [lambda name: name.removeprefix("model."), lambda name: f"model.{name}"])
+def test_names_without_or_with_two_prefixes_are_those_of_transformers(
+    tmp_path: Path, rename: Callable[[str], str], tied: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = LlamaConfig(**SMALL, tie_word_embeddings=tied)
+    captured = capture(config, torch.float32)
+    weights = {rename(name): weight for name, weight in _random(captured.graph, tied).items()}
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    config.save_pretrained(tmp_path)
+    expected = LlamaForCausalLM.from_pretrained(tmp_path).state_dict()
+    assign_weights(captured, BaseModel("renamed", tmp_path).weights())
+    for name, parameter in captured.graph.named_parameters():
+        torch.testing.assert_close(parameter.data, expected[name], rtol=0, atol=0)
+    assert _told(caplog) == []
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "base_model.model.", "module._orig_mod."])
+def test_a_prefix_that_transformers_does_not_know_is_named(prefix: str) -> None:
+    captured = capture(LlamaConfig(**SMALL), torch.float32)
+    weights = {prefix + name: weight for name, weight in _random(captured.graph, tied=False).items()}
+    with pytest.raises(InputError, match=rf"model\.embed_tokens\.weight .* prefix {prefix} "):
+        assign_weights(captured, weights)
+
+
 def _dynamic_rope(kind: str) -> PretrainedConfig:
     factors = {"long_factor": [1.0] * 2, "short_factor": [1.0] * 2, "original_max_position_embeddings": 16}
     extra = factors if kind == "longrope" else {}
@@ -224,7 +256,7 @@ def test_refusal_of_torch_export_names_the_architecture(monkeypatch: pytest.Monk
     monkeypatch.setattr("irc.model.capture.export", refuse)
     with pytest.raises(InputError) as caught:
         capture(LlamaConfig(**SMALL), torch.float32)
-    for part in ("llama", "data-dependent branch", SUPPORTED):
+    for part in ("llama", "data-dependent branch", "config.json"):
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
 

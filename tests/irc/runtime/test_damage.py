@@ -70,6 +70,15 @@ def test_a_manifest_that_was_edited(folder: Path, irc_main: Callable[..., Any], 
     assert expected in outcome.sentence()
 
 
+@pytest.mark.parametrize("file", ["model.onnx", "model.onnx.data", "tokenizer.json", "generation_config.json"])
+def test_a_git_lfs_pointer_in_place_of_a_file(folder: Path, irc_main: Callable[..., Any], file: str) -> None:
+    (folder / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4665a5ea423c\nsize 9\n")
+    outcome = irc_main("generate", folder, "def f(")
+    assert outcome.code == 2
+    assert file in outcome.sentence()
+    assert "git lfs pull" in outcome.sentence()
+
+
 @pytest.mark.parametrize(
     "name", ["input_ids", "/norm/RMSNormalization_output_0", "lm_head.weight"], ids=["input", "value", "tensor"]
 )
