@@ -148,8 +148,10 @@ class _OnRows(nn.Module):
 
 
 def _compact(x: torch.Tensor, rows: _Rows) -> torch.Tensor:
-    flat = x.flatten(0, 1).unsqueeze(0)
-    return flat[:, : rows.count] if rows.index is None else flat.index_select(1, rows.index)
+    flat = x if len(x) == 1 else x.flatten(0, 1).unsqueeze(0)
+    if rows.index is not None:
+        return flat.index_select(1, rows.index)
+    return flat if rows.count else flat[:, :0]
 
 
 def _scatter(y: torch.Tensor, rows: _Rows, base: torch.Tensor) -> torch.Tensor:
@@ -165,9 +167,10 @@ def _scatter_add(y: torch.Tensor, rows: _Rows, base: torch.Tensor) -> torch.Tens
 
 
 def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    chunks = x.unflatten(-1, (-1, len(weight)))
+    chunks = x if x.shape[-1] == len(weight) else x.unflatten(-1, (-1, len(weight)))
     if x.dtype == torch.float32:
-        return F.rms_norm(chunks, weight.shape, weight, eps).view_as(x)
+        fused: torch.Tensor = F.rms_norm(chunks, weight.shape, weight, eps)
+        return fused.view_as(x)
     exact = chunks.float()
     normed = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + eps)
     return (weight * normed.to(x.dtype)).view_as(x)
@@ -178,9 +181,10 @@ def _rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int) -
         return x
     half = cos.shape[-1]
     parts = x.unflatten(-1, (heads, -1))
-    left, right, rest = parts[..., :half], parts[..., half : 2 * half], parts[..., 2 * half :]
+    rotated = parts.shape[-1] == 2 * half
+    left, right, *rest = parts.split(half if rotated else (half, half, parts.shape[-1] - 2 * half), -1)
     c, s = cos.unsqueeze(2), sin.unsqueeze(2)
-    return torch.cat((left * c - right * s, right * c + left * s, rest), dim=-1).view_as(x)
+    return torch.cat((left * c - right * s, right * c + left * s, *rest), dim=-1).view_as(x)
 
 
 def _attention(
@@ -214,7 +218,7 @@ def _routed_attention(
     batch, tokens = k.shape[:2]
     index = rows.index
     if index is None:
-        return _attend(q.view(batch, tokens, -1), keys, values, mask, heads, scale).view_as(q), keys, values
+        return _attend(q.reshape(batch, tokens, -1), keys, values, mask, heads, scale).view_as(q), keys, values
     if batch == 1:
         return _attend(q, keys, values, mask.index_select(2, index), heads, scale), keys, values
     # Sequences execute different numbers of tokens: each is padded to the longest.
@@ -244,7 +248,7 @@ def _attend(
     batch, tokens, width = q.shape
     kv_heads, size = keys.shape[1], keys.shape[3]
     groups = heads // kv_heads
-    folded = q.view(batch, tokens, kv_heads, groups, size).permute(0, 2, 3, 1, 4)
+    folded = q.reshape(batch, tokens, kv_heads, groups, size).permute(0, 2, 3, 1, 4)
     seen = mask if tokens == 1 or groups == 1 else mask.repeat(1, 1, groups, 1)
     y = F.scaled_dot_product_attention(
         folded.reshape(batch, kv_heads, groups * tokens, size), keys, values, attn_mask=seen, scale=scale

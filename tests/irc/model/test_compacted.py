@@ -89,7 +89,7 @@ def kinds(make_routed: Make, shake: Any, lora_on: Any, base: Any) -> dict[str, C
     }
 
 
-KINDS = "linear silu bottleneck skipgpt random mod static adapters reduced".split() + ["reduced, adapters"]
+KINDS = [*"linear silu bottleneck skipgpt random mod static adapters reduced".split(), "reduced, adapters"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
