@@ -35,7 +35,14 @@ class LowerUnits(Pass):
 
     Keys and values are computed for all tokens, except in units that MaskSkippedKeys reduced. Those get an input
     `past_slots_LAYER` and an output: the slots of their cache, as `irc::reduced_attention` has them.
+
+    Args:
+        folded: Whether weights of routers and forecasters are merged where that saves work, and keys of skipped tokens
+            dropped from the cache. False leaves these modules as they are, so that they can be shared and trained.
     """
+
+    def __init__(self, folded: bool = True) -> None:
+        self.folded = folded
 
     def requires(self, model: fx.GraphModule) -> None:
         """Refuse attention units that were not raised."""
@@ -52,7 +59,7 @@ class LowerUnits(Pass):
             if site is None:
                 continue
             if len(site.mux.args) == 3:
-                _lower(model, site)
+                _lower(model, site, self.folded)
                 routed = True
             else:
                 _pass_on(site)
@@ -123,13 +130,13 @@ def _pass_on(site: _Site) -> None:
     site.graph.erase_node(forecast)
 
 
-def _lower(model: fx.GraphModule, site: _Site) -> None:
+def _lower(model: fx.GraphModule, site: _Site, folded: bool) -> None:
     unit, graph, mux, call = site.unit, site.graph, site.mux, site.call
     y, forecast, logits = cast("tuple[fx.Node, fx.Node, fx.Node]", mux.args)
-    is_reduced = _unmask(site)
+    is_reduced = folded and _unmask(site)
     add, stream = _residual_add(mux)
     with graph.inserting_before(mux):
-        both = site.emit(irc.decide_rows.default, _emit_router(site, logits))
+        both = site.emit(irc.decide_rows.default, _emit_router(site, logits, folded))
         both.kwargs = {"unit": unit.name}
         executed = site.emit(operator.getitem, both, 0, name=f"{unit.target}_executed")
         skipped = site.emit(operator.getitem, both, 1, name=f"{unit.target}_skipped")
@@ -137,7 +144,7 @@ def _lower(model: fx.GraphModule, site: _Site) -> None:
             forecast_rows = _on_rows(site, forecast, skipped, "forecaster")
             part = site.emit(irc.scatter.default, forecast_rows, skipped, site.x, role="forecaster")
         else:
-            part = _emit_forecast(site, forecast, skipped, stream)
+            part = _emit_forecast(site, forecast, skipped, stream, folded)
         y_rows = _ffn_on_rows(site, executed) if unit.kind == "ffn" else y
         if unit.kind == "attention":
             _attention_on_rows(model, site, executed, is_reduced)
@@ -158,10 +165,10 @@ def _lower(model: fx.GraphModule, site: _Site) -> None:
         _connect_slots(model, unit)
 
 
-def _emit_router(site: _Site, logits: fx.Node) -> fx.Node:
+def _emit_router(site: _Site, logits: fx.Node, folded: bool) -> fx.Node:
     """Insert the router; return the node of its logit differences, float32 [batch, tokens]."""
     router, path, name = site.part("router"), str(logits.target), f"{site.unit.target}_difference"
-    form = router_form(router)
+    form = router_form(router) if folded else None
     if form is None:
         exact = site.emit(aten.to.dtype, logits, torch.float32, role="router")
         execute, approximate = (
@@ -200,13 +207,13 @@ def _merge_logits(router: nn.Module, form: RouterForm) -> None:
     router.add_module(form.last, single)
 
 
-def _emit_forecast(site: _Site, forecast: fx.Node, skipped: fx.Node, base: fx.Node) -> fx.Node:
+def _emit_forecast(site: _Site, forecast: fx.Node, skipped: fx.Node, base: fx.Node, folded: bool) -> fx.Node:
     """Insert the addition of the skipped tokens' forecasts to base; return the sum, for zeros base itself."""
     forecaster, path = site.part("forecaster"), str(forecast.target)
     form = forecaster_form(forecaster)
     if isinstance(form, ZeroForm):
         return base
-    if form is None or not form.is_linear:
+    if form is None or not form.is_linear or not folded:
         rows = _on_rows(site, forecast, skipped, "forecaster")
         return site.emit(irc.scatter_add.default, rows, skipped, base, role="forecaster")
     _merge_biases(forecaster, form)
@@ -254,10 +261,17 @@ def _attention_on_rows(model: fx.GraphModule, site: _Site, rows: fx.Node, is_red
     moved = site.graph.node_copy(call, lambda node: node)
     moved.args = (*call.args, rows)
     call.replace_all_uses_with(moved)
-    last = moved
-    for reader in [user for user in moved.users if user.target is operator.getitem] + site.after:
-        last.append(reader)
-        last = reader
+    behind = {moved}
+    for node in _between(call, site.mux):
+        if behind.intersection(node.all_input_nodes):
+            site.mux.prepend(node)
+            behind.add(node)
+
+
+def _between(first: fx.Node, last: fx.Node) -> list[fx.Node]:
+    """Return the nodes of a graph after one and before another, in order."""
+    nodes = list(first.graph.nodes)
+    return nodes[nodes.index(first) + 1 : nodes.index(last)]
 
 
 def _residual_add(mux: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:

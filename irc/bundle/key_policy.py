@@ -61,6 +61,7 @@ def set_key_policy(model: RoutedForCausalLM, policy: KeyPolicy, keep: dict[str, 
     check_key_policy(policy.name, policy.threshold)
     reduced = reduced_units(model, policy, keep)
     PassManager([MaskSkippedKeys(reduced, lambda unit: StoredKeys(unit.name, model.control))]).run(model.graph)
+    model.rewritten()
     model.control.reduced = reduced
     model.key_policy = policy
 

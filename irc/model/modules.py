@@ -154,18 +154,18 @@ class RoutingControl:
     capacity: float | None = None
     real: torch.Tensor | None = None
 
-    def decide(self, unit: str, logits: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    def decide(self, unit: str, difference: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
         """Return which tokens of a unit execute in every mode except `sample`, bool [batch, tokens].
 
-        Tokens whose logits are NaN execute.
+        Tokens whose difference is NaN execute.
 
         Args:
             unit: Name of the unit.
-            logits: Logits of its router [batch, tokens, 2]; without them every token executes in mode `route`.
+            difference: Its router's execute logit minus the approximate one [batch, tokens]; without it every token
+                executes in mode `route`.
             like: Any tensor [batch, tokens, ...] on the right device.
         """
-        if self.mode == "route" and logits is not None:
-            difference = difference_of(logits)
+        if self.mode == "route" and difference is not None:
             return ~(difference < 0) if self.capacity is None else self.top(difference, self.capacity)
         if self.mode == "forced":
             return self.masks[unit]
@@ -228,7 +228,7 @@ class Mux(nn.Module):
         if control.mode == "sample" and difference is not None:
             execute, soft = control.sample(self.unit, difference)
         else:
-            execute = control.decide(self.unit, logits, y)
+            execute = control.decide(self.unit, difference, y)
         if control.tape is not None:
             error = forecast_error(forecast, y) if control.measure_error else (None, None)
             control.tape[self.unit] = Record(execute, soft, difference, *error)
@@ -271,7 +271,7 @@ class StoredKeys(nn.Module):
             stored = logits.new_ones(logits.shape[0], past_k.shape[2] + logits.shape[1], dtype=torch.bool)
         else:
             before = (past_k != 0).any(dim=-1).any(dim=1)
-            stored = torch.cat((before, control.decide(self.unit, logits, logits)), dim=1)
+            stored = torch.cat((before, control.decide(self.unit, difference_of(logits), logits)), dim=1)
         return mask & stored[:, None, None, :], stored
 
 

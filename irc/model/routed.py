@@ -21,6 +21,7 @@ from irc.model import storage
 from irc.model.cache import CACHE_NAME, flat_past, updated
 from irc.model.capture import Captured
 from irc.model.checkpoint import BaseModel
+from irc.model.compacted import compacted
 from irc.model.head import split_head
 from irc.model.modules import RoutingControl
 from irc.recipe.key_policy import KeyPolicy
@@ -65,6 +66,7 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         base: The model on disk that was captured.
         lora: Settings of its LoRA adapters; None without adapters.
         key_policy: Which keys and values are stored.
+        sharded: Whether the weights of its layers are gathered by hooks on them (FSDP).
         bundle: What is known of the bundle that the model was loaded from; None otherwise. Read it with
             `irc.bundle.contents.bundle_of`.
     """
@@ -89,9 +91,11 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         self.spec = spec
         self.lora: LoraRecipe | None = None
         self.key_policy = KeyPolicy()
+        self.sharded = False
         self.bundle: object | None = None
         # In a dictionary, which makes them no submodules, so that no parameter has two names.
-        self._split: dict[bool, tuple[fx.GraphModule, fx.GraphModule | None]] = {}
+        self._compacted: dict[str, fx.GraphModule] = {}
+        self._split: dict[tuple[bool, bool], tuple[fx.GraphModule, fx.GraphModule | None]] = {}
         self.generation_config = copy.deepcopy(base.generation)
 
     @property
@@ -155,7 +159,7 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
             states, *present = self._parts(with_cache=True)[0](*inputs)
             logits = self.logits(states[:, kept])
         else:
-            logits, *present = self.graph(*inputs)
+            logits, *present = (self._compact_graph() if self._compacts() else self.graph)(*inputs)
         if use_cache is None:
             use_cache = not self.training
         returned: dict[str, Any] = {CACHE_NAME: updated(cache, present) if use_cache else None}
@@ -210,9 +214,27 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         return states if head is None else cast(torch.Tensor, head(states))
 
     def _parts(self, with_cache: bool = False) -> tuple[fx.GraphModule, fx.GraphModule | None]:
-        if with_cache not in self._split:
-            self._split[with_cache] = split_head(self.graph, with_cache=with_cache)
-        return self._split[with_cache]
+        key = with_cache, self._compacts()
+        if key not in self._split:
+            graph = self._compact_graph() if self._compacts() else self.graph
+            self._split[key] = split_head(graph, with_cache=with_cache)
+        return self._split[key]
+
+    def _compacts(self) -> bool:
+        """Whether each token takes one branch only now. Training and measuring errors need both."""
+        control = self.control
+        routed = self.spec is not None and control.mode in ("route", "forced")
+        return routed and not (control.measure_error or torch.is_grad_enabled() or self.sharded)
+
+    def _compact_graph(self) -> fx.GraphModule:
+        if not self._compacted:
+            self._compacted["graph"] = compacted(self.graph, self.control)
+        return self._compacted["graph"]
+
+    def rewritten(self) -> None:
+        """Tell the model that modules or graphs in `graph` were replaced: parts made from them are made anew."""
+        self._compacted.clear()
+        self._split.clear()
 
     def _refuse(self, options: dict[str, Any]) -> None:
         for name in _REFUSED:
@@ -275,7 +297,7 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if moved:
             PassManager([SetDevice(probe.device)]).run(self.graph)
-            self._split.clear()
+            self.rewritten()
         return self
 
 

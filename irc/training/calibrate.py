@@ -25,6 +25,7 @@ _ROUNDS = 8
 _TOLERANCE = 0.001
 _WARN_DISTANCE = 0.02  # distance from the target at which a warning is logged
 _BATCH = 16
+_FEW, _FEW_ROUNDS = 8192, 3  # tokens of the first rounds, and at most how many of these there are
 
 
 def set_threshold(
@@ -57,8 +58,8 @@ def calibrate(
     """Set a threshold on the logit difference so that argmax routing meets the target sparsity.
 
     Routing changes the hidden states that later routers read. The quantile is therefore taken again under the new
-    routes, until the realized sparsity is within 0.001 of the target or 8 rounds have passed. The best threshold found
-    is added to the execute bias of each router.
+    routes, until the realized sparsity is within 0.001 of the target or 8 rounds have passed. The first rounds read a
+    part of the text. The best threshold found on all of it is added to the execute bias of each router.
 
     Args:
         model: Rewritten model.
@@ -78,17 +79,23 @@ def calibrate(
     shift = 0.0
     rounds = 0
     best = _Threshold(math.inf, math.nan, shift, _cloned(biases), {})
+    part = text[:: max(1, text.numel() // _FEW)]
     with progress("threshold", _ROUNDS) as bar:
         for rounds in range(1, _ROUNDS + 1):
-            differences = _differences(model, text)
+            differences = _differences(model, part)
             keep = {unit: 1 - (values < 0).double().mean().item() for unit, values in differences.items()}
             skipped = {unit: 1 - share for unit, share in keep.items()}
             realized, distance = budget.realized(skipped), budget.distance(skipped)
             bar.update(rounds, sparsity=realized)
-            if distance < best.distance:
+            whole = len(part) == len(text)
+            if whole and distance < best.distance:
                 best = _Threshold(distance, realized, shift, _cloned(biases), keep)
             if best.distance <= _TOLERANCE or rounds == _ROUNDS:
                 break
+            if not whole and (distance <= _TOLERANCE or rounds == _FEW_ROUNDS):
+                part = text
+            if distance <= _TOLERANCE:
+                continue
             shifts = _shifts(differences, budget)
             for unit, bias in biases.items():
                 bias[EXECUTE] -= shifts[unit]

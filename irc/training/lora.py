@@ -52,6 +52,7 @@ def inject_lora(model: RoutedForCausalLM, recipe: LoraRecipe, seed: int) -> None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(lora_config(model, recipe), model.graph)
+    model.rewritten()
     model.train(model.training)  # peft creates dropout modules in training mode
     model.lora = recipe
 
@@ -125,6 +126,7 @@ def merge_lora(model: RoutedForCausalLM) -> None:
             module.merge(safe_merge=True)
             parent, _, leaf = name.rpartition(".")
             setattr(model.graph.get_submodule(parent), leaf, module.get_base_layer())
+    model.rewritten()
     model.lora = None
 
 

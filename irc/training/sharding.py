@@ -85,6 +85,7 @@ def shard_base(model: RoutedForCausalLM) -> None:
         block = model.graph.get_submodule(name)
         whole = {parameter for parameter in block.parameters() if parameter in inserted}
         fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+    model.sharded = True
     sharded = [parameter for parameter in model.graph.parameters() if isinstance(parameter, DTensor)]
     total = sum(parameter.numel() for parameter in sharded)
     local = sum(parameter.to_local().numel() for parameter in sharded)

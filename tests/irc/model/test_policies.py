@@ -48,8 +48,7 @@ def stream_round(model: RoutedForCausalLM, unit: Any, ids: torch.Tensor) -> tupl
     else:
         following = model.graph.get_submodule(f"model.layers.{unit.layer + 1}.input_layernorm")
         handles.append(following.register_forward_pre_hook(keep("after")))
-    with torch.no_grad():
-        model(input_ids=ids, use_cache=False)
+    model(input_ids=ids, use_cache=False)  # with gradients: the graph that skips has modules of its own
     for handle in handles:
         handle.remove()
     return seen["before"], seen["after"]

@@ -13,6 +13,7 @@ from irc.model.modules import Record
 from irc.model.routed import RoutedForCausalLM
 from irc.recipe.recipe import Recipe
 from irc.text.source import windows
+from irc.training import calibrate as calibration
 from irc.training.budget import plain_budget
 from irc.training.calibrate import calibrate
 from irc.training.stages import (
@@ -59,6 +60,23 @@ def test_threshold_reaches_the_target(make_context: Callable[..., StageContext],
     realized = share_skipped(context.model, chosen)
     assert abs(realized - target) <= 0.01
     assert figures["calibration_sparsity"] == pytest.approx(realized, abs=1e-9)  # reports what was measured
+
+
+def test_the_first_rounds_read_a_part_of_the_text(
+    make_context: Callable[..., StageContext], shake: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = make_context(sparsity=0.4)
+    shake(context.model)
+    monkeypatch.setattr(calibration, "_FEW", 1024)
+    read: list[int] = []
+    states = context.model.states
+    monkeypatch.setattr(context.model, "states", lambda batch: (read.append(batch.numel()), states(batch))[1])
+    figures = calibrated(context)
+    text = context.calibration_windows()
+    few, whole = text[:: text.numel() // 1024].numel(), text.numel()
+    rounds = figures["calibration_rounds"]
+    assert sum(read) in [part * few + (rounds - part) * whole for part in (1, 2, 3)]
+    assert abs(figures["calibration_sparsity"] - 0.4) <= 0.01
 
 
 @pytest.mark.parametrize("target", [0.25, 0.9])
