@@ -223,7 +223,7 @@ class BundleConfig:
 
 def _target(saved: Mapping[Any, float] | None, sparsity: float | None) -> Target | None:
     """Return the target that a file names; those of earlier versions name a sparsity only."""
-    return target_of(**{"sparsity": None, "flops": None, **(saved or {"sparsity": sparsity})})
+    return target_of(saved.get("sparsity"), saved.get("flops")) if saved else target_of(sparsity, None)
 
 
 def check_present(folder: Path) -> None:

@@ -110,7 +110,11 @@ def command(
 
     source = ModelSource(model, key_policy=KeyPolicy.chosen(kv_policy, kv_threshold), **opening)
     if tasks is not None:
-        given = {"--kv-sweep": kv_sweep, "--sparsity-sweep": sparsities, "--flops-sweep": flops_ratios}
+        given: dict[str, object] = {
+            "--kv-sweep": kv_sweep,
+            "--sparsity-sweep": sparsities,
+            "--flops-sweep": flops_ratios,
+        }
         given |= {"--tokens": tokens, "--seq-len": seq_len, "--split": split != "auto"}
         for flag, value in given.items():
             if value:

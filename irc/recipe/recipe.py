@@ -189,7 +189,7 @@ class Recipe(Checked):
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, ready for YAML or JSON; of sparsity and flops, only the one that is the target."""
-        return self.model_dump(exclude={kind for kind in TARGET_KINDS if kind != self.target.kind})
+        return self.model_dump(exclude={"flops" if self.flops is None else "sparsity"})
 
 
 def default_rank(width: int) -> int:
