@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from irc import console
-from irc.compare.labels import name_of, note_of, realized_of, with_spread
+from irc.compare.labels import name_of, note_of, realized_of, target_label, with_spread
 
 _WIDE = 110
 _ONLY_WIDE = ("seeds", "top-1", "attention", "FFN")
@@ -16,7 +16,8 @@ def comparison_tables(results: dict[str, Any]) -> None:
     rows = [
         [
             name_of(group),
-            f"{group['sparsity']:g}",
+            target_label(group),
+            f"{group['flops_ratio']:.3f}",
             str(group["seeds"]),
             None if group["kl"] is None else with_spread(group["kl"]),
             None if group["top1"] is None else with_spread(group["top1"]),
@@ -25,23 +26,12 @@ def comparison_tables(results: dict[str, Any]) -> None:
             realized_of(group),
             f"{group['attention']:.3f}",
             f"{group['ffn']:.3f}",
-            f"{group['flops_ratio']:.3f}",
             f"{group['seconds']:.0f}",
         ]
         for group in results["summary"]["groups"]
     ]
     columns = [
-        "policy",
-        "target",
-        "seeds",
-        "KL",
-        "top-1",
-        "perplexity",
-        "x dense",
-        "skipped",
-        "attention",
-        "FFN",
-        "FLOPs",
+        *("policy", "target", "FLOPs", "seeds", "KL", "top-1", "perplexity", "x dense", "skipped", "attention", "FFN"),
         "seconds",
     ]
     shown = [i for i, name in enumerate(columns) if console.width() >= _WIDE or name not in _ONLY_WIDE]
@@ -57,7 +47,7 @@ def comparison_tables(results: dict[str, Any]) -> None:
     gaps = [
         [
             gap["against"],
-            f"{gap['sparsity']:g}",
+            target_label(gap),
             "yes" if gap["lora"] else "no",
             with_spread(gap["closed"], 2),
             str(gap["seeds"]),
@@ -70,7 +60,7 @@ def comparison_tables(results: dict[str, Any]) -> None:
         console.table(title, ["policy", "target", "LoRA", "closed", "seeds", ""], gaps)
     caught = [
         [
-            f"{found['sparsity']:g}",
+            target_label(found),
             with_spread(found["share"], 2) if found["share"] else "not reached",
             with_spread(found["cpu_share"], 2) if found["cpu_share"] else None,
             f"{found['reached']} of {found['seeds']}",

@@ -18,7 +18,7 @@ from irc.cli.options import (
     key_policy_options,
     name_list,
     seq_len_option,
-    sparsity_option,
+    target_options,
 )
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 @device_option()
 @dtype_option()
 @seq_len_option(None)
-@sparsity_option()
+@target_options
 @click.option(
     "--sparsity-sweep",
     "sparsities",
@@ -61,6 +61,14 @@ if TYPE_CHECKING:
     callback=fraction_list,
     metavar="LIST",
     help="Also measure perplexity and FLOPs at these sparsities, within the range of the bundle's dial.",
+)
+@click.option(
+    "--flops-sweep",
+    "flops_ratios",
+    default="",
+    callback=fraction_list,
+    metavar="LIST",
+    help="The same at these FLOPs ratios, for a dial that was made for FLOPs.",
 )
 @key_policy_options
 @click.option(
@@ -100,21 +108,26 @@ def command(
     sparsities: list[float],
     also: tuple[str, ...],
     yardstick_tokens: int | None,
+    flops_ratios: list[float],
     **opening: Any,
 ) -> None:
     """Evaluate MODEL: a bundle or a plain model (folder, Hub id, or demo)."""
     from exporters.onnx_format import MANIFEST
     from irc import console
     from irc.bundle.source import ModelSource
-    from irc.cli.report import figures_table, kv_report, sparsity_report, texts_table
+    from irc.cli.report import dial_report, figures_table, kv_report, texts_table
     from irc.errors import InputError
     from irc.evaluation.run import TextChoice, run_evaluation
     from irc.recipe.key_policy import KeyPolicy
 
     source = ModelSource(model, key_policy=KeyPolicy.chosen(kv_policy, kv_threshold), **opening)
     if tasks is not None:
-        given = {"--kv-sweep": kv_sweep, "--sparsity-sweep": sparsities, "--tokens": tokens}
-        given |= {"--seq-len": seq_len, "--split": split != "auto", "--also": also}
+        given: dict[str, object] = {
+            "--kv-sweep": kv_sweep,
+            "--sparsity-sweep": sparsities,
+            "--flops-sweep": flops_ratios,
+        }
+        given |= {"--tokens": tokens, "--seq-len": seq_len, "--split": split != "auto", "--also": also}
         for flag, value in given.items():
             if value:
                 raise InputError(f"{flag} applies to perplexity only; leave it or --tasks out")
@@ -126,7 +139,14 @@ def command(
             "tasks on it"
         )
     choice = TextChoice(data, split, tokens, seq_len, yardstick_tokens, also)
-    metrics = run_evaluation(source, console.progress, choice, kv_thresholds=kv_sweep, sparsities=sparsities)
+    metrics = run_evaluation(
+        source,
+        console.progress,
+        choice,
+        kv_thresholds=kv_sweep,
+        sparsities=sparsities,
+        flops_ratios=flops_ratios,
+    )
     if as_json:
         console.emit_json(metrics)
         return
@@ -139,8 +159,9 @@ def command(
             for name, unit in metrics["units"].items()
         ]
         console.table("units", ["unit", "keep", "", "recoverability"], rows)
-    if "sparsity_sweep" in metrics:
-        sparsity_report(metrics)
+    for sweep in ("sparsity_sweep", "flops_sweep"):
+        if sweep in metrics:
+            dial_report(metrics, sweep)
     if "kv_sweep" in metrics:
         kv_report(metrics)
 

@@ -10,10 +10,11 @@ from typing import Any
 
 from irc.compare.cells import DENSE
 from irc.recipe.stages import STAGE_NAMES
+from irc.recipe.target import TARGET_KINDS, Target, TargetKind, target_of, value_of
 
 Row = dict[str, Any]
-TOLERANCE = 0.02
-"""A cell whose realized sparsity is further from its target has missed it, and compares with others unfairly."""
+TOLERANCE: dict[TargetKind, float] = {"sparsity": 0.02, "flops": 0.01}
+"""A cell whose figure is further from its target has missed it, and compares with others unfairly."""
 
 _BUDGET = frozenset({"lff.tokens", "lff.steps", "router.steps", "router.calibration_tokens"})
 
@@ -24,26 +25,26 @@ def training_seconds(row: Row, kind: str = "seconds") -> float:
     return sum(stages[stage][kind] for stage in STAGE_NAMES if stage in stages)
 
 
-def summarize(rows: Sequence[Row], sparsities: Sequence[float]) -> dict[str, Any]:
+def summarize(rows: Sequence[Row], targets: Sequence[Target]) -> dict[str, Any]:
     """Return the figures of a comparison.
 
     Args:
         rows: One per cell.
-        sparsities: Targets of the plan.
+        targets: Of the plan.
 
     Returns:
-        `groups`: means and spreads over seeds for each policy, sparsity, LoRA and variant; `missed` counts the seeds
-        that missed the target sparsity.
+        `groups`: means and spreads over seeds for each policy, target, LoRA and variant; `missed` counts the seeds
+        that missed the target.
         `gaps`: the share of each other policy's log-perplexity gap to the dense model that informed closes, for each
-        sparsity, without and with LoRA; `missed` names the policies of which a seed missed the target.
+        target, without and with LoRA; `missed` names the policies of which a seed missed the target.
         `catch_up`: the shortest informed training whose result is no worse than skipgpt's full training.
     """
     others = [name for name in dict.fromkeys(row["policy"] for row in rows) if name not in ("informed", DENSE)]
-    cases = itertools.product((False, True), others, sparsities)
+    cases = itertools.product((False, True), others, targets)
     return {
         "groups": groups(rows),
-        "gaps": [gap for lora, other, s in cases if (gap := gap_closed(rows, s, lora, other))],
-        "catch_up": [found for s in sparsities if (found := catch_up(rows, s))],
+        "gaps": [gap for lora, other, target in cases if (gap := gap_closed(rows, target, lora, other))],
+        "catch_up": [found for target in targets if (found := catch_up(rows, target))],
     }
 
 
@@ -51,11 +52,11 @@ def groups(rows: Sequence[Row]) -> list[Row]:
     """Return means and spreads of cells that differ only in their seed, in the order of the cells."""
     found: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        key = (row["policy"], row["sparsity"], row["lora"], row["variant"])
+        key = (row["policy"], row["sparsity"], row.get("flops"), row["lora"], row["variant"])
         found.setdefault(key, []).append(row)
     return [
         {
-            **dict(zip(("policy", "sparsity", "lora", "variant"), key, strict=True)),
+            **dict(zip(("policy", "sparsity", "flops", "lora", "variant"), key, strict=True)),
             "seeds": len(members),
             "perplexity": _spread([m["figures"]["perplexity"]["routed"] for m in members]),
             "dense": mean(dense_beside(m, rows) for m in members),
@@ -77,17 +78,17 @@ def dense_beside(row: Row, rows: Sequence[Row]) -> float:
 
     The dense LoRA cell was trained with the same LoRA budget on the same text; it is compared with itself.
     """
-    if row["lora"] and (dense := _plain(rows, DENSE, 0.0, True).get(row["seed"])):
+    if row["lora"] and (dense := _plain(rows, DENSE, Target("sparsity", 0.0), True).get(row["seed"])):
         return float(dense["figures"]["perplexity"]["routed"])
     return float(row["figures"]["perplexity"]["dense"])
 
 
-def gap_closed(rows: Sequence[Row], sparsity: float, lora: bool, against: str = "skipgpt") -> Row | None:
+def gap_closed(rows: Sequence[Row], target: Target, lora: bool, against: str = "skipgpt") -> Row | None:
     """Return the share of another policy's log-perplexity gap to the dense model that informed closes, seed by seed.
 
     Policy `static` has no randomness, so its one cell is used for every seed.
     """
-    informed, other = (_plain(rows, policy, sparsity, lora) for policy in ("informed", against))
+    informed, other = (_plain(rows, policy, target, lora) for policy in ("informed", against))
     if against == "static" and other:
         other = dict.fromkeys(informed, next(iter(other.values()))) | other
     shares = []
@@ -101,7 +102,7 @@ def gap_closed(rows: Sequence[Row], sparsity: float, lora: bool, against: str = 
     cells = {"informed": informed, against: other}
     return {
         "against": against,
-        "sparsity": sparsity,
+        **_parts(target),
         "lora": lora,
         "closed": _spread(shares),
         "seeds": len(shares),
@@ -109,7 +110,7 @@ def gap_closed(rows: Sequence[Row], sparsity: float, lora: bool, against: str = 
     }
 
 
-def catch_up(rows: Sequence[Row], sparsity: float) -> Row | None:
+def catch_up(rows: Sequence[Row], target: Target) -> Row | None:
     """Return the shortest informed training, lff included, whose result is no worse than skipgpt's full training.
 
     Candidates are the cells of the plain method and of variants that change only how much is trained or read, so the
@@ -117,27 +118,27 @@ def catch_up(rows: Sequence[Row], sparsity: float) -> Row | None:
     `cpu_share` in processor time (which other work on the machine does not distort), over the seeds that have such a
     training; `reached` counts them.
     """
-    skipgpt = _plain(rows, "skipgpt", sparsity, False)
+    skipgpt = _plain(rows, "skipgpt", target, False)
     shares: dict[str, list[float]] = {"seconds": [], "cpu_seconds": []}
     steps = []
-    for seed, target in skipgpt.items():
-        wanted = target["figures"]["perplexity"]["routed"]
+    for seed, full in skipgpt.items():
+        wanted = full["figures"]["perplexity"]["routed"]
         tries = [
             row
             for row in rows
-            if (row["policy"], row["sparsity"], row["seed"], row["lora"]) == ("informed", sparsity, seed, False)
+            if (row["policy"], _target(row), row["seed"], row["lora"]) == ("informed", target, seed, False)
             and all(change.partition("=")[0].strip() in _BUDGET for change in row["changes"])
         ]
         good = [row for row in tries if row["figures"]["perplexity"]["routed"] <= wanted and not _missed(row)]
         if good:
             best = min(good, key=training_seconds)
             for kind, found in shares.items():
-                found.append(training_seconds(best, kind) / training_seconds(target, kind))
+                found.append(training_seconds(best, kind) / training_seconds(full, kind))
             steps.append(best["variant"] or "all steps")
     if not skipgpt or not any(row["policy"] == "informed" for row in rows):
         return None
     return {
-        "sparsity": sparsity,
+        **_parts(target),
         "share": _spread(shares["seconds"]) if steps else None,
         "cpu_share": _spread(shares["cpu_seconds"]) if steps else None,
         "budgets": steps,
@@ -146,10 +147,18 @@ def catch_up(rows: Sequence[Row], sparsity: float) -> Row | None:
     }
 
 
-def _plain(rows: Sequence[Row], policy: str, sparsity: float, lora: bool) -> dict[int, Row]:
+def _target(row: Row) -> Target | None:
+    return target_of(row["sparsity"], row.get("flops"))
+
+
+def _parts(target: Target) -> dict[str, float | None]:
+    return {kind: value_of(target, kind) for kind in TARGET_KINDS}
+
+
+def _plain(rows: Sequence[Row], policy: str, target: Target, lora: bool) -> dict[int, Row]:
     """Return the cells of a policy without a variant, by seed."""
-    wanted = (policy, sparsity, lora, "")
-    return {row["seed"]: row for row in rows if (row["policy"], row["sparsity"], row["lora"], row["variant"]) == wanted}
+    wanted = (policy, target, lora, "")
+    return {row["seed"]: row for row in rows if (row["policy"], _target(row), row["lora"], row["variant"]) == wanted}
 
 
 def fidelity_of(figures: Row, key: str) -> float | None:
@@ -174,7 +183,12 @@ def _spread_of_known(values: Sequence[float | None]) -> dict[str, float] | None:
 
 def _missed(row: Row) -> bool:
     """Return whether a cell missed its target; the dense model has none."""
-    return row["policy"] != DENSE and abs(row["figures"]["sparsity"]["realized"] - row["sparsity"]) > TOLERANCE
+    target = _target(row)
+    if row["policy"] == DENSE or target is None:
+        return False
+    figures = row["figures"]
+    found = figures["flops_ratio"] if target.kind == "flops" else figures["sparsity"]["realized"]
+    return abs(found - target.value) > TOLERANCE[target.kind]
 
 
 def _excess(row: Row, rows: Sequence[Row]) -> float:

@@ -17,6 +17,7 @@ from irc.model.flops import UnitFlops, flops_ratio, head_flops, unit_flops
 from irc.model.modules import Forecaster, Router
 from irc.model.routed import RoutedForCausalLM
 from irc.recipe.recipe import Recipe
+from irc.recipe.target import Target, value_of
 from passes.match import Unit
 from passes.printer import named_lines, unified_diff
 
@@ -35,6 +36,7 @@ def inspection(model: RoutedForCausalLM, name: str) -> dict[str, Any]:
     """
     bundle = bundle_of(model)
     measured = {} if bundle is None else bundle.config.measured.units
+    target = None if bundle is None else bundle.config.measured.target
     keep = _keep(model, measured)
     seq_len = _seq_len(model, bundle)
     counts = unit_flops(model, seq_len)
@@ -53,7 +55,8 @@ def inspection(model: RoutedForCausalLM, name: str) -> dict[str, Any]:
         "layers": len({unit.layer for unit in model.units}),
         "seq_len": seq_len,
         "parameters": parameters(model),
-        "sparsity": _sparsity(model, keep, bundle),
+        "target": None if target is None else target.to_dict(),
+        "sparsity": _sparsity(model, keep, target),
         "fidelity": _fidelity(bundle),
         "flops": {"head": head, "dense": head + sum(count.dense for count in counts.values()), "routed": routed},
         "flops_ratio": None if keep is None else flops_ratio(model, keep, seq_len),
@@ -153,7 +156,7 @@ def _keep(model: RoutedForCausalLM, measured: Mapping[str, UnitFigures]) -> dict
 
 
 def _sparsity(
-    model: RoutedForCausalLM, keep: dict[str, float] | None, bundle: Bundle | None
+    model: RoutedForCausalLM, keep: dict[str, float] | None, target: Target | None
 ) -> dict[str, float | None] | None:
     if model.spec is None or keep is None:
         return None
@@ -162,7 +165,7 @@ def _sparsity(
         skipped["realized"].append(1 - keep[unit.name])
         skipped[unit.kind].append(1 - keep[unit.name])
     means = {kind: sum(shares) / len(shares) if shares else 0.0 for kind, shares in skipped.items()}
-    return {"target": None if bundle is None else bundle.config.measured.sparsity.target, **means}
+    return {"target": value_of(target, "sparsity"), **means}
 
 
 def _fidelity(bundle: Bundle | None) -> dict[str, float] | None:
