@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -258,8 +259,11 @@ def _weights(
         model = AutoModelForCausalLM.from_config(config)
     config.architectures = [type(model).__name__]
     processor = TENSOR_PROCESSORS.get(kind, TensorProcessor)(config=config.to_dict())
-    names = get_gguf_hf_weights_map(model, processor)
-    shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    weights_of = model.state_dict()
+    # Without its submodules: transformers would also look for the weights of each of them alone, for seconds per layer.
+    flat: Any = SimpleNamespace(config=config, state_dict=lambda: weights_of, named_children=tuple)
+    names = get_gguf_hf_weights_map(flat, processor)
+    shapes = {name: tuple(weight.shape) for name, weight in weights_of.items()}
     if config.tie_word_embeddings:
         del shapes["lm_head.weight"]
     weights = [_Weight(names.get(name, ""), tensor) for name, tensor in tensors.items() if name != _ROPE_FACTORS]
