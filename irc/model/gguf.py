@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from filelock import FileLock
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -27,7 +28,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedTokenizerFast,
 )
-from transformers.integrations import GGUF_CONFIG_MAPPING
+from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -209,7 +210,8 @@ def _config(path: Path, values: Mapping[str, Any], tensors: Mapping[str, Any]) -
             f"{path}: holds a model of architecture '{kind}', but only {known} are read from GGUF files; convert the "
             "Hugging Face checkpoint"
         )
-    names = GGUF_CONFIG_MAPPING[kind] | _MORE_FIELDS.get(kind, {})
+    table: Any = GGUF_CONFIG_MAPPING
+    names = table[kind] | _MORE_FIELDS.get(kind, {})
     found = {name: values[f"{kind}.{key}"] for key, name in names.items() if name and f"{kind}.{key}" in values}
     if found["num_hidden_layers"] > len(tensors):
         raise ValueError(f"{found['num_hidden_layers']} layers, but {len(tensors)} weights")
@@ -258,7 +260,8 @@ def _weights(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     config.architectures = [type(model).__name__]
-    processor = TENSOR_PROCESSORS.get(kind, TensorProcessor)(config=config.to_dict())
+    processors: Any = TENSOR_PROCESSORS
+    processor = processors.get(kind, TensorProcessor)(config=config.to_dict())
     weights_of = model.state_dict()
     # Without its submodules: transformers would also look for the weights of each of them alone, for seconds per layer.
     flat: Any = SimpleNamespace(config=config, state_dict=lambda: weights_of, named_children=tuple)
@@ -295,11 +298,9 @@ def _check_types(path: Path, weights: list[_Weight]) -> None:
 
 def _write(contents: _Contents, folder: Path) -> None:
     """Write a Hugging Face folder, whole or not at all. Of several processes, the first one writes."""
-    from huggingface_hub.utils import WeakFileLock
-
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with WeakFileLock(folder.with_suffix(".lock")):
+        with FileLock(folder.with_suffix(".lock")):
             if folder.is_dir():
                 return
             with staged(folder, _REMEDY) as staging:
@@ -314,7 +315,7 @@ def _write(contents: _Contents, folder: Path) -> None:
 
 def _write_weights(file: BinaryIO, contents: _Contents) -> None:
     """Write a safetensors file one weight at a time, so that only one is in memory."""
-    dtype = contents.config.dtype
+    dtype: Any = contents.config.dtype
     code, end = {torch.float32: "F32", torch.bfloat16: "BF16"}[dtype], 0
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     for weight in contents.weights:
