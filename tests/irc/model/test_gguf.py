@@ -205,6 +205,7 @@ def test_large_models_are_written_as_bf16(write: Callable[..., Path], monkeypatc
     }
 
 
+@pytest.mark.slow
 def test_a_bundle_made_from_it_loads_again(
     write: Callable[..., Path],
     convert_arguments: Callable[..., list[str]],
