@@ -175,7 +175,7 @@ def _with_weights(
 
 
 def _saved_base(base: BaseModel) -> SavedBase:
-    local = Path(base.name).is_dir() and base.name != "demo"
+    local = Path(base.name).exists() and base.name != "demo"
     name = str(Path(base.name).resolve()) if local else base.name
     return SavedBase(name=name, sha256=base.sha256(), architecture=base.config.model_type)
 

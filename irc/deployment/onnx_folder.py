@@ -217,7 +217,7 @@ def _reduced_layers(model: RoutedForCausalLM) -> tuple[int, ...]:
 
 def relative_source(name: str, output: Path) -> str:
     """Return what was exported: a name, or a path relative to the output, which then begins with a dot."""
-    if not (Path(name).is_dir() or Path(name).is_absolute()):
+    if not (Path(name).exists() or Path(name).is_absolute()):
         return name
     relative = Path(os.path.relpath(Path(name).resolve(), output.resolve())).as_posix()
     return relative if relative.startswith("..") else f"./{relative}"
@@ -225,7 +225,7 @@ def relative_source(name: str, output: Path) -> str:
 
 def without_folder(name: str) -> str:
     """Return a model's name, and of a path on this machine its last part alone."""
-    return Path(name).name if Path(name).is_absolute() or Path(name).is_dir() else name
+    return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
 
 
 def _sparsity(model: RoutedForCausalLM, shares: SparsityFigures) -> float | None:

@@ -19,6 +19,7 @@ from irc.dtypes import LONG_NAMES, torch_dtype
 from irc.errors import InputError
 from irc.files.untrusted import check_links, check_pulled, first_line, read_json, read_text
 from irc.model.architectures import check_model_type
+from irc.model.gguf import gguf_in, open_gguf
 from irc.model.paging import MappedPages
 from irc.model.tokenizer import load_tokenizer
 from irc.model.weight_files import weight_files, what_instead
@@ -72,10 +73,12 @@ class BaseModel:
     Attributes:
         name: What the user called it.
         folder: Folder with its files.
+        file_sha256: SHA-256 of the GGUF file that the folder was written from, if it was.
     """
 
     name: str
     folder: Path
+    file_sha256: str | None = None
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -223,8 +226,8 @@ class BaseModel:
                 pages.release([tensor])
 
     def sha256(self) -> str:
-        """Return the SHA-256 over all shards in order, computed by the first call."""
-        return self._sha256
+        """Return the SHA-256 over all shards in order, computed by the first call, or that of the GGUF file."""
+        return self.file_sha256 or self._sha256
 
     @cached_property
     def _sha256(self) -> str:
@@ -272,7 +275,7 @@ class BaseModel:
 
 
 def find_base(name: str, revision: str | None = None, *, ask_hub: bool = True) -> BaseModel:
-    """Find a model: `demo`, a local folder, or a hub id (downloaded, safetensors only).
+    """Find a model: `demo`, a local folder, a GGUF file, or a hub id (downloaded, safetensors only).
 
     Args:
         name: Name or path of the model.
@@ -290,7 +293,11 @@ def find_base(name: str, revision: str | None = None, *, ask_hub: bool = True) -
         for ours, what in _OURS.items():
             if (folder / ours).is_file():
                 raise InputError(f"{name}: is {what}, not a model; give the model that it was made from")
+        if gguf := gguf_in(folder):
+            return BaseModel(str(gguf), *open_gguf(gguf))
         return _checked(name, folder)
+    if folder.suffix.lower() == ".gguf":
+        return BaseModel(name, *open_gguf(folder))
     if not name.strip():
         raise InputError("the model's name is empty; give a folder, a hub id such as org/name, or demo")
     if len(name) > 200 or folder.exists() or name.startswith((".", "/")) or name.count("/") != 1:

@@ -24,7 +24,7 @@ _INSTEAD = {
     "model.*.safetensors": "is a variant; load it with from_pretrained(..., variant=...) and save it without a variant",
     "consolidated*.safetensors": "has Mistral's own names; give a checkpoint in the format of transformers",
     "pytorch_model*.bin": "is pickled, and pickles are never loaded; load it with transformers and save it again",
-    "*.gguf": "is a GGUF file; give the checkpoint that it was made from",
+    "*.gguf": "is a GGUF file; give it itself, or a folder without config.json that holds it",
     "checkpoint-*": "is a checkpoint of a training; give it instead",
 }
 

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaForCausalLM
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 # What each example must print. They run in this order in one folder, so that later ones reuse the tiny model.
@@ -21,6 +23,12 @@ SHORT = {
     "compare_policies.py": (r"informed +perplexity [\d.]+ x dense", r"skipgpt +perplexity [\d.]+ x dense"),
     "train_on_two_processes.py": (
         r"largest difference of \d+ weight tensors between one process and two: [\d.]+e-0[5-9]",
+    ),
+    "real_model.py": (
+        r"tiny.gguf at 0.9 of its FLOPs",
+        r"convert \d+ s, evaluate \d+ s, export and verify \d+ s",
+        r"4 of 4 continuations are identical",
+        r"> What is the capital of France\?",
     ),
     "convert_at_scale.py": (
         r"tiny.json: 0.0\d GB of weights, 2 steps of 2 x 32 tokens",
@@ -39,6 +47,7 @@ SHORT = {
     ),
 }
 ARGUMENTS = {
+    "real_model.py": "--gguf tiny.gguf --flops 0.9 --steps 2 --tokens 256 --seq-len 16 --data words.txt --device cpu",
     "convert_at_scale.py": "--shape tiny.json --folder build/tiny-scale --steps 2 --batch 2 --seq-len 32 --tokens 256",
 }
 TINY_SHAPE = {
@@ -53,11 +62,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("examples")
 
 
+def write_tiny_gguf(folder: Path) -> None:
+    pytest.importorskip("gguf")
+    from tests.irc.gguf_files import tiny_llama, write_gguf
+
+    torch.manual_seed(0)
+    write_gguf(folder / "tiny.gguf", LlamaForCausalLM(tiny_llama()), types=("F16", "Q8_0", "Q4_0"))
+    words = "the router skips a token of the model and the other token runs".split()
+    (folder / "words.txt").write_text("\n".join(" ".join(words[i % 5 : i % 13]) for i in range(2000)))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHORT)
 def test_an_example_runs(name: str, folder: Path) -> None:
     paths = os.pathsep.join(filter(None, (str(EXAMPLES.parent), os.environ.get("PYTHONPATH"))))
     (folder / "tiny.json").write_text(json.dumps(TINY_SHAPE))
+    if name == "real_model.py":
+        write_tiny_gguf(folder)
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / name), *ARGUMENTS.get(name, "").split()],
         cwd=folder,
