@@ -132,33 +132,43 @@ def RaggedPlaces(rows, like):
 def RoutedAttention(q, rows, k, v, past_k, past_v, mask, heads: int, kv_heads: int, scale: float):
     """Attend from the tokens `rows` alone: q [1, n, heads * size], mask [batch, tokens, keys] is added to scores.
 
-    A batch of one computes no scores of skipped tokens. A larger batch pads the queries of each sequence to the
-    longest. Without any query only the cache grows.
+    If all tokens attend, this is plain attention. Otherwise a batch of one computes no scores of skipped tokens, and a
+    larger batch pads the queries of each sequence to the longest. Without any query only the cache grows.
     """
     zero = op.Constant(value_ints=[0])
     one = op.Constant(value_ints=[1])
+    tokens = op.Shape(mask, start=0, end=2)
     single = op.Equal(op.Squeeze(op.Shape(mask, start=0, end=1)), op.Constant(value_int=1))
-    if op.Greater(op.Size(rows), op.Constant(value_int=0)):
-        own_mask = op.GatherND(mask, rows)
-        if single:
-            y, keys, values = op.Attention(
-                q, k, v, op.Unsqueeze(own_mask, zero), past_k, past_v,
-                q_num_heads=heads, kv_num_heads=kv_heads, scale=scale,
-            )  # fmt: skip
-        else:
-            places, index = irc.RaggedPlaces(rows, mask)
-            queries = op.Gather(op.Squeeze(q, zero), index, axis=0)
-            masks = op.Gather(op.Squeeze(own_mask, zero), index, axis=0)
-            y_padded, keys, values = op.Attention(
-                queries, k, v, op.Unsqueeze(masks, one), past_k, past_v,
-                q_num_heads=heads, kv_num_heads=kv_heads, scale=scale,
-            )  # fmt: skip
-            y = op.GatherND(y_padded, places)
+    if op.Equal(op.Size(rows), op.Mul(op.Constant(value_int=2), op.ReduceProd(tokens, keepdims=0))):
+        queries = op.Reshape(q, op.Concat(tokens, op.Constant(value_ints=[-1]), axis=0))
+        y_all, keys, values = op.Attention(
+            queries, k, v, op.Unsqueeze(mask, one), past_k, past_v,
+            q_num_heads=heads, kv_num_heads=kv_heads, scale=scale,
+        )  # fmt: skip
+        y = op.Reshape(y_all, op.Shape(q))
     else:
-        split = op.Concat(op.Shape(k, start=0, end=2), op.Constant(value_ints=[-1]), op.Shape(past_k, start=3), axis=0)
-        y = op.Identity(q)
-        keys = op.Concat(past_k, op.Transpose(op.Reshape(k, split), perm=[0, 2, 1, 3]), axis=2)
-        values = op.Concat(past_v, op.Transpose(op.Reshape(v, split), perm=[0, 2, 1, 3]), axis=2)
+        if op.Greater(op.Size(rows), op.Constant(value_int=0)):
+            own_mask = op.GatherND(mask, rows)
+            if single:
+                y, keys, values = op.Attention(
+                    q, k, v, op.Unsqueeze(own_mask, zero), past_k, past_v,
+                    q_num_heads=heads, kv_num_heads=kv_heads, scale=scale,
+                )  # fmt: skip
+            else:
+                places, index = irc.RaggedPlaces(rows, mask)
+                queries = op.Gather(op.Squeeze(q, zero), index, axis=0)
+                masks = op.Gather(op.Squeeze(own_mask, zero), index, axis=0)
+                y_padded, keys, values = op.Attention(
+                    queries, k, v, op.Unsqueeze(masks, one), past_k, past_v,
+                    q_num_heads=heads, kv_num_heads=kv_heads, scale=scale,
+                )  # fmt: skip
+                y = op.GatherND(y_padded, places)
+        else:
+            size = op.Shape(past_k, start=3)
+            split = op.Concat(op.Shape(k, start=0, end=2), op.Constant(value_ints=[-1]), size, axis=0)
+            y = op.Identity(q)
+            keys = op.Concat(past_k, op.Transpose(op.Reshape(k, split), perm=[0, 2, 1, 3]), axis=2)
+            values = op.Concat(past_v, op.Transpose(op.Reshape(v, split), perm=[0, 2, 1, 3]), axis=2)
     return y, keys, values
 
 

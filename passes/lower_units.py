@@ -29,6 +29,8 @@ aten, irc = torch.ops.aten, torch.ops.irc
 class LowerUnits(Pass):
     """Replaces `h + mux(unit(x), forecaster(x), router(x))` by a decision, the unit on rows, and adds onto h.
 
+    In every model, plain ones too, the number of past tokens then comes from the mask and not from the caches' size.
+
     Run after RaiseNorms and RaiseAttention. A decision compares the router's two logits in float32: equal logits
     execute, and so do logits that are NaN, as in `irc.model.modules.Mux`. Its operator carries the unit's name. A mux
     without a router passes the unit's output on.
@@ -53,21 +55,18 @@ class LowerUnits(Pass):
 
     def call(self, model: fx.GraphModule) -> PassResult:
         """Lower all units that have a mux; the mux modules are dropped."""
-        modified = routed = False
+        modified = False
         for unit in match_units(model).units:
             site = _Site.of(model, unit)
             if site is None:
                 continue
             if len(site.mux.args) == 3:
                 _lower(model, site, self.folded)
-                routed = True
             else:
                 _pass_on(site)
             finish(site.block)
             modified = True
-        if routed:
-            _count_past_by_mask(model)
-        return PassResult(model, modified)
+        return PassResult(model, _count_past_by_mask(model) or modified)
 
 
 @dataclass
@@ -311,16 +310,22 @@ def _connect_slots(model: fx.GraphModule, unit: Unit) -> None:
     add_output(model, unit.name, present)
 
 
-def _count_past_by_mask(model: fx.GraphModule) -> None:
-    """Read the number of past tokens from the mask: caches may hold fewer tokens, or have room for more."""
+def _count_past_by_mask(model: fx.GraphModule) -> bool:
+    """Read the number of past tokens from the mask: caches may hold fewer tokens, or have room for more.
+
+    Returns whether a node was replaced.
+    """
     graph = model.graph
     inputs = {node.name: node for node in graph.nodes if node.op == "placeholder"}
     lengths = [(name, 2) for name in inputs if name.startswith("past_key_values_")]
-    for node in [n for n in graph.nodes if n.target == aten.sym_size.int and (str(n.args[0]), n.args[1]) in lengths]:
+    found = [n for n in graph.nodes if n.target == aten.sym_size.int and (str(n.args[0]), n.args[1]) in lengths]
+    for node in found:
         with graph.inserting_before(node):
             total, new = (
                 graph.call_function(aten.sym_size.int, (inputs[name], 1)) for name in ("attention_mask", "input_ids")
             )
             node.replace_all_uses_with(graph.call_function(operator.sub, (total, new)))
         graph.erase_node(node)
-    finish(model)
+    if found:
+        finish(model)
+    return bool(found)

@@ -186,6 +186,10 @@ def command(
         console.say(f"{plot}: written")
 
 
+UNFAIR = 1.05
+"""Skipping cannot bring more than the work that it saves; what exceeds that by more than noise has another cause."""
+
+
 def _show(result: dict[str, Any]) -> None:
     """Print one table per phase, batch size and length, then the profile."""
     from irc import console
@@ -198,6 +202,11 @@ def _show(result: dict[str, Any]) -> None:
         ]
         title = f"{_PHASES[phase].format(tokens=tokens)}, batch {batch}, {result['provider']}, {result['dtype']}"
         console.table(title, headings, [line for row in rows for line in _lines(row)])
+        if any(figures.get("efficiency", 0) > UNFAIR for row in rows for figures in row["contenders"].values()):
+            console.warn(
+                f"an efficiency above {UNFAIR:g} says that the dense model lacks something that the routed one has, or "
+                "that the machine was busy: do not quote it"
+            )
     for entry in result["profile"]:
         title = f"time per operator: {entry['model']}, {entry['phase']}"
         title += "" if entry["sparsity"] is None else f", {entry['sparsity']:.0%} skipped"

@@ -29,7 +29,7 @@ from irc.errors import InputError
 from irc.files.untrusted import first_line
 from irc.runtime.cache import Cache, CacheLayout, PlacedCache
 from irc.runtime.folder import OnnxFolder, open_folder
-from irc.runtime.native import CHOICES, NativeLibrary, choose_library, load_library
+from irc.runtime.native import NativeLibrary, choose_library
 from irc.runtime.provider import PROVIDERS, choose_provider, onnxruntime, session_options
 
 log = logging.getLogger(__name__)
@@ -140,11 +140,7 @@ class Runtime:
         self.in_place = can and signature.metadata.get(IN_PLACE) == "true"
 
     def _registered(self, options: Any, ops: str) -> NativeLibrary | None:
-        """Register the kernels that `ops` asks for; a model without routed units has no operator of ours."""
-        if not self.exported.decisions:
-            if ops not in CHOICES:
-                load_library(Path(ops))  # of no use here, but a file that is not a library is still refused
-            return None
+        """Register the kernels that `ops` asks for."""
         library = choose_library(ops, self.provider, self.exported.dtype)
         if library is None:
             return None
