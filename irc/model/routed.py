@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
@@ -27,9 +28,11 @@ from irc.model.modules import RoutingControl
 from irc.recipe.key_policy import KeyPolicy
 from irc.recipe.policies import policy_named, refuse_whole_sequences
 from irc.recipe.stages import LoraRecipe
-from passes.base import PassManager
+from passes.base import PassError, PassManager
 from passes.match import MatchResult, Unit
 from passes.set_device import SetDevice
+
+log = logging.getLogger(__name__)
 
 _REFUSED = ("inputs_embeds", "output_attentions", "output_hidden_states")
 
@@ -228,7 +231,11 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _compact_graph(self) -> fx.GraphModule:
         if not self._compacted:
-            self._compacted["graph"] = compacted(self.graph, self.control)
+            try:
+                self._compacted["graph"] = compacted(self.graph, self.control)
+            except PassError as error:
+                log.warning("each token computes both branches of every unit: %s", error)
+                self._compacted["graph"] = self.graph
         return self._compacted["graph"]
 
     def rewritten(self) -> None:
