@@ -29,11 +29,11 @@ def choose_shifts(
     """
     weight = weights or dict.fromkeys(differences, 1 / len(differences))
 
+    def mass_of(units: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return torch.cat([torch.full((len(v),), weight[unit] / len(v)).double() for unit, v in units.items()])
+
     def threshold(units: Mapping[str, torch.Tensor], share: float) -> float:
-        mass = []
-        for unit, values in units.items():
-            mass.append(torch.full((len(values),), weight[unit] / len(values)).double())
-        return quantile(torch.cat(list(units.values())), share, torch.cat(mass))
+        return quantile(torch.cat(list(units.values())), share, mass_of(units))
 
     def below(unit: str, limit: float) -> float:
         return weight[unit] * (differences[unit] < limit).double().mean().item()
@@ -43,7 +43,7 @@ def choose_shifts(
     if abs(sum(below(unit, common) for unit in differences) - target) <= tolerance:
         return shifts
     all_values = torch.cat(list(differences.values()))
-    equal, at_target = _equal_distance(all_values), _value_at(all_values, target)
+    equal, at_target = _equal_distance(all_values), _value_at(all_values, target, mass_of(differences))
     without_group = {
         unit: values
         for unit, values in differences.items()
@@ -70,7 +70,7 @@ def quantile(values: torch.Tensor, share: float, mass: torch.Tensor | None = Non
     ordered, order = values.sort()
     count = len(ordered)
     mass = torch.ones(count, dtype=torch.float64) if mass is None else mass[order]
-    below = torch.cat([mass.new_zeros(1), mass.cumsum(0) / mass.sum()])  # share of the mass below each possible cut
+    below = _mass_below(mass)
     cut = int((below - share).abs().argmin())
     equal = _equal_distance(ordered)
     if 0 < cut < count and ordered[cut] - ordered[cut - 1] <= equal:
@@ -84,10 +84,15 @@ def quantile(values: torch.Tensor, share: float, mass: torch.Tensor | None = Non
     return (ordered[cut - 1].item() + ordered[cut].item()) / 2
 
 
-def _value_at(values: torch.Tensor, share: float) -> torch.Tensor:
-    """Return the value at a share of the sorted values."""
-    ordered = values.sort().values
-    return ordered[min(len(ordered) - 1, max(0, round(share * len(ordered))))]
+def _value_at(values: torch.Tensor, share: float, mass: torch.Tensor) -> torch.Tensor:
+    """Return the value below which a share of the total mass is."""
+    ordered, order = values.sort()
+    return ordered[int((_mass_below(mass[order])[:-1] - share).abs().argmin())]
+
+
+def _mass_below(mass: torch.Tensor) -> torch.Tensor:
+    """Return the share of the total mass that is below each possible cut of the sorted values, [n + 1]."""
+    return torch.cat([mass.new_zeros(1), mass.cumsum(0) / mass.sum()])
 
 
 def _equal_distance(values: torch.Tensor) -> float:

@@ -41,6 +41,16 @@ def test_a_unit_that_cannot_be_split_is_made_up_for_by_the_others(target: float)
     assert skipped(units, shifts) == pytest.approx(target, abs=0.001)
 
 
+def test_a_heavy_unit_that_cannot_be_split_is_made_up_for_too() -> None:
+    """The group is at the target by weight; without weights, 0.3 of all values would be far below it."""
+    weights = {"a": 0.1, "b": 0.1, "c": 0.8}
+    units = {"a": torch.randn(1000), "b": torch.randn(1000), "c": torch.randn(1000) + 1}
+    units["c"][:200] = -0.5
+    shifts = choose_shifts(units, 0.15, 0.001, weights)
+    under = {name: float((values < shifts[name]).double().mean()) for name, values in units.items()}
+    assert sum(weights[name] * share for name, share in under.items()) == pytest.approx(0.15, abs=0.001)
+
+
 def test_nothing_can_be_done_when_every_unit_is_constant() -> None:
     units = {name: torch.zeros(10) for name in "ab"}
     assert skipped(units, choose_shifts(units, 0.4, 0.001)) in (0.0, 1.0)
