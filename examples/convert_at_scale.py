@@ -34,6 +34,7 @@ Peaks = dict[str, float]
 def settings(tokens: int, batch: int, steps: int) -> list[str]:
     """Return the flags of a conversion with few steps."""
     values = {
+        "sparsity": 0.25,
         "lff.steps": steps,
         "lff.batch_size": batch,
         "lff.tokens": tokens,

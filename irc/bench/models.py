@@ -21,6 +21,7 @@ from irc.model.checkpoint import BaseModel, find_base
 from irc.model.routed import RoutedForCausalLM, RoutingSpec
 from irc.recipe.policies import policy_named, refuse_whole_sequences
 from irc.recipe.recipe import default_rank
+from irc.recipe.target import Target, value_of
 
 
 @dataclass
@@ -60,27 +61,29 @@ def random_pair(shape: Shape, work: Path, dtype: str, context: int, seed: int, p
     return ModelPair(model, base, *_exported(sources, work, dtype, provider))
 
 
-def bundle_pair(bundle: str, work: Path, dtype: str, sparsity: float | None, provider: str = "cpu") -> ModelPair:
+def bundle_pair(bundle: str, work: Path, dtype: str, target: Target | None, provider: str = "cpu") -> ModelPair:
     """Export a bundle and its dense base model.
 
     Args:
         bundle: Folder of the bundle.
         work: Folder to write to.
         dtype: fp32, fp16 or bf16.
-        sparsity: Point of the bundle's dial, or None for its own sparsity.
+        target: Point of the bundle's dial, or None for its own target.
         provider: Execution provider to export for: cpu or cuda.
 
     Raises:
         InputError: The bundle's policy needs whole sequences, so it cannot generate token by token.
     """
-    model = load(bundle, sparsity=sparsity)
+    sparsity, flops = value_of(target, "sparsity"), value_of(target, "flops")
+    model = load(bundle, sparsity=sparsity, flops=flops)
     assert model.spec is not None
     refuse_whole_sequences(policy_named(model.spec.policy), "be timed")
     base = model.base
-    dense, routed = work / "dense", work / f"routed-{sparsity}"
+    dense, routed = work / "dense", work / f"routed-{target}"
     if not dense.exists():
         export(ModelSource(base.name, dtype=dtype), dense, ExportOptions(provider=provider))
-    export(ModelSource(bundle, base, dtype, sparsity=sparsity), routed, ExportOptions(provider=provider))
+    source = ModelSource(bundle, base, dtype, sparsity=sparsity, flops=flops)
+    export(source, routed, ExportOptions(provider=provider))
     return ModelPair(model, base.folder, dense, routed)
 
 

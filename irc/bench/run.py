@@ -20,6 +20,7 @@ from irc.bench.timed_models import TimedModel
 from irc.dtypes import BYTES
 from irc.errors import InputError
 from irc.progress import ProgressFactory
+from irc.recipe.target import Target
 from irc.runtime.native import choose_library
 from irc.runtime.provider import choose_provider
 
@@ -32,11 +33,13 @@ class Subject:
         shape: Sizes of the random model.
         bundle: Folder of a bundle, or an empty string for a random model.
         text: Tokens that the bundle reads; None for a random model.
+        flops: Points of the bundle's dial, if that was made for FLOPs.
     """
 
     shape: Shape = field(default_factory=Shape)
     bundle: str = ""
     text: TextTokens | None = None
+    flops: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def bench(
     Args:
         subject: The model. Random gates tell a random model what to execute; they are drawn anew for each step of
             decoding, and the routers run and are timed. A bundle follows its routers.
-        shares: Shares that the random gates skip, or points of a bundle's dial; none for a bundle's own sparsity.
+        shares: Shares that the random gates skip, or points of a bundle's dial; none for a bundle's own target.
         load: What to time.
         progress: Makes progress bars.
         options: How to run the models, and what else to time.
@@ -92,11 +95,11 @@ def bench(
     opened: dict[Path, dict[str, TimedModel]] = {}
     with tempfile.TemporaryDirectory() as folder:
         work, context = Path(folder), max(*load.prefill, load.past + load.decode) + 1
-        with progress("bench", max(1, len(shares))) as bar:
-            for done, (share, pair) in enumerate(
+        with progress("bench", max(1, len(shares) + len(subject.flops))) as bar:
+            for done, (share, flops, pair) in enumerate(
                 _pairs(subject, shares, work, dtype, context, seed, provider), start=1
             ):
-                scenario = Scenario(pair, share, subject.shape, subject.text, work, provider, dtype, seed)
+                scenario = Scenario(pair, share, subject.shape, subject.text, work, provider, dtype, seed, flops)
                 opened = {pair.routed: opened.get(pair.routed, {})}  # closes the models of an earlier pair
                 models = scenario.open_models(options.ops, options.peers, context, missing, opened[pair.routed])
                 rows += scenario.rows(load, models)
@@ -118,17 +121,19 @@ def bench(
 
 def _pairs(
     subject: Subject, shares: Sequence[Share], work: Path, dtype: str, context: int, seed: int, provider: str
-) -> Iterator[tuple[Share | None, ModelPair]]:
-    """Yield the models to time for each share. A random model is the same for all shares."""
+) -> Iterator[tuple[Share | None, float | None, ModelPair]]:
+    """Yield the models to time for each share and each FLOPs ratio. A random model is the same for all shares."""
     if not subject.bundle:
         pair = random_pair(subject.shape, work, dtype, context, seed, provider)
         for share in shares:
-            yield share, pair
+            yield share, None, pair
         return
-    if not shares:
-        yield None, bundle_pair(subject.bundle, work, dtype, None, provider)
+    if not shares and not subject.flops:
+        yield None, None, bundle_pair(subject.bundle, work, dtype, None, provider)
     for share in shares:
-        yield share, bundle_pair(subject.bundle, work, dtype, share.mean, provider)
+        yield share, None, bundle_pair(subject.bundle, work, dtype, Target("sparsity", share.mean), provider)
+    for ratio in subject.flops:
+        yield None, ratio, bundle_pair(subject.bundle, work, dtype, Target("flops", ratio), provider)
 
 
 def _check(subject: Subject, shares: Sequence[Share], load: Load, options: BenchOptions) -> None:

@@ -86,6 +86,7 @@ class Scenario:
         provider: cpu or cuda.
         dtype: fp32, fp16 or bf16.
         seed: Seed of tokens and gates.
+        flops: The point of a bundle's dial, if that was made for FLOPs.
     """
 
     pair: ModelPair
@@ -96,6 +97,7 @@ class Scenario:
     provider: str
     dtype: str
     seed: int
+    flops: float | None = None
 
     @property
     def forced(self) -> bool:
@@ -228,7 +230,7 @@ class Scenario:
 
     def _sparsities(self, execute: NDArray[np.bool_]) -> dict[str, float | None]:
         nominal = None if self.share is None else self.share.mean
-        return {"sparsity": nominal, "realized": float(1 - execute.mean())}
+        return {"sparsity": nominal, "flops": self.flops, "realized": float(1 - execute.mean())}
 
     def _figures(
         self, timings: Mapping[str, Timing], ideal: float, context: int, tokens_read: int, steps: int = 1

@@ -6,6 +6,7 @@ from typing import Any
 
 from irc.recipe.policies import policy_named
 from irc.recipe.recipe import Recipe, text_name
+from irc.recipe.target import NAMES
 
 
 def model_card(metrics: dict[str, Any], recipe: Recipe) -> str:
@@ -19,16 +20,16 @@ def model_card(metrics: dict[str, Any], recipe: Recipe) -> str:
     rows = [
         ("perplexity, dense", f"{perplexity['dense']:.3f}"),
         ("perplexity, routed", f"{perplexity['routed']:.3f} ({perplexity['ratio']:.3f} x dense)"),
-        ("sparsity, target", f"{recipe.sparsity:.3f}"),
+        ("matrix-multiply FLOPs, routed over dense", f"{metrics['flops_ratio']:.3f}"),
+        (f"{NAMES[recipe.target.kind]}, target", f"{recipe.target.value:.3f}"),
         ("sparsity, realized", f"{sparsity['realized']:.3f}"),
         ("sparsity of attention / FFN", f"{sparsity['attention']:.3f} / {sparsity['ffn']:.3f}"),
-        ("matrix-multiply FLOPs, routed over dense", f"{metrics['flops_ratio']:.3f}"),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     policy = policy_named(recipe.policy)
     parts = f"Routers and forecasters (rank {recipe.rank})" if policy.forecasts else "Routers, without forecasters,"
     return (
-        f"# {recipe.model}, {policy.name} routing at {recipe.sparsity:.0%} sparsity\n\n"
+        f"# {recipe.model}, {policy.name} routing at {recipe.target.value:.0%} {NAMES[recipe.target.kind]}\n\n"
         f"{parts} around every attention and FFN unit of `{recipe.model}`: {policy.summary}. "
         "The base's own weights are not in this folder.\n\n"
         f"Measured on {metrics['data']['tokens']:,} tokens of the {text_name(metrics['data']['split'])} of "
@@ -45,8 +46,10 @@ def _options(recipe: Recipe) -> str:
     """Return what else a user of the bundle should know, one paragraph each."""
     paragraphs = []
     if recipe.dial:
+        kind = recipe.target.kind
+        others = "sparsities" if kind == "sparsity" else "FLOPs ratios"
         paragraphs.append(
-            f"Other sparsities, from {min(recipe.dial):g} to {max(recipe.dial):g}: `irc.load(path, sparsity=...)`."
+            f"Other {others}, from {min(recipe.dial):g} to {max(recipe.dial):g}: `irc.load(path, {kind}=...)`."
         )
     if recipe.kv_policy != "full":
         paragraphs.append(f"Keys and values: policy `{recipe.kv_policy}`, threshold {recipe.kv_threshold:g}.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -19,6 +18,7 @@ from irc.recipe.checked import Checked
 from irc.recipe.key_policy import KeyPolicy
 from irc.recipe.recipe import recipe_from
 from irc.recipe.stages import LoraRecipe
+from irc.recipe.target import Target, TargetKind, target_of
 from passes.match import Unit
 
 _LARGEST = 1e30
@@ -74,19 +74,29 @@ class SparsityFigures(Saved):
 
 
 class DialPoint(Saved):
-    """The thresholds of one sparsity.
+    """The thresholds of one target; one of `sparsity` and `flops` is set.
 
     Attributes:
         sparsity: Share of approximated (token, unit) pairs.
+        flops: FLOPs ratio, routed over dense.
         shift: What to add to the execute logit of each unit.
         keep: What each unit then executes of the calibration text.
-        realized: The share that was reached on it.
+        realized: What was reached on it.
     """
 
-    sparsity: Fraction
+    sparsity: Fraction | None = None
+    flops: Fraction | None = None
     shift: dict[str, Number]
     keep: dict[str, Fraction]
     realized: Number | None = None
+
+    @property
+    def target(self) -> Target:
+        """The target that the thresholds are for."""
+        found = target_of(self.sparsity, self.flops)
+        if found is None:
+            raise ValueError("a point of the dial has no target")
+        return found
 
 
 class EvaluationText(Saved):
@@ -108,6 +118,7 @@ class _File(Saved):
     spec: dict[str, Any]
     adapter_sha256: str
     units: list[_SavedUnit]
+    target: dict[TargetKind, Fraction] | None = None
     sparsity: SparsityFigures | None = None
     dial: list[DialPoint] | None = None
     data: EvaluationText | None = None
@@ -118,7 +129,8 @@ class _File(Saved):
     @model_validator(mode="after")
     def _check_dial(self) -> Self:
         names, points = {unit.name for unit in self.units}, self.dial or []
-        if any(before.sparsity > after.sparsity for before, after in pairwise(points)):
+        targets = [point.target for point in points]
+        if targets != sorted(targets) or len({target.kind for target in targets}) > 1:
             raise ValueError("dial is out of order")
         if any(not names == point.shift.keys() == point.keep.keys() for point in points):
             raise ValueError("dial is of other units")
@@ -127,11 +139,19 @@ class _File(Saved):
 
 @dataclass(frozen=True)
 class Measured:
-    """What is known of a model's units and of the text that they were measured on."""
+    """What is known of a model's units and of the text that they were measured on.
+
+    Attributes:
+        units: Figures of each unit.
+        sparsity: Shares of approximated pairs.
+        text: The text.
+        target: What was to be reached; None if unknown.
+    """
 
     units: Mapping[str, UnitFigures] = field(default_factory=dict)
     sparsity: SparsityFigures = field(default_factory=SparsityFigures)
     text: EvaluationText = field(default_factory=EvaluationText)
+    target: Target | None = None
 
     @classmethod
     def from_metrics(cls, metrics: Mapping[str, Any]) -> Measured:
@@ -142,6 +162,7 @@ class Measured:
             {name: UnitFigures(**units.get(name, {}) | {"calibration_keep": keep.get(name)}) for name in names},
             SparsityFigures(**metrics.get("sparsity", {})),
             EvaluationText(**metrics.get("data", {})),
+            _target(metrics.get("target"), metrics.get("sparsity", {}).get("target")),
         )
 
 
@@ -154,7 +175,7 @@ class BundleConfig:
         spec: What is inserted.
         adapter_sha256: Of the routers' and forecasters' file.
         measured: Figures of the units.
-        dial: Thresholds of other sparsities, in ascending order.
+        dial: Thresholds of other targets, in ascending order.
         key_policy: Whose keys and values are stored.
         seed: Of the conversion.
         lora: How its LoRA adapters were made; None without.
@@ -187,6 +208,7 @@ class BundleConfig:
                 | figures.get(unit.name, UnitFigures()).model_dump(exclude_none=True)
                 for unit in units
             ],
+            "target": None if self.measured.target is None else self.measured.target.to_dict(),
             "sparsity": self.measured.sparsity.model_dump(exclude_none=True),
             "dial": [point.model_dump(exclude_none=True) for point in self.dial],
             "data": self.measured.text.model_dump(exclude_none=True),
@@ -197,6 +219,11 @@ class BundleConfig:
             "lora_sha256": self.lora_sha256,
             "adapter_sha256": self.adapter_sha256,
         }
+
+
+def _target(saved: Mapping[Any, float] | None, sparsity: float | None) -> Target | None:
+    """Return the target that a file names; those of earlier versions name a sparsity only."""
+    return target_of(saved.get("sparsity"), saved.get("flops")) if saved else target_of(sparsity, None)
 
 
 def check_present(folder: Path) -> None:
@@ -256,6 +283,7 @@ def _checked(config: dict[str, Any]) -> BundleConfig:
             {unit.name: UnitFigures(**unit.model_dump()) for unit in saved.units},
             saved.sparsity or SparsityFigures(),
             saved.data or EvaluationText(),
+            _target(saved.target, None if saved.sparsity is None else saved.sparsity.target),
         ),
         dial=tuple(saved.dial or ()),
         key_policy=KeyPolicy(recipe.kv_policy, recipe.kv_threshold),

@@ -16,6 +16,7 @@ from irc.files.strict_yaml import parse_yaml, short_repr
 from irc.files.untrusted import check_links, first_line, read_text
 from irc.model.routed import RoutedForCausalLM
 from irc.recipe.recipe import Recipe, recipe_from
+from irc.recipe.target import Target
 
 _TEXTS = (RECIPE, METRICS, CARD)
 
@@ -29,7 +30,7 @@ class Bundle:
         config: What its `irc_config.json` says; `turn_dial` replaces target and keep ratios.
         texts: Recipe, metrics and card by file name, as they were read.
         unreadable: Those of them that are there and cannot be read, with the reason.
-        turned_to: The sparsity that the dial was turned to, None for the bundle's own.
+        turned_to: The target that the dial was turned to, None for the bundle's own.
         own_thresholds: Last bias of every router, [2], before the dial was turned first; empty until then.
     """
 
@@ -37,7 +38,7 @@ class Bundle:
     config: BundleConfig
     texts: Mapping[str, str] = field(default_factory=dict)
     unreadable: Mapping[str, str] = field(default_factory=dict)
-    turned_to: float | None = None
+    turned_to: Target | None = None
     own_thresholds: Mapping[str, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property

@@ -31,6 +31,7 @@ def load(
     dtype: str = "auto",
     device: str = "cpu",
     sparsity: float | None = None,
+    flops: float | None = None,
 ) -> RoutedForCausalLM:
     """Load a bundle as a model that routes deterministically.
 
@@ -41,15 +42,16 @@ def load(
         dtype: `auto` (fp32, or bf16 for checkpoints over 2 GB), `fp32`, `fp16` or `bf16`.
         device: Where the model will run: `cpu`, `cuda`, `cuda:N`, `mps`, or `auto` for a GPU if there is one.
         sparsity: Share to skip that replaces the bundle's own, within its dial (see `irc.bundle.dial`).
+        flops: FLOPs ratio, routed over dense, that replaces the bundle's own, if it was converted for one.
 
     Returns:
         A transformers model in eval mode: `model(input_ids, attention_mask)`, `model.generate(...)`.
 
     Raises:
         InputError: The bundle is damaged or of a newer format, its base has other weights, the device is not
-            available, or the dial does not reach the sparsity.
+            available, or the dial does not reach the target.
     """
-    source = ModelSource(os.fspath(path), base, dtype, find_device(device), sparsity=sparsity)
+    source = ModelSource(os.fspath(path), base, dtype, find_device(device), sparsity=sparsity, flops=flops)
     return _load_routed(read_bundle(Path(path)), source)
 
 
@@ -60,7 +62,7 @@ def open_model(model: ModelSource | str) -> RoutedForCausalLM:
         model: Which one, and how. A name alone is opened with the defaults of `ModelSource`.
 
     Raises:
-        InputError: As `load`; or a plain model is to have a sparsity or a key/value policy.
+        InputError: As `load`; or a plain model is to have a target or a key/value policy.
     """
     source = as_source(model)
     source = replace(source, device=find_device(source.device))
@@ -70,7 +72,7 @@ def open_model(model: ModelSource | str) -> RoutedForCausalLM:
         if source.dtype == "auto":  # so that the figures of the conversion come out again
             source = replace(source, dtype=made_with)
         return _load_routed(bundle, source)
-    for setting, value in (("sparsity", source.sparsity), ("key/value policy", source.key_policy)):
+    for setting, value in (("target", source.target), ("key/value policy", source.key_policy)):
         if value is not None:
             raise InputError(f"{source.name}: a plain model skips no token, so it has no {setting}; convert it first")
     return build_plain(find_base(source.name, ask_hub=source.ask_hub), source.dtype, source.device)
@@ -78,7 +80,7 @@ def open_model(model: ModelSource | str) -> RoutedForCausalLM:
 
 def _load_routed(bundle: Bundle, source: ModelSource) -> RoutedForCausalLM:
     """Return a bundle's model on its base, set as the source says."""
-    folder, config = bundle.folder, bundle.config
+    folder, config, target = bundle.folder, bundle.config, source.target
     base = _checked_base(bundle, source)
     adapter = read_adapter(folder, config.adapter_sha256)
     if config.lora is not None:
@@ -88,8 +90,8 @@ def _load_routed(bundle: Bundle, source: ModelSource) -> RoutedForCausalLM:
     if config.lora is not None:
         load_lora(model, folder / LORA, config.lora)
     model.bundle = bundle
-    if source.sparsity is not None:
-        turn_dial(model, source.sparsity)
+    if target is not None:
+        turn_dial(model, target)
     model.key_policy = config.key_policy
     if source.key_policy is not None or config.key_policy.name != "full":
         set_key_policy(model, source.key_policy or config.key_policy, calibrated_keep(model))

@@ -91,7 +91,7 @@ def write_bundle(
         metrics: As in metrics.json.
         recipe: The resolved recipe.
         card: Text of README.md.
-        dial: Thresholds of other sparsities.
+        dial: Thresholds of other targets.
     """
     config = _with_weights(model, folder, Measured.from_metrics(metrics), dial, recipe.get("seed"))
     _write_texts(model, folder, config, BundleTexts.of(metrics, recipe, card))
@@ -120,6 +120,7 @@ def _save_again(model: RoutedForCausalLM, bundle: Bundle, folder: Path) -> None:
         {name: UnitFigures(calibration_keep=keep) for name, keep in kept.items()},
         before.measured.sparsity,
         before.measured.text,
+        before.measured.target,
     )
     # The shifts of the dial are relative to the thresholds that it was made with.
     dial = before.dial if bundle.turned_to is None else ()
@@ -136,7 +137,8 @@ def _save_again(model: RoutedForCausalLM, bundle: Bundle, folder: Path) -> None:
             ),
         )
         return
-    metrics = {"calibration_keep": kept, "sparsity": config.to_json(model.units)["sparsity"]}
+    saved = config.to_json(model.units)
+    metrics = {"calibration_keep": kept, "target": saved["target"], "sparsity": saved["sparsity"]}
     card = f"{_UNTITLED}\nChanged since its conversion (recipe: `{RECIPE}`) and not measured again.\n"
     changed = BundleTexts.of(metrics, {}, card)
     _write_texts(model, folder, config, replace(changed, recipe=texts.get(RECIPE, changed.recipe)))

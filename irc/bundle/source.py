@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from irc.model.checkpoint import BaseModel
 from irc.recipe.key_policy import KeyPolicy
+from irc.recipe.target import Target, target_of
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class ModelSource:
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         key_policy: Key/value policy that replaces a bundle's own.
         sparsity: Share to skip that replaces a bundle's own, within its dial.
+        flops: FLOPs ratio that replaces a bundle's own, within a dial that was made for FLOPs.
         ask_hub: Whether a hub id may be downloaded. False for a name that a file gave and not the user.
     """
 
@@ -31,6 +33,16 @@ class ModelSource:
     key_policy: KeyPolicy | None = None
     sparsity: float | None = None
     ask_hub: bool = True
+    flops: float | None = None
+
+    @property
+    def target(self) -> Target | None:
+        """The target that replaces the bundle's own, or None.
+
+        Raises:
+            InputError: Both a sparsity and a FLOPs ratio are given.
+        """
+        return target_of(self.sparsity, self.flops)
 
 
 def as_source(model: ModelSource | str) -> ModelSource:

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from irc.cli.options import Decorator, common_options, files, name_list, number_list, provider_option, seed_option
+from irc.cli.options import (
+    Decorator,
+    common_options,
+    files,
+    fraction_list,
+    name_list,
+    number_list,
+    provider_option,
+    seed_option,
+)
 
 if TYPE_CHECKING:
     from irc.bench import Share
@@ -62,6 +71,13 @@ def _shares(ctx: click.Context, parameter: click.Parameter, value: str | None) -
     "bundle, within the range of its dial.  [default: 0.25,0.4,0.5,0.7; a bundle's own]",
 )
 @click.option(
+    "--flops",
+    default="",
+    callback=fraction_list,
+    metavar="LIST",
+    help="FLOPs ratios to set a bundle to, within the range of a dial that was made for FLOPs.",
+)
+@click.option(
     "--shape", metavar="NAME", help="Take all sizes from llama-3.2-1b, llama-3.2-3b, llama-3.1-8b or a config.json."
 )
 @_size("hidden", "Hidden size.")
@@ -103,6 +119,7 @@ def _shares(ctx: click.Context, parameter: click.Parameter, value: str | None) -
 def command(
     bundle: str,
     sparsities: list[Share] | None,
+    flops: list[float],
     shape: str | None,
     data: str | None,
     batches: list[int],
@@ -141,6 +158,8 @@ def command(
         raise InputError(f"--shape {shape} sets all sizes; leave out --{next(iter(given)).replace('_', '-')}")
     if data and not bundle:
         raise InputError("--data applies to a bundle only; give a BUNDLE or leave it out")
+    if flops and not bundle:
+        raise InputError("--flops sets the dial of a bundle; give a BUNDLE or leave it out")
     if sparsities is None:
         sparsities = [] if bundle else [Share(share, share) for share in (0.25, 0.4, 0.5, 0.7)]
     text = None
@@ -150,7 +169,7 @@ def command(
         text = heldout_tokens(bundle, data)
     if plot and (plot.is_dir() or not plot.parent.is_dir()):
         raise InputError(f"--plot {plot}: cannot be written; give a file in an existing folder")
-    subject = Subject(shape_named(shape) if shape else Shape(**{**_SIZES, **given}), bundle, text)
+    subject = Subject(shape_named(shape) if shape else Shape(**{**_SIZES, **given}), bundle, text, flops)
     load = Load(tuple(batches), tuple(prefill), tuple(decode_batches), past, decode, rounds)
     options = BenchOptions(provider, dtype, ops, peers, profile, seed)
     result = bench(subject, sparsities, load, console.progress, options)

@@ -35,12 +35,18 @@ from irc.cli.recipe_options import recipe_of, recipe_option, set_option, without
     help="Routing policies to compare (see docs/method.md).",
 )
 @click.option(
-    "--sparsities",
-    default="0.25,0.4,0.7",
-    show_default=True,
+    "--flops",
+    default="",
     callback=fraction_list,
     metavar="LIST",
-    help="Target sparsities.",
+    help="Target FLOPs ratios, routed over dense, such as 0.9,0.8: all policies then save the same work.",
+)
+@click.option(
+    "--sparsities",
+    default="",
+    callback=fraction_list,
+    metavar="LIST",
+    help="Target sparsities. [default: 0.25,0.4,0.7; none with --flops]",
 )
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, metavar="N", help="Seeds per cell.")
 @click.option(
@@ -104,7 +110,8 @@ def command(model: str | None, output: Path, as_json: bool, **options: Any) -> N
     recipe = recipe_of(options["recipe_file"], options["overrides"], without_defaults(flags))
     plan = Plan(
         policies=options["policies"],
-        sparsities=options["sparsities"],
+        sparsities=options["sparsities"] or ([] if options["flops"] else [0.25, 0.4, 0.7]),
+        flops=options["flops"],
         seeds=tuple(range(options["seeds"])),
         lora=options["lora"],
         budgets=options["budgets"],

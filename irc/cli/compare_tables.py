@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from irc import console
-from irc.compare.labels import name_of, with_spread
+from irc.compare.labels import name_of, target_label, with_spread
 
 _WIDE = 110
 _ONLY_WIDE = ("seeds", "attention", "FFN")
@@ -16,19 +16,19 @@ def comparison_tables(results: dict[str, Any]) -> None:
     rows = [
         [
             name_of(group),
-            f"{group['sparsity']:g}",
+            target_label(group),
+            f"{group['flops_ratio']:.3f}",
             str(group["seeds"]),
             with_spread(group["perplexity"]),
             f"{group['ratio']['mean']:.4f}",
             f"{group['realized']['mean']:.3f}",
             f"{group['attention']:.3f}",
             f"{group['ffn']:.3f}",
-            f"{group['flops_ratio']:.3f}",
             f"{group['seconds']:.0f}",
         ]
         for group in results["summary"]["groups"]
     ]
-    columns = ["policy", "target", "seeds", "perplexity", "x dense", "skipped", "attention", "FFN", "FLOPs", "seconds"]
+    columns = ["policy", "target", "FLOPs", "seeds", "perplexity", "x dense", "skipped", "attention", "FFN", "seconds"]
     shown = [i for i, name in enumerate(columns) if console.width() >= _WIDE or name not in _ONLY_WIDE]
     console.table(
         f"{results['model']} on {results['data']['name']}",
@@ -42,7 +42,7 @@ def comparison_tables(results: dict[str, Any]) -> None:
     gaps = [
         [
             gap["against"],
-            f"{gap['sparsity']:g}",
+            target_label(gap),
             "yes" if gap["lora"] else "no",
             with_spread(gap["closed"], 2),
             str(gap["seeds"]),
@@ -54,7 +54,7 @@ def comparison_tables(results: dict[str, Any]) -> None:
         console.table(title, ["policy", "target", "LoRA", "closed", "seeds"], gaps)
     caught = [
         [
-            f"{found['sparsity']:g}",
+            target_label(found),
             with_spread(found["share"], 2) if found["share"] else "not reached",
             with_spread(found["cpu_share"], 2) if found["cpu_share"] else None,
             f"{found['reached']} of {found['seeds']}",

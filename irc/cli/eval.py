@@ -17,7 +17,7 @@ from irc.cli.options import (
     key_policy_options,
     name_list,
     seq_len_option,
-    sparsity_option,
+    target_options,
 )
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 @device_option()
 @dtype_option()
 @seq_len_option(None)
-@sparsity_option()
+@target_options
 @click.option(
     "--sparsity-sweep",
     "sparsities",
@@ -52,6 +52,14 @@ if TYPE_CHECKING:
     callback=fraction_list,
     metavar="LIST",
     help="Also measure perplexity and FLOPs at these sparsities, within the range of the bundle's dial.",
+)
+@click.option(
+    "--flops-sweep",
+    "flops_ratios",
+    default="",
+    callback=fraction_list,
+    metavar="LIST",
+    help="The same at these FLOPs ratios, for a dial that was made for FLOPs.",
 )
 @key_policy_options
 @click.option(
@@ -89,27 +97,39 @@ def command(
     tokens: int | None,
     seq_len: int | None,
     sparsities: list[float],
+    flops_ratios: list[float],
     **opening: Any,
 ) -> None:
     """Evaluate MODEL: a bundle or a plain model (folder, Hub id, or demo)."""
     from irc import console
     from irc.bundle.source import ModelSource
-    from irc.cli.report import figures_table, kv_report, sparsity_report
+    from irc.cli.report import dial_report, figures_table, kv_report
     from irc.errors import InputError
     from irc.evaluation.run import TextChoice, run_evaluation
     from irc.recipe.key_policy import KeyPolicy
 
     source = ModelSource(model, key_policy=KeyPolicy.chosen(kv_policy, kv_threshold), **opening)
     if tasks is not None:
-        given = {"--kv-sweep": kv_sweep, "--sparsity-sweep": sparsities, "--tokens": tokens}
-        given |= {"--seq-len": seq_len, "--split": split != "auto"}
+        given: dict[str, object] = {
+            "--kv-sweep": kv_sweep,
+            "--sparsity-sweep": sparsities,
+            "--flops-sweep": flops_ratios,
+        }
+        given |= {"--tokens": tokens, "--seq-len": seq_len, "--split": split != "auto"}
         for flag, value in given.items():
             if value:
                 raise InputError(f"{flag} applies to perplexity only; leave it or --tasks out")
         _evaluate_tasks(source, tasks, data or "stdlib", limit, task_path, as_json)
         return
     choice = TextChoice(data, split, tokens, seq_len)
-    metrics = run_evaluation(source, console.progress, choice, kv_thresholds=kv_sweep, sparsities=sparsities)
+    metrics = run_evaluation(
+        source,
+        console.progress,
+        choice,
+        kv_thresholds=kv_sweep,
+        sparsities=sparsities,
+        flops_ratios=flops_ratios,
+    )
     if as_json:
         console.emit_json(metrics)
         return
@@ -121,8 +141,9 @@ def command(
             for name, unit in metrics["units"].items()
         ]
         console.table("units", ["unit", "keep", "", "recoverability"], rows)
-    if "sparsity_sweep" in metrics:
-        sparsity_report(metrics)
+    for sweep in ("sparsity_sweep", "flops_sweep"):
+        if sweep in metrics:
+            dial_report(metrics, sweep)
     if "kv_sweep" in metrics:
         kv_report(metrics)
 

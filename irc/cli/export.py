@@ -14,7 +14,7 @@ from irc.cli.options import (
     force_option,
     key_policy_options,
     output_option,
-    sparsity_option,
+    target_options,
 )
 
 _WITH_UPGRADE = frozenset({"upgrade", "as_json", "debug", "help"})
@@ -55,7 +55,7 @@ _WITH_UPGRADE = frozenset({"upgrade", "as_json", "debug", "help"})
     metavar="DIR",
     help="Write the graph before and after every pass there, and the difference.",
 )
-@sparsity_option()
+@target_options
 @key_policy_options
 @force_option()
 @common_options
@@ -71,6 +71,7 @@ def command(
     kv_policy: str | None,
     kv_threshold: float | None,
     sparsity: float | None,
+    flops: float | None,
     force: bool,
     upgrade: Path | None,
     as_json: bool,
@@ -93,7 +94,8 @@ def command(
     from irc.recipe.key_policy import KeyPolicy
 
     console.note(f"exporting {model}: dtype {dtype}, layout {layout}, provider {provider}")
-    source = ModelSource(model, base, dtype, key_policy=KeyPolicy.chosen(kv_policy, kv_threshold), sparsity=sparsity)
+    policy = KeyPolicy.chosen(kv_policy, kv_threshold)
+    source = ModelSource(model, base, dtype, key_policy=policy, sparsity=sparsity, flops=flops)
     result = export(source, output, ExportOptions(layout, provider, ops_library, dump_dir, force))
     if as_json:
         console.emit_json(result)

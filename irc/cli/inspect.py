@@ -228,6 +228,7 @@ def _measure(value: float | None, size: int, goodness: float | None) -> object:
 
 def _show_totals(facts: dict[str, Any]) -> None:
     from irc import console
+    from irc.cli.report import shown_target
 
     counts, flops, sparsity = facts["parameters"], facts["flops"], facts["sparsity"]
     rows = [["base parameters", f"{counts['base']:,}"]]
@@ -237,17 +238,15 @@ def _show_totals(facts: dict[str, Any]) -> None:
     if "lora" in counts:
         rows.append(["LoRA parameters", f"{counts['lora']:,}  (merged at export)"])
     if sparsity is not None:
-        target = "" if sparsity["target"] is None else f"  (target {sparsity['target']:.3f})"
+        rows.insert(0, ["FLOPs, routed / dense", f"{facts['flops_ratio']:.4f}{shown_target(facts, 'flops')}"])
         rows += [
-            ["sparsity, nominal", f"{sparsity['realized']:.3f}{target}"],
+            ["sparsity, nominal", f"{sparsity['realized']:.3f}{shown_target(facts, 'sparsity')}"],
             ["  attention units", f"{sparsity['attention']:.3f}"],
             ["  FFN units", f"{sparsity['ffn']:.3f}"],
         ]
     rows.append(["FLOPs per token, dense", f"{_short(flops['dense'])}  (head {_short(flops['head'])})"])
     if facts["policy"] is not None:
         rows.append(["FLOPs per token, routed", _short(flops["routed"])])
-        ratio = facts["flops_ratio"]
-        rows.append(["FLOPs, routed / dense", "-" if ratio is None else f"{ratio:.4f}"])
     console.table(f"totals, windows of {facts['seq_len']:,} tokens", ["figure", "value"], rows)
 
 

@@ -161,12 +161,16 @@ def key_policy_options(function: Decorated) -> Decorated:
     return policy(threshold(function))
 
 
-def sparsity_option() -> Decorator:
-    """Add --sparsity, which adjusts a bundle's thresholds. Argument `sparsity: float | None`."""
-    text = (
+def target_options(function: Decorated) -> Decorated:
+    """Add --flops and --sparsity, which adjust a bundle's thresholds. Arguments of these names, `float | None`."""
+    flops = (
+        "FLOPs ratio, routed over dense, within the range of a dial that was made for FLOPs. [default: as converted]"
+    )
+    sparsity = (
         "Fraction of (token, unit) pairs to approximate, within the range of the bundle's dial. [default: as converted]"
     )
-    return click.option("--sparsity", type=click.FloatRange(0, 1), metavar="SHARE", help=text)
+    add_flops = click.option("--flops", type=click.FloatRange(0, 1), metavar="RATIO", help=flops)
+    return add_flops(click.option("--sparsity", type=click.FloatRange(0, 1), metavar="SHARE", help=sparsity)(function))
 
 
 def seq_len_option(default: int | None = 512) -> Decorator:

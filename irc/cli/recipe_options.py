@@ -31,21 +31,26 @@ def without_defaults(flags: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in flags.items() if value not in (None, "auto")}
 
 
-def recipe_of(path: Path | None, overrides: Sequence[str], flags: Mapping[str, Any]) -> Recipe:
+def recipe_of(
+    path: Path | None, overrides: Sequence[str], flags: Mapping[str, Any], target: Mapping[str, float] | None = None
+) -> Recipe:
     """Return the recipe that a command line describes; errors name the option that gave the value.
 
     Args:
         path: Of --recipe.
         overrides: Of --set, laid over the file.
         flags: Values by field, laid over both. The flag of `seq_len` is --seq-len.
+        target: What to reach if no recipe file and no option says it; by default as in `Recipe`.
 
     Raises:
-        InputError: A value is not allowed, or values do not go together.
+        InputError: Two targets are given, a value is not allowed, or values do not go together.
     """
     from irc.recipe.layers import Layer, build, setting_layer
     from irc.recipe.recipe import Recipe, recipe_layer
+    from irc.recipe.target import target_of
 
-    layers = [] if path is None else [recipe_layer(path)]
+    target_of(flags.get("sparsity"), flags.get("flops"))  # refuses both
+    layers = [Layer("the default", target or {})] if path is None else [recipe_layer(path)]
     layers += [setting_layer(Recipe, text, "--set") for text in overrides]
     layers += [Layer(f"--{name.replace('_', '-')}", {name: value}) for name, value in flags.items()]
     return build(Recipe, layers)

@@ -22,16 +22,21 @@ def figures_table(title: str, metrics: dict[str, Any]) -> None:
     rows = [["perplexity, dense", f"{perplexity['dense']:.3f}"]]
     if "routed" in perplexity:
         sparsity = metrics["sparsity"]
-        target = "" if sparsity["target"] is None else f"  (target {sparsity['target']:.3f})"
+        rows.insert(0, ["FLOPs, routed / dense", f"{metrics['flops_ratio']:.3f}{shown_target(metrics, 'flops')}"])
         rows += [
             ["perplexity, routed", f"{perplexity['routed']:.3f}  ({perplexity['ratio']:.3f} x dense)"],
-            ["sparsity, realized", f"{sparsity['realized']:.3f}{target}"],
+            ["sparsity, realized", f"{sparsity['realized']:.3f}{shown_target(metrics, 'sparsity')}"],
             ["  attention units", f"{sparsity['attention']:.3f}"],
             ["  FFN units", f"{sparsity['ffn']:.3f}"],
             *kv_rows(metrics["kv"]),
-            ["FLOPs, routed / dense", f"{metrics['flops_ratio']:.3f}"],
         ]
     console.table(title, ["figure", "value"], rows)
+
+
+def shown_target(figures: dict[str, Any], kind: str) -> str:
+    """Return the target as it follows a realized value; empty if the target is of the other kind or unknown."""
+    value = (figures.get("target") or {"sparsity": figures["sparsity"]["target"]}).get(kind)
+    return "" if value is None else f"  (target {value:.3f})"
 
 
 def kv_rows(kv: dict[str, Any]) -> list[list[str]]:
@@ -62,19 +67,20 @@ def kv_report(metrics: dict[str, Any]) -> None:
     console.plot("perplexity over memory saved", "share of keys and values saved", "perplexity", points)
 
 
-def sparsity_report(metrics: dict[str, Any]) -> None:
-    """Show a sweep over sparsities, as a table and a plot."""
-    dense, sweep = metrics["perplexity"]["dense"], metrics["sparsity_sweep"]
+def dial_report(metrics: dict[str, Any], name: str) -> None:
+    """Show a sweep over the dial, `sparsity_sweep` or `flops_sweep`, as a table and a plot."""
+    dense, sweep = metrics["perplexity"]["dense"], metrics[name]
     rows = [
         [
-            *(f"{row['target']:g}", f"{row['realized']:.3f}", console.bar(row["realized"], 16)),
-            *(f"{row['perplexity']:.3f}", f"{row['perplexity'] / dense:.3f}", f"{row['flops_ratio']:.3f}"),
+            *(f"{row['target']:g}", f"{row['flops_ratio']:.3f}", f"{row['realized']:.3f}"),
+            *(console.bar(row["realized"], 16), f"{row['perplexity']:.3f}", f"{row['perplexity'] / dense:.3f}"),
         ]
         for row in sweep
     ]
-    console.table("sparsity sweep", ["target", "realized", "", "perplexity", "x dense", "FLOPs"], rows)
-    points = [(row["realized"], row["perplexity"], "*") for row in sweep]
-    console.plot("perplexity over sparsity", "fraction of pairs approximated", "perplexity", points)
+    title = "sparsity sweep" if name == "sparsity_sweep" else "FLOPs sweep"
+    console.table(title, ["target", "FLOPs", "skipped", "", "perplexity", "x dense"], rows)
+    points = [(row["flops_ratio"], row["perplexity"], "*") for row in sweep]
+    console.plot("perplexity over FLOPs", "FLOPs, routed / dense", "perplexity", points)
 
 
 def tasks_report(results: dict[str, Any]) -> None:

@@ -13,10 +13,11 @@ from irc.recipe.layers import Layer, build, setting_layer
 from irc.recipe.policies import policy_named
 from irc.recipe.recipe import Recipe
 from irc.recipe.stages import required_stages
+from irc.recipe.target import Target, value_of
 
 DENSE = "dense"
 _FIXED = frozenset(
-    "model data policy sparsity seed stages eval_split eval_tokens seq_len device dtype precision".split()
+    "model data policy sparsity flops seed stages eval_split eval_tokens seq_len device dtype precision".split()
 )
 _BETWEEN_SETTINGS = re.compile(r",(?=\s*[\w.]+\s*=)")  # a comma inside a list does not match
 
@@ -27,26 +28,29 @@ class Cell:
 
     Attributes:
         policy: Routing policy; `dense` is the dense model with LoRA alone (policy static with nothing dropped).
-        sparsity: Target.
+        sparsity: Target sparsity; None if the target is in FLOPs.
         seed: Seed of all random numbers.
         lora: Whether the stage lora follows.
         variant: Name of the variant, empty for the plain method.
         changes: Recipe settings that differ from the comparison's, such as `router.steps=50`.
         swept: The setting whose sweep the cell belongs to, or empty.
+        flops: Target FLOPs ratio, routed over dense; None if the target is a sparsity.
     """
 
     policy: str
-    sparsity: float
+    sparsity: float | None
     seed: int
     lora: bool = False
     variant: str = ""
     changes: tuple[str, ...] = ()
     swept: str = ""
+    flops: float | None = None
 
     @property
     def name(self) -> str:
         """The name of the cell's folder."""
-        parts = [self.policy, f"{self.sparsity:g}", "lora" if self.lora else "", self.variant, f"seed{self.seed}"]
+        target = f"{self.sparsity:g}" if self.flops is None else f"flops{self.flops:g}"
+        parts = [self.policy, target, "lora" if self.lora else "", self.variant, f"seed{self.seed}"]
         return re.sub(r"[^\w.=+-]", "_", "-".join(part for part in parts if part))
 
     def recipe(self, base: Recipe) -> Recipe:
@@ -57,7 +61,8 @@ class Cell:
         """
         policy = "static" if self.policy == DENSE else self.policy
         stages = [*required_stages(policy_named(policy)), *(["lora"] if self.lora else [])]
-        own = {"policy": policy, "sparsity": self.sparsity, "seed": self.seed, "stages": stages}
+        target = {"sparsity": self.sparsity} if self.flops is None else {"flops": self.flops}
+        own = {"policy": policy, **target, "seed": self.seed, "stages": stages}
         source = f"cell {self.name}"
         changes = (setting_layer(Recipe, change, source) for change in self.changes)
         return build(Recipe, [Layer("", base.to_dict()), Layer(source, own), *changes])
@@ -69,13 +74,14 @@ class Plan:
 
     Attributes:
         policies: Routing policies.
-        sparsities: Targets.
+        sparsities: Target sparsities.
         seeds: Every cell is made once per seed.
         lora: Whether to repeat every cell with the stage lora, and to train the dense model with the same LoRA budget.
         budgets: Fractions of the router stage's steps; policies that learn are trained again with each.
         ranks: Forecaster ranks to sweep, at the first sparsity and seed.
         calibration_tokens: Tokens of the lff stage to sweep, at the first sparsity and seed.
-        variants: Variants of informed by name, each a list of settings, at every sparsity and seed.
+        variants: Variants of informed by name, each a list of settings, at every target and seed.
+        flops: Target FLOPs ratios, after the sparsities.
     """
 
     policies: Sequence[str]
@@ -86,6 +92,12 @@ class Plan:
     ranks: Sequence[int] = ()
     calibration_tokens: Sequence[int] = ()
     variants: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    flops: Sequence[float] = ()
+
+    @property
+    def targets(self) -> list[Target]:
+        """All targets, in order."""
+        return [Target("sparsity", s) for s in self.sparsities] + [Target("flops", f) for f in self.flops]
 
     def check(self) -> None:
         """Refuse a plan that compares nothing, names something twice, or names an unknown policy.
@@ -95,8 +107,9 @@ class Plan:
         """
         for policy in self.policies:
             policy_named(policy)
-        for name, values in (("policies", self.policies), ("sparsities", self.sparsities), ("seeds", self.seeds)):
-            if not values:
+        lists = {"policies": self.policies, "sparsities": self.sparsities, "flops": self.flops, "seeds": self.seeds}
+        for name, values in lists.items():
+            if not values and (name not in ("sparsities", "flops") or not self.targets):
                 raise InputError(f"the list of {name} is empty; give at least one", options=(name,))
             if len(set(values)) != len(values):
                 listed = ", ".join(map(str, values))
@@ -127,26 +140,32 @@ class Plan:
             base: The comparison's recipe.
         """
         self.check()
-        grid = list(itertools.product(self.sparsities, self.seeds))
-        first = grid[0]
-        plain = [Cell(policy, *place) for place in grid for policy in self.policies]
+        grid = list(itertools.product(self.targets, self.seeds))
+        plain = [_cell(policy, *place) for place in grid for policy in self.policies]
         cells = [cell for cell in plain if not _repeats(cell, self.seeds)]
         for share in self.budgets:
             steps = max(1, round(share * base.router.steps))
             change = (f"router.steps={steps}",)
             trained = [policy for policy in self.policies if policy_named(policy).learns]
             cells += [
-                Cell(policy, *place, False, change[0], change, "router.steps") for place in grid for policy in trained
+                _cell(policy, *place, variant=change[0], changes=change, swept="router.steps")
+                for place in grid
+                for policy in trained
             ]
         for name, values in (("rank", self.ranks), ("lff.tokens", self.calibration_tokens)):
-            cells += [Cell("informed", *first, False, f"{name}={v}", (f"{name}={v}",), name) for v in values]
+            settings = [f"{name}={value}" for value in values]
+            cells += [_cell("informed", *grid[0], variant=one, changes=(one,), swept=name) for one in settings]
         for name, changes in self.variants.items():
-            cells += [Cell("informed", *place, variant=name, changes=changes) for place in grid]
+            cells += [_cell("informed", *place, variant=name, changes=changes) for place in grid]
         if self.lora:
             cells += [Cell(DENSE, 0.0, seed, lora=True) for seed in self.seeds]
-            cells += [Cell(policy, *place, lora=True) for place in grid for policy in self.policies]
+            cells += [_cell(policy, *place, lora=True) for place in grid for policy in self.policies]
         _check_names(cells)
         return list(dict.fromkeys(cells))
+
+
+def _cell(policy: str, target: Target, seed: int, **others: Any) -> Cell:
+    return Cell(policy, value_of(target, "sparsity"), seed, flops=value_of(target, "flops"), **others)
 
 
 def _repeats(cell: Cell, seeds: Sequence[int]) -> bool:
@@ -161,8 +180,8 @@ def _check_names(cells: Iterable[Cell]) -> None:
         if seen.setdefault(cell.name, cell) != cell:
             raise InputError(
                 f"two cells would both be named {cell.name}; give each variant its own name, and "
-                "sparsities that differ in their first six digits",
-                options=("variants", "sparsities"),
+                "targets that differ in their first six digits",
+                options=("variants", "sparsities", "flops"),
             )
 
 

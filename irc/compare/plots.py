@@ -5,27 +5,36 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from irc.compare.labels import target_label
 from irc.compare.results import Row, training_seconds
 from irc.views.svg import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, legend, svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLOURS = {"informed": BLUE, "skipgpt": RED, "mod": GREEN, "random": GREY, "static": PINK, "dense": BLACK}
+COLOURS = {
+    "informed": BLUE,
+    "skipgpt": RED,
+    "mod": GREEN,
+    "random": GREY,
+    "static": PINK,
+    "static-forecast": ORANGE,
+    "dense": BLACK,
+}
 _KINDS = {"attn": ("attention", SKY), "mlp": ("FFN", ORANGE)}
 
 
-def perplexity_over_sparsity(groups: Sequence[Row], lora: bool) -> str:
-    """Plot each policy's perplexity over its realized sparsity, with the spread over seeds."""
+def perplexity_over_flops(groups: Sequence[Row], lora: bool) -> str:
+    """Plot each policy's perplexity over its FLOPs ratio, with the spread over seeds."""
 
     def draw(axes: Axes) -> None:
         for policy, colour in COLOURS.items():
             mine = [g for g in groups if (g["policy"], g["lora"], g["variant"]) == (policy, lora, "")]
             if policy == "dense" or not mine:
                 continue
-            mine.sort(key=lambda group: group["realized"]["mean"])
+            mine.sort(key=lambda group: group["flops_ratio"])
             axes.errorbar(
-                [g["realized"]["mean"] for g in mine],
+                [g["flops_ratio"] for g in mine],
                 [g["ratio"]["mean"] for g in mine],
                 yerr=[
                     [g["ratio"]["mean"] - g["ratio"]["min"] for g in mine],
@@ -37,22 +46,22 @@ def perplexity_over_sparsity(groups: Sequence[Row], lora: bool) -> str:
                 label=policy,
             )
         axes.axhline(1.0, color=BLACK, linewidth=0.8, linestyle=":")
-        axes.set(xlabel="realized sparsity", ylabel="perplexity / dense", yscale="log")
+        axes.set(xlabel="FLOPs, routed / dense", ylabel="perplexity / dense", yscale="log")
         _plain_ticks(axes)
         legend(axes)
 
     return svg(draw)
 
 
-def perplexity_over_seconds(rows: Sequence[Row], sparsity: float) -> str:
-    """Plot perplexity over seconds of training, one line per seed and one point per budget."""
+def perplexity_over_seconds(rows: Sequence[Row], label: str) -> str:
+    """Plot perplexity over seconds of training at a target, one line per seed and one point per budget."""
 
     def draw(axes: Axes) -> None:
         for policy in ("informed", "skipgpt", "mod"):
             mine = [
                 row
                 for row in rows
-                if (row["policy"], row["sparsity"], row["lora"]) == (policy, sparsity, False)
+                if (row["policy"], target_label(row), row["lora"]) == (policy, label, False)
                 and (not row["variant"] or row["swept"] == "router.steps")
             ]
             for seed in sorted({row["seed"] for row in mine}):
@@ -61,11 +70,11 @@ def perplexity_over_seconds(rows: Sequence[Row], sparsity: float) -> str:
                     for row in mine
                     if row["seed"] == seed
                 )
-                label = policy if seed == min(row["seed"] for row in mine) else None
+                name = policy if seed == min(row["seed"] for row in mine) else None
                 xs, ys = [x for x, _ in points], [y for _, y in points]
-                axes.plot(xs, ys, color=COLOURS[policy], marker="o", alpha=0.8, label=label)
+                axes.plot(xs, ys, color=COLOURS[policy], marker="o", alpha=0.8, label=name)
         axes.set(xlabel="processor seconds of all stages", ylabel="perplexity / dense", xlim=(0, None), yscale="log")
-        axes.set_title(f"target {sparsity:g}", loc="left")
+        axes.set_title(f"target {label}", loc="left")
         _plain_ticks(axes)
         legend(axes)
 
@@ -80,7 +89,7 @@ def skipped_by_kind(groups: Sequence[Row]) -> str:
         places = range(len(mine))
         axes.bar([p - 0.2 for p in places], [g["attention"] for g in mine], 0.38, label="attention", color=SKY)
         axes.bar([p + 0.2 for p in places], [g["ffn"] for g in mine], 0.38, label="FFN", color=ORANGE)
-        labels = [f"{g['policy']}\n{g['sparsity']:g}" for g in mine]
+        labels = [f"{g['policy']}\n{target_label(g)}" for g in mine]
         axes.set_xticks(list(places), labels, fontsize=8)
         axes.set(ylabel="share of tokens skipped")
         axes.grid(False, axis="x")
@@ -99,7 +108,7 @@ def skipped_by_unit(row: Row) -> str:
             axes.plot(range(len(shares)), shares, marker="o", color=colour, label=label)
         axes.set(xlabel="layer", ylabel="share skipped", ylim=(-0.02, 1.02))
         axes.set_xticks(range(0, len(shares), max(1, len(shares) // 8)))
-        axes.set_title(f"{row['policy']}, target {row['sparsity']:g}", loc="left")
+        axes.set_title(f"{row['policy']}, target {target_label(row)}", loc="left")
         legend(axes)
 
     return svg(draw, 4.6, 2.8)
@@ -134,7 +143,7 @@ def sweep(rows: Sequence[Row], key: str, label: str) -> str:
         axes.set(xlabel=label, ylabel="perplexity / dense", xscale="log")
         axes.set_xticks([x for x, _ in points], [str(x) for x, _ in points])
         axes.minorticks_off()
-        axes.set_title(f"informed, target {rows[0]['sparsity']:g}, seed {rows[0]['seed']}", loc="left")
+        axes.set_title(f"informed, target {target_label(rows[0])}, seed {rows[0]['seed']}", loc="left")
 
     return svg(draw, 4.6, 3.0)
 
@@ -145,7 +154,7 @@ def kv_trade_off(sweeps: Sequence[dict[str, Any]]) -> str:
     def draw(axes: Axes) -> None:
         for found in sweeps:
             points = sorted((row["saved"], row["perplexity"]) for row in found["rows"])
-            axes.plot([x for x, _ in points], [y for _, y in points], marker="o", label=f"target {found['sparsity']:g}")
+            axes.plot([x for x, _ in points], [y for _, y in points], marker="o", label=f"target {target_label(found)}")
         axes.set(xlabel="share of keys and values saved", ylabel="perplexity")
         legend(axes)
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from irc.compare import plots
-from irc.compare.labels import name_of, with_spread
+from irc.compare.labels import name_of, target_label, with_spread
 from irc.compare.results import Row
 from irc.errors import InputError
 from irc.views.html import render
@@ -45,6 +45,7 @@ def write_report(results: dict[str, Any], path: Path) -> None:
         sections=list(_sections(results)),
         name=name_of,
         spread=with_spread,
+        target=target_label,
         tokens=f"{results['cells'][0]['figures']['tokens']:,}",
         split=results["recipe"]["eval_split"],
         recipe=yaml.safe_dump(results["recipe"], sort_keys=False),
@@ -58,16 +59,16 @@ def _sections(results: dict[str, Any]) -> Iterator[dict[str, Any]]:
     groups: list[Row] = results["summary"]["groups"]
     for lora in (False, True):
         if any(group["lora"] == lora and group["policy"] != "dense" for group in groups):
-            title = "Perplexity over sparsity" + (" after LoRA" if lora else "")
-            yield _section(title, "Bars span the seeds.", [plots.perplexity_over_sparsity(groups, lora)])
-    budgets = {row["sparsity"] for row in rows if row["swept"] == "router.steps"}
+            title = "Perplexity over FLOPs" + (" after LoRA" if lora else "")
+            yield _section(title, "Bars span the seeds.", [plots.perplexity_over_flops(groups, lora)])
+    budgets = dict.fromkeys(target_label(row) for row in rows if row["swept"] == "router.steps")
     if budgets:
         text = "Each point is a separate training with its own schedule; those of informed include the lff stage."
-        timed = [plots.perplexity_over_seconds(rows, sparsity) for sparsity in sorted(budgets)]
+        timed = [plots.perplexity_over_seconds(rows, label) for label in budgets]
         yield _section("Perplexity over training time", text, timed)
     yield _section("Skipped tokens: attention and FFN", "", [plots.skipped_by_kind(groups)])
     first = [row for row in rows if row["seed"] == rows[0]["seed"] and not (row["variant"] or row["lora"])]
-    routed = [row for row in first if row["policy"] in ("informed", "skipgpt", "static")]
+    routed = [row for row in first if row["policy"] in ("informed", "skipgpt", "static", "static-forecast")]
     yield _section("Skipped tokens by layer", "First seed.", [plots.skipped_by_unit(row) for row in routed])
     informed = [row for row in first if row["policy"] == "informed"]
     if informed:

@@ -10,6 +10,7 @@ from typing import Any
 
 from irc.compare.cells import DENSE
 from irc.recipe.stages import STAGE_NAMES
+from irc.recipe.target import TARGET_KINDS, Target, target_of, value_of
 
 Row = dict[str, Any]
 _BUDGET = frozenset({"lff.tokens", "lff.steps", "router.steps", "router.calibration_tokens"})
@@ -21,25 +22,25 @@ def training_seconds(row: Row, kind: str = "seconds") -> float:
     return sum(stages[stage][kind] for stage in STAGE_NAMES if stage in stages)
 
 
-def summarize(rows: Sequence[Row], sparsities: Sequence[float]) -> dict[str, Any]:
+def summarize(rows: Sequence[Row], targets: Sequence[Target]) -> dict[str, Any]:
     """Return the figures of a comparison.
 
     Args:
         rows: One per cell.
-        sparsities: Targets of the plan.
+        targets: Of the plan.
 
     Returns:
-        `groups`: means and spreads over seeds for each policy, sparsity, LoRA and variant.
+        `groups`: means and spreads over seeds for each policy, target, LoRA and variant.
         `gaps`: the share of each other policy's log-perplexity gap to the dense model that informed closes, for each
-        sparsity, without and with LoRA.
+        target, without and with LoRA.
         `catch_up`: the shortest informed training whose result is no worse than skipgpt's full training.
     """
     others = [name for name in dict.fromkeys(row["policy"] for row in rows) if name not in ("informed", DENSE)]
-    cases = itertools.product((False, True), others, sparsities)
+    cases = itertools.product((False, True), others, targets)
     return {
         "groups": groups(rows),
-        "gaps": [gap for lora, other, s in cases if (gap := gap_closed(rows, s, lora, other))],
-        "catch_up": [found for s in sparsities if (found := catch_up(rows, s))],
+        "gaps": [gap for lora, other, target in cases if (gap := gap_closed(rows, target, lora, other))],
+        "catch_up": [found for target in targets if (found := catch_up(rows, target))],
     }
 
 
@@ -47,11 +48,11 @@ def groups(rows: Sequence[Row]) -> list[Row]:
     """Return means and spreads of cells that differ only in their seed, in the order of the cells."""
     found: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        key = (row["policy"], row["sparsity"], row["lora"], row["variant"])
+        key = (row["policy"], row["sparsity"], row.get("flops"), row["lora"], row["variant"])
         found.setdefault(key, []).append(row)
     return [
         {
-            **dict(zip(("policy", "sparsity", "lora", "variant"), key, strict=True)),
+            **dict(zip(("policy", "sparsity", "flops", "lora", "variant"), key, strict=True)),
             "seeds": len(members),
             "perplexity": _spread([m["figures"]["perplexity"]["routed"] for m in members]),
             "dense": mean(dense_beside(m, rows) for m in members),
@@ -71,17 +72,17 @@ def dense_beside(row: Row, rows: Sequence[Row]) -> float:
 
     The dense LoRA cell was trained with the same LoRA budget on the same text; it is compared with itself.
     """
-    if row["lora"] and (dense := _plain(rows, DENSE, 0.0, True).get(row["seed"])):
+    if row["lora"] and (dense := _plain(rows, DENSE, Target("sparsity", 0.0), True).get(row["seed"])):
         return float(dense["figures"]["perplexity"]["routed"])
     return float(row["figures"]["perplexity"]["dense"])
 
 
-def gap_closed(rows: Sequence[Row], sparsity: float, lora: bool, against: str = "skipgpt") -> Row | None:
+def gap_closed(rows: Sequence[Row], target: Target, lora: bool, against: str = "skipgpt") -> Row | None:
     """Return the share of another policy's log-perplexity gap to the dense model that informed closes, seed by seed.
 
     Policy `static` has no randomness, so its one cell is used for every seed.
     """
-    informed, other = (_plain(rows, policy, sparsity, lora) for policy in ("informed", against))
+    informed, other = (_plain(rows, policy, target, lora) for policy in ("informed", against))
     if against == "static" and other:
         other = dict.fromkeys(informed, next(iter(other.values()))) | other
     shares = []
@@ -91,10 +92,10 @@ def gap_closed(rows: Sequence[Row], sparsity: float, lora: bool, against: str = 
             shares.append(1 - ours / theirs)
     if not shares:
         return None
-    return {"against": against, "sparsity": sparsity, "lora": lora, "closed": _spread(shares), "seeds": len(shares)}
+    return {"against": against, **_parts(target), "lora": lora, "closed": _spread(shares), "seeds": len(shares)}
 
 
-def catch_up(rows: Sequence[Row], sparsity: float) -> Row | None:
+def catch_up(rows: Sequence[Row], target: Target) -> Row | None:
     """Return the shortest informed training, lff included, whose result is no worse than skipgpt's full training.
 
     Candidates are the cells of the plain method and of variants that change only how much is trained or read, so the
@@ -102,27 +103,27 @@ def catch_up(rows: Sequence[Row], sparsity: float) -> Row | None:
     `cpu_share` in processor time (which other work on the machine does not distort), over the seeds that have such a
     training; `reached` counts them.
     """
-    skipgpt = _plain(rows, "skipgpt", sparsity, False)
+    skipgpt = _plain(rows, "skipgpt", target, False)
     shares: dict[str, list[float]] = {"seconds": [], "cpu_seconds": []}
     steps = []
-    for seed, target in skipgpt.items():
-        wanted = target["figures"]["perplexity"]["routed"]
+    for seed, full in skipgpt.items():
+        wanted = full["figures"]["perplexity"]["routed"]
         tries = [
             row
             for row in rows
-            if (row["policy"], row["sparsity"], row["seed"], row["lora"]) == ("informed", sparsity, seed, False)
+            if (row["policy"], _target(row), row["seed"], row["lora"]) == ("informed", target, seed, False)
             and all(change.partition("=")[0].strip() in _BUDGET for change in row["changes"])
         ]
         good = [row for row in tries if row["figures"]["perplexity"]["routed"] <= wanted]
         if good:
             best = min(good, key=training_seconds)
             for kind, found in shares.items():
-                found.append(training_seconds(best, kind) / training_seconds(target, kind))
+                found.append(training_seconds(best, kind) / training_seconds(full, kind))
             steps.append(best["variant"] or "all steps")
     if not skipgpt or not any(row["policy"] == "informed" for row in rows):
         return None
     return {
-        "sparsity": sparsity,
+        **_parts(target),
         "share": _spread(shares["seconds"]) if steps else None,
         "cpu_share": _spread(shares["cpu_seconds"]) if steps else None,
         "budgets": steps,
@@ -131,10 +132,18 @@ def catch_up(rows: Sequence[Row], sparsity: float) -> Row | None:
     }
 
 
-def _plain(rows: Sequence[Row], policy: str, sparsity: float, lora: bool) -> dict[int, Row]:
+def _target(row: Row) -> Target | None:
+    return target_of(row["sparsity"], row.get("flops"))
+
+
+def _parts(target: Target) -> dict[str, float | None]:
+    return {kind: value_of(target, kind) for kind in TARGET_KINDS}
+
+
+def _plain(rows: Sequence[Row], policy: str, target: Target, lora: bool) -> dict[int, Row]:
     """Return the cells of a policy without a variant, by seed."""
-    wanted = (policy, sparsity, lora, "")
-    return {row["seed"]: row for row in rows if (row["policy"], row["sparsity"], row["lora"], row["variant"]) == wanted}
+    wanted = (policy, target, lora, "")
+    return {row["seed"]: row for row in rows if (row["policy"], _target(row), row["lora"], row["variant"]) == wanted}
 
 
 def _excess(row: Row, rows: Sequence[Row]) -> float:

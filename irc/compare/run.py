@@ -26,7 +26,7 @@ from irc.bundle.source import ModelSource
 from irc.compare.cells import Cell, Plan, plan_to_dict
 from irc.compare.results import summarize
 from irc.compare.saved import check_same, read_figures
-from irc.conversion.pipeline import convert, resolve
+from irc.conversion.pipeline import convert, fit_to_base, resolve, rewritten
 from irc.conversion.resume import check_same_recipe
 from irc.errors import InputError, IrcError
 from irc.evaluation.run import TextChoice, run_evaluation
@@ -34,6 +34,7 @@ from irc.files.atomic import write_whole
 from irc.model.checkpoint import BaseModel, find_base
 from irc.progress import ProgressFactory
 from irc.recipe.recipe import Recipe
+from irc.recipe.target import Target, target_of
 from irc.text.source import load_text
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ def compare(
         resume: Continue the comparison at `output`: finished cells are kept, a killed one continues.
         force: Replace the comparison at `output`.
         kv_thresholds: Thresholds of the key/value policy `reduced` to sweep on the first informed cell of each
-            sparsity.
+            target.
 
     Returns:
         The object that `irc compare --json` prints and results.json holds.
@@ -77,6 +78,7 @@ def compare(
     base, text = find_base(recipe.model), load_text(recipe.data)
     for one in recipes.values():
         one.rank_for(base.config.hidden_size)
+    _refuse_unreachable(cells, recipes, base)
     facts = {
         "irc_version": __version__,
         "model": recipe.model,
@@ -90,18 +92,18 @@ def compare(
         for done, name in enumerate(_make(cells, recipes, output, progress, jobs, base), start=1):
             bar.update(done, newest=name)
     rows = [_row(cell, output, recipes[cell.name].stages) for cell in cells]
-    swept = _swept_cells(plan, cells) if kv_thresholds else []
+    swept = _swept_cells(cells) if kv_thresholds else []
     sweeps = []
     for cell in swept:
         source = ModelSource(str(_folder(output, cell)), base)
         rows_of_cell = _sweep(source, recipe.eval_split, progress, kv_thresholds)
-        sweeps.append({"cell": cell.name, "sparsity": cell.sparsity, "rows": rows_of_cell})
+        sweeps.append({"cell": cell.name, "sparsity": cell.sparsity, "flops": cell.flops, "rows": rows_of_cell})
     results = {
         **facts,
         "plan": plan_to_dict(plan),
         "machine": _machine(recipe, jobs),
         "cells": rows,
-        "summary": summarize(rows, list(plan.sparsities)),
+        "summary": summarize(rows, plan.targets),
         "kv_sweep": sweeps,
         "seconds": round(time.monotonic() - started, 1),
         "output": str(output),
@@ -110,7 +112,21 @@ def compare(
     return results
 
 
-_PER_CELL = ("policy", "sparsity", "seed", "stages", "checkpoint_seconds")
+def _refuse_unreachable(cells: Sequence[Cell], recipes: dict[str, Recipe], base: BaseModel) -> None:
+    """Refuse FLOPs ratios that a policy, or a variant, cannot reach; its lowest ratio tells."""
+    lowest: dict[tuple[Any, ...], Cell] = {}
+    for cell in sorted((cell for cell in cells if cell.flops is not None), key=lambda cell: cell.flops or 0.0):
+        lowest.setdefault((cell.policy, cell.variant), cell)
+    for cell in lowest.values():
+        recipe = recipes[cell.name].model_copy(deep=True)
+        fit_to_base(recipe, base)
+        try:
+            rewritten(recipe, base)
+        except InputError as error:
+            raise InputError(f"cell {cell.name}: {error}", options=error.options) from error
+
+
+_PER_CELL = ("policy", "sparsity", "flops", "seed", "stages", "checkpoint_seconds")
 
 
 def _open(output: Path, facts: dict[str, Any], *, resume: bool, force: bool) -> None:
@@ -225,6 +241,7 @@ def _row(cell: Cell, output: Path, stages: Sequence[str]) -> dict[str, Any]:
         "name": cell.name,
         "policy": cell.policy,
         "sparsity": cell.sparsity,
+        "flops": cell.flops,
         "seed": cell.seed,
         "lora": cell.lora,
         "variant": cell.variant,
@@ -234,11 +251,13 @@ def _row(cell: Cell, output: Path, stages: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _swept_cells(plan: Plan, cells: list[Cell]) -> list[Cell]:
-    """Return the first informed cell of each sparsity."""
-    informed = [cell for cell in cells if (cell.policy, cell.variant) == ("informed", "")]
-    firsts = (next((cell for cell in informed if cell.sparsity == sparsity), None) for sparsity in plan.sparsities)
-    return [cell for cell in firsts if cell is not None]
+def _swept_cells(cells: list[Cell]) -> list[Cell]:
+    """Return the first informed cell of each target."""
+    firsts: dict[Target | None, Cell] = {}
+    for cell in cells:
+        if (cell.policy, cell.variant) == ("informed", ""):
+            firsts.setdefault(target_of(cell.sparsity, cell.flops), cell)
+    return list(firsts.values())
 
 
 def _sweep(

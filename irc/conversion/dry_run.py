@@ -136,7 +136,7 @@ def _extrapolated(figures: dict[str, Any], full: Any, few: Any, router: Any, few
         router: Settings of stage router, which sets the threshold after every stage that routes.
         few_router: Those of the dry run.
     """
-    seconds = 0.0
+    seconds = figures.get("choice_seconds", 0.0)
     if "closed_form_seconds" in figures:
         seconds += figures["closed_form_seconds"] * full.tokens / few.tokens
     if few.steps:

@@ -33,8 +33,9 @@ from irc.errors import InputError
 from irc.evaluation.figures import result_metrics
 from irc.evaluation.perplexity import Evaluation, evaluate
 from irc.files.atomic import check_place, staged
-from irc.model.build import build_routed
+from irc.model.build import build_routed, set_share
 from irc.model.checkpoint import BaseModel, find_base
+from irc.model.flops import flops_range
 from irc.model.routed import RoutedForCausalLM, RoutingSpec
 from irc.progress import ProgressFactory, silent
 from irc.recipe.key_policy import KeyPolicy
@@ -42,6 +43,7 @@ from irc.recipe.policies import policy_named
 from irc.recipe.recipe import Recipe, text_name
 from irc.recipe.stages import StageName, required_stages
 from irc.text.source import TextSource, load_text, pick, token_stream, windows
+from irc.training.budget import flops_budget
 from irc.training.calibrate import dial_points
 from irc.training.sharding import check_batches, own_device
 from irc.training.stages import STAGE_RUNNERS, StageContext, check_text, prepare
@@ -67,7 +69,7 @@ class Conversion:
         seconds: Time of every phase.
         stage_figures: What every stage measured.
         keep: Share of the calibration text that each unit executes.
-        dial: Thresholds of other sparsities.
+        dial: Thresholds of other targets.
         evaluation: Result of the closing evaluation.
         metrics: What metrics.json holds.
     """
@@ -158,7 +160,8 @@ def resolve(recipe: Recipe) -> Recipe:
     recipe.stages = recipe.stages or required_stages(policy)
     if recipe.router.teach_steps < 0 or not policy.learns:
         # Teaching measures the cost of one forecast while the rest executes, which says little if most is skipped.
-        recipe.router.teach_steps = policy.teach_steps if recipe.sparsity <= 0.5 else 0
+        few_skipped = recipe.sparsity <= 0.5 if recipe.flops is None else recipe.flops >= 0.6
+        recipe.router.teach_steps = policy.teach_steps if few_skipped else 0
     recipe.device = find_device(recipe.device)
     own_device(recipe.device)
     if recipe.precision == "auto":
@@ -173,12 +176,16 @@ def read_inputs(conversion: Conversion) -> None:
     Raises:
         InputError: The base or the text cannot be used, or a setting does not fit them.
     """
-    _fit_to_base(conversion.recipe, conversion.base)
+    fit_to_base(conversion.recipe, conversion.base)
     _read_text(conversion)
 
 
-def _fit_to_base(recipe: Recipe, base: BaseModel) -> None:
-    """Replace the settings that depend on the base by their values, and refuse those that it does not allow."""
+def fit_to_base(recipe: Recipe, base: BaseModel) -> None:
+    """Replace the settings that depend on the base by their values.
+
+    Raises:
+        InputError: The base does not allow a setting.
+    """
     width = base.config.hidden_size
     recipe.rank = recipe.rank_for(width)
     if "lora" in recipe.stages and recipe.lora.rank > width:
@@ -215,8 +222,20 @@ def _read_text(conversion: Conversion) -> None:
 
 def capture_and_rewrite(conversion: Conversion) -> None:
     """Capture the base and insert untrained forecasters, routers and muxes."""
-    recipe = conversion.recipe
     conversion.base.check_finite()
+    conversion.model = rewritten(conversion.recipe, conversion.base)
+
+
+def rewritten(recipe: Recipe, base: BaseModel) -> RoutedForCausalLM:
+    """Return the base with untrained forecasters, routers and muxes.
+
+    Args:
+        recipe: Resolved, and fitted to the base.
+        base: The base model.
+
+    Raises:
+        InputError: The model cannot be captured, or it cannot reach a target in FLOPs.
+    """
     spec = RoutingSpec(
         rank=recipe.rank,
         forecaster=recipe.forecaster,
@@ -225,7 +244,12 @@ def capture_and_rewrite(conversion: Conversion) -> None:
         seed=recipe.seed,
         reads=recipe.router.reads,
     )
-    conversion.model = build_routed(conversion.base, spec, recipe.dtype, recipe.device, recipe.seed)
+    model = build_routed(base, spec, recipe.dtype, recipe.device, recipe.seed)
+    if recipe.flops is not None:
+        found = flops_range(model, recipe.seq_len)
+        budget, *_ = [flops_budget(found, ratio) for ratio in (recipe.flops, *recipe.dial, *recipe.router.target_range)]
+        set_share(model, budget.sparsity)
+    return model
 
 
 def run_stages(conversion: Conversion) -> None:
@@ -254,7 +278,9 @@ def run_stages(conversion: Conversion) -> None:
         log.debug("phase %s ended after %.1f s", stage, figures["seconds"])
     conversion.keep = conversion.stage_figures[recipe.stages[-1]].pop("calibration_keep")
     if recipe.dial:
-        points = dial_points(conversion.model, context.calibration_windows(), recipe.dial, conversion.progress)
+        text = context.calibration_windows()
+        found = None if recipe.flops is None else flops_range(conversion.model, recipe.seq_len)
+        points = dial_points(conversion.model, text, recipe.dial, conversion.progress, found)
         conversion.dial = tuple(DialPoint(**point) for point in points)
     set_key_policy(conversion.model, KeyPolicy(recipe.kv_policy, recipe.kv_threshold), conversion.keep)
 
@@ -326,7 +352,7 @@ def metrics_of(conversion: Conversion) -> dict[str, Any]:
             "tokens": result.tokens,
             "seq_len": conversion.recipe.seq_len,
         },
-        **result_metrics(conversion.model, result, conversion.recipe.sparsity),
+        **result_metrics(conversion.model, result, conversion.recipe.target),
         "calibration_keep": conversion.keep,
         "seconds": seconds,
         "stages": conversion.stage_figures,
@@ -334,4 +360,4 @@ def metrics_of(conversion: Conversion) -> dict[str, Any]:
     }
 
 
-__all__ = ["PHASES", "Conversion", "convert", "metrics_of", "resolve"]
+__all__ = ["PHASES", "Conversion", "convert", "fit_to_base", "metrics_of", "resolve", "rewritten"]

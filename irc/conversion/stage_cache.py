@@ -67,7 +67,7 @@ class StageCache:
         if not fields:
             return None
         everything = recipe.to_dict()
-        parts: dict[str, Any] = {field: everything[field] for field in fields}
+        parts: dict[str, Any] = {field: everything[field] for field in fields if field in everything}
         parts["reads"] = recipe.router.reads  # decides the shape of the routers, which every stage saves
         text = json.dumps({"stage": stage, "base": self.base, "text": self.text, **parts}, sort_keys=True)
         return self.folder / hashlib.sha256(text.encode()).hexdigest()[:24]

@@ -26,7 +26,7 @@ from exporters.onnx_format import (
 )
 from exporters.triton import write_repository
 from irc import __version__
-from irc.bundle.config import SparsityFigures, UnitFigures
+from irc.bundle.config import Measured, SparsityFigures, UnitFigures
 from irc.bundle.contents import bundle_of
 from irc.bundle.layout import RECIPE
 from irc.bundle.loading import open_model
@@ -41,6 +41,7 @@ from irc.model.checkpoint import BaseModel
 from irc.model.paging import MappedPages
 from irc.model.routed import RoutedForCausalLM
 from irc.recipe.policies import policy_named, refuse_whole_sequences
+from irc.recipe.target import Target, value_of
 from irc.training.lora import merge_lora
 from passes.base import PassError
 
@@ -162,14 +163,16 @@ def _check_output(output: Path, force: bool) -> None:
 def _write(model: RoutedForCausalLM, source: str, folder: Path, options: ExportOptions) -> dict[str, Any]:
     base, bundle = model.base, bundle_of(model)
     cache = CacheShape(*cache_shape(model.config), reduced=_reduced_layers(model))
-    measured = {} if bundle is None else bundle.config.measured.units
     dtype = model.dtype
     weights = list(model.graph.parameters())
     pages = MappedPages(weights)
     made_of = {"name": base.name} if bundle is None else bundle.config.base.model_dump()
     made_of["name"] = without_folder(made_of["name"])
-    shares = SparsityFigures() if bundle is None else bundle.config.measured.sparsity
-    description = Description(__version__, _doc_string(model, made_of["name"], shares), {"irc.version": __version__})
+    found = Measured() if bundle is None else bundle.config.measured
+    turned_to = None if bundle is None else bundle.turned_to
+    description = Description(
+        __version__, _doc_string(model, made_of["name"], found.target), {"irc.version": __version__}
+    )
     release = partial(pages.release, weights)
     generation = _generation(base)  # refused before the work, if it cannot be read
     decisions = export_onnx(model.graph, cache, dtype, folder, description, options.dump_dir, options.provider, release)
@@ -190,8 +193,9 @@ def _write(model: RoutedForCausalLM, source: str, folder: Path, options: ExportO
         "dtype": short_name(dtype),
         "provider": options.provider,
         "source": source,
-        "sparsity": _sparsity(model, shares),
-        "dial": None if bundle is None else bundle.turned_to,
+        "sparsity": _sparsity(model, found.sparsity),
+        "dial": value_of(turned_to, "sparsity"),
+        "dial_flops": value_of(turned_to, "flops"),
         "base": made_of,
         "kv_policy": policy.name,
         "kv_threshold": policy.threshold,
@@ -199,7 +203,7 @@ def _write(model: RoutedForCausalLM, source: str, folder: Path, options: ExportO
         "vocab_size": config["vocab_size"],
         "cache": asdict(cache),
         "past_from": PAST_FROM,
-        "units": [asdict(d) | {"keep_ratio": measured.get(d.unit, UnitFigures()).keep_ratio} for d in decisions],
+        "units": [asdict(d) | {"keep_ratio": found.units.get(d.unit, UnitFigures()).keep_ratio} for d in decisions],
         "sha256": {path.name: file_sha256(path) for path in sorted(folder.glob(MODEL + "*"))},
     }
     _dump(folder / MANIFEST, manifest)
@@ -238,12 +242,12 @@ def _sparsity(model: RoutedForCausalLM, shares: SparsityFigures) -> float | None
     return shares.target if shares.realized is None else shares.realized
 
 
-def _doc_string(model: RoutedForCausalLM, base: str, shares: SparsityFigures) -> str:
+def _doc_string(model: RoutedForCausalLM, base: str, target: Target | None) -> str:
     """Say for people what the model file holds."""
     if model.spec is None:
         return f"{base}, exported densely by irc {__version__}."
-    target = "" if shares.target is None else f", target sparsity {shares.target:g}"
-    return f"{base}, routed by irc {__version__}: policy {model.spec.policy}{target}."
+    aim = "" if target is None else f", target {target}"
+    return f"{base}, routed by irc {__version__}: policy {model.spec.policy}{aim}."
 
 
 def _copy_texts(base: BaseModel, folder: Path) -> None:

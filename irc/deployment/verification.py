@@ -151,6 +151,7 @@ def _source(folder: Path, exported: OnnxFolder, bundle: str | None, base: str | 
             device="cpu",
             key_policy=_key_policy(exported),
             sparsity=exported.dial,
+            flops=exported.dial_flops,
             ask_hub=bundle is not None,
         )
     )

@@ -23,6 +23,7 @@ from irc.model.flops import flops_ratio
 from irc.model.routed import RoutedForCausalLM
 from irc.progress import ProgressFactory
 from irc.recipe.recipe import Recipe, check_key_policy
+from irc.recipe.target import Target
 from irc.text.source import Split, TextSource, load_text, pick, token_stream, windows
 
 
@@ -51,6 +52,7 @@ def run_evaluation(
     *,
     kv_thresholds: Sequence[float] = (),
     sparsities: Sequence[float] = (),
+    flops_ratios: Sequence[float] = (),
 ) -> dict[str, Any]:
     """Evaluate a bundle or a plain model.
 
@@ -60,6 +62,7 @@ def run_evaluation(
         choice: The text to read.
         kv_thresholds: Thresholds of the key/value policy `reduced` to sweep.
         sparsities: Points of the bundle's dial to sweep.
+        flops_ratios: The same for a dial that was made for FLOPs.
 
     Returns:
         The JSON object of `irc eval`.
@@ -71,16 +74,21 @@ def run_evaluation(
     for threshold in kv_thresholds:
         check_key_policy("reduced", threshold)
     opened = open_model(source)
-    _refuse_sweeps(opened, source.name, kv_thresholds, sparsities)
+    sweeps = {
+        "sparsity_sweep": [Target("sparsity", value) for value in sparsities],
+        "flops_sweep": [Target("flops", value) for value in flops_ratios],
+    }
+    _refuse_sweeps(opened, source.name, kv_thresholds, [target for sweep in sweeps.values() for target in sweep])
     text, split, seq_len, chosen = _chosen_text(opened, source.name, choice)
     with progress("evaluate", len(chosen)) as bar:
         result = evaluate(opened, chosen, bar)
     bundle = bundle_of(opened)
-    figures = result_metrics(opened, result, None if bundle is None else bundle.config.measured.sparsity.target)
+    figures = result_metrics(opened, result, None if bundle is None else bundle.config.measured.target)
     if kv_thresholds:
         figures["kv_sweep"] = kv_sweep(opened, chosen, kv_thresholds, progress)
-    if sparsities:  # last, because the dial stays where it is turned to
-        figures["sparsity_sweep"] = [_figures_at(opened, share, chosen, progress) for share in sparsities]
+    for name, targets in sweeps.items():  # last, because the dial stays where it is turned to
+        if targets:
+            figures[name] = [_figures_at(opened, target, chosen, progress) for target in targets]
     return {
         "model": source.name,
         "data": {
@@ -96,15 +104,15 @@ def run_evaluation(
 
 
 def _refuse_sweeps(
-    model: RoutedForCausalLM, name: str, kv_thresholds: Sequence[float], sparsities: Sequence[float]
+    model: RoutedForCausalLM, name: str, kv_thresholds: Sequence[float], targets: Sequence[Target]
 ) -> None:
     """Refuse sweeps that the model cannot run, before any work is done."""
-    if sparsities and model.spec is None:
-        raise InputError(f"{name}: a plain model skips no token, so it has no sparsity; convert it first")
+    if targets and model.spec is None:
+        raise InputError(f"{name}: a plain model skips no token, so it has no {targets[0].kind}; convert it first")
     if kv_thresholds:
         calibrated_keep(model)
-    for share in sparsities:
-        check_dial(model, share)
+    for target in targets:
+        check_dial(model, target)
 
 
 def _chosen_text(model: RoutedForCausalLM, name: str, choice: TextChoice) -> tuple[TextSource, str, int, torch.Tensor]:
@@ -138,15 +146,15 @@ def _text_is_lost(bundle: Bundle | None, recipe: Recipe) -> bool:
 
 
 def _figures_at(
-    model: RoutedForCausalLM, sparsity: float, text: torch.Tensor, progress: ProgressFactory
+    model: RoutedForCausalLM, target: Target, text: torch.Tensor, progress: ProgressFactory
 ) -> dict[str, Any]:
-    """Turn a bundle's dial to a sparsity and return its figures. The dial stays there."""
-    turn_dial(model, sparsity)
+    """Turn a bundle's dial to a target and return its figures. The dial stays there."""
+    turn_dial(model, target)
     set_key_policy(model, model.key_policy, calibrated_keep(model))
-    with progress(f"sparsity {sparsity:g}", len(text)) as bar:
+    with progress(str(target), len(text)) as bar:
         perplexity, keep = evaluate_routed(model, text, bar)
     return {
-        "target": sparsity,
+        "target": target.value,
         "realized": 1 - sum(keep.values()) / len(keep),
         "perplexity": perplexity,
         "flops_ratio": flops_ratio(model, keep, text.shape[1]),

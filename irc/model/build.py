@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -13,7 +14,7 @@ from irc.model.architectures import SUPPORTED
 from irc.model.capture import Captured, assign_weights, capture
 from irc.model.checkpoint import BaseModel
 from irc.model.modules import BottleneckRouter, Forecaster, Mux, RoutingControl
-from irc.model.policies import make_forecaster, make_router
+from irc.model.policies import RandomRouter, make_forecaster, make_router
 from irc.model.routed import RoutedForCausalLM, RoutingSpec
 from irc.recipe.policies import Policy, policy_named
 from passes.base import PassManager
@@ -90,6 +91,18 @@ def build_routed(
         torch.manual_seed(seed)
         passes.run(captured.graph)
     return _ready(RoutedForCausalLM(captured, match, control, spec, base))
+
+
+def set_share(model: RoutedForCausalLM, share: float) -> None:
+    """Set the share of tokens that every unit skips, where the policy fixes it by structure (`mod`, `random`)."""
+    assert model.spec is not None
+    model.spec = replace(model.spec, sparsity=share)
+    if model.control.capacity is not None:
+        model.control.capacity = 1 - share
+    for unit in model.units:
+        router = model.part(unit, "router")
+        if isinstance(router, RandomRouter):
+            router.sparsity = share
 
 
 def _refuse_without_units(match: MatchResult, base: BaseModel) -> None:

@@ -74,6 +74,57 @@ def head_flops(model: RoutedForCausalLM) -> float:
     return total
 
 
+@dataclass(frozen=True)
+class FlopsRange:
+    """The FLOPs ratios, routed over dense, that a rewritten model can have under the key/value policy `full`.
+
+    Attributes:
+        most: With every unit executed for every token; above 1 by what the routers cost.
+        saved: How much it falls if a unit is skipped for every token, by unit.
+    """
+
+    most: float
+    saved: dict[str, float]
+
+    @property
+    def removable(self) -> float:
+        """How much it falls if everything is skipped."""
+        return sum(self.saved.values())
+
+    @property
+    def least(self) -> float:
+        """The ratio if everything is skipped: dense K and V, head, routers and forecasters."""
+        return self.most - self.removable
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The part of each unit in what can be removed; sums to 1."""
+        return {name: saved / self.removable for name, saved in self.saved.items()}
+
+    def share(self, ratio: float) -> float:
+        """Return the share of what can be removed that a ratio asks for."""
+        return (self.most - ratio) / self.removable
+
+    def ratio(self, share: float) -> float:
+        """Return the ratio when this share of what can be removed is removed."""
+        return self.most - share * self.removable
+
+
+def flops_range(model: RoutedForCausalLM, context: int) -> FlopsRange:
+    """Return which FLOPs ratios a rewritten model can have.
+
+    Args:
+        model: Rewritten model.
+        context: Tokens per window.
+    """
+    counts = unit_flops(model, context)
+    dense = head_flops(model) + sum(count.dense for count in counts.values())
+    return FlopsRange(
+        1 + sum(count.router for count in counts.values()) / dense,
+        {name: (count.gated + count.scores - count.forecaster) / dense for name, count in counts.items()},
+    )
+
+
 def flops_ratio(model: RoutedForCausalLM, keep: dict[str, float], context: int) -> float:
     """Return the ratio of routed to dense FLOPs; both include the head.
 

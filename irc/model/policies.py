@@ -63,6 +63,8 @@ def make_router(policy: Policy, width: int, rank: int, sparsity: float, seed: in
         sparsity: Target share of skipped tokens; only `random` reads it.
         seed: Seed of this unit's draws; only `random` reads it.
     """
+    if policy.whole_units:
+        return StaticRouter()
     if policy.learns:
         return Router(width, router_hidden(width, rank) if policy.forecasts else max(8, width // 4))
-    return RandomRouter(sparsity, seed) if policy.forecasts else StaticRouter()
+    return RandomRouter(sparsity, seed)

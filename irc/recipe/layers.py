@@ -33,7 +33,8 @@ def build(model: type[Model], layers: Sequence[Layer]) -> Model:
     """Build a model from layers, the first at the bottom.
 
     Every layer's values are checked on their own place, so that an error names it. Fields must fit together only at
-    the end: a recipe may name a policy that the next option replaces.
+    the end: a recipe may name a policy that the next option replaces. Of a model's `alternatives`, a source that gives
+    one discards those of the sources below it.
 
     Args:
         model: What to build.
@@ -44,7 +45,13 @@ def build(model: type[Model], layers: Sequence[Layer]) -> Model:
     """
     merged: dict[Any, Any] = {}
     built = None if layers else model()
+    alternatives: tuple[str, ...] = getattr(model, "alternatives", ())
+    source = None
     for layer in layers:
+        if any(layer.values.get(name) is not None for name in alternatives):
+            if layer.source != source:
+                merged = {key: value for key, value in merged.items() if key not in alternatives}
+            source = layer.source
         merged = _laid_over(merged, layer.values)
         try:
             built = model.model_validate(merged)

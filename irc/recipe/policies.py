@@ -11,7 +11,7 @@ from typing import Literal
 
 from irc.errors import InputError
 
-PolicyName = Literal["informed", "skipgpt", "mod", "random", "static"]
+PolicyName = Literal["informed", "skipgpt", "mod", "random", "static", "static-forecast"]
 """The names of the policies; `POLICIES` describes each."""
 
 Reads = Literal["unit", "stream", "layer"]
@@ -31,6 +31,7 @@ class Policy:
         causal: Whether a token's route depends only on this token and earlier ones; only then can the model generate
             text and be exported.
         capacity: Whether a fixed share of each sequence executes, by rank.
+        whole_units: Whether units are skipped for every token or for none.
         teach_steps: Default number of steps that teach its routers the cost of skipping, for targets up to 0.5.
     """
 
@@ -41,6 +42,7 @@ class Policy:
     learns: bool = True
     causal: bool = True
     capacity: bool = False
+    whole_units: bool = False
     teach_steps: int = 0
 
 
@@ -74,7 +76,16 @@ POLICIES: dict[str, Policy] = {
             "whole units are dropped, least important first (ShortGPT, arXiv 2403.03853)",
             False,
             "stream",
-            False,
+            learns=False,
+            whole_units=True,
+        ),
+        Policy(
+            "static-forecast",
+            "forecasts replace whole units, those first that raise the loss least",
+            True,
+            "unit",
+            learns=False,
+            whole_units=True,
         ),
     )
 }

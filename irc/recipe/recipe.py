@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -17,6 +17,7 @@ from irc.recipe.policies import PolicyName, policy_named
 from irc.recipe.presets import read_recipe
 from irc.recipe.refusals import LARGEST_INTEGER, Conflict, shown_value
 from irc.recipe.stages import STAGE_NAMES, LffRecipe, LoraRecipe, RouterRecipe, StageName, required_stages, stage_named
+from irc.recipe.target import TARGET_KINDS, Target
 
 _LARGEST_SEED = 2**32
 
@@ -38,9 +39,15 @@ class Recipe(Checked):
     model: str = Field(default="demo", description="local folder, Hugging Face Hub id, or demo")
     data: str = Field(default="stdlib", description="text file, folder, .jsonl, .parquet, hf:NAME, or stdlib")
     policy: PolicyName = Field(
-        default="informed", description="routing policy: informed, skipgpt, mod, random or static"
+        default="informed", description="routing policy: informed, skipgpt, mod, random, static or static-forecast"
     )
     sparsity: Share = Field(default=0.25, description="fraction of (token, unit) pairs to approximate, 0 to 1")
+    flops: Real | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="target in place of sparsity: matrix-multiply FLOPs, routed over dense, such as 0.85",
+    )
     rank: Natural = Field(default=0, description="forecaster rank; 0 means min(100, hidden size / 10)")
     forecaster: Literal["linear", "silu"] = Field(
         default="linear", description="form of the forecaster: linear or silu"
@@ -49,7 +56,8 @@ class Recipe(Checked):
         default_factory=list, description="stages to run, in order; empty runs those that the policy needs"
     )
     dial: list[Share] = Field(
-        default_factory=list, description="sparsities to store thresholds for; the bundle can run at any in between"
+        default_factory=list,
+        description="targets to store thresholds for, of the kind of the target; the bundle can run at any in between",
     )
     kv_policy: Literal["full", "reduced"] = Field(
         default="full", description="which tokens' keys and values are stored: full, or reduced (see kv_threshold)"
@@ -85,6 +93,33 @@ class Recipe(Checked):
     lff: LffRecipe = Field(default_factory=LffRecipe, description="stage lff")
     router: RouterRecipe = Field(default_factory=RouterRecipe, description="stage router")
     lora: LoraRecipe = Field(default_factory=LoraRecipe, description="stage lora")
+
+    alternatives: ClassVar[tuple[str, ...]] = TARGET_KINDS
+    """Fields of which a source gives one at most; it then replaces the other of the sources below."""
+
+    @property
+    def target(self) -> Target:
+        """What the conversion is to reach."""
+        return Target("sparsity", self.sparsity) if self.flops is None else Target("flops", self.flops)
+
+    @model_validator(mode="after")
+    def _check_target(self) -> Self:
+        if self.flops is None:
+            return self
+        if "sparsity" in self.model_fields_set:
+            raise Conflict(
+                f"sparsity is {self.sparsity} and flops is {self.flops}, but only one can be the target; leave one out",
+                "sparsity",
+                "flops",
+            )
+        if self.router.budget in ("unit", "recoverability"):
+            raise Conflict(
+                f"flops is {self.flops}, but router.budget {self.router.budget} takes a target in sparsity; give one, "
+                "or leave router.budget at model",
+                "flops",
+                "router.budget",
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_target_range(self) -> Self:
@@ -139,7 +174,7 @@ class Recipe(Checked):
         Raises:
             InputError: Names the fields, their values and what is allowed.
         """
-        return build(type(self), [Layer("", self.model_dump())])
+        return build(type(self), [Layer("", self.to_dict())])
 
     def rank_for(self, width: int) -> int:
         """Return the forecaster rank for a hidden size.
@@ -153,8 +188,8 @@ class Recipe(Checked):
         return rank
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data, ready for YAML or JSON."""
-        return self.model_dump()
+        """Return plain data, ready for YAML or JSON; of sparsity and flops, only the one that is the target."""
+        return self.model_dump(exclude={"flops" if self.flops is None else "sparsity"})
 
 
 def default_rank(width: int) -> int:

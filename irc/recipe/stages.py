@@ -53,7 +53,9 @@ class RouterRecipe(Checked):
     )
     temperature_start: Real = Field(default=5.0, ge=0.001, description="Gumbel-softmax temperature at the first step")
     temperature_end: Real = Field(default=1.0, ge=0.001, description="temperature at the last step, reached linearly")
-    sparsity_weight: Weight = Field(default=8.0, description="weight of |(1 - sparsity) - mean execution|")
+    sparsity_weight: Weight = Field(
+        default=8.0, description="weight of |(1 - sparsity) - mean execution|; with flops, units count by FLOPs"
+    )
     cosine_weight: Weight = Field(default=0.1, description="weight of mean(1 - cosine) over approximated tokens")
     clip: Weight = Field(default=0.0, description="largest gradient norm; 0 turns clipping off")
     noise_end: Weight = Field(
@@ -66,13 +68,14 @@ class RouterRecipe(Checked):
     )
     target_range: list[Real] = Field(
         default_factory=list,
-        description="lowest and highest target; each step draws one between them. Empty: always sparsity",
+        description="lowest and highest target; each step draws one between them. Empty: always the target",
     )
     teach_steps: int = Field(
         default=-1,
         ge=-1,
         le=LARGEST_INTEGER,
-        description="steps that first teach routers the cost of skipping; -1: 30 for informed up to sparsity 0.5",
+        description="steps that first teach routers the cost of skipping; -1: 30 for informed up to sparsity 0.5 "
+        "or from flops 0.6",
     )
     distill: Share = Field(
         default=0.0, description="share of the loss given to divergence from the dense model's logits"
@@ -162,7 +165,7 @@ STAGES = (
         RouterRecipe,
         "train the routers, then set their decision threshold",
         follows="lff",
-        depends_on=(*_COMMON, "sparsity", "router"),
+        depends_on=(*_COMMON, "sparsity", "flops", "router"),
     ),
     Stage("lora", LoraRecipe, "train LoRA adapters on the base's linears", follows="router", optional=True),
 )

@@ -67,6 +67,11 @@ class OnnxFolder:
         return self.manifest.get("dial")
 
     @property
+    def dial_flops(self) -> float | None:
+        """The FLOPs ratio that a bundle was set to for the export; None for its own."""
+        return self.manifest.get("dial_flops")
+
+    @property
     def counts_past_by_mask(self) -> bool:
         """Whether caches may have room for more tokens than they hold; folders of early versions may not."""
         return bool(self.manifest.get("past_from") == PAST_FROM)
@@ -167,6 +172,6 @@ def _check_types(manifest: dict[str, Any], hashes: Iterable[Any]) -> None:
         raise TypeError("a hash is not text")
     if not isinstance(manifest["source"], str) or not isinstance(manifest["base"], dict):
         raise TypeError("source or base has another type")
-    for key in ("kv_threshold", "sparsity", "dial"):
+    for key in ("kv_threshold", "sparsity", "dial", "dial_flops"):
         if manifest.get(key) is not None and type(manifest[key]) not in (int, float):
             raise TypeError(f"{key} is not a number")

@@ -1,4 +1,4 @@
-"""Defines what must meet the sparsity target: the whole model, its FLOPs, or each unit."""
+"""Defines what must meet the target: the share of skipped pairs, the FLOPs of the model, or each unit."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from accelerate.utils import reduce
 
-from irc.errors import IrcError
-from irc.model.flops import unit_flops
+from irc.errors import InputError, IrcError
+from irc.model.flops import FlopsRange, flops_range
 from irc.model.modules import Record
 from irc.model.routed import RoutedForCausalLM
+from irc.recipe.target import TargetKind
 
 _MAX_SHARE = 0.95  # largest share of its tokens that `allocate_shares` lets a unit skip
 _BATCH = 16
@@ -25,11 +26,27 @@ class Budget:
         sparsity: Target share of (token, unit) pairs to approximate.
         weights: Weight of each unit in that share; the weights sum to 1.
         targets: Share of its tokens that each unit should skip, or None if only the model as a whole has a target.
+        flops: If the target is a FLOPs ratio, the ratios that the model can have. `sparsity` is then the share to
+            remove of what can be removed, and the weights are the units' parts in that.
     """
 
     sparsity: float
     weights: dict[str, float]
     targets: dict[str, float] | None = None
+    flops: FlopsRange | None = None
+
+    @property
+    def kind(self) -> TargetKind:
+        """What the target is a value of."""
+        return "sparsity" if self.flops is None else "flops"
+
+    def share(self, target: float) -> float:
+        """Return the share to skip, as `sparsity` counts it, for another target."""
+        return target if self.flops is None else self.flops.share(target)
+
+    def value(self, share: float) -> float:
+        """Return what a share, as `sparsity` counts it, means in terms of the target: the inverse of `share`."""
+        return share if self.flops is None else self.flops.ratio(share)
 
     def loss(self, execution: Mapping[str, torch.Tensor], sparsity: float) -> torch.Tensor:
         """Return the mean distance between the executed and the target shares.
@@ -69,8 +86,23 @@ def plain_budget(units: list[str], sparsity: float) -> Budget:
     return Budget(sparsity, dict.fromkeys(units, 1 / len(units)))
 
 
+def flops_budget(found: FlopsRange, ratio: float) -> Budget:
+    """Return the budget of a FLOPs ratio, routed over dense.
+
+    Raises:
+        InputError: The model cannot reach the ratio.
+    """
+    if not found.least <= ratio < 1:
+        raise InputError(
+            f"flops {ratio:g} cannot be reached: with this model, policy, rank and window, the ratio is at least "
+            f"{found.least:.3f} (everything skipped) and less than 1 (nothing saved); give a value in between",
+            options=("flops", "dial"),
+        )
+    return Budget(found.share(ratio), found.weights, flops=found)
+
+
 def make_budget(model: RoutedForCausalLM, kind: str, sparsity: float, text: torch.Tensor) -> Budget:
-    """Return the budget of a model.
+    """Return the budget of a target sparsity.
 
     Args:
         model: Rewritten model with fitted forecasters.
@@ -84,10 +116,7 @@ def make_budget(model: RoutedForCausalLM, kind: str, sparsity: float, text: torc
     if kind == "unit":
         return Budget(sparsity, plain.weights, dict.fromkeys(plain.weights, sparsity))
     if kind == "flops":
-        saved: dict[str, float] = {}
-        for name, flops in unit_flops(model, text.shape[1]).items():
-            saved[name] = flops.gated + flops.scores - flops.forecaster
-        return Budget(sparsity, {name: value / sum(saved.values()) for name, value in saved.items()})
+        return Budget(sparsity, flops_range(model, text.shape[1]).weights)
     if kind == "recoverability":
         merits = {name: 1 / max(1 - cosine, 1e-3) for name, cosine in _recoverability(model, text).items()}
         return Budget(sparsity, plain.weights, allocate_shares(merits, sparsity))

@@ -1,22 +1,23 @@
-"""Sets the routers' decision threshold on calibration text, for one target sparsity or for each point of a dial."""
+"""Sets the routers' decision threshold on calibration text, for one target or for each point of a dial."""
 
 from __future__ import annotations
 
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from irc.errors import IrcError
+from irc.model.flops import FlopsRange
 from irc.model.modules import EXECUTE, Record, Router
 from irc.model.routed import RoutedForCausalLM
 from irc.progress import ProgressFactory
 from irc.recipe.policies import policy_named
-from irc.training.budget import Budget, plain_budget
+from irc.training.budget import Budget, flops_budget, plain_budget
 from irc.training.threshold import choose_shifts, quantile
 
 log = logging.getLogger(__name__)
@@ -39,25 +40,40 @@ def set_threshold(
         progress: Makes a progress bar.
 
     Returns:
-        `calibration_sparsity` and `calibration_keep` (the share of tokens that each unit executes) on the calibration
-        text. See `calibrate` for the other figures when a threshold was set.
+        The figures of `reached` on the calibration text. See `calibrate` for the others when a threshold was set.
     """
     assert model.spec is not None
     policy = policy_named(model.spec.policy)
     if policy.learns and not policy.capacity:
         return calibrate(model, text, budget, progress)
-    keep = measured_keep(model, text)
-    return {"calibration_sparsity": 1 - sum(keep.values()) / len(keep), "calibration_keep": keep}
+    return reached(measured_keep(model, text), budget)
+
+
+def reached(keep: Mapping[str, float], budget: Budget) -> dict[str, Any]:
+    """Return what was reached on the calibration text.
+
+    Args:
+        keep: Share of the text that each unit executes.
+        budget: What was to be approximated.
+
+    Returns:
+        `calibration_sparsity`, `calibration_keep` (as given) and, for a target in FLOPs, `calibration_flops`.
+    """
+    figures = {"calibration_sparsity": 1 - sum(keep.values()) / len(keep), "calibration_keep": dict(keep)}
+    if budget.flops is not None:
+        share = budget.realized({unit: 1 - kept for unit, kept in keep.items()})
+        figures["calibration_flops"] = budget.value(share)
+    return figures
 
 
 @torch.no_grad()
 def calibrate(
     model: RoutedForCausalLM, text: torch.Tensor, budget: Budget, progress: ProgressFactory
 ) -> dict[str, Any]:
-    """Set a threshold on the logit difference so that argmax routing meets the target sparsity.
+    """Set a threshold on the logit difference so that argmax routing meets the target.
 
     Routing changes the hidden states that later routers read. The quantile is therefore taken again under the new
-    routes, until the realized sparsity is within 0.001 of the target or 8 rounds have passed. The best threshold found
+    routes, until the realized share is within 0.001 of the target or 8 rounds have passed. The best threshold found
     is added to the execute bias of each router.
 
     Args:
@@ -67,8 +83,8 @@ def calibrate(
         progress: Makes a progress bar.
 
     Returns:
-        `threshold_shift` (mean over the units), `calibration_rounds`, `calibration_seconds`, and on the calibration
-        text `calibration_sparsity` and `calibration_keep` (the share of tokens that each unit executes).
+        `threshold_shift` (mean over the units), `calibration_rounds`, `calibration_seconds`, and the figures of
+        `reached`. `calibration_sparsity` is weighted under `router.budget` flops.
 
     Raises:
         IrcError: The routers' weights are not finite.
@@ -84,7 +100,7 @@ def calibrate(
             keep = {unit: 1 - (values < 0).double().mean().item() for unit, values in differences.items()}
             skipped = {unit: 1 - share for unit, share in keep.items()}
             realized, distance = budget.realized(skipped), budget.distance(skipped)
-            bar.update(rounds, sparsity=realized)
+            bar.update(rounds, **{budget.kind: budget.value(realized)})
             if distance < best.distance:
                 best = _Threshold(distance, realized, shift, _cloned(biases), keep)
             if best.distance <= _TOLERANCE or rounds == _ROUNDS:
@@ -93,24 +109,26 @@ def calibrate(
             for unit, bias in biases.items():
                 bias[EXECUTE] -= shifts[unit]
             shift -= sum(shifts.values()) / len(shifts)
-        bar.update(_ROUNDS, sparsity=best.realized)
+        bar.update(_ROUNDS, **{budget.kind: budget.value(best.realized)})
     if not all(bool(bias.isfinite().all()) for bias in best.biases.values()):
         raise IrcError("the routers' weights are no longer finite numbers; lower router.lr, or set router.clip=1")
-    if abs(best.realized - budget.sparsity) > _WARN_DISTANCE:
+    found, wanted = budget.value(best.realized), budget.value(budget.sparsity)
+    if abs(found - wanted) > _WARN_DISTANCE:
         log.warning(
-            "the threshold gives a sparsity of %.3f on the calibration text instead of %.3f, because the routers give "
-            "many tokens the same logits",
-            best.realized,
-            budget.sparsity,
+            "the threshold gives %s of %.3f on the calibration text instead of %.3f, because the routers give many "
+            "tokens the same logits",
+            "a sparsity" if budget.flops is None else "a FLOPs ratio",
+            found,
+            wanted,
         )
     for unit, bias in biases.items():
         bias.copy_(best.biases[unit])
     return {
         "threshold_shift": best.shift,
         "calibration_rounds": float(rounds),
-        "calibration_sparsity": best.realized,
         "calibration_seconds": time.monotonic() - started,
-        "calibration_keep": best.keep,
+        **reached(best.keep, budget),
+        **({"calibration_sparsity": best.realized} if budget.flops is None else {}),
     }
 
 
@@ -137,30 +155,39 @@ def _shifts(differences: dict[str, torch.Tensor], budget: Budget) -> dict[str, f
 
 @torch.no_grad()
 def dial_points(
-    model: RoutedForCausalLM, text: torch.Tensor, targets: Sequence[float], progress: ProgressFactory
+    model: RoutedForCausalLM,
+    text: torch.Tensor,
+    targets: Sequence[float],
+    progress: ProgressFactory,
+    flops: FlopsRange | None = None,
 ) -> list[dict[str, Any]]:
-    """Find the thresholds of other sparsities. The model's own threshold does not change.
+    """Find the thresholds of other targets. The model's own threshold does not change.
 
     Args:
         model: Rewritten model.
         text: Calibration windows, int64 [windows, length].
-        targets: Sparsities, in any order.
+        targets: Sparsities, or FLOPs ratios, in any order.
         progress: Makes a progress bar.
+        flops: The ratios that the model can have, if the targets are ratios.
 
     Returns:
-        For each target, in ascending order: `sparsity`, `realized`, `shift` (to add to the execute logit of each unit)
-        and `keep` (the share of the calibration text that each unit then executes).
+        For each target, in ascending order: `sparsity` or `flops`, `realized`, `shift` (to add to the execute logit of
+        each unit) and `keep` (the share of the calibration text that each unit then executes).
+
+    Raises:
+        InputError: The model cannot reach a ratio.
     """
     biases = _biases(model)
     own = _cloned(biases)
     points = []
     for target in sorted(targets):
-        figures = calibrate(model, text, plain_budget(list(biases), target), progress)
+        budget = plain_budget(list(biases), target) if flops is None else flops_budget(flops, target)
+        figures = calibrate(model, text, budget, progress)
         shift = {unit: (bias[EXECUTE] - own[unit][EXECUTE]).item() for unit, bias in biases.items()}
         points.append(
             {
-                "sparsity": target,
-                "realized": figures["calibration_sparsity"],
+                budget.kind: target,
+                "realized": figures[f"calibration_{budget.kind}"],
                 "shift": shift,
                 "keep": figures["calibration_keep"],
             }

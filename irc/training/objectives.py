@@ -89,10 +89,10 @@ class RoutingObjective(Objective):
         self.budget = budget
         self.seed = seed
         self.steps = steps
-        self.lora, self.sampled = list(lora), sampled or not lora
         policy = policy_named(model.spec.policy if model.spec else "informed")
+        self.lora, self.sampled = list(lora), policy.learns and (sampled or not lora)
         self._learns, self._ranked = policy.learns, policy.capacity
-        self._random = policy.forecasts and not policy.learns
+        self._random = not (policy.learns or policy.whole_units)
         self._cosine_weight = recipe.cosine_weight if policy.forecasts else 0.0
 
     def trainable(self) -> list[dict[str, Any]]:
@@ -117,11 +117,11 @@ class RoutingObjective(Objective):
         return 1 + (self.recipe.noise_end - 1) * second_half
 
     def target(self, step: int) -> float:
-        """Return the target sparsity of a step."""
+        """Return the target share of a step, as the budget counts it."""
         if not self.recipe.target_range:
             return self.budget.sparsity
         low, high = self.recipe.target_range
-        return low + (high - low) * random.Random(self.seed * 9_973 + step).random()
+        return self.budget.share(low + (high - low) * random.Random(self.seed * 9_973 + step).random())
 
     def forward(self, windows: torch.Tensor, step: int) -> tuple[torch.Tensor, Figures]:
         """Return the loss and its parts.
@@ -140,9 +140,9 @@ class RoutingObjective(Objective):
         loss, plain = self._language_loss(states, windows)
         figures = {"lm": plain}
         execution = {unit: _straight_through(record) for unit, record in tape.items()}
-        if self.sampled and self._learns and not self._ranked:
+        if self.sampled and not self._ranked:
             loss = loss + self.recipe.sparsity_weight * self.budget.loss(execution, self.target(step))
-        if self.recipe.entropy_weight > 0 and self.sampled and self._learns:
+        if self.recipe.entropy_weight > 0 and self.sampled:
             loss = loss + self.recipe.entropy_weight * _entropy(tape)
         if self._cosine_weight > 0:
             loss = loss + self._cosine_weight * _skipped_error(tape)

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from irc.errors import InputError
+from irc.model.flops import flops_range
 from irc.model.modules import Forecaster, Router
 from irc.model.paging import released
 from irc.model.routed import RoutedForCausalLM
@@ -23,8 +24,8 @@ from irc.recipe.policies import policy_named
 from irc.recipe.recipe import Recipe
 from irc.recipe.stages import StageName
 from irc.text.source import pick, windows
-from irc.training.budget import Budget, make_budget
-from irc.training.calibrate import set_threshold
+from irc.training.budget import Budget, flops_budget, make_budget
+from irc.training.calibrate import reached, set_threshold
 from irc.training.closed_form import gather_statistics, set_closed_form
 from irc.training.layerwise import layer_by_layer, outermost
 from irc.training.loop import LoopResult, LoopSettings, Objective, accelerator_for, train
@@ -172,21 +173,22 @@ def run_router(context: StageContext) -> dict[str, Any]:
     """
     recipe = context.recipe.router
     model = context.model
-    if context.recipe.policy == "static":
-        return drop_units(model, context.calibration_windows(), context.recipe.sparsity)
+    policy = policy_named(context.recipe.policy)
+    budget = _budget(context)
+    chosen = _choose_units(context, budget) if policy.whole_units else None
     for unit in model.units if recipe.start else ():
         router = model.part(unit, "router")
         if isinstance(router, Router):
             router.shift(recipe.start)  # a checkpoint, loaded later, includes the shift and overwrites this
     model.requires_grad_(False)
-    _enable_gradients(model, "router")
-    budget = _budget(context)
-    taught = _teach(context) if recipe.teach_steps > 0 else None
+    if policy.learns:
+        _enable_gradients(model, "router")
+    taught = _teach(context, budget.sparsity) if recipe.teach_steps > 0 else None
     if recipe.forecaster_lr > 0:  # after teaching, during which the forecasters are frozen
         _enable_gradients(model, "forecaster")
     objective = RoutingObjective(model, recipe, budget, context.recipe.seed, recipe.steps)
     if not any(group["params"] for group in objective.trainable()):
-        return _threshold(context, budget)
+        return chosen or _threshold(context, budget)
     settings = context.settings("router", recipe.steps, recipe.batch_size, 0.1)
     settings.clip = recipe.clip
     if taught is not None:
@@ -195,15 +197,26 @@ def run_router(context: StageContext) -> dict[str, Any]:
         result = context.train(objective, settings, progress)
     if taught is not None:
         result.earlier_runs = taught.earlier_runs
-    return {**_figures(result), **_threshold(context, budget)}
+    return {**_figures(result), **(chosen or _threshold(context, budget))}
 
 
-def _teach(context: StageContext) -> LoopResult | None:
+def _choose_units(context: StageContext, budget: Budget) -> dict[str, Any]:
+    """Choose the units that a policy of whole units skips; return the figures of `drop_units` and the seconds taken."""
+    started, text = time.monotonic(), context.calibration_windows()
+    figures = drop_units(context.model, text, budget.sparsity, budget.weights if budget.flops else None)
+    return {
+        "importance": figures["importance"],
+        "choice_seconds": time.monotonic() - started,
+        **reached(figures["calibration_keep"], budget),
+    }
+
+
+def _teach(context: StageContext, share: float) -> LoopResult | None:
     """Teach the routers the cost of forecasting, or return None if a checkpoint of the router stage exists already."""
     recipe = context.recipe.router
     if (context.work / "router.checkpoint.safetensors").exists():
         return None
-    objective = TeachObjective(context.model, recipe.lr, context.recipe.sparsity)
+    objective = TeachObjective(context.model, recipe.lr, share)
     settings = context.settings("teach", recipe.teach_steps, recipe.batch_size, 0.0)
     with context.progress("teach", recipe.teach_steps) as progress:
         # Without activation checkpointing, which would discard the tensors that the objective reads from each layer.
@@ -255,8 +268,10 @@ def _threshold(context: StageContext, budget: Budget) -> dict[str, Any]:
 
 
 def _budget(context: StageContext) -> Budget:
-    recipe = context.recipe
-    return make_budget(context.model, recipe.router.budget, recipe.sparsity, context.calibration_windows())
+    recipe, model = context.recipe, context.model
+    if recipe.flops is not None:
+        return flops_budget(flops_range(model, recipe.seq_len), recipe.flops)
+    return make_budget(model, recipe.router.budget, recipe.sparsity, context.calibration_windows())
 
 
 def _enable_gradients(model: RoutedForCausalLM, role: str) -> None:

@@ -15,6 +15,7 @@ from irc.model.flops import UnitFlops, flops_ratio, head_flops, unit_flops
 from irc.model.modules import Forecaster, Router
 from irc.model.routed import RoutedForCausalLM
 from irc.recipe.recipe import Recipe
+from irc.recipe.target import Target, value_of
 from passes.match import Unit
 from passes.printer import named_lines, unified_diff
 
@@ -33,6 +34,7 @@ def inspection(model: RoutedForCausalLM, name: str) -> dict[str, Any]:
     """
     bundle = bundle_of(model)
     measured = {} if bundle is None else bundle.config.measured.units
+    target = None if bundle is None else bundle.config.measured.target
     keep = _keep(model, measured)
     seq_len = _seq_len(model, bundle)
     counts = unit_flops(model, seq_len)
@@ -51,7 +53,8 @@ def inspection(model: RoutedForCausalLM, name: str) -> dict[str, Any]:
         "layers": len({unit.layer for unit in model.units}),
         "seq_len": seq_len,
         "parameters": parameters(model),
-        "sparsity": _sparsity(model, keep, bundle),
+        "target": None if target is None else target.to_dict(),
+        "sparsity": _sparsity(model, keep, target),
         "flops": {"head": head, "dense": head + sum(count.dense for count in counts.values()), "routed": routed},
         "flops_ratio": None if keep is None else flops_ratio(model, keep, seq_len),
         "units": units,
@@ -150,7 +153,7 @@ def _keep(model: RoutedForCausalLM, measured: Mapping[str, UnitFigures]) -> dict
 
 
 def _sparsity(
-    model: RoutedForCausalLM, keep: dict[str, float] | None, bundle: Bundle | None
+    model: RoutedForCausalLM, keep: dict[str, float] | None, target: Target | None
 ) -> dict[str, float | None] | None:
     if model.spec is None or keep is None:
         return None
@@ -159,7 +162,7 @@ def _sparsity(
         skipped["realized"].append(1 - keep[unit.name])
         skipped[unit.kind].append(1 - keep[unit.name])
     means = {kind: sum(shares) / len(shares) if shares else 0.0 for kind, shares in skipped.items()}
-    return {"target": None if bundle is None else bundle.config.measured.sparsity.target, **means}
+    return {"target": value_of(target, "sparsity"), **means}
 
 
 def _seq_len(model: RoutedForCausalLM, bundle: Bundle | None) -> int:

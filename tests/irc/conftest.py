@@ -51,7 +51,7 @@ CONFIG = {
 SETTINGS = (
     "lff.tokens=2048 lff.steps=4 lff.batch_size=4 router.steps=6 router.batch_size=4 router.calibration_tokens=4096 "
     "router.teach_steps=2 lora.steps=4 lora.batch_size=4 lora.rank=2 eval_tokens=1024 checkpoint_seconds=0 "
-    "precision=fp32"
+    "precision=fp32 sparsity=0.25"
 ).split()
 
 

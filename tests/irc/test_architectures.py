@@ -35,7 +35,7 @@ SHAPE = {
 }
 QUICK = (
     "lff.tokens=512 lff.steps=1 lff.batch_size=4 router.steps=2 router.batch_size=4 router.calibration_tokens=1024 "
-    "router.teach_steps=0 eval_tokens=128 checkpoint_seconds=0 precision=fp32"
+    "router.teach_steps=0 eval_tokens=128 checkpoint_seconds=0 precision=fp32 sparsity=0.25"
 ).split()
 VERIFY = "--tokens 128 --seq-len 16 --json".split()
 HALF = (

@@ -201,7 +201,7 @@ def _write_local_tasks(tasks: Sequence[str], tokenizer: Any, data: str, folder: 
 def _scorers(source: ModelSource) -> dict[str, Scorer]:
     """Open the model; return its scorers by side, `dense` and `routed`."""
     if (Path(source.name) / MANIFEST).is_file():
-        for setting, value in (("sparsity", source.sparsity), ("key policy", source.key_policy)):
+        for setting, value in (("target", source.target), ("key policy", source.key_policy)):
             if value is not None:
                 raise InputError(f"{source.name}: the {setting} of an exported folder is fixed; export it again")
         device = "cuda" if source.device.startswith("cuda") else source.device

@@ -14,6 +14,7 @@ import irc
 from irc.bundle.contents import bundle_of
 from irc.bundle.dial import turn_dial
 from irc.errors import InputError
+from irc.recipe.target import Target
 from irc.text.source import windows
 from irc.training.calibrate import dial_points, measured_keep
 from irc.training.stages import StageContext
@@ -138,7 +139,7 @@ def test_what_cannot_be_turned_is_refused(
 
 def test_turned_twice_is_turned_once(converted: Path) -> None:
     model, once = irc.load(converted, sparsity=0.6), irc.load(converted, sparsity=0.2)
-    turn_dial(model, 0.2)
+    turn_dial(model, Target("sparsity", 0.2))
     wanted = once.state_dict()
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in model.state_dict().items())
     assert bundle_of(model) == bundle_of(once)

@@ -25,7 +25,10 @@ from irc.model.build import build_routed
 from irc.model.checkpoint import BaseModel
 from irc.model.routed import RoutingSpec
 
-KEYS = "model base architecture policy forecaster layers seq_len parameters sparsity flops flops_ratio units refusals"
+KEYS = (
+    "model base architecture policy forecaster layers seq_len parameters target sparsity flops flops_ratio units "
+    "refusals"
+)
 UNIT_KEYS = "name kind layer hidden rank router_hidden keep_ratio recoverability flops parameters"
 INSERTED = ("forecaster", "router", "mux")
 

@@ -16,8 +16,10 @@ from irc.compare.cells import Cell, Plan, read_variants
 from irc.compare.results import catch_up, gap_closed, groups
 from irc.errors import InputError
 from irc.recipe.recipe import Recipe
+from irc.recipe.target import Target
 
 Main = Callable[..., Any]
+TARGET = Target("sparsity", 0.25)
 
 
 def test_a_whole_comparison(irc_main: Main, arguments: Callable[..., list[str]], tmp_path: Path) -> None:
@@ -219,15 +221,15 @@ def row(policy: str, ppl: float, *, seed: int = 0, variant: str = "", seconds: f
 
 def test_the_gap_is_that_of_log_perplexities() -> None:
     rows = [row("informed", 10 * math.exp(0.1)), row("skipgpt", 10 * math.exp(0.4))]
-    found = gap_closed(rows, 0.25, False)
+    found = gap_closed(rows, TARGET, False)
     assert found is not None
     assert found["closed"]["mean"] == pytest.approx(0.75)
-    assert gap_closed(rows, 0.4, False) is None
+    assert gap_closed(rows, Target("sparsity", 0.4), False) is None
 
 
 def test_static_stands_for_itself_at_every_seed() -> None:
     rows = [row("informed", 10 * math.exp(0.1), seed=seed) for seed in (0, 1)] + [row("static", 10 * math.exp(0.2))]
-    found = gap_closed(rows, 0.25, False, "static")
+    found = gap_closed(rows, TARGET, False, "static")
     assert found is not None
     assert (found["seeds"], found["closed"]["mean"]) == (2, pytest.approx(0.5))
 
@@ -238,7 +240,7 @@ def test_with_lora_the_gap_is_to_the_dense_model_of_the_same_budget() -> None:
         row("informed", 8 * math.exp(0.1), lora=True),
         row("skipgpt", 8 * math.exp(0.2), lora=True),
     ]
-    found = gap_closed(rows, 0.25, True)
+    found = gap_closed(rows, TARGET, True)
     assert found is not None
     assert found["closed"]["mean"] == pytest.approx(0.5)
 
@@ -261,10 +263,10 @@ def test_catching_up_takes_the_shortest_training_that_is_no_worse() -> None:
         row("informed", 13.0, variant="router.steps=25", seconds=35),
         row("informed", 10.5, variant="router.lr=1", seconds=1),  # another method, not another budget
     ]
-    found = catch_up(rows, 0.25)
+    found = catch_up(rows, TARGET)
     assert found is not None
     assert (found["share"]["mean"], found["budgets"], found["reached"]) == (0.6, ["router.steps=50"], 1)
-    assert catch_up([row("skipgpt", 10.0), row("informed", 11.0)], 0.25)["reached"] == 0  # type: ignore[index]
+    assert catch_up([row("skipgpt", 10.0), row("informed", 11.0)], TARGET)["reached"] == 0  # type: ignore[index]
 
 
 def test_groups_give_mean_and_spread_over_seeds() -> None:

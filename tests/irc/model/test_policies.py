@@ -18,7 +18,7 @@ from irc.model.routed import RoutedForCausalLM
 from irc.recipe.policies import POLICIES, policy_named
 from irc.recipe.stages import required_stages
 from irc.training.stages import StageContext, run_lff, run_lora, run_router
-from irc.training.static_depth import drop_units, unit_importance
+from irc.training.static_depth import drop_units, forecast_costs, unit_importance
 
 Make = Callable[..., RoutedForCausalLM]
 MakeContext = Callable[..., StageContext]
@@ -134,6 +134,37 @@ def test_importance_is_how_far_a_unit_turns_the_stream(make_routed: Make, ids: t
         )
 
 
+def test_a_forecast_costs_the_loss_that_it_adds_alone(make_routed: Make, shake: Any, ids: torch.Tensor) -> None:
+    model = shake(make_routed(policy="static-forecast"))
+    costs = forecast_costs(model, ids)
+    full = {unit.name: torch.ones_like(ids, dtype=torch.bool) for unit in model.units}
+
+    def loss(masks: dict[str, torch.Tensor]) -> float:
+        with torch.no_grad(), model.control.using(mode="forced", masks=masks):
+            return float(model(input_ids=ids, labels=ids).loss)
+
+    for name, cost in costs.items():
+        assert cost == pytest.approx(loss(full | {name: ~full[name]}) - loss(full), abs=1e-5)
+    dropped = {name for name, keep in drop_units(model, ids, 0.5)["calibration_keep"].items() if keep == 0}
+    assert dropped == set(sorted(costs, key=costs.__getitem__)[:2])
+    for name, record in tape_of(model, ids).items():
+        assert bool(record.execute.any()) == bool(record.execute.all()) == (name not in dropped)
+
+
+@pytest.mark.parametrize("rate", [0.0, 2e-3])
+def test_forecasts_of_whole_units_learn_only_if_asked(make_context: MakeContext, rate: float) -> None:
+    context = make_context(sparsity=0.5, policy="static-forecast")
+    context.recipe.router.forecaster_lr = rate
+    run_lff(context)
+    before = {name: value.clone() for name, value in context.model.adapter_parameters("forecaster").items()}
+    figures = run_router(context)
+    after = context.model.adapter_parameters("forecaster")
+    moved = {name.partition("_forecaster")[0] for name in before if not torch.equal(after[name], before[name])}
+    skipped = {name for name, keep in figures["calibration_keep"].items() if keep == 0}
+    assert moved == (skipped if rate else set())
+    assert ("train_seconds" in figures) == bool(rate)
+
+
 @pytest.mark.parametrize("policy", OTHERS)
 def test_training_moves_what_the_policy_trains_and_nothing_else(make_context: MakeContext, policy: str) -> None:
     context = make_context(sparsity=0.5, policy=policy)
@@ -142,7 +173,13 @@ def test_training_moves_what_the_policy_trains_and_nothing_else(make_context: Ma
     before = {name: value.clone() for name, value in context.model.graph.named_parameters()}
     figures = run_router(context)
     moved = {name for name, value in context.model.graph.named_parameters() if not torch.equal(value, before[name])}
-    roles = {"skipgpt": {"_router"}, "mod": {"_router"}, "random": {"_forecaster"}, "static": {"_router"}}[policy]
+    roles = {
+        "skipgpt": {"_router"},
+        "mod": {"_router"},
+        "random": {"_forecaster"},
+        "static": {"_router"},
+        "static-forecast": {"_router", "_forecaster"},
+    }[policy]
     assert moved
     assert all(any(role in name for role in roles) for name in moved), moved
     assert figures["calibration_sparsity"] == pytest.approx(0.5, abs=0.02)
@@ -160,10 +197,9 @@ def test_lora_trains_under_every_policy(make_context: MakeContext, policy: str) 
 @pytest.mark.parametrize("policy", OTHERS)
 def test_bundles_come_back(make_routed: Make, ids: torch.Tensor, tmp_path: Path, policy: str, shake: Any) -> None:
     model = make_routed(policy=policy, sparsity=0.5)
-    if policy == "static":
+    shake(model)
+    if policy_named(policy).whole_units:
         drop_units(model, ids, 0.5)
-    else:
-        shake(model)
     model.save_pretrained(tmp_path / "b")
     loaded = irc.load(tmp_path / "b")
     with torch.no_grad():
@@ -184,15 +220,13 @@ def test_policies_of_whole_sequences_neither_generate_nor_export(
     assert not (tmp_path / "onnx").exists()
 
 
-@pytest.mark.parametrize("policy", ["skipgpt", "static"])
+@pytest.mark.parametrize("policy", ["skipgpt", "static", "static-forecast"])
 def test_the_others_export_and_verify(
     make_routed: Make, shake: Any, ids: torch.Tensor, tmp_path: Path, irc_main: Any, text_file: Path, policy: str
 ) -> None:
-    model = make_routed(policy=policy)
-    if policy == "static":
+    model = shake(make_routed(policy=policy))
+    if policy_named(policy).whole_units:
         drop_units(model, ids, 0.5)
-    else:
-        shake(model)
     model.save_pretrained(tmp_path / "b")
     assert irc_main("export", tmp_path / "b", "-o", tmp_path / "onnx").code == 0
     outcome = irc_main("verify", tmp_path / "onnx", "--data", text_file, "--seq-len", "16", "--json")
