@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,8 @@ from irc.errors import InputError, IrcError
 from irc.files.untrusted import first_line, read_json
 from irc.runtime.session import Runtime, Step
 from irc.text.tokenizer import TextTokenizer, open_tokenizer
+
+log = logging.getLogger(__name__)
 
 _COLDEST = 1e-3
 _TAIL = 16
@@ -160,6 +163,8 @@ class Generator:
         sampling = sampling or Sampling()
         sampling.check()
         ids = self.encode(prompt)
+        if ids[:2] == [self.tokenizer.bos_token_id] * 2:
+            log.warning("the tokenizer adds the token that begins a text, so the model reads it twice; leave it out")
         result = Generated(prompt_tokens=len(ids))
         room = self._room(ids, max_tokens)
         try:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 import irc
 from irc.errors import InputError
@@ -149,3 +150,14 @@ def test_a_special_token_that_is_a_stop_string_ends_the_text(
     result = generator.generate("a", max_tokens=5, stop=stop)
     text = generator.tokenizer.decode([104, 105])
     assert (result.stopped, result.tokens, result.text) == ("stop", [104, 105], text)
+
+
+@pytest.mark.parametrize(("prompt", "warnings"), [("<|end|>a", 1), ("a<|end|><|end|>", 0), ("a", 0)])
+def test_a_first_token_that_is_there_twice_is_told(
+    exported: Path, caplog: pytest.LogCaptureFixture, prompt: str, warnings: int
+) -> None:
+    generator = Generator(Runtime(exported))
+    generator.tokenizer.bos_token_id = 256
+    generator.tokenizer._tokenizer.post_processor = TemplateProcessing("<|end|> $A", special_tokens=[("<|end|>", 256)])
+    generator.generate(prompt, max_tokens=1)
+    assert len(caplog.records) == warnings
