@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from irc.dtypes import short_name
+from irc.errors import IrcError
 from irc.model.flops import flops_ratio
 from irc.model.head import token_losses
 from irc.model.modules import Mode, Record
@@ -140,6 +142,12 @@ class _Totals:
         losses = token_losses(self.model.logits, flat, targets, self.model.config.vocab_size)
         counted = (mask[:, 1:].bool() & mask[:, :-1].bool()).flatten()
         self.loss[mode] += losses[counted].double().sum().item()
+        if not math.isfinite(self.loss[mode]):
+            raise IrcError(
+                f"{self.model.base.name}: its loss is {self.loss[mode]} in {short_name(self.model.dtype)}, because a "
+                "weight or an activation is not finite; load it as bf16 or fp32, or fix its weights",
+                options=("dtype",),
+            )
         self.predicted[mode] += int(counted.sum())
         self.tokens[mode] += int(mask.bool().sum())
 
