@@ -196,9 +196,12 @@ def _one_line(message: str) -> str:
 
 
 def _end_cleanly() -> None:
-    """Make SIGTERM unwind the stack as an interrupt does, so that no half-written folder remains."""
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    """Make SIGTERM and SIGHUP unwind the stack as an interrupt does, so that no half-written folder remains."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
 
 
 def _escape_unknown_letters() -> None:

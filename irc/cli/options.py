@@ -6,6 +6,7 @@ A command stacks them over its function, `@common_options` last. Each docstring 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,7 +79,15 @@ def debug_option() -> Decorator:
 def output_option(help_text: str, *, required: bool = False) -> Decorator:
     """Add -o/--output. Argument `output: Path`, or `Path | None` where it is not required."""
     kind = click.Path(path_type=Path)
-    return click.option("-o", "--output", type=kind, required=required, metavar="PATH", help=help_text)
+    return click.option(
+        "-o",
+        "--output",
+        type=kind,
+        required=required,
+        callback=lambda ctx, parameter, value: value and Path(os.path.expanduser(value)),
+        metavar="PATH",
+        help=help_text,
+    )
 
 
 def data_option(default: str | None = "stdlib") -> Decorator:

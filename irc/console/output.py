@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import sys
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -39,7 +40,8 @@ def messages() -> Console:
 def _console(stderr: bool) -> Console:
     """Return the only console of a stream; a live bar and lines printed meanwhile must share it."""
     stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH
+    follows = stream.isatty() and "COLUMNS" not in os.environ  # rich takes COLUMNS=0 at its word
+    width = None if follows else shutil.get_terminal_size((_PIPE_WIDTH, 0)).columns
     return Console(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
 
 

@@ -21,6 +21,7 @@ from irc.model.checkpoint import find_base
 from irc.progress import ProgressFactory, silent
 from irc.recipe.recipe import Recipe
 from irc.recipe.stages import stage_named
+from irc.runtime.environment import memory
 from irc.training.stages import STAGE_RUNNERS, StageContext
 
 _STEPS = 2
@@ -168,13 +169,12 @@ def _free_memory(device: str) -> float:
     """Return the MiB that this process may take, including what it already has."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info()[0] / _MIB
+    total, available = memory()
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / 1024
-        held = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / _MIB
-    except (OSError, StopIteration, ValueError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / _MIB
-    return available + held
+        held = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        held = 0
+    return ((total or 0) if available is None else available + held) / _MIB
 
 
 def _existing(path: Path) -> Path:

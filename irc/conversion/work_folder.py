@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -33,6 +34,8 @@ from irc.progress import resumable
 from irc.recipe.recipe import Recipe
 from irc.training.lora import load_lora, save_lora
 from irc.training.processes import is_main_process
+
+log = logging.getLogger(__name__)
 
 _RECIPE = "recipe.yaml"
 _LORA = "lora"
@@ -91,6 +94,9 @@ def open_work_folder(work: Path, recipe: Recipe, *, force: bool, resume: bool) -
                 with resumable():
                     raise
     except OSError as error:
+        place, ours = os.fspath(error.filename or work), str(work)
+        if not (place.startswith(ours) or ours.startswith(place)):  # something that was read, such as the base
+            raise
         raise cannot_write(work, error) from error
 
 
@@ -152,6 +158,8 @@ def _lock(opened: TextIO, path: Path) -> None:
         raise InputError(
             f"{path.name}: another irc convert{who} is writing to this output; wait for it or stop it"
         ) from error
+    except OSError as error:  # NFS and Lustre may be mounted without locks
+        log.warning("%s: cannot be locked (%s); let no other irc convert write to this output", path, error.strerror)
 
 
 def stage_figures(work: Path, stage: str) -> dict[str, Any] | None:

@@ -120,7 +120,9 @@ def export(
     started = time.monotonic()
     with staged(output) as staging:  # a place that cannot be written is found before any work is done
         opened = open_model(source)
-        if opened.spec is not None:
+        if opened.spec is None:
+            opened.base.check_finite()  # the base of a bundle was checked when it was converted
+        else:
             refuse_whole_sequences(policy_named(opened.spec.policy), "be exported")
         merge_lora(opened)
         try:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from irc.dtypes import short_name
+from irc.errors import IrcError
 from irc.evaluation.fidelity import Fidelity, fidelity_of
 from irc.model.flops import flops_ratio
 from irc.model.head import divergence, parts
@@ -159,6 +161,12 @@ class _Totals:
             logits = {mode: self.model.logits(found[rows]) for mode, found in chosen.items()}
             for mode, found in logits.items():
                 self.loss[mode] += F.cross_entropy(found.float(), targets[rows], reduction="sum").double().item()
+                if not math.isfinite(self.loss[mode]):
+                    raise IrcError(
+                        f"{self.model.base.name}: its loss is {self.loss[mode]} in {short_name(self.model.dtype)}, "
+                        "because a weight or an activation is not finite; load it as bf16 or fp32, or fix its weights",
+                        options=("dtype",),
+                    )
             if len(logits) == 2:
                 found, same = divergence(logits["execute"], logits["route"])
                 self.divergence.append(found.cpu())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -27,7 +28,8 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: di
         partial.touch()
         mode = partial.stat().st_mode  # the usual mode; safetensors creates files that only their owner can read
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial, metadata)
-        partial.chmod(mode)
+        with suppress(OSError):  # some network file systems have no modes
+            partial.chmod(mode)
         with partial.open("rb") as opened:
             os.fsync(opened.fileno())
         os.replace(partial, path)

@@ -300,7 +300,7 @@ def find_base(name: str, revision: str | None = None, *, ask_hub: bool = True) -
         return BaseModel(name, *open_gguf(folder))
     if not name.strip():
         raise InputError("the model's name is empty; give a folder, a hub id such as org/name, or demo")
-    if len(name) > 200 or folder.exists() or name.startswith((".", "/")) or name.count("/") != 1:
+    if len(name) > 200 or folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise InputError(f"{name[:200]}: no such model folder; give a folder, a hub id such as org/name, or demo")
     from huggingface_hub import snapshot_download
 

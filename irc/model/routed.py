@@ -97,8 +97,8 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         self.sharded = False
         self.bundle: object | None = None
         # In a dictionary, which makes them no submodules, so that no parameter has two names.
-        self._compacted: dict[str, fx.GraphModule] = {}
-        self._split: dict[tuple[bool, bool], tuple[fx.GraphModule, fx.GraphModule | None]] = {}
+        self._compacted: dict[tuple[nn.Module, ...], fx.GraphModule] = {}
+        self._split: dict[tuple[Any, ...], tuple[fx.GraphModule, fx.GraphModule | None]] = {}
         self.generation_config = copy.deepcopy(base.generation)
 
     @property
@@ -145,7 +145,8 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
                 all.
             return_dict: False for a plain tuple.
             cache: The name of `past_key_values` since transformers 5.24.
-            **others: Options of transformers' generation that have no meaning here.
+            **others: `num_items_in_batch`, by which transformers' Trainer divides the summed loss when it accumulates
+                gradients; other options of transformers have no meaning here.
 
         Returns:
             Logits [batch, tokens or kept, vocabulary], the loss over all tokens if labels are given, and the cache.
@@ -169,7 +170,7 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             flat = logits[:, :-1].float().flatten(0, 1)
-            loss = F.cross_entropy(flat, labels[:, 1:].flatten(), ignore_index=-100)
+            loss = _mean_loss(flat, labels[:, 1:].flatten(), others.get("num_items_in_batch"))
             logits = logits[:, kept]
         output = CausalLMOutputWithPast(loss=loss, logits=logits, **returned)
         return output.to_tuple() if return_dict is False else output
@@ -184,13 +185,14 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         """Return the inputs of the graph for arguments of `forward`, and tell the control which tokens are padding.
 
         Raises:
-            InputError: An argument has the wrong shape.
+            InputError: An argument has the wrong shape, or an id is outside of the vocabulary.
         """
         if input_ids.ndim != 2 or 0 in input_ids.shape or input_ids.dtype not in (torch.int64, torch.int32):
             raise InputError(
                 f"input_ids is {str(input_ids.dtype).removeprefix('torch.')} {list(input_ids.shape)}; give int64 "
                 "[batch, tokens] with at least one token"
             )
+        self._check_ids(input_ids)
         batch, tokens = input_ids.shape
         if self.control.capacity is not None:
             self.control.real = None if attention_mask is None else attention_mask[:, -tokens:].bool()
@@ -206,6 +208,15 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         _check_shape("position_ids", position_ids, batch, tokens)
         return [input_ids, attention_mask, position_ids, *past]
 
+    def _check_ids(self, ids: torch.Tensor) -> None:
+        """Refuse ids for which the embedding has no row, such as those of tokens that the tokenizer alone knows."""
+        smallest, largest = (0, 0) if ids.is_meta else (int(value) for value in ids.aminmax())
+        if smallest < 0 or largest >= self.config.vocab_size:
+            raise InputError(
+                f"input_ids hold {smallest if smallest < 0 else largest}, but the ids of {self.base.name} are 0 to "
+                f"{self.config.vocab_size - 1}; if its tokenizer has more tokens, leave them out of the text"
+            )
+
     def states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Return the hidden states that the head reads, [batch, tokens, d]; arguments as in `forward`."""
         states: torch.Tensor = self._parts()[0](*self.graph_inputs(input_ids, attention_mask))
@@ -217,7 +228,7 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         return states if head is None else cast(torch.Tensor, head(states))
 
     def _parts(self, with_cache: bool = False) -> tuple[fx.GraphModule, fx.GraphModule | None]:
-        key = with_cache, self._compacts()
+        key = (with_cache, self._compacts(), *self.graph.children())  # peft replaces the head by another module
         if key not in self._split:
             graph = self._compact_graph() if self._compacts() else self.graph
             self._split[key] = split_head(graph, with_cache=with_cache)
@@ -230,13 +241,14 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         return routed and not (control.measure_error or torch.is_grad_enabled() or self.sharded)
 
     def _compact_graph(self) -> fx.GraphModule:
-        if not self._compacted:
+        key = tuple(self.graph.children())
+        if key not in self._compacted:
             try:
-                self._compacted["graph"] = compacted(self.graph, self.control)
+                self._compacted = {key: compacted(self.graph, self.control)}
             except PassError as error:
                 log.warning("each token computes both branches of every unit: %s", error)
-                self._compacted["graph"] = self.graph
-        return self._compacted["graph"]
+                self._compacted = {key: self.graph}
+        return self._compacted[key]
 
     def rewritten(self) -> None:
         """Tell the model that modules or graphs in `graph` were replaced: parts made from them are made anew."""
@@ -306,6 +318,13 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
             PassManager([SetDevice(probe.device)]).run(self.graph)
             self.rewritten()
         return self
+
+
+def _mean_loss(logits: torch.Tensor, labels: torch.Tensor, count: int | torch.Tensor | None) -> torch.Tensor:
+    """Return the mean loss of the tokens with a label, or their sum over the count of the batch that they belong to."""
+    if count is None:
+        return F.cross_entropy(logits, labels, ignore_index=-100)
+    return F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum") / count
 
 
 def _check_shape(name: str, tensor: torch.Tensor, batch: int, length: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -29,6 +30,10 @@ def _known_dtype(name: str) -> str:
     return name
 
 
+FromHome = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A name or a path; `~` is the home folder, as in a shell."""
+
+
 class Recipe(Checked):
     """Everything that decides what `irc convert` makes.
 
@@ -36,8 +41,8 @@ class Recipe(Checked):
     against the fields of other stages; `validated` does.
     """
 
-    model: str = Field(default="demo", description="local folder, Hugging Face Hub id, or demo")
-    data: str = Field(
+    model: FromHome = Field(default="demo", description="local folder, Hugging Face Hub id, or demo")
+    data: FromHome = Field(
         default="stdlib", description="text file, folder, table (.jsonl, .json, .csv, .parquet), hf:NAME, or stdlib"
     )
     policy: PolicyName = Field(

@@ -11,8 +11,9 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -235,25 +236,51 @@ def cpu(torch_threads: int | None) -> Cpu:
     """Count CPUs and memory (a container's limit where there is one)."""
     total = os.cpu_count() or 1
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else total
-    memory_total, memory_available = _memory()
+    memory_total, memory_available = memory()
     return Cpu(usable, total, memory_total, memory_available, torch_threads)
 
 
-def _memory() -> tuple[int | None, int | None]:
-    """Return total and available memory in bytes, None where the system does not say."""
+def memory(root: Path = Path("/")) -> tuple[int | None, int | None]:
+    """Return total and available memory in bytes, within the limits of a container; None where the system does not say.
+
+    Args:
+        root: Folder that holds `proc` and `sys`.
+    """
     try:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
         return None, None
     available = None
-    meminfo, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+    meminfo = root / "proc/meminfo"
     if meminfo.exists() and (line := re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())):
         available = int(line[1]) * 1024
-    limit, used = (_integer(group / name) for name in ("memory.max", "memory.current"))
-    if limit is not None and limit < total:
-        total = limit
-        available = min(available or limit, limit - (used or 0))
+    for limit, used in _limits(root):
+        if limit < total:
+            total = limit
+        available = min(total if available is None else available, max(0, limit - used))
     return total, available
+
+
+def _limits(root: Path) -> Iterator[tuple[int, int]]:
+    """Yield the memory limit of each control group of this process, and what counts against it, in bytes."""
+    groups, own = root / "sys/fs/cgroup", ""
+    with suppress(OSError):
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+        own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
+    inner = groups / own
+    found = [(group, "max", "current") for group in (inner, *inner.parents) if group.is_relative_to(groups)]
+    for group, most, now in (*found, (groups / "memory", "limit_in_bytes", "usage_in_bytes")):  # version 1 last
+        limit, used = (_integer(group / f"memory.{name}") for name in (most, now))
+        if limit is not None and used is not None:
+            yield limit, used - _droppable(group / "memory.stat")
+
+
+def _droppable(statistics: Path) -> int:
+    """Return the bytes of file pages that a control group would drop for new memory, such as read weights."""
+    with suppress(OSError):
+        if line := re.search(r"^(?:total_)?inactive_file (\d+)$", statistics.read_text(), re.MULTILINE):
+            return int(line[1])
+    return 0
 
 
 def _integer(path: Path) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,8 @@ from irc.errors import InputError, IrcError
 from irc.files.untrusted import first_line, read_json
 from irc.runtime.session import Runtime, Step
 from irc.text.tokenizer import TextTokenizer, open_tokenizer
+
+log = logging.getLogger(__name__)
 
 _COLDEST = 1e-3
 _TAIL = 16
@@ -151,7 +154,7 @@ class Generator:
             prompt: Text.
             max_tokens: Maximum number of new tokens.
             sampling: How tokens are chosen; greedily when None.
-            stop: Strings that end the text; they are not part of it.
+            stop: Strings that end the text, special tokens among them; they are not part of it.
             emit: Called with each piece of text as soon as it is final.
 
         Returns:
@@ -160,6 +163,8 @@ class Generator:
         sampling = sampling or Sampling()
         sampling.check()
         ids = self.encode(prompt)
+        if ids[:2] == [self.tokenizer.bos_token_id] * 2:
+            log.warning("the tokenizer adds the token that begins a text, so the model reads it twice; leave it out")
         result = Generated(prompt_tokens=len(ids))
         room = self._room(ids, max_tokens)
         try:
@@ -195,6 +200,7 @@ class Generator:
         result: Generated,
     ) -> None:
         random = np.random.default_rng(sampling.seed)
+        stop_tokens = special_stops(self.tokenizer, stop)
         cache = self.runtime.empty_cache(1)
         new, sent = ids, 0
         started = time.monotonic()
@@ -208,8 +214,8 @@ class Generator:
             if not result.tokens:
                 result.prefill_seconds = now - started
             result.decode_seconds = now - started - result.prefill_seconds
-            if token in self.end:
-                result.stopped = "end"
+            if token in self.end or token in stop_tokens:
+                result.stopped = "end" if token in self.end else "stop"
                 break
             result.tokens.append(token)
             new = [token]
@@ -257,6 +263,12 @@ def choose(logits: NDArray[np.float32], sampling: Sampling, random: np.random.Ge
         keep = int(np.searchsorted(np.cumsum(chances), sampling.top_p)) + 1
         order, chances = order[:keep], chances[:keep] / chances[:keep].sum()
     return int(random.choice(order, p=chances))
+
+
+def special_stops(tokenizer: Any, stop: Sequence[str]) -> frozenset[int]:
+    """Return the ids of the stop strings that are special tokens, which no decoded text contains."""
+    alone = [tokenizer.encode(mark, add_special_tokens=False) for mark in stop]
+    return frozenset(ids[0] for ids in alone if len(ids) == 1 and not tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def _sure(text: str, stop: Sequence[str]) -> int:

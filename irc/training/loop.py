@@ -153,7 +153,11 @@ def train(
         with accelerator.autocast():
             loss, step_figures = objective(batch, step)
         if not bool(torch.isfinite(loss)):
-            raise IrcError(f"the loss is {loss.item()} at step {step}; lower the learning rate of this stage")
+            raise IrcError(
+                f"the loss is {loss.item()} at step {step}; lower the learning rate of this stage, or, if the model is "
+                "in fp16, choose bf16 or fp32",
+                options=("dtype",),
+            )
         accelerator.backward(loss)
         adam.take_gradients()
         if distributed:

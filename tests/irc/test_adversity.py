@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -24,7 +25,7 @@ from irc.bundle.layout import ADAPTER
 from irc.bundle.saving import save_bundle
 from irc.conversion import work_folder as workspace
 from irc.conversion.work_folder import open_work_folder
-from irc.errors import InputError
+from irc.errors import InputError, IrcError
 from irc.files.atomic import staged
 from irc.recipe.recipe import Recipe
 
@@ -153,6 +154,37 @@ def test_a_lock_file_that_goes_between_opening_and_locking(tmp_path: Path, monke
         with pytest.raises(InputError, match=r"b\.lock"), workspace._locked(path):
             pass
     assert not path.exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    """As NFS and Lustre are often mounted."""
+
+    def flock(opened: Any, how: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(workspace.fcntl, "flock", flock)
+    with open_work_folder(tmp_path / "b.partial", Recipe(), force=False, resume=False):
+        assert (tmp_path / "b.partial" / "recipe.yaml").is_file()
+        (tmp_path / "b.partial" / "lff.json").write_text("{}")
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert os.strerror(number) in caplog.text
+    assert "b.partial.lock" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("filename", "raised"),
+    [(None, IrcError), ("b.partial/lff.json.tmp", IrcError), ("base/model.safetensors", FileNotFoundError)],
+)
+def test_only_what_could_not_be_written_is_said_to_be_so(
+    tmp_path: Path, filename: str | None, raised: type[Exception]
+) -> None:
+    error = OSError(errno.ENOENT, "No such file", *([] if filename is None else [str(tmp_path / filename)]))
+    work = open_work_folder(tmp_path / "b.partial", Recipe(), force=False, resume=False)
+    with pytest.raises(raised, match="No such file"), work:
+        raise error
 
 
 @pytest.mark.parametrize("left", [["recipe.yaml.tmp"], []])

@@ -61,6 +61,11 @@ class HarnessModel(TemplateLM):
         ids: list[int] = self.tokenizer.encode(string, add_special_tokens=bool(add_special_tokens))
         return ids
 
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Return the ids of a context and of its continuation; alone, if one token spans all of the continuation."""
+        before, after = super()._encode_pair(context, continuation)
+        return before, after or self.tok_encode(continuation, add_special_tokens=False)
+
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return the log-likelihood of each (context, continuation), and whether it is the greedy choice."""
         scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)

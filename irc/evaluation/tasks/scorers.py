@@ -10,7 +10,7 @@ import torch
 
 from irc.model.modules import Mode, Record
 from irc.model.routed import RoutedForCausalLM
-from irc.runtime.generation import Generator, Sampling
+from irc.runtime.generation import Generator, Sampling, special_stops
 
 
 class Scorer(Protocol):
@@ -82,7 +82,9 @@ class TorchScorer:
                 max_new_tokens=max_tokens,
                 do_sample=False,
             )
-        text: str = self.tokenizer.decode(generated[0, ids.shape[1] :], skip_special_tokens=True)
+        new, ends = generated[0, ids.shape[1] :].tolist(), special_stops(self.tokenizer, stop)
+        new = new[: next((index for index, token in enumerate(new) if token in ends), None)]
+        text: str = self.tokenizer.decode(new, skip_special_tokens=True)
         return cut_at_stop(text, stop)
 
 

@@ -380,3 +380,18 @@ def test_errors_of_a_recipe_name_where_the_value_was_given(tmp_path: Path) -> No
 
 def test_a_path_longer_than_any_is_wrong_input(irc_main: Any) -> None:
     assert irc_main("eval", 300 * "a").code == 2
+
+
+def test_a_tilde_in_an_output_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shells leave it in `--output=~/b`, and a folder that is named ~ is easily removed as rm -r ~."""
+    monkeypatch.setenv("HOME", "/home/ada")
+    given = []
+
+    @click.command()
+    @options.output_option("A folder.")
+    def command(output: Path | None) -> None:
+        given.append(output)
+
+    for arguments in (["--output=~/b"], ["-o", "~"], ["-o", "a~/b"], []):
+        command.main(arguments, standalone_mode=False)
+    assert given == [Path("/home/ada/b"), Path("/home/ada"), Path("a~/b"), None]

@@ -228,3 +228,20 @@ def test_names_that_would_command_a_terminal_do_not(capsys: pytest.CaptureFixtur
     assert "a\ufffd[31mé is not read" in told
     assert "\x1b]" not in told.replace(" ", "")
     assert "\x07" not in told
+
+
+@pytest.mark.parametrize(("columns", "width"), [("0", "200"), ("", "200"), ("abc", "200"), ("-3", "200"), ("60", "60")])
+def test_a_width_that_cannot_be_is_not_believed(columns: str, width: str) -> None:
+    """As some editors, containers and schedulers set COLUMNS."""
+    shown = subprocess.run(
+        [sys.executable, "-c", "from irc.console import width; print(width())"],
+        env=os.environ | {"COLUMNS": columns},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert shown.stdout.strip() == width
+
+
+def test_a_terminal_without_a_width_shows_all_of_a_table() -> None:
+    assert "deep" in in_terminal("table('a', ['b'], [['deep']])", COLUMNS="0")

@@ -11,6 +11,7 @@ from typing import Any
 
 import onnx
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import irc
@@ -190,6 +191,18 @@ def test_a_generation_config_that_cannot_be_used(
     (folder / "generation_config.json").write_text(content)
     refused = irc_main("export", folder, "-o", tmp_path / "onnx")
     assert (refused.code, "generation_config.json: cannot be used" in refused.sentence()) == (2, True)
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_weights_that_are_not_numbers_are_not_exported(
+    model_folder: Path, tmp_path: Path, irc_main: Callable[..., Any]
+) -> None:
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 3] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    refused = irc_main("export", folder, "-o", tmp_path / "onnx")
+    assert (refused.code, "model.layers.1.mlp.up_proj.weight" in refused.sentence()) == (2, True)
     assert not (tmp_path / "onnx").exists()
 
 

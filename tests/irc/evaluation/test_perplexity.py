@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
+from irc.errors import IrcError
 from irc.evaluation.perplexity import Evaluation, evaluate
 from irc.model.build import build_plain
 from irc.model.checkpoint import BaseModel
@@ -254,3 +255,13 @@ def test_dense_perplexity_is_that_of_the_base_without_adapters(
     assert after.dense == pytest.approx(before.dense, rel=1e-6)
     assert after.routed != pytest.approx(before.routed, rel=1e-3)
     assert after.recoverability != before.recoverability  # measured on the units with their adapters
+
+
+def test_a_loss_that_is_not_finite_is_no_perplexity(
+    model: RoutedForCausalLM, ids: torch.Tensor, measure: Callable[..., Evaluation]
+) -> None:
+    with torch.no_grad():
+        model.graph.get_parameter("model.layers.0.mlp.up_proj.weight")[3, 3] = math.nan
+    with pytest.raises(IrcError, match=r"model.*nan in fp32") as caught:
+        measure(model, ids)
+    assert caught.value.options == ("dtype",)

@@ -20,6 +20,8 @@ from irc.model.routed import RoutedForCausalLM
 from irc.text.source import Document
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra tasks)")
+from lm_eval.api.instance import Instance
+
 from irc.evaluation.tasks.harness import HarnessModel
 
 Make = Callable[..., RoutedForCausalLM]
@@ -119,6 +121,27 @@ def test_a_likelihood_is_the_sum_over_the_answer(harness: Callable[..., HarnessM
     chances = model.scorer.logits(ids, torch.ones_like(ids))[0].log_softmax(-1)
     expected = sum(chances[len(context) - 1 + i, token].item() for i, token in enumerate(answer))
     assert value == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_answer_that_shares_its_only_token_with_the_context_is_scored_alone(
+    harness: Callable[..., HarnessModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As vocabularies have them in which one token is `ab`, and the context ends in a."""
+    model = harness()
+    words = {"ab": [98], "a": [97], "b": [66]}
+    monkeypatch.setattr(model.tokenizer, "encode", lambda text, **options: words[text])
+    (found,) = model.loglikelihood([Instance("loglikelihood", {}, ("a", "b"), 0)])
+    (expected,) = model._loglikelihood_tokens([(None, [97], [66])])
+    assert found == expected
+
+
+@pytest.mark.parametrize("stop", [["<|end|>"], ["x" * 9, "<|end|>"]])
+def test_a_special_token_that_is_a_stop_string_ends_an_answer(
+    harness: Callable[..., HarnessModel], monkeypatch: pytest.MonkeyPatch, stop: list[str]
+) -> None:
+    scorer = harness().scorer
+    monkeypatch.setattr(scorer.model, "generate", lambda ids, **options: torch.tensor([[97, 104, 105, 256, 106]]))
+    assert scorer.continue_text("a", stop, 4) == scorer.tokenizer.decode([104, 105])
 
 
 def test_rolling_likelihood_covers_every_token_once(harness: Callable[..., HarnessModel]) -> None:

@@ -76,7 +76,7 @@ def test_rights_are_those_of_any_new_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_in_an_export_leaves_nothing(
     tmp_path: Path, model_folder: Path, start_irc: Callable[..., Forked], number: int
 ) -> None:

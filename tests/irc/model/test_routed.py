@@ -198,3 +198,36 @@ def test_without_a_generation_config_the_configuration_decides_on_both_sides(
     folder = with_settings(model_folder, tmp_path, config={"eos_token_id": [256, 9]})
     (folder / "generation_config.json").unlink(missing_ok=True)
     assert ends(folder, tmp_path) == ([256, 9], {256, 9})
+
+
+@pytest.mark.parametrize("wrong", [-1, 257, 1 << 40])
+def test_ids_that_the_embedding_does_not_have_are_refused(
+    model: RoutedForCausalLM, ids: torch.Tensor, wrong: int
+) -> None:
+    """As a tokenizer gives them to which tokens were added without resizing the model."""
+    ids[2, 5] = wrong
+    for call in (model, model.states, model.generate):
+        with pytest.raises(InputError, match=rf"{wrong}\b.*\b256\b"):
+            call(ids)
+
+
+def test_losses_of_the_parts_of_a_batch_add_up_to_that_of_the_batch(
+    model: RoutedForCausalLM, ids: torch.Tensor
+) -> None:
+    """As transformers' Trainer accumulates gradients."""
+    labels = ids.clone()
+    labels[0, 3:] = -100
+    whole = model(ids, labels=labels).loss
+    count = (labels[:, 1:] != -100).sum()
+    parts = [model(ids[rows], labels=labels[rows], num_items_in_batch=count).loss for rows in (slice(1), slice(1, 4))]
+    torch.testing.assert_close(sum(parts), whole)
+    assert model(ids, labels=labels, num_items_in_batch=None).loss == whole
+
+
+def test_a_head_that_was_replaced_is_used_for_the_last_logits_too(model: RoutedForCausalLM, ids: torch.Tensor) -> None:
+    """As peft replaces it, after the first generation."""
+    before = model(ids, logits_to_keep=1).logits
+    model.graph.lm_head = torch.nn.Sequential(model.graph.lm_head, torch.nn.Tanh())
+    every = model(ids).logits
+    torch.testing.assert_close(model(ids, logits_to_keep=1).logits, every[:, -1:])
+    assert (every[:, -1:] - before).abs().max() > 0.1

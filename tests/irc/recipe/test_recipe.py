@@ -105,6 +105,15 @@ def test_only_the_end_has_to_fit_together(tmp_path: Path) -> None:
     assert (recipe.policy, recipe.stages) == ("skipgpt", ["router"])
 
 
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No shell reads a file of YAML."""
+    monkeypatch.setenv("HOME", "/home/ada")
+    (tmp_path / "mine.yaml").write_text("model: ~/m\ndata: ~/t.txt\n")
+    recipe = load_recipe(tmp_path / "mine.yaml")
+    assert (recipe.model, recipe.data) == ("/home/ada/m", "/home/ada/t.txt")
+    assert (Recipe().model, Recipe(data="hf:a~b").data) == ("demo", "hf:a~b")
+
+
 def test_texts_and_whole_numbers_become_floats() -> None:
     recipe = load_recipe(None, ["router.lr=1e-3", "router.clip=1", "dial=[1e-1, 1]"])
     assert [(value, type(value)) for value in (recipe.router.lr, recipe.router.clip, *recipe.dial)] == [

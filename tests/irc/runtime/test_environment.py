@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import subprocess
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 
 import onnx
@@ -173,3 +174,41 @@ def test_env_warns_of_both_wheels_on_stderr(
     shown = capsys.readouterr()
     assert len(json.loads(shown.out)["warnings"]) == 1
     assert "warning: onnxruntime and onnxruntime-gpu are installed together" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("groups", "expected"),
+    [
+        ({}, None),
+        ({"": ("max", 5)}, None),
+        ({"": (900, 400)}, (900, 500)),
+        ({"job": (900, 400), "": ("max", 1)}, (900, 500)),
+        ({"job/step": (800, 100), "job": (700, 600)}, (700, 100)),
+        ({"elsewhere": (1, 1)}, None),
+        ({"": (900, 1000)}, (900, 0)),
+    ],
+    ids=["none", "no limit", "a container", "a job", "nested", "another", "beyond"],
+)
+def test_memory_is_what_the_control_groups_leave(
+    tmp_path: Path, groups: dict[str, tuple[object, int]], expected: tuple[int, int] | None
+) -> None:
+    for name, (limit, used) in groups.items():
+        write(tmp_path / "sys/fs/cgroup" / name, max=limit, current=used + 50, stat="anon 7\ninactive_file 50\n")
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemFree: 1 kB\nMemAvailable:   2 kB\n")
+    (tmp_path / "proc/self/cgroup").write_text("1:name=systemd:/x\n0::/job/step\n")
+    total, available = environment.memory(tmp_path)
+    assert (total, available) == (expected or (environment.memory(tmp_path / "nothing")[0], 2048))
+
+
+def test_memory_in_a_container_of_version_1(tmp_path: Path) -> None:
+    write(tmp_path / "sys/fs/cgroup/memory", limit_in_bytes=900, usage_in_bytes=400, stat="total_inactive_file 100\n")
+    assert environment.memory(tmp_path) == (900, 600)
+    write(tmp_path / "sys/fs/cgroup/memory", limit_in_bytes=0x7FFFFFFFFFFFF000)
+    assert environment.memory(tmp_path)[0] == environment.memory(tmp_path / "nothing")[0]
+
+
+def write(group: Path, **values: object) -> None:
+    group.mkdir(parents=True, exist_ok=True)
+    for name, value in values.items():
+        (group / f"memory.{name}").write_text(f"{value}\n")

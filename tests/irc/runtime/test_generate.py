@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 import irc
 from irc.errors import InputError
+from irc.runtime import generation
 from irc.runtime.generation import Generator, Sampling
 from irc.runtime.provider import choose_provider
 from irc.runtime.session import Runtime
@@ -134,3 +136,28 @@ def test_a_data_type_that_the_provider_cannot_run(bundle: Path, tmp_path: Path, 
     shown = irc_main("generate", tmp_path / "bf16", PROMPT, "--provider", "cpu")
     assert shown.code == 2
     assert "CPU provider cannot run bf16" in shown.sentence()
+
+
+@pytest.mark.parametrize("stop", [["<|stop|>"], ["z", "<|stop|>"]])
+def test_a_special_token_that_is_a_stop_string_ends_the_text(
+    exported: Path, monkeypatch: pytest.MonkeyPatch, stop: list[str]
+) -> None:
+    """A decoded text does not contain special tokens."""
+    generator = Generator(Runtime(exported))
+    special = generator.tokenizer._tokenizer.add_special_tokens(["<|stop|>"]) + 256
+    chosen = iter([104, 105, special, 106, 107])
+    monkeypatch.setattr(generation, "choose", lambda *arguments: next(chosen))
+    result = generator.generate("a", max_tokens=5, stop=stop)
+    text = generator.tokenizer.decode([104, 105])
+    assert (result.stopped, result.tokens, result.text) == ("stop", [104, 105], text)
+
+
+@pytest.mark.parametrize(("prompt", "warnings"), [("<|end|>a", 1), ("a<|end|><|end|>", 0), ("a", 0)])
+def test_a_first_token_that_is_there_twice_is_told(
+    exported: Path, caplog: pytest.LogCaptureFixture, prompt: str, warnings: int
+) -> None:
+    generator = Generator(Runtime(exported))
+    generator.tokenizer.bos_token_id = 256
+    generator.tokenizer._tokenizer.post_processor = TemplateProcessing("<|end|> $A", special_tokens=[("<|end|>", 256)])
+    generator.generate(prompt, max_tokens=1)
+    assert len(caplog.records) == warnings

@@ -196,6 +196,18 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_file_system_without_modes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As object stores and file shares are mounted."""
+
+    def chmod(*arguments: object, **options: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "chmod", chmod)
+    write_safetensors(tmp_path / "x.safetensors", {"a": torch.ones(2)}, {})
+    with safe_open(tmp_path / "x.safetensors", framework="pt") as opened:
+        assert torch.equal(opened.get_tensor("a"), torch.ones(2))
+
+
 @pytest.mark.parametrize("processes", [2, 4])
 def test_noise_is_one_draw_cut_over_processes(monkeypatch: pytest.MonkeyPatch, processes: int) -> None:
     accelerator_for("cpu", "fp32")
