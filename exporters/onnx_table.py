@@ -97,13 +97,17 @@ def _attention(q, k, v, past_k, past_v, mask, heads, scale):
     size = op.Shape(q, start=0, end=2)
     ones = op.Expand(op.Constant(value_ints=[1]), size)
     every = op.Unsqueeze(op.Transpose(op.NonZero(ones), perm=[1, 0]), op.Constant(value_ints=[0]))
-    queries = op.Reshape(q, op.Constant(value_ints=[1, -1, int(q.shape[-1])]))
-    y, keys, values = _routed_attention(queries, every, k, v, past_k, past_v, mask, heads, scale)
+    rows = op.Reshape(q, op.Constant(value_ints=[1, -1, int(q.shape[-1])]))
+    y, keys, values = _attend(rows, every, k, v, past_k, past_v, _added(mask, q), heads, scale)
     return op.Reshape(y, op.Concat(size, op.Constant(value_ints=[-1]), axis=0)), keys, values
 
 
 def _routed_attention(q, rows, k, v, past_k, past_v, mask, heads, scale):
-    added, kv_heads = op.Squeeze(_added(mask, q), op.Constant(value_ints=[1])), int(past_k.shape[1])
+    return _attend(q, rows, k, v, past_k, past_v, _added(mask, q), heads, scale)
+
+
+def _attend(q, rows, k, v, past_k, past_v, added, heads, scale):
+    added, kv_heads = op.Squeeze(added, op.Constant(value_ints=[1])), int(past_k.shape[1])
     return irc.RoutedAttention(q, rows, k, v, past_k, past_v, added, heads=heads, kv_heads=kv_heads, scale=scale)
 
 

@@ -135,12 +135,13 @@ def test_routers_of_the_bottleneck_share_its_weight(tiny: Callable, make_pair: C
     assert sum(_compare(pair, {**case, "seed": seed}) for seed in range(6)) >= 3
 
 
-def test_a_dense_model_exports_without_our_operators(tiny: Callable, make_pair: Callable) -> None:
+def test_of_our_operators_a_dense_model_has_attention_alone(tiny: Callable, make_pair: Callable) -> None:
     pair = make_pair(tiny(), routed=False)
     assert pair.decisions == []
     model = onnx.load(str(pair.path))
-    assert {node.domain for node in model.graph.node} == {""}
-    assert len(model.functions) == 0
+    assert Counter(node.op_type for node in model.graph.node if node.domain) == {"RoutedAttention": 2}
+    assert "Attention" not in {node.op_type for node in model.graph.node}
+    assert {entry.key: entry.value for entry in model.metadata_props}["irc.cache_in_place"] == "true"
     case = {"batch": 2, "length": 6, "past": 3, "padding": "left", "gates": "mixed", "seed": 0}
     assert _compare(pair, case)
 

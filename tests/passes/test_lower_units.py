@@ -376,9 +376,17 @@ def test_second_run_changes_nothing(tiny: Callable, insertions: tuple) -> None:
     assert print_model(graph) == text
 
 
-def test_a_plain_model_is_left_alone(tiny: Callable) -> None:
+def test_of_a_plain_model_only_the_count_of_past_tokens_is_changed(tiny: Callable) -> None:
     graph = tiny().graph
     PassManager(BEFORE).run(graph)
+    inner = {name: print_model(graph.get_submodule(name)) for name in ("model.layers.0", "model.norm")}
+    assert PassManager([LowerUnits()]).run(graph).modified
+    assert {name: print_model(graph.get_submodule(name)) for name in inner} == inner
+    sizes = [
+        (str(node.args[0]), node.args[1]) for node in graph.graph.nodes if node.target == torch.ops.aten.sym_size.int
+    ]
+    assert ("attention_mask", 1) in sizes
+    assert not [name for name, dimension in sizes if name.startswith("past_key_values") and dimension == 2]
     assert not PassManager([LowerUnits()]).run(graph).modified
 
 
