@@ -249,7 +249,7 @@ def test_a_cell_that_missed_its_target_is_marked_everywhere() -> None:
     rows = [row("informed", 10.5), row("skipgpt", 12.0), row("informed", 10.1, variant="router.steps=5", seconds=1.0)]
     for missing in (rows[0], rows[2]):
         missing["figures"]["sparsity"]["realized"] = 0.2
-    gap = gap_closed(rows, 0.25, False)
+    gap = gap_closed(rows, TARGET, False)
     assert gap is not None
     assert gap["missed"] == ["informed"]
     assert "informed missed the target" in note_of(gap)
@@ -258,11 +258,14 @@ def test_a_cell_that_missed_its_target_is_marked_everywhere() -> None:
         (0, False),
         (1, True),
     ]
-    caught = catch_up(rows, 0.25)
+    rows[0]["flops"], rows[0]["sparsity"] = 0.85, None
+    assert groups(rows[:1])[0]["missed"] == 1  # its FLOPs ratio is 0.8
+    rows[0]["flops"], rows[0]["sparsity"] = None, 0.25
+    caught = catch_up(rows, TARGET)
     assert caught is not None
     assert caught["reached"] == 0
     rows[0]["figures"]["sparsity"]["realized"] = 0.235
-    near = gap_closed(rows, 0.25, False)
+    near = gap_closed(rows, TARGET, False)
     assert near is not None
     assert (near["missed"], note_of(near)) == ([], "")
 
