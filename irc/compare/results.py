@@ -188,7 +188,7 @@ def _missed(row: Row) -> bool:
         return False
     figures = row["figures"]
     found = figures["flops_ratio"] if target.kind == "flops" else figures["sparsity"]["realized"]
-    return abs(found - target.value) > TOLERANCE[target.kind]
+    return bool(abs(found - target.value) > TOLERANCE[target.kind])
 
 
 def _excess(row: Row, rows: Sequence[Row]) -> float:

@@ -16,6 +16,7 @@ from datetime import timedelta
 
 import torch
 from accelerate import PartialState
+from torch.distributed import Store
 
 from irc.errors import InputError, IrcError
 from irc.files.untrusted import first_line
@@ -91,11 +92,11 @@ def join_group(device: str) -> PartialState:
     return PartialState(cpu=cpu)
 
 
-def _meet(found: Group) -> torch.distributed.Store:
+def _meet(found: Group) -> Store:
     """Wait until all processes have come; a thread waits, so that signals end the waiting."""
     from torch.distributed.rendezvous import rendezvous
 
-    stores: list[torch.distributed.Store] = []
+    stores: list[Store] = []
     failures: list[Exception] = []
 
     def wait() -> None:

@@ -26,8 +26,8 @@ from irc.model.checkpoint import BaseModel
 from irc.model.routed import RoutingSpec
 
 KEYS = (
-    "model base architecture policy forecaster layers seq_len parameters target sparsity flops flops_ratio units "
-    "refusals"
+    "model base architecture policy forecaster layers seq_len parameters target sparsity fidelity flops "
+    "flops_ratio units refusals"
 )
 UNIT_KEYS = "name kind layer hidden rank router_hidden keep_ratio recoverability flops parameters"
 INSERTED = ("forecaster", "router", "mux")
