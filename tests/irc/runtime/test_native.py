@@ -101,8 +101,20 @@ def test_a_finished_texts_memory_serves_the_next_text_alone(exported: Path) -> N
     assert begun(2).values[0] is not memory, "of another batch"
 
 
-def test_a_dense_model_needs_no_kernels_of_ours(dense: Path) -> None:
-    assert Runtime(dense, ops="native").ops == "portable"
+def test_a_dense_model_attends_by_our_kernel_and_writes_its_cache_in_place(dense: Path) -> None:
+    library = native.installed_library()
+    if library is None:
+        pytest.skip("the native operator library is not installed")
+    ids, mask = np.arange(10).reshape(2, 5), np.ones((2, 5), np.int64)
+    steps = {}
+    for ops in ("portable", "native", str(library.path)):
+        runtime = Runtime(dense, "cpu", ops=ops)
+        assert (runtime.ops, runtime.in_place) == (("portable", False) if ops == "portable" else ("native", True))
+        cache = runtime.empty_cache(2)
+        first = runtime.step(ids, mask, cache)
+        second = runtime.step(ids[:, :1], np.ones((2, 6), np.int64), cache)
+        steps[ops] = np.concatenate([first.logits, second.logits], axis=1)
+        np.testing.assert_allclose(steps[ops], steps["portable"], atol=1e-5)
 
 
 @pytest.mark.parametrize("verb", [("generate", "{}", PROMPT), ("verify", "{}")])
@@ -113,13 +125,6 @@ def test_a_dense_model_is_no_reason_to_take_any_name_of_kernels(
         shown = irc_main(*(word.format(dense) for word in verb), "--ops", ops)
         assert (shown.code, shown.out) == (2, "")
         assert sentence in shown.sentence()
-
-
-def test_a_dense_model_takes_a_library_by_its_path(dense: Path) -> None:
-    library = native.installed_library()
-    if library is None:
-        pytest.skip("the native operator library is not installed")
-    assert Runtime(dense, ops=str(library.path)).ops == "portable"
 
 
 def test_kernels_that_were_asked_for_and_are_not_there(
