@@ -159,8 +159,8 @@ def read_adapter(folder: Path, expected: str) -> dict[str, torch.Tensor]:
 def _check_hash(path: Path, expected: str | None) -> None:
     if not path.is_file():
         raise InputError(f"{path}: the file is missing; convert again")
-    check_pulled(path)
     if file_sha256(path) != expected:
+        check_pulled(path)
         raise InputError(
             f"{path}: its hash is not the one in {CONFIG}: the file is truncated or was changed; convert again"
         )

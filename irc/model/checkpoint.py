@@ -364,11 +364,11 @@ class Weights(Mapping[str, torch.Tensor]):
 
 
 def _mapped(shard: Path) -> dict[str, torch.Tensor]:
-    check_pulled(shard)
     try:
         with safe_open(shard, framework="pt") as opened:
             return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - not a mapping
     except Exception as error:
+        check_pulled(shard)
         raise InputError(f"{shard}: truncated or not a safetensors file ({first_line(error)})") from error
 
 

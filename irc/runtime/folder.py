@@ -146,8 +146,8 @@ def _check_hashes(model: Path, hashes: dict[str, str]) -> None:
         file = model.with_name(name)
         if not file.is_file():
             raise InputError(f"{file}: the file is missing; export again")
-        check_pulled(file)
         if file_sha256(file) != hashes.get(name):
+            check_pulled(file)
             raise InputError(
                 f"{file}: its hash is not the one in {MANIFEST}: the file is truncated or was changed; export again"
             )
