@@ -44,7 +44,7 @@ def progress(description: str, total: int) -> Iterator[ProgressBar]:
         total: Number of steps.
     """
     console = messages()
-    if not console.is_terminal or console.is_dumb_terminal:
+    if not console.file.isatty() or console.is_dumb_terminal:  # FORCE_COLOR makes a log a terminal for rich
         lines = _LineProgress(description, total)
         with place(lines):
             yield lines

@@ -132,7 +132,7 @@ def export(
         if options.layout == "triton":
             write_repository(staging, TRITON_NAME, options.ops_library)
             (staging / "genai_config.json").unlink(missing_ok=True)  # it names a model beside it, which has moved
-    size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    size = sum(path.stat().st_size for path in output.resolve().rglob("*") if path.is_file())
     return {
         "model": str(output),
         "source": source.name,

@@ -161,18 +161,23 @@ class _Totals:
             logits = {mode: self.model.logits(found[rows]) for mode, found in chosen.items()}
             for mode, found in logits.items():
                 self.loss[mode] += F.cross_entropy(found.float(), targets[rows], reduction="sum").double().item()
-                if not math.isfinite(self.loss[mode]):
-                    raise IrcError(
-                        f"{self.model.base.name}: its loss is {self.loss[mode]} in {short_name(self.model.dtype)}, "
-                        "because a weight or an activation is not finite; load it as bf16 or fp32, or fix its weights",
-                        options=("dtype",),
-                    )
+                self._check_finite(self.loss[mode])
             if len(logits) == 2:
                 found, same = divergence(logits["execute"], logits["route"])
                 self.divergence.append(found.cpu())
                 self.same.append(same.cpu())
         self.predicted += len(targets)
         self.tokens += int(mask.bool().sum())
+
+    def _check_finite(self, loss: float) -> None:
+        if math.isfinite(loss):
+            return
+        half = self.model.dtype == torch.float16
+        cause = "numbers above 65,504: load it as bf16 or fp32" if half else "weights that are damaged: fix them"
+        found = f"{loss} in {short_name(self.model.dtype)}"
+        raise IrcError(
+            f"{self.model.base.name}: its loss is {found}; it has {cause}", options=("dtype",) if half else ()
+        )
 
     def figures(self) -> dict[str, float]:
         """Return the figures for the progress bar."""

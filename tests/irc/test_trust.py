@@ -106,6 +106,15 @@ def test_local_folders_ask_no_network_unpickle_nothing_and_run_no_code(
     assert not list((tmp_path / "onnx").glob("*.py"))
 
 
+def test_onnx_runtime_keeps_no_events_for_its_maker(dense: Path, tmp_path: Path) -> None:
+    """Its telemetry is outside of Python, where the watch sees nothing; it begins with files in the home folder."""
+    code = "import sys; from pathlib import Path; from irc.runtime.session import Runtime; Runtime(Path(sys.argv[1]))"
+    unset = ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")
+    kept = {name: value for name, value in os.environ.items() if name not in unset}
+    subprocess.run([sys.executable, "-c", code, str(dense)], env={**kept, "HOME": str(tmp_path)}, check=True)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_code_of_a_model_type_is_not_run_and_a_hub_id_of_a_bundle_not_downloaded(
     copied: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

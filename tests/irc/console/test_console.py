@@ -245,3 +245,14 @@ def test_a_width_that_cannot_be_is_not_believed(columns: str, width: str) -> Non
 
 def test_a_terminal_without_a_width_shows_all_of_a_table() -> None:
     assert "deep" in in_terminal("table('a', ['b'], [['deep']])", COLUMNS="0")
+
+
+def test_forced_colours_make_no_live_bar_of_a_log() -> None:
+    """As CI systems set FORCE_COLOR for output that goes to a file."""
+    code = "from irc.console import *\nwarn('doubt')\nwith progress('lff', 2) as bar: bar.update(2)"
+    kept = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "TERM")}
+    environment = kept | {"FORCE_COLOR": "1", "TERM": "xterm-256color"}
+    shown = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    first, second = shown.stderr.splitlines()
+    assert ESCAPE in first
+    assert second == "lff 2/2  0 s total"

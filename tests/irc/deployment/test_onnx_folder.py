@@ -194,6 +194,11 @@ def test_a_generation_config_that_cannot_be_used(
     assert not (tmp_path / "onnx").exists()
 
 
+def test_the_size_is_that_of_the_files_wherever_the_path_leads(model_folder: Path, tmp_path: Path) -> None:
+    result = export_module.export(str(model_folder), tmp_path / "nowhere" / ".." / "onnx")
+    assert result["bytes"] == sum(path.stat().st_size for path in (tmp_path / "onnx").iterdir()) > 0
+
+
 def test_weights_that_are_not_numbers_are_not_exported(
     model_folder: Path, tmp_path: Path, irc_main: Callable[..., Any]
 ) -> None:

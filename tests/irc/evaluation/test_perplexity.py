@@ -262,6 +262,16 @@ def test_a_loss_that_is_not_finite_is_no_perplexity(
 ) -> None:
     with torch.no_grad():
         model.graph.get_parameter("model.layers.0.mlp.up_proj.weight")[3, 3] = math.nan
-    with pytest.raises(IrcError, match=r"model.*nan in fp32") as caught:
+    with pytest.raises(IrcError, match=r"model.*nan in fp32"):
+        measure(model, ids)
+
+
+def test_a_loss_that_is_not_finite_in_fp16_recommends_another_type(
+    base: BaseModel, ids: torch.Tensor, measure: Callable[..., Evaluation]
+) -> None:
+    model = build_plain(base, "fp16", "cpu")
+    with torch.no_grad():
+        model.graph.get_parameter("model.norm.weight").fill_(6e4)
+    with pytest.raises(IrcError, match=r"(nan|inf) in fp16.*bf16") as caught:
         measure(model, ids)
     assert caught.value.options == ("dtype",)
