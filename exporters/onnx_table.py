@@ -97,27 +97,25 @@ def _attention(q, k, v, past_k, past_v, mask, heads, scale):
     size = op.Shape(q, start=0, end=2)
     ones = op.Expand(op.Constant(value_ints=[1]), size)
     every = op.Unsqueeze(op.Transpose(op.NonZero(ones), perm=[1, 0]), op.Constant(value_ints=[0]))
-    rows = op.Reshape(q, op.Constant(value_ints=[1, -1, int(q.shape[-1])]))
-    y, keys, values = _attend(rows, every, k, v, past_k, past_v, _added(mask, q), heads, scale)
-    return op.Reshape(y, op.Concat(size, op.Constant(value_ints=[-1]), axis=0)), keys, values
+    queries = op.Reshape(q, op.Constant(value_ints=[1, -1, int(q.shape[-1])]))
+    options = {"heads": heads, "kv_heads": int(past_k.shape[1]), "scale": scale}
+    y, *cache = irc.RoutedAttention(queries, every, k, v, past_k, past_v, _flat_mask(mask, q), **options)
+    return op.Reshape(y, op.Concat(size, op.Constant(value_ints=[-1]), axis=0)), *cache
 
 
 def _routed_attention(q, rows, k, v, past_k, past_v, mask, heads, scale):
-    return _attend(q, rows, k, v, past_k, past_v, _added(mask, q), heads, scale)
-
-
-def _attend(q, rows, k, v, past_k, past_v, added, heads, scale):
-    added, kv_heads = op.Squeeze(added, op.Constant(value_ints=[1])), int(past_k.shape[1])
-    return irc.RoutedAttention(q, rows, k, v, past_k, past_v, added, heads=heads, kv_heads=kv_heads, scale=scale)
+    options = {"heads": heads, "kv_heads": int(past_k.shape[1]), "scale": scale}
+    return irc.RoutedAttention(q, rows, k, v, past_k, past_v, _flat_mask(mask, q), **options)
 
 
 def _reduced_attention(q, rows, k, v, past_k, past_v, past_slots, mask, heads, scale):
-    added, kv_heads = op.Squeeze(_added(mask, q), op.Constant(value_ints=[1])), int(past_k.shape[1])
+    added, kv_heads = _flat_mask(mask, q), int(past_k.shape[1])
     options = {"heads": heads, "kv_heads": kv_heads, "scale": scale, "masked": of_name(q.dtype.name).masked}
     return irc.ReducedAttention(q, rows, k, v, past_k, past_v, past_slots, added, **options)
 
 
-def _added(mask, like):
-    """Return the boolean mask as numbers added to scores; equal nodes are merged, so layers share one."""
+def _flat_mask(mask, like):
+    """Return a mask [batch, 1, tokens, keys] as numbers added to scores, [batch, tokens, keys]; layers share a node."""
     value = op.Constant(value_float=of_name(like.dtype.name).masked)
-    return op.CastLike(op.Where(mask, op.Constant(value_float=0.0), value), like)
+    added = op.CastLike(op.Where(mask, op.Constant(value_float=0.0), value), like)
+    return op.Squeeze(added, op.Constant(value_ints=[1]))

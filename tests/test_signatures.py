@@ -14,6 +14,7 @@ FIXED = {("irc/model/routed.py", "forward")}
 OPERATORS = {
     "exporters/onnx_ops.py": ("RoutedAttention", "ReducedAttention"),
     "exporters/onnx_table.py": ("_routed_attention", "_reduced_attention"),
+    "irc/model/compacted.py": ("_routed_attention",),
     "passes/dialect_attention.py": ("routed_attention", "reduced_attention", "_"),
 }
 FIXED |= {(path, name) for path, names in OPERATORS.items() for name in names}

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch.distributed import Store
 
 from irc.errors import InputError, IrcError
 from irc.files.untrusted import first_line
@@ -92,11 +92,11 @@ def join_group(device: str) -> PartialState:
     return PartialState(cpu=cpu)
 
 
-def _meet(found: Group) -> Store:
+def _meet(found: Group) -> Any:
     """Wait until all processes have come; a thread waits, so that signals end the waiting."""
     from torch.distributed.rendezvous import rendezvous
 
-    stores: list[Store] = []
+    stores: list[Any] = []
     failures: list[Exception] = []
 
     def wait() -> None:
