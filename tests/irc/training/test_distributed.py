@@ -212,7 +212,9 @@ def test_only_batches_that_are_trained_are_looked_at(
 def test_fsdp_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert not sharding_wanted()  # one process has nothing to share
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    group = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in group.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("FSDP_VERSION", "1")
     with pytest.raises(InputError, match=r"version 1 .*--fsdp_version 2"):
         sharding_wanted()
