@@ -98,14 +98,13 @@ def _attention(q, k, v, past_k, past_v, mask, heads, scale):
     ones = op.Expand(op.Constant(value_ints=[1]), size)
     every = op.Unsqueeze(op.Transpose(op.NonZero(ones), perm=[1, 0]), op.Constant(value_ints=[0]))
     queries = op.Reshape(q, op.Constant(value_ints=[1, -1, int(q.shape[-1])]))
-    options = {"heads": heads, "kv_heads": int(past_k.shape[1]), "scale": scale}
-    y, *cache = irc.RoutedAttention(queries, every, k, v, past_k, past_v, _flat_mask(mask, q), **options)
+    y, *cache = _routed_attention(queries, every, k, v, past_k, past_v, mask, heads, scale)
     return op.Reshape(y, op.Concat(size, op.Constant(value_ints=[-1]), axis=0)), *cache
 
 
 def _routed_attention(q, rows, k, v, past_k, past_v, mask, heads, scale):
-    options = {"heads": heads, "kv_heads": int(past_k.shape[1]), "scale": scale}
-    return irc.RoutedAttention(q, rows, k, v, past_k, past_v, _flat_mask(mask, q), **options)
+    added, kv_heads = _flat_mask(mask, k), int(past_k.shape[1])  # k, because a reshaped q has no data type here
+    return irc.RoutedAttention(q, rows, k, v, past_k, past_v, added, heads=heads, kv_heads=kv_heads, scale=scale)
 
 
 def _reduced_attention(q, rows, k, v, past_k, past_v, past_slots, mask, heads, scale):

@@ -31,7 +31,7 @@ def attention(
     Returns:
         y [batch, tokens, heads * size], present keys and values [batch, kv_heads, past + tokens, size].
     """
-    keys, values = _append(past_k, k), _append(past_v, v)
+    keys, values = append(past_k, k), append(past_v, v)
     return _attend(q, keys, values, mask, heads, scale), keys, values
 
 
@@ -70,7 +70,7 @@ def routed_attention(
     Returns:
         y [1, n, heads * size], present keys and values [batch, kv_heads, past + tokens, size] of all tokens.
     """
-    keys, values = _append(past_k, k), _append(past_v, v)
+    keys, values = append(past_k, k), append(past_v, v)
     dense = torch.ops.irc.scatter(q, rows, q.new_zeros(*k.shape[:2], q.shape[-1]))
     return torch.ops.irc.compact(_attend(dense, keys, values, mask, heads, scale), rows), keys, values
 
@@ -130,7 +130,7 @@ def reduced_attention(
     new_k, new_v = (t.new_zeros(batch, longest, t.shape[-1]).index_put((sequence, place), t[0]) for t in (k, v))
     slots = past_slots.new_full((batch, longest), -1)
     slots = torch.cat((past_slots, slots.index_put((sequence, place), token + mask.shape[3] - tokens)), dim=1)
-    keys, values = _append(past_k, new_k), _append(past_v, new_v)
+    keys, values = append(past_k, new_k), append(past_v, new_v)
     known = F.pad(mask, (0, 1)).gather(3, slots[:, None, None, :].expand(-1, 1, tokens, -1) % (mask.shape[3] + 1))
     dense = torch.ops.irc.scatter(q, rows, q.new_zeros(batch, tokens, q.shape[-1]))
     return torch.ops.irc.compact(_attend(dense, keys, values, known, heads, scale), rows), keys, values, slots
@@ -155,7 +155,7 @@ def _(
     return torch.empty_like(q), keys, values, past_slots.new_empty([batch, total])
 
 
-def _append(past: Tensor, new: Tensor) -> Tensor:
+def append(past: Tensor, new: Tensor) -> Tensor:
     """Return past [batch, heads, past, size] followed by new [batch, tokens, heads * size]."""
     return torch.cat((past, new.unflatten(-1, (past.shape[1], -1)).transpose(1, 2)), dim=2)
 

@@ -55,11 +55,12 @@ def _limits(ctx: click.Context, parameter: click.Parameter, value: tuple[str, ..
     for given in value:
         name, _, number = given.partition("=")
         try:
-            limits[name.strip()] = float(number)
+            limit = float(number)
         except ValueError:
-            limits[name.strip()] = math.nan
-        if name.strip() not in _FIGURES or not 0 <= limits[name.strip()] < math.inf:
-            raise click.BadParameter(f"'{given}' is no limit; use for example kl=0.2 or top1=0.9", ctx, parameter)
+            limit = math.nan
+        if name.strip() not in _FIGURES or not 0 <= limit < math.inf:
+            raise click.BadParameter(f"'{given}' is not a limit; use for example kl=0.2 or top1=0.9", ctx, parameter)
+        limits[name.strip()] = limit
     return limits
 
 

@@ -60,7 +60,7 @@ def groups(rows: Sequence[Row]) -> list[Row]:
             "seeds": len(members),
             "perplexity": _spread([m["figures"]["perplexity"]["routed"] for m in members]),
             "dense": mean(dense_beside(m, rows) for m in members),
-            **{key: _spread_of_known([fidelity_of(m["figures"], key) for m in members]) for key in ("kl", "top1")},
+            **{key: _spread_of_known([mean_fidelity(m["figures"], key) for m in members]) for key in ("kl", "top1")},
             "ratio": _spread([m["figures"]["perplexity"]["routed"] / dense_beside(m, rows) for m in members]),
             "realized": _spread([m["figures"]["sparsity"]["realized"] for m in members]),
             "missed": sum(map(_missed, members)),
@@ -161,7 +161,7 @@ def _plain(rows: Sequence[Row], policy: str, target: Target, lora: bool) -> dict
     return {row["seed"]: row for row in rows if (row["policy"], _target(row), row["lora"], row["variant"]) == wanted}
 
 
-def fidelity_of(figures: Row, key: str) -> float | None:
+def mean_fidelity(figures: Row, key: str) -> float | None:
     """Return a figure of fidelity, averaged over the further texts, or of the main text where there are none.
 
     Args:
@@ -171,9 +171,10 @@ def fidelity_of(figures: Row, key: str) -> float | None:
     Returns:
         None for a cell of an earlier version, which did not measure it.
     """
-    texts = [text["fidelity"] for text in figures.get("texts", []) if text.get("fidelity")]
-    texts = texts or [figures["fidelity"]] if figures.get("fidelity") else texts
-    return mean(text[key] for text in texts) if texts else None
+    measured = [text["fidelity"][key] for text in figures.get("texts", []) if text.get("fidelity")]
+    if not measured and figures.get("fidelity"):
+        measured = [figures["fidelity"][key]]
+    return mean(measured) if measured else None
 
 
 def _spread_of_known(values: Sequence[float | None]) -> dict[str, float] | None:

@@ -24,7 +24,8 @@ _OWN_TEXT = "stdlib"
 def warn_of_overflow(model: RoutedForCausalLM) -> None:
     """Run a model in fp16 on a little text, and warn if an activation is near the end of fp16's range or beyond it.
 
-    The text is the calibration text of the bundle where it is still there, and otherwise Python's standard library.
+    The text is the calibration text of the bundle where it is still on this machine, and otherwise Python's standard
+    library.
     Models of other data types are not run.
     """
     if model.dtype != torch.float16:
@@ -47,14 +48,22 @@ def warn_of_overflow(model: RoutedForCausalLM) -> None:
 def _sample(model: RoutedForCausalLM) -> tuple[str, torch.Tensor]:
     """Return the name of a text and its first tokens, int64 [1, tokens]."""
     bundle = bundle_of(model)
-    names = [_OWN_TEXT] if bundle is None else [bundle.config.measured.text.name or _OWN_TEXT, _OWN_TEXT]
-    try:
-        source = load_text(names[0])
-    except InputError:
-        source = load_text(names[-1])
+    named = None if bundle is None else bundle.config.measured.text.name
+    if named and not named.startswith("hf:"):  # that would ask the network, which only the user may
+        try:
+            ids = _first_tokens(model, named)
+        except InputError:
+            pass  # the text is not there any more, or no longer one
+        else:
+            if ids.numel():
+                return named, ids
+    return _OWN_TEXT, _first_tokens(model, _OWN_TEXT)
+
+
+def _first_tokens(model: RoutedForCausalLM, text: str) -> torch.Tensor:
     tokenizer: Any = model.base.tokenizer
     context = getattr(model.config, "max_position_embeddings", None) or _TOKENS
-    return source.name, token_stream(source.split("calibration")[:8], tokenizer)[None, : min(_TOKENS, context)]
+    return token_stream(load_text(text).split("calibration")[:8], tokenizer)[None, : min(_TOKENS, context)]
 
 
 @torch.no_grad()

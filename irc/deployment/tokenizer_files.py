@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from irc.errors import InputError
+from irc.files.strict_yaml import short_repr
 from irc.files.untrusted import first_line
 from irc.model.checkpoint import TOKENIZER_FILES
 from irc.model.tokenizer import load_tokenizer
@@ -64,14 +65,10 @@ def _check_ids(tokenizer: Any, name: str, folder: Path) -> None:
         for reader, encode in readers.items():
             if (found := encode(probe)) != wanted:
                 raise InputError(
-                    f"{name}: the exported tokenizer, read by {reader}, gives {_short(probe)} the ids {_short(found)}, "
-                    f"but the model's gives {_short(wanted)}; save the model's tokenizer with save_pretrained and "
-                    "export again"
+                    f"{name}: the exported tokenizer, read by {reader}, gives {short_repr(probe)} the ids "
+                    f"{short_repr(found)}, but the model's gives {short_repr(wanted)}; save the model's tokenizer with "
+                    "save_pretrained and export again"
                 )
-
-
-def _short(value: object) -> str:
-    return repr(value) if len(repr(value)) <= 60 else repr(value)[:58] + " …"
 
 
 def _serialized(tokenizer: Any, name: str) -> str:

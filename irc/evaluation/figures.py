@@ -24,17 +24,11 @@ def result_metrics(model: RoutedForCausalLM, result: Evaluation, target: Target 
     """
     if result.routed is None or result.fidelity is None:
         return {"perplexity": {"dense": result.dense}, "flops_ratio": 1.0}
+    figures = _routed_figures(model, result, result.routed, result.fidelity)
     return {
-        "fidelity": fidelity_figures(result.fidelity),
-        "perplexity": {"dense": result.dense, "routed": result.routed, "ratio": result.routed / result.dense},
+        **figures,
         "target": None if target is None else target.to_dict(),
-        "sparsity": {
-            "target": value_of(target, "sparsity"),
-            "realized": result.sparsity(model),
-            "attention": result.sparsity(model, "attention"),
-            "ffn": result.sparsity(model, "ffn"),
-        },
-        "flops_ratio": result.flops_ratio,
+        "sparsity": {"target": value_of(target, "sparsity"), **figures["sparsity"]},
         "kv": kv_figures(model, result.keep),
         "units": {
             unit.name: {"keep_ratio": result.keep[unit.name], "recoverability": result.recoverability[unit.name]}
@@ -43,20 +37,18 @@ def result_metrics(model: RoutedForCausalLM, result: Evaluation, target: Target 
     }
 
 
-def fidelity_figures(fidelity: Fidelity) -> dict[str, Any]:
-    """Return a fidelity as JSON data."""
-    figures = asdict(fidelity)
-    return {**figures, "kl_p99_interval": list(fidelity.kl_p99_interval)}
-
-
 def text_figures(model: RoutedForCausalLM, result: Evaluation) -> dict[str, Any]:
     """Return what is reported of one of several texts as JSON data."""
-    read = {"tokens": result.tokens, "perplexity": {"dense": result.dense}}
     if result.routed is None or result.fidelity is None:
-        return read
-    return read | {
-        "perplexity": {"dense": result.dense, "routed": result.routed, "ratio": result.routed / result.dense},
-        "fidelity": fidelity_figures(result.fidelity),
+        return {"tokens": result.tokens, "perplexity": {"dense": result.dense}}
+    return {"tokens": result.tokens, **_routed_figures(model, result, result.routed, result.fidelity)}
+
+
+def _routed_figures(model: RoutedForCausalLM, result: Evaluation, routed: float, fidelity: Fidelity) -> dict[str, Any]:
+    """Return what is reported of the main text and of every further text."""
+    return {
+        "fidelity": asdict(fidelity),
+        "perplexity": {"dense": result.dense, "routed": routed, "ratio": routed / result.dense},
         "sparsity": {
             "realized": result.sparsity(model),
             "attention": result.sparsity(model, "attention"),

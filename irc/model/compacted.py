@@ -17,6 +17,7 @@ from torch import fx, nn
 
 from irc.model.modules import Record, RoutingControl
 from passes.base import PassManager, finish, graph_of
+from passes.dialect_attention import append
 from passes.lower_units import LowerUnits
 from passes.raise_attention import RaiseAttention
 from passes.raise_norms import RaiseNorms
@@ -197,7 +198,7 @@ def _attention(
     heads: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    keys, values = _append(past_k, k), _append(past_v, v)
+    keys, values = append(past_k, k), append(past_v, v)
     return _attend(q, keys, values, mask, heads, scale), keys, values
 
 
@@ -212,7 +213,7 @@ def _routed_attention(
     heads: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    keys, values = _append(past_k, k), _append(past_v, v)
+    keys, values = append(past_k, k), append(past_v, v)
     if not rows.count:
         return q, keys, values
     batch, tokens = k.shape[:2]
@@ -231,11 +232,6 @@ def _routed_attention(
     seen = mask.new_zeros(batch * longest, mask.shape[3]).index_copy(0, place, mask.flatten(0, 2)[index])
     y = _attend(queries, keys, values, seen.view(batch, 1, longest, -1), heads, scale)
     return y.flatten(0, 1)[place].unsqueeze(0), keys, values
-
-
-def _append(past: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """Return past [batch, heads, past, size] followed by new [batch, tokens, heads * size]."""
-    return torch.cat((past, new.unflatten(-1, (past.shape[1], -1)).transpose(1, 2)), dim=2)
 
 
 def _attend(

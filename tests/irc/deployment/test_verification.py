@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -13,9 +14,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from irc.bundle.saving import save_bundle
-from irc.model.build import build_routed
+from irc.deployment import overflow
+from irc.model.build import build_plain, build_routed
 from irc.model.checkpoint import BaseModel
 from irc.model.routed import RoutingSpec
+from irc.text.source import TextSource, load_text
 
 PROMPT = "def parse(text):\n    "
 
@@ -124,3 +127,24 @@ def test_penalties_of_the_base_do_not_change_the_comparison(
     assert irc_main("export", folder, "-o", tmp_path / "onnx").code == 0
     shown = irc_main(*verify_arguments(tmp_path / "onnx", text_file))
     assert shown.code == 0, shown.err
+
+
+@pytest.mark.parametrize("named", ["hf:owner/text", "gone.txt", "{empty split}"])
+def test_the_text_for_the_overflow_is_read_on_this_machine(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str
+) -> None:
+    """A hub's text that only a file names is not asked for; a text that is gone or too short does not end an export."""
+    (tmp_path / "a.txt").write_text("x")
+    named = named.replace("{empty split}", str(tmp_path))
+    asked = []
+
+    def load(text: str) -> TextSource:
+        asked.append(text)
+        return load_text(text)
+
+    measured = SimpleNamespace(text=SimpleNamespace(name=named))
+    monkeypatch.setattr(overflow, "load_text", load)
+    monkeypatch.setattr(overflow, "bundle_of", lambda _: SimpleNamespace(config=SimpleNamespace(measured=measured)))
+    name, ids = overflow._sample(build_plain(base, "fp32"))
+    assert (name, ids.shape) == ("stdlib", (1, 64))
+    assert asked == (["stdlib"] if named.startswith("hf:") else [named, "stdlib"])
