@@ -43,6 +43,7 @@ def settings(tokens: int, batch: int, steps: int) -> list[str]:
         "router.teach_steps": steps,
         "router.calibration_tokens": tokens,
         "eval_tokens": tokens,
+        "yardstick_tokens": tokens,
     }
     flags = []
     for name, value in values.items():
@@ -144,7 +145,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="Steps per stage (teaching, lff, router).")
     parser.add_argument("--batch", type=int, default=4, help="Windows per step.")
     parser.add_argument("--seq-len", type=int, default=128, help="Tokens per window.")
-    parser.add_argument("--tokens", type=int, default=2048, help="Tokens for statistics, threshold, evaluation, each.")
+    parser.add_argument("--tokens", type=int, default=2048, help="Tokens for statistics, threshold, texts, each.")
     parser.add_argument(
         "--until", choices=["lff", "end"], default="end", help="lff: stop converting there; export untrained routers."
     )

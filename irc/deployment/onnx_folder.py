@@ -37,6 +37,7 @@ from irc.dtypes import short_name
 from irc.errors import InputError
 from irc.files.atomic import cannot_write, file_sha256, staged
 from irc.model.cache import cache_shape
+from irc.model.interrupts import interrupts_kept
 from irc.model.paging import MappedPages
 from irc.model.routed import RoutedForCausalLM
 from irc.recipe.policies import policy_named, refuse_whole_sequences
@@ -176,7 +177,10 @@ def _write(model: RoutedForCausalLM, source: str, folder: Path, options: ExportO
     release = partial(pages.release, weights)
     generation = base.generation.to_dict()  # refused before the work, if it cannot be read
     warn_of_overflow(model)
-    decisions = export_onnx(model.graph, cache, dtype, folder, description, options.dump_dir, options.provider, release)
+    with interrupts_kept():
+        decisions = export_onnx(
+            model.graph, cache, dtype, folder, description, options.dump_dir, options.provider, release
+        )
     for name in _KEPT:
         if (base.folder / name).is_file():
             shutil.copyfile(base.folder / name, folder / name)

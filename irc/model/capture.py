@@ -25,6 +25,7 @@ from irc.files.untrusted import first_line
 from irc.model.architectures import SUPPORTED, TESTED
 from irc.model.cache import CACHE_NAME, cache_shape
 from irc.model.experts import separate_experts, stored_name
+from irc.model.interrupts import interrupts_kept
 from passes.base import PassManager
 from passes.clean_up import CleanUp
 from passes.set_device import SetDevice
@@ -76,7 +77,7 @@ def capture(config: PretrainedConfig, dtype: torch.dtype) -> Captured:
     grad_mode = torch.is_grad_enabled()
     try:
         inputs, shapes = _example_inputs(config, dtype), _dynamic_shapes(config)
-        with tracing():
+        with interrupts_kept(), tracing():
             program = export(twin, (), inputs, dynamic_shapes=shapes, strict=False)
             module = unflatten(program)
     except Exception as error:

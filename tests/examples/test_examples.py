@@ -39,6 +39,7 @@ SHORT = {
                 "convert: lff",
                 "convert: router",
                 "convert: evaluate",
+                "convert: texts",
                 "convert",
                 "eval",
                 "export",

@@ -47,7 +47,8 @@ def test_the_inputs_are_known_by_the_same_hashes() -> None:
 
 def test_it_resumes_where_it_was(output: Path, bars: Any) -> None:
     work = output.with_name("bundle.partial")
-    recipe, progress = load_recipe(work / "recipe.yaml"), bars()
+    # Texts to measure on are newer than this work, and may change when it resumes.
+    recipe, progress = load_recipe(work / "recipe.yaml").model_copy(update={"yardstick_tokens": 0}), bars()
     before = json.loads((work / "lff.json").read_text())
     metrics = convert(recipe, output, progress, resume=True)
     assert metrics["stages"]["lff"] == before
