@@ -7,13 +7,12 @@ import time
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from irc.dtypes import short_name
 from irc.errors import IrcError
 from irc.evaluation.fidelity import Fidelity, fidelity_of
 from irc.model.flops import flops_ratio
-from irc.model.head import divergence, parts
+from irc.model.head import divergence, log_probabilities, parts
 from irc.model.modules import Mode, Record
 from irc.model.routed import RoutedForCausalLM
 from irc.progress import Progress
@@ -157,15 +156,15 @@ class _Totals:
         counted = (mask[:, 1:].bool() & mask[:, :-1].bool()).flatten()
         targets = batch[:, 1:].flatten()[counted]
         chosen = {mode: found[:, :-1].flatten(0, 1)[counted] for mode, found in states.items()}
-        for rows in parts(len(targets), self.model.config.vocab_size):
-            logits = {mode: self.model.logits(found[rows]) for mode, found in chosen.items()}
-            for mode, found in logits.items():
-                self.loss[mode] += F.cross_entropy(found.float(), targets[rows], reduction="sum").double().item()
+        for rows in parts(targets, self.model.config.vocab_size):
+            predicted = {mode: log_probabilities(self.model.logits(found[rows])) for mode, found in chosen.items()}
+            for mode, found in predicted.items():
+                self.loss[mode] -= found.gather(-1, targets[rows, None]).double().sum().item()
                 self._check_finite(self.loss[mode])
-            if len(logits) == 2:
-                found, same = divergence(logits["execute"], logits["route"])
-                self.divergence.append(found.cpu())
-                self.same.append(same.cpu())
+            if len(predicted) == 2:
+                dense, routed = predicted["execute"], predicted["route"]
+                self.same.append((dense.argmax(-1) == routed.argmax(-1)).cpu())
+                self.divergence.append(divergence(dense, routed).cpu())
         self.predicted += len(targets)
         self.tokens += int(mask.bool().sum())
 

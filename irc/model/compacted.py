@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from irc.model.modules import Record, RoutingControl
+from irc.model.modules import APPROXIMATE, EXECUTE, Record, RoutingControl, difference_of
 from passes.base import PassManager, finish, graph_of
 from passes.dialect_attention import append
 from passes.lower_units import LowerUnits
@@ -81,6 +81,7 @@ def _run_in_python(module: nn.Module, control: RoutingControl) -> None:
     for node in graph.nodes:
         if node.target == irc.decide_rows.default:
             unit = node.kwargs["unit"]
+            _subtract_at_once(cast(fx.Node, node.args[0]))
             _call(module, node, f"{unit.rpartition('.')[2]}_decision", _Decision(unit, control))
         elif node.op == "call_module" and [n.target for n in node.all_input_nodes] == [_compact]:
             called = module.get_submodule(node.target)
@@ -88,6 +89,17 @@ def _run_in_python(module: nn.Module, control: RoutingControl) -> None:
                 _call(module, node, f"{node.target.replace('.', '_')}_on_rows", _OnRows(called))
         elif node.target in _FUNCTIONS:
             node.target = _FUNCTIONS[node.target]
+
+
+def _subtract_at_once(difference: fx.Node) -> None:
+    """Let one function subtract a router's logits, where the passes wrote a cast, two selections and a subtraction."""
+    execute, approximate = difference.all_input_nodes
+    assert execute.args[1:] == (-1, EXECUTE)
+    assert approximate.args[1:] == (-1, APPROXIMATE)
+    exact = cast(fx.Node, execute.args[0])
+    difference.target, difference.args = difference_of, (exact.args[0],)
+    for node in (execute, approximate, exact):
+        difference.graph.erase_node(node)
 
 
 def _call(module: nn.Module, node: fx.Node, name: str, called: nn.Module) -> None:

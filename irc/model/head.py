@@ -7,17 +7,18 @@ more than everything else that a training step keeps. Most forward passes of a c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-LOGITS_AT_ONCE = 1 << 25
-"""Numbers in the logits of one part: 128 MiB in fp32."""
+LOGITS_AT_ONCE = {"cpu": 1 << 23, "other": 1 << 25}
+"""Numbers in the logits of one part, by kind of device: 32 MiB in fp32 on a CPU, near its caches; 128 MiB on a GPU."""
 
-Logits = Callable[[torch.Tensor], torch.Tensor]
-PartLoss = Callable[[torch.Tensor, slice], torch.Tensor]
+Head = Callable[[torch.Tensor], torch.Tensor]
+PartLoss = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
 def split_head(graph: fx.GraphModule, *, with_cache: bool = False) -> tuple[fx.GraphModule, fx.GraphModule | None]:
@@ -74,60 +75,103 @@ def _linear_before(graph: fx.GraphModule, logits: fx.Node) -> fx.Node | None:
     return node
 
 
-def parts(tokens: int, vocabulary: int) -> Iterator[slice]:
-    """Yield slices of the tokens whose logits hold at most `LOGITS_AT_ONCE` numbers each."""
-    rows = max(1, LOGITS_AT_ONCE // vocabulary)
+def parts(states: torch.Tensor, vocabulary: int) -> Iterator[slice]:
+    """Yield slices of the tokens [tokens, ...] whose logits hold at most `LOGITS_AT_ONCE` numbers each."""
+    tokens, at_once = len(states), LOGITS_AT_ONCE["cpu" if states.device.type == "cpu" else "other"]
+    rows = max(1, at_once // vocabulary)
     for start in range(0, tokens, rows):
         yield slice(start, min(tokens, start + rows))
 
 
-def summed_loss(states: torch.Tensor, vocabulary: int, part_loss: PartLoss) -> torch.Tensor:
-    """Sum a loss over parts of the tokens. The gradient is computed part by part, so no logits are kept for it.
+def language_loss(
+    head: Head,
+    vocabulary: int,
+    states: torch.Tensor,
+    targets: torch.Tensor,
+    teacher: torch.Tensor | None = None,
+    share: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum the language-model loss over tokens, a part of them at a time. No logits are kept for the backward pass.
 
     Args:
-        states: Hidden states that the head reads [tokens, d].
+        head: Maps states to logits (see `split_head`).
         vocabulary: Size of the vocabulary.
-        part_loss: Returns the scalar loss of a part, given its states and its slice of the tokens. Gradients reach the
-            states alone.
+        states: Hidden states that the head reads [tokens, d]. Gradients reach them alone, not the head's weights.
+        targets: The tokens to predict, int64 [tokens].
+        teacher: Hidden states of the dense model [tokens, d]; None for the cross-entropy alone.
+        share: Share of KL(dense || routed) in the loss, where there is a teacher.
+
+    Returns:
+        The sum of (1 - share) * cross-entropy + share * KL in nats, and the plain cross-entropy without gradient.
     """
-    if not (torch.is_grad_enabled() and states.requires_grad):
-        losses = [part_loss(states[rows], rows) for rows in parts(len(states), vocabulary)]
-        return torch.stack(losses).sum()
-    apply: Callable[..., torch.Tensor] = _PartByPart.apply
-    return apply(states, vocabulary, part_loss)
+    part_loss = partial(_part_loss, head, targets, teacher, 0.0 if teacher is None else share)
+    if torch.is_grad_enabled() and states.requires_grad:
+        apply: Callable[..., tuple[torch.Tensor, torch.Tensor]] = _PartByPart.apply
+        return apply(states, vocabulary, head, part_loss)
+    found = [part_loss(head(states[rows]), rows) for rows in parts(states, vocabulary)]
+    return torch.stack([loss for loss, _, _ in found]).sum(), torch.stack([plain for _, plain, _ in found]).sum()
 
 
 @torch.no_grad()
-def divergence(dense: torch.Tensor, routed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compare the predictions of two models for the same tokens.
+def _part_loss(
+    head: Head, targets: torch.Tensor, teacher: torch.Tensor | None, share: float, logits: torch.Tensor, rows: slice
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the loss of a part, its plain cross-entropy, and the gradient of the loss in the logits.
 
-    Args:
-        dense: Logits of the reference [tokens, vocabulary].
-        routed: Logits of the other model, of the same shape.
-
-    Returns:
-        KL(dense || routed) in nats, float32 [tokens], and whether both find the same token likeliest, bool [tokens].
+    The gradient is softmax(logits) minus the wanted distribution: written down, it needs one pass over the logits where
+    automatic differentiation needs four.
     """
-    reference, other = F.log_softmax(dense.float(), -1), F.log_softmax(routed.float(), -1)
-    found = F.kl_div(other, reference, reduction="none", log_target=True).sum(-1)
-    return found.clamp(min=0), dense.argmax(-1) == routed.argmax(-1)
+    predicted, wanted = log_probabilities(logits), targets[rows, None]
+    plain = loss = -predicted.gather(-1, wanted).sum()
+    if teacher is None:
+        gradient = predicted.exp_()
+    else:
+        dense = log_probabilities(head(teacher[rows]))
+        probabilities = dense.exp()
+        loss = (1 - share) * plain + share * dense.sub_(predicted).mul_(probabilities).sum()
+        gradient = predicted.exp_().sub_(probabilities, alpha=share)
+    gradient.scatter_add_(-1, wanted, gradient.new_full(wanted.shape, share - 1))
+    return loss, plain, gradient
+
+
+def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """Return the logarithms of the probabilities of all tokens, float32, in the shape of the logits."""
+    return F.log_softmax(logits, -1, dtype=torch.float32)
+
+
+@torch.no_grad()
+def divergence(dense: torch.Tensor, routed: torch.Tensor) -> torch.Tensor:
+    """Return KL(dense || routed) in nats, float32 [tokens], of logarithms of probabilities [tokens, vocabulary].
+
+    Both may be overwritten.
+    """
+    probabilities = dense.exp()
+    return dense.sub_(routed).mul_(probabilities).sum(-1).clamp_(min=0)
 
 
 class _PartByPart(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, states: torch.Tensor, vocabulary: int, part_loss: PartLoss) -> torch.Tensor:
-        gradient = torch.empty_like(states)
-        losses = []
-        for rows in parts(len(states), vocabulary):
-            part = states[rows].detach().requires_grad_(True)
-            with torch.enable_grad():
-                loss = part_loss(part, rows)
-            (gradient[rows],) = torch.autograd.grad(loss, part)
-            losses.append(loss.detach())
-        ctx.save_for_backward(gradient)
-        return torch.stack(losses).sum()
+    """`language_loss` with the gradient of each part computed along with it."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def forward(
+        ctx: Any, states: torch.Tensor, vocabulary: int, head: Head, part_loss: PartLoss
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        gradient = torch.empty_like(states)
+        losses, plain_losses = [], []
+        for rows in parts(states, vocabulary):
+            part = states[rows].detach().requires_grad_(True)
+            with torch.enable_grad():
+                logits = head(part)
+            loss, plain, upstream = part_loss(logits.detach(), rows)
+            (gradient[rows],) = torch.autograd.grad(logits, part, upstream.to(logits.dtype))
+            losses.append(loss)
+            plain_losses.append(plain)
+        ctx.save_for_backward(gradient)
+        found = torch.stack(losses).sum(), torch.stack(plain_losses).sum()
+        ctx.mark_non_differentiable(found[1])
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grads[0].to(gradient.dtype), None, None
+        return gradient * grads[0].to(gradient.dtype), None, None, None

@@ -75,7 +75,7 @@ class Recipe(Checked):
     )
     seq_len: int = Field(default=256, ge=2, le=LARGEST_INTEGER, description="tokens per window")
     eval_tokens: Natural = Field(
-        default=32_768, description="held-out tokens that the final evaluation reads; 0 means all"
+        default=16_384, description="held-out tokens that the final evaluation reads; 0 means all"
     )
     yardstick_tokens: Natural = Field(
         default=4096, description="tokens of each text of the yardstick in the final evaluation; 0 leaves it out"

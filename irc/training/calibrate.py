@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 _ROUNDS = 8
 _TOLERANCE = 0.001
+_ENOUGH = 0.002  # distance on the whole text at which the search ends: less than the next text differs by
 _WARN_DISTANCE = 0.02  # distance from the target at which a warning is logged
 _BATCH = 16
 _FEW, _FEW_ROUNDS = 8192, 3  # tokens of the first rounds, and at most how many of these there are
@@ -74,8 +75,8 @@ def calibrate(
     """Set a threshold on the logit difference so that argmax routing meets the target.
 
     Routing changes the hidden states that later routers read. The quantile is therefore taken again under the new
-    routes, until the realized share is within 0.001 of the target or 8 rounds have passed. The first rounds read a
-    part of the text. The best threshold found on all of it is added to the execute bias of each router.
+    routes, until the realized share is within 0.002 of the target or 8 rounds have passed. The first rounds read a
+    part of the text, up to a distance of 0.001. The best threshold found on all of it is added to the execute bias of each router.
 
     Args:
         model: Rewritten model.
@@ -106,7 +107,7 @@ def calibrate(
             whole = len(part) == len(text)
             if whole and distance < best.distance:
                 best = _Threshold(distance, realized, shift, _cloned(biases), keep)
-            if best.distance <= _TOLERANCE or rounds == _ROUNDS:
+            if best.distance <= _ENOUGH or rounds == _ROUNDS:
                 break
             if not whole and (distance <= _TOLERANCE or rounds == _FEW_ROUNDS):
                 part = text

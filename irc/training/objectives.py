@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import reduce
 
-from irc.model.head import summed_loss
+from irc.model.head import language_loss
 from irc.model.modules import Record
 from irc.model.routed import RoutedForCausalLM
 from irc.recipe.policies import policy_named
@@ -153,21 +153,9 @@ class RoutingObjective(Objective):
         """Return the language-model loss with the recipe's share of distillation, and the plain cross-entropy."""
         share, targets = self.recipe.distill, windows[:, 1:].flatten()
         teacher = self._base_states(windows)[:, :-1].flatten(0, 1) if share > 0 else None
-        plain: list[torch.Tensor] = []
-
-        def part_loss(part: torch.Tensor, rows: slice) -> torch.Tensor:
-            logits = self.model.logits(part).float()
-            loss = F.cross_entropy(logits, targets[rows], reduction="sum") / targets.numel()
-            plain.append(loss.detach())
-            if teacher is None:
-                return loss
-            with torch.no_grad():
-                dense = self.model.logits(teacher[rows]).float().log_softmax(-1)
-            divergence = F.kl_div(logits.log_softmax(-1), dense, reduction="sum", log_target=True) / targets.numel()
-            return (1 - share) * loss + share * divergence
-
-        loss = summed_loss(states[:, :-1].flatten(0, 1), self.model.config.vocab_size, part_loss)
-        return loss, torch.stack(plain).sum().item()
+        routed = states[:, :-1].flatten(0, 1)
+        loss, plain = language_loss(self.model.logits, self.model.config.vocab_size, routed, targets, teacher, share)
+        return loss / targets.numel(), plain.item() / targets.numel()
 
     def _base_states(self, windows: torch.Tensor) -> torch.Tensor:
         """Return the final hidden states of the base, without adapters and their dropout."""

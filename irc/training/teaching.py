@@ -13,11 +13,10 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from accelerate.utils import reduce
 from torch import nn
 
-from irc.model.head import summed_loss
+from irc.model.head import language_loss
 from irc.model.modules import Router, difference_of
 from irc.model.routed import RoutedForCausalLM
 from irc.training.loop import Objective
@@ -57,11 +56,8 @@ class TeachObjective(Objective):
         with _probing(self.model) as probes, self.model.control.using(mode="execute", tape=None):
             states = self.model.states(windows)
         targets = windows[:, 1:].flatten()
-
-        def part_loss(part: torch.Tensor, rows: slice) -> torch.Tensor:
-            return F.cross_entropy(self.model.logits(part).float(), targets[rows], reduction="sum")
-
-        loss = summed_loss(states[:, :-1].flatten(0, 1), self.model.config.vocab_size, part_loss)
+        read = states[:, :-1].flatten(0, 1)
+        loss, _ = language_loss(self.model.logits, self.model.config.vocab_size, read, targets)
         gradients = torch.autograd.grad(loss, [probe.zero for probe in probes])
         changes = [
             (gradient * probe.forecast_error).sum(-1)[:, :-1] for gradient, probe in zip(gradients, probes, strict=True)

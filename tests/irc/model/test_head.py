@@ -12,7 +12,7 @@ from transformers import Gemma3TextConfig, GraniteConfig, LlamaConfig
 
 from irc.model import head
 from irc.model.capture import capture
-from irc.model.head import divergence, split_head, summed_loss
+from irc.model.head import divergence, language_loss, log_probabilities, split_head
 from irc.model.routed import RoutedForCausalLM
 
 SIZES = {
@@ -60,33 +60,48 @@ def test_states_and_head_give_the_logits(make_routed: Callable[..., RoutedForCau
     assert list(model.state_dict()) == names  # no parameter has got a second name
 
 
+@pytest.mark.parametrize("share", [None, 0.0, 0.3, 1.0])
 @pytest.mark.parametrize("rows", [1, 7, 100])
 def test_a_loss_part_by_part_is_the_loss(
-    make_routed: Callable[..., RoutedForCausalLM], ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch, rows: int
+    make_routed: Callable[..., RoutedForCausalLM],
+    ids: torch.Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    rows: int,
+    share: float | None,
 ) -> None:
-    monkeypatch.setattr(head, "LOGITS_AT_ONCE", rows * VOCABULARY)
+    monkeypatch.setitem(head.LOGITS_AT_ONCE, "cpu", rows * VOCABULARY)
     model = make_routed()
     model.requires_grad_(False)
     targets = ids[:, 1:].flatten()
     with torch.no_grad():
         start = model.states(ids)[:, :-1].flatten(0, 1)
+        teacher = None if share is None else start + 0.5 * torch.randn(start.shape)
     whole, pieces = (start.clone().requires_grad_(True) for _ in range(2))
     seen: list[int] = []
 
-    def part_loss(part: torch.Tensor, place: slice) -> torch.Tensor:
-        seen.append(len(part))
-        return F.cross_entropy(model.logits(part), targets[place], reduction="sum")
+    def counted(states: torch.Tensor) -> torch.Tensor:
+        seen.append(len(states))
+        return model.logits(states)
 
-    (2 * F.cross_entropy(model.logits(whole), targets, reduction="sum")).backward()
-    loss = summed_loss(pieces, VOCABULARY, part_loss)
+    expected = plain = F.cross_entropy(model.logits(whole), targets, reduction="sum")
+    if teacher is not None and share is not None:
+        dense, routed = (model.logits(each).log_softmax(-1) for each in (teacher, whole))
+        expected = (1 - share) * plain + share * F.kl_div(routed, dense, reduction="sum", log_target=True)
+    (2 * expected).backward()
+    given = () if share is None else (teacher, share)
+    loss, found = language_loss(counted, VOCABULARY, pieces, targets, *given)
     (2 * loss).backward()
     assert max(seen) == min(rows, len(targets))
-    assert sum(seen) == len(targets)
+    assert sum(seen) == len(targets) * (1 if teacher is None else 2)
     assert whole.grad is not None
     assert pieces.grad is not None
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
+    assert not found.requires_grad
     torch.testing.assert_close(pieces.grad, whole.grad, rtol=1e-5, atol=1e-6)
     with torch.no_grad():
-        torch.testing.assert_close(summed_loss(start, VOCABULARY, part_loss), loss.detach(), rtol=1e-6, atol=0)
+        again = language_loss(model.logits, VOCABULARY, start, targets, *given)
+    torch.testing.assert_close(again, (loss.detach(), found), rtol=1e-6, atol=1e-6)
 
 
 def test_divergence_is_that_of_the_definition() -> None:
@@ -95,10 +110,13 @@ def test_divergence_is_that_of_the_definition() -> None:
     routed[7] = dense[7] + 3  # the same distribution
     reference = torch.distributions.Categorical(logits=dense.double())
     expected = torch.distributions.kl_divergence(reference, torch.distributions.Categorical(logits=routed.double()))
-    found, same = divergence(dense, routed)
+    found = divergence(log_probabilities(dense), log_probabilities(routed))
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
-    assert same.tolist() == [
-        one.index(max(one)) == other.index(max(other))
-        for one, other in zip(dense.tolist(), routed.tolist(), strict=True)
-    ]
-    assert (found[7].item(), bool(same[7])) == (pytest.approx(0, abs=1e-6), True)
+    assert found[7].item() == pytest.approx(0, abs=1e-6)
+
+
+def test_small_types_give_float32_logarithms() -> None:
+    logits = torch.randn(3, 11).bfloat16()
+    found = log_probabilities(logits)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, logits.float().log_softmax(-1))
