@@ -32,6 +32,7 @@ def main() -> None:
         data=str(text),
         seq_len=128,
         eval_tokens=8192,
+        yardstick_tokens=1024,
         device="cpu",
         lff=LffRecipe(tokens=16_384, steps=20),
         router=RouterRecipe(steps=40, teach_steps=10, calibration_tokens=16_384),

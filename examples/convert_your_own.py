@@ -37,6 +37,7 @@ def main() -> None:
         sparsity=arguments.sparsity,
         seq_len=128,
         eval_tokens=8192,
+        yardstick_tokens=1024,
         device="cpu",
         lff=LffRecipe(tokens=16_384, steps=20),
         router=RouterRecipe(steps=arguments.steps, teach_steps=10, calibration_tokens=16_384),

@@ -32,7 +32,7 @@ from irc.model.capture import capture
 
 SETTINGS = (
     "lff.tokens=2048 lff.steps=6 lff.batch_size=4 router.steps=20 router.batch_size=4 router.calibration_tokens=4096 "
-    "router.teach_steps=2 eval_tokens=1024 checkpoint_seconds=0 precision=fp32"
+    "router.teach_steps=2 eval_tokens=1024 yardstick_tokens=0 checkpoint_seconds=0 precision=fp32"
 ).split()
 # The parent process has imported everything and captured a model once, so kills hit the work of irc, not its imports.
 FORK = multiprocessing.get_context("fork")

@@ -58,14 +58,13 @@ def fetch() -> Path:
 
 def recipe_for(model: Path, flops: float, given: argparse.Namespace) -> Recipe:
     """Return the recipe of one target."""
-    # A recipe without the field measures its target in (token, unit) pairs, which is close where units cost alike.
-    target: dict[str, Any] = {"flops": flops} if "flops" in Recipe.model_fields else {"sparsity": round(1 - flops, 4)}
     lff, router = LffRecipe(), RouterRecipe()
     return Recipe(
         model=str(model),
         data=given.data,
         seq_len=given.seq_len,
         eval_tokens=given.tokens,
+        yardstick_tokens=min(Recipe().yardstick_tokens, given.tokens),
         device=given.device,
         lff=LffRecipe(tokens=min(lff.tokens, 4 * given.tokens), steps=min(lff.steps, given.steps)),
         router=RouterRecipe(
@@ -73,7 +72,7 @@ def recipe_for(model: Path, flops: float, given: argparse.Namespace) -> Recipe:
             teach_steps=-1 if given.steps >= router.steps else min(30, given.steps),
             calibration_tokens=min(router.calibration_tokens, 4 * given.tokens),
         ),
-        **target,
+        flops=flops,
     )
 
 

@@ -20,7 +20,7 @@ from tiny_llama import model_and_text
 
 SETTINGS = (
     "lff.tokens=16384 lff.steps=10 router.steps=20 router.teach_steps=5 router.calibration_tokens=16384 "
-    "eval_tokens=8192 precision=fp32"
+    "eval_tokens=8192 yardstick_tokens=0 precision=fp32"
 ).split()
 TORCHRUN = "torch.distributed.run --standalone --nproc-per-node 2 -m irc".split()
 

@@ -81,7 +81,7 @@ class RouterRecipe(Checked):
         default=0.0, description="share of the loss given to divergence from the dense model's logits"
     )
     calibration_tokens: Count = Field(
-        default=49_152, description="tokens that set the threshold, from the calibration split"
+        default=24_576, description="tokens that set the threshold, from the calibration split"
     )
 
     def trains(self, policy: Policy) -> bool:

@@ -16,6 +16,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from filelock import FileLock
 from torch import fx
 
 from exporters.onnx import MODEL, CacheShape, Decision, Description, export_onnx
@@ -161,11 +162,17 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         pytest.skip("no C++ compiler: the CUDA kernels cannot be emulated")
-    built = tmp_path_factory.mktemp("emulated") / "libirc_native_emulated.so"
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared  # of all workers
+    built = shared / "libirc_native_emulated.so"
     sources = [*sorted((SOURCES / "cuda").glob("*.cu")), SOURCES / "operators.cpp", SOURCES / "kernel.cpp"]
     flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden"]
     names = ["-DIRC_EMULATED", '-DIRC_VERSION="0"', '-DIRC_ARCHITECTURES="sm_80, sm_90"']
-    subprocess.run([compiler, *flags, *names, "-x", "c++", *sources, "-o", built], check=True)
+    with FileLock(f"{built}.lock"):
+        if not built.exists():
+            partial = built.with_suffix(".part")
+            subprocess.run([compiler, *flags, *names, "-x", "c++", *sources, "-o", partial], check=True)
+            partial.rename(built)
     return built
 
 

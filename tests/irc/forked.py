@@ -83,6 +83,7 @@ def _run(
         with path.open("w") as opened:
             os.dup2(opened.fileno(), number)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the fork server ignores it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
     os.chdir(cwd)
     os.environ.update(environment)
     sys.exit(function(*arguments))

@@ -79,13 +79,13 @@ SUPPORTED = {
     "hyperclovax": Case("HyperCLOVAXConfig", {"head_dim": 8, "residual_multiplier": 0.5, "use_post_norm": True}),
     "gemma": Case("GemmaConfig", {"head_dim": 8}),
     "gemma3": Case("Gemma3TextConfig", {"head_dim": 8, **SLIDING}),
-    "olmoe": Case("OlmoeConfig", {"num_experts": 4, "num_experts_per_tok": 2}),
-    "mixtral": Case("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "olmoe": Case("OlmoeConfig", {"num_experts": 3, "num_experts_per_tok": 2}),
+    "mixtral": Case("MixtralConfig", {"num_local_experts": 3, "num_experts_per_tok": 2}),
     "qwen3_moe": Case(
         "Qwen3MoeConfig",
         {
             "head_dim": 8,
-            "num_experts": 4,
+            "num_experts": 3,
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 24,
             "mlp_only_layers": [1],
