@@ -85,7 +85,7 @@ SUPPORTED = {
         "Qwen3MoeConfig",
         {
             "head_dim": 8,
-            "num_experts": 3,
+            "num_experts": 4,
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 24,
             "mlp_only_layers": [1],
