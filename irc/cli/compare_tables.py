@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from irc import console
-from irc.compare.labels import name_of, note_of, realized_of, target_label, with_spread
+from irc.compare.labels import flops_of, name_of, note_of, realized_of, target_label, with_spread
 
 _WIDE = 110
 _ONLY_WIDE = ("seeds", "top-1", "attention", "FFN")
@@ -17,7 +17,7 @@ def comparison_tables(results: dict[str, Any]) -> None:
         [
             name_of(group),
             target_label(group),
-            f"{group['flops_ratio']:.3f}",
+            flops_of(group),
             str(group["seeds"]),
             None if group["kl"] is None else with_spread(group["kl"]),
             None if group["top1"] is None else with_spread(group["top1"]),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from irc.recipe.target import TargetKind
+
 
 def name_of(group: dict[str, Any]) -> str:
     """Return the name of a group: policy, LoRA, variant."""
@@ -28,6 +30,16 @@ def note_of(found: dict[str, Any]) -> str:
     return f"unfair: {' and '.join(found['missed'])} missed the target" if found["missed"] else ""
 
 
+def flops_of(group: dict[str, Any]) -> str:
+    """Return the FLOPs ratio of a group, marked if that is its target and a seed missed it."""
+    return f"{group['flops_ratio']:.3f}{' (missed)' if missed_in(group, 'flops') else ''}"
+
+
 def realized_of(group: dict[str, Any]) -> str:
-    """Return the realized sparsity of a group, marked if a seed missed the target."""
-    return f"{group['realized']['mean']:.3f}{' (missed)' if group['missed'] else ''}"
+    """Return the realized sparsity of a group, marked if that is its target and a seed missed it."""
+    return f"{group['realized']['mean']:.3f}{' (missed)' if missed_in(group, 'sparsity') else ''}"
+
+
+def missed_in(group: dict[str, Any], kind: TargetKind) -> bool:
+    """Return whether the target of a group is of this kind, and a seed missed it."""
+    return bool(group["missed"]) and kind == ("sparsity" if group.get("flops") is None else "flops")

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from irc.compare import plots
-from irc.compare.labels import name_of, note_of, realized_of, target_label, with_spread
+from irc.compare.labels import flops_of, missed_in, name_of, note_of, realized_of, target_label, with_spread
 from irc.compare.results import Row
 from irc.errors import InputError
 from irc.views.html import render
@@ -46,7 +46,9 @@ def write_report(results: dict[str, Any], path: Path) -> None:
         name=name_of,
         spread=with_spread,
         note=note_of,
+        flops=flops_of,
         realized=realized_of,
+        missed_in=missed_in,
         target=target_label,
         tokens=f"{results['cells'][0]['figures']['tokens']:,}",
         split=results["recipe"]["eval_split"],

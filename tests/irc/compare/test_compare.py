@@ -13,7 +13,7 @@ import pytest
 
 from irc.compare import run
 from irc.compare.cells import Cell, Plan, read_variants
-from irc.compare.labels import note_of, realized_of
+from irc.compare.labels import flops_of, note_of, realized_of
 from irc.compare.results import catch_up, gap_closed, groups
 from irc.errors import InputError
 from irc.recipe.recipe import Recipe
@@ -259,7 +259,9 @@ def test_a_cell_that_missed_its_target_is_marked_everywhere() -> None:
         (1, True),
     ]
     rows[0]["flops"], rows[0]["sparsity"] = 0.85, None
-    assert groups(rows[:1])[0]["missed"] == 1  # its FLOPs ratio is 0.8
+    (group,) = groups(rows[:1])
+    assert group["missed"] == 1  # its FLOPs ratio is 0.8
+    assert ("missed" in flops_of(group), "missed" in realized_of(group)) == (True, False)
     rows[0]["flops"], rows[0]["sparsity"] = None, 0.25
     caught = catch_up(rows, TARGET)
     assert caught is not None
