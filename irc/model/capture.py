@@ -26,6 +26,7 @@ from irc.model.architectures import SUPPORTED, TESTED
 from irc.model.cache import CACHE_NAME, cache_shape
 from irc.model.experts import separate_experts, stored_name
 from irc.model.interrupts import interrupts_kept
+from irc.model.repeated_layers import add_copies, layers_to_copy, with_first_layers
 from passes.base import PassManager
 from passes.clean_up import CleanUp
 from passes.set_device import SetDevice
@@ -71,6 +72,17 @@ def capture(config: PretrainedConfig, dtype: torch.dtype) -> Captured:
         InputError: transformers cannot build the architecture, or torch.export cannot capture it.
     """
     _refuse_unsupported(config)
+    sources = layers_to_copy(_meta_twin(config, dtype))
+    traced = config if sources is None else with_first_layers(config, len(set(sources)))
+    graph = _traced(traced, dtype)
+    _check_outputs(graph, traced)
+    if sources is not None:
+        add_copies(graph, sources)
+    PassManager([CleanUp()]).run(graph)
+    return Captured(graph, config, dtype)
+
+
+def _traced(config: PretrainedConfig, dtype: torch.dtype) -> fx.GraphModule:
     twin = _meta_twin(config, dtype)
     separate_experts(twin, config)
     register_cache_pytrees_for_model(twin)
@@ -88,10 +100,7 @@ def capture(config: PretrainedConfig, dtype: torch.dtype) -> Captured:
     finally:
         torch.set_grad_enabled(grad_mode)
     _relink(module, twin)
-    graph = _root(module)
-    _check_outputs(graph, config)
-    PassManager([CleanUp()]).run(graph)
-    return Captured(graph, config, dtype)
+    return _root(module)
 
 
 def assign_weights(captured: Captured, weights: Mapping[str, torch.Tensor], device: torch.device | str = "cpu") -> None:
