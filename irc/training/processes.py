@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 _SIZE, _RANK, _LOCAL_RANK, _ADDRESS, _PORT = "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"
 _OF_MPI = ("PMI_SIZE", "PMI_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE")
 _REMEDY = f"start the processes with torchrun or accelerate launch, or unset {_SIZE} to convert in one process"
+_MOST_DIGITS = 20
 _JOIN_SECONDS = 600.0
 _LOOK_SECONDS = 0.2
 
@@ -138,7 +139,7 @@ def _no_group_in_environment() -> Iterator[None]:
 
 def _number(name: str, least: int, most: int | None = None) -> int:
     text = os.environ[name]
-    found = int(text) if text.strip().isdecimal() else -1
+    found = int(text) if text.strip().isdecimal() and len(text) < _MOST_DIGITS else -1
     if found < least or (most is not None and found > most):
         bounds = f"{least} or more" if most is None else f"{least} to {most}"
         raise InputError(f"{name} is '{text[:40]}' in the environment, expected {bounds}; {_REMEDY}")
