@@ -292,5 +292,5 @@ def _end_tokens(folder: Path, eos: int | None) -> frozenset[int]:
             raise InputError(f"{path}: damaged ({first_line(error)}); export again") from error
         ends = stated if isinstance(stated, list) else [] if stated is None else [stated]
         if any(type(end) is not int for end in ends):
-            raise InputError(f"{path}: damaged (eos_token_id is {str(stated)[:80]}); export again")
+            raise InputError(f"{path}: damaged (eos_token_id is {str(stated)[:80]!r}); export again")
     return frozenset(ends if eos is None else [*ends, eos])
