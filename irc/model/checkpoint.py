@@ -300,6 +300,8 @@ def find_base(name: str, revision: str | None = None, *, ask_hub: bool = True) -
     Raises:
         InputError: There is no such model, or its folder holds a link that leads out of it.
     """
+    if any("\ud800" <= letter <= "\udfff" for letter in name):
+        raise InputError(f"{name}: the path is not UTF-8, so that no file can name it; rename the folder")
     if name == "demo":
         return BaseModel(name, Path(str(resources.files("irc"))) / "demo")
     folder = Path(name)

@@ -153,6 +153,10 @@ def load_text(spec: str) -> TextSource:
     Raises:
         InputError: The source does not exist, is not text, or is empty.
     """
+    if not spec.strip():
+        raise InputError("the text's name is empty; give a path, 'stdlib' or 'hf:NAME'", options=("data",))
+    if any("\ud800" <= letter <= "\udfff" for letter in spec):
+        raise InputError(f"{spec}: the path is not UTF-8, so that no file can name it; rename it", options=("data",))
     if spec == "stdlib":
         documents = list(_stdlib_documents(tests=False))
     elif spec == "stdlib-tests":
