@@ -17,6 +17,7 @@ import torch
 from torch import fx, nn
 from torch.export import Dim, export, unflatten
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache
 from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_model
 
@@ -40,6 +41,7 @@ _NUMBERS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float1
 _WANTED = "convert a checkpoint in bfloat16, float16 or float32"
 _ROPES = ("default", "linear", "yarn", "llama3")
 _DYNAMIC_ROPES = ("dynamic", "longrope", "su")  # su is longrope's earlier name
+_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
 _PREFIX = "model."
 _COMPUTED = ".rotary_emb.inv_freq"  # older checkpoints contain it; it follows from the configuration
 
@@ -157,6 +159,13 @@ def _refuse_unsupported(config: PretrainedConfig) -> None:
             raise InputError(
                 f"{config.model_type}: config.json has rope type '{kind}', which {why}; use a model with one of "
                 f"{', '.join(_ROPES)}"
+            )
+    for key in _ACTIVATIONS:
+        value = getattr(config, key, None)
+        if isinstance(value, str) and value not in ACT2FN:
+            raise InputError(
+                f"{config.model_type}: config.json has {key} '{value[:40]}', which is no activation of transformers; "
+                "correct it"
             )
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(f"{config.model_type}: encoder-decoder models are not supported; convert a decoder-only model")

@@ -22,7 +22,7 @@ from irc.model.architectures import check_model_type
 from irc.model.gguf import gguf_in, open_gguf
 from irc.model.paging import MappedPages
 from irc.model.tokenizer import load_tokenizer
-from irc.model.weight_files import weight_files, what_instead
+from irc.model.weight_files import INDEX, weight_files, what_instead
 
 _COUNTS = ("num_hidden_layers", "num_experts", "num_local_experts")
 _SIZES = (
@@ -58,6 +58,7 @@ _OUTPUT = {
 }
 _NOT_QUANTIZED = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 _OURS = {"irc_config.json": "a bundle", "irc.json": "an ONNX folder"}
+_ROPE_NUMBERS = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _MOST_LAYERS = 10_000
 _LARGE_MODEL_BYTES = 2_000_000_000
 _PIECE = 1 << 22
@@ -89,6 +90,9 @@ class BaseModel:
         """
         try:
             raw = json.loads(read_text(self.folder / "config.json"))
+            if not isinstance(raw, dict):
+                raise ValueError(f"expected an object of keys and values, found {type(raw).__name__}")
+            _refuse_numbers(raw)
             for key, names in (
                 ("configuration_files", "other configuration files"),
                 ("transformers_weights", "weights"),
@@ -145,7 +149,11 @@ class BaseModel:
         if not path.is_file():
             return GenerationConfig.from_model_config(self.config)
         try:
-            return GenerationConfig.from_dict(read_json(path))
+            found = GenerationConfig.from_dict(read_json(path))
+            ends = found.eos_token_id if isinstance(found.eos_token_id, list) else [found.eos_token_id]
+            if any(end is not None and type(end) is not int for end in ends):
+                raise ValueError(f"eos_token_id is {str(found.eos_token_id)[:80]!r}, expected an id or a list of ids")
+            return found
         except (ValueError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: cannot be used ({first_line(error)}); fix or delete it") from error
 
@@ -199,6 +207,12 @@ class BaseModel:
                     f"{self.name}: config.json says {name} {str(value)[:40]}, but the checkpoint's weights allow at "
                     f"most {most}"
                 )
+        heads, groups = (getattr(self.config, key, None) for key in ("num_attention_heads", "num_key_value_heads"))
+        if heads and groups and heads % groups:
+            raise InputError(
+                f"{self.name}: config.json says num_key_value_heads {groups}, which does not divide "
+                f"num_attention_heads {heads}; correct the wrong one"
+            )
         padding, tokens = getattr(self.config, "pad_token_id", None), self.config.vocab_size
         if padding is not None and not -tokens <= padding < tokens:
             raise InputError(
@@ -286,6 +300,8 @@ def find_base(name: str, revision: str | None = None, *, ask_hub: bool = True) -
     Raises:
         InputError: There is no such model, or its folder holds a link that leads out of it.
     """
+    if any("\ud800" <= letter <= "\udfff" for letter in name):
+        raise InputError(f"{name}: the path is not UTF-8, so that no file can name it; rename the folder")
     if name == "demo":
         return BaseModel(name, Path(str(resources.files("irc"))) / "demo")
     folder = Path(name)
@@ -331,6 +347,23 @@ def _checked(name: str, folder: Path) -> BaseModel:
     return BaseModel(name, folder)
 
 
+def _refuse_numbers(raw: Mapping[str, Any]) -> None:
+    """Refuse numbers of a config.json with which transformers would fail without naming them.
+
+    Raises:
+        ValueError: Names the key and the value.
+    """
+    for key in (*_SIZES, "max_position_embeddings"):
+        if type(raw.get(key)) is int and raw[key] < 1:
+            raise ValueError(f"{key} is {str(raw[key])[:40]}, expected 1 or more")
+    kinds = [kind for kind in (raw.get("rope_parameters"), raw.get("rope_scaling")) if isinstance(kind, dict)]
+    layers = [part for kind in kinds for part in kind.values() if isinstance(part, dict)]  # one for each kind of layer
+    for part in ({"rope_theta": raw.get("rope_theta")}, *kinds, *layers):
+        for key, value in part.items():
+            if key in _ROPE_NUMBERS and value is not None and not (isinstance(value, int | float) and value > 0):
+                raise ValueError(f"{key} of the rope parameters is {value!r:.40}, expected a number above 0")
+
+
 class Weights(Mapping[str, torch.Tensor]):
     """Weights by name. Only one shard is held at a time, so a converted or copied weight does not keep its shard.
 
@@ -345,6 +378,11 @@ class Weights(Mapping[str, torch.Tensor]):
         self.dtypes: set[torch.dtype] = set()
         for shard in shards:
             for key, tensor in _mapped(shard).items():
+                if key in self._shard and not (shard.parent / INDEX).is_file():
+                    raise InputError(
+                        f"{shard}: holds {key}, which {self._shard[key].name} holds too, and no {INDEX} is there; "
+                        "delete the shard that belongs to another checkpoint"
+                    )
                 self._shard[key], self.shapes[key] = shard, tuple(tensor.shape)
                 self.dtypes.add(tensor.dtype)
         self._current: tuple[Path | None, dict[str, torch.Tensor]] = (None, {})

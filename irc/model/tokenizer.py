@@ -17,6 +17,7 @@ _NEVER_READ = ("special_tokens_map_file",)  # often holds a path on its author's
 # Keys that transformers follows out of the folder.
 _REFUSED = ("gguf_file", "fast_tokenizer_files", "init_inputs", "vocab", "merges")
 _READ = (_CONFIG, "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "config.json")
+_CHECKED = ("*.model", "chat_template.jinja", "additional_chat_templates/*.jinja")  # *.model is of SentencePiece
 
 
 def load_tokenizer(folder: Path, name: str) -> Any:
@@ -35,8 +36,9 @@ def load_tokenizer(folder: Path, name: str) -> Any:
                 text = read_text(folder / file)
                 if file == _CONFIG:
                     _check_files(json.loads(text), folder / file)
-        for path in folder.glob("*.model"):  # of SentencePiece
-            check_pulled(path)
+        for pattern in _CHECKED:
+            for path in folder.glob(pattern):
+                check_pulled(path)
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except InputError:
         raise

@@ -113,10 +113,7 @@ class Generator:
         Raises:
             InputError: It is not valid text, has no token or one that the model does not know, or fills the context.
         """
-        try:
-            prompt.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise InputError(f"the prompt is not valid UTF-8 (character {error.start}); give text") from error
+        _check_text(prompt, "the prompt")
         ids = self.tokenizer.encode(prompt)
         self._room(ids, 0)
         if max(ids) >= self.runtime.vocabulary:
@@ -265,8 +262,21 @@ def choose(logits: NDArray[np.float32], sampling: Sampling, random: np.random.Ge
     return int(random.choice(order, p=chances))
 
 
+def _check_text(text: str, what: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"{what} is not valid UTF-8 (character {error.start}); give text") from error
+
+
 def special_stops(tokenizer: Any, stop: Sequence[str]) -> frozenset[int]:
-    """Return the ids of the stop strings that are special tokens, which no decoded text contains."""
+    """Return the ids of the stop strings that are special tokens, which no decoded text contains.
+
+    Raises:
+        InputError: A stop string is not valid text.
+    """
+    for mark in stop:
+        _check_text(mark, f"the stop string {mark!a:.80}")
     alone = [tokenizer.encode(mark, add_special_tokens=False) for mark in stop]
     return frozenset(ids[0] for ids in alone if len(ids) == 1 and not tokenizer.decode(ids, skip_special_tokens=True))
 
@@ -292,5 +302,5 @@ def _end_tokens(folder: Path, eos: int | None) -> frozenset[int]:
             raise InputError(f"{path}: damaged ({first_line(error)}); export again") from error
         ends = stated if isinstance(stated, list) else [] if stated is None else [stated]
         if any(type(end) is not int for end in ends):
-            raise InputError(f"{path}: damaged (eos_token_id is {str(stated)[:80]}); export again")
+            raise InputError(f"{path}: damaged (eos_token_id is {str(stated)[:80]!r}); export again")
     return frozenset(ends if eos is None else [*ends, eos])

@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import reprlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeGuard
@@ -111,9 +111,9 @@ def csv_rows(path: Path, text: str, delimiter: str = ",") -> list[Row]:
 
     refusal: type[InputError] = NotATable
     try:
-        if not _column(reader.fieldnames or ()):
-            _refuse_columns(str(path), reader.fieldnames or ())
+        column = _column(reader.fieldnames or ()) or _refuse_columns(str(path), reader.fieldnames or ())
         refusal = InputError
+        _refuse_twice(str(path), column, reader.fieldnames or ())
         return list(_rows(numbered(), str(path), "line"))
     except csv.Error as error:
         raise refusal(f"{path}, line {reader.reader.line_num}: {error}; put texts into quotes") from error
@@ -134,11 +134,22 @@ def parquet_rows(path: Path) -> list[Row]:
         with parquet.ParquetFile(path) as opened:
             names = opened.schema_arrow.names
             column = _column(names) or _refuse_columns(str(path), names)
-            batches = opened.iter_batches(columns=[column])
-            rows = ({column: value} for batch in batches for value in batch.column(0).to_pylist())
-            return list(_rows(enumerate(rows, start=1), str(path)))
+            _refuse_twice(str(path), column, names)
+            values = (value for batch in opened.iter_batches(columns=[column]) for value in batch.column(0))
+            return list(_rows(_parquet_values(path, column, values), str(path)))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not a parquet file ({first_line(error)})") from error
+
+
+def _parquet_values(path: Path, column: str, values: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+    for number, value in enumerate(values, start=1):
+        try:
+            yield number, {column: value.as_py()}
+        except UnicodeDecodeError as error:
+            found = error.object[error.start : error.start + 1]
+            raise InputError(
+                f"{path}, row {number}, column '{column}': not UTF-8 text (byte {found!r}); convert it to UTF-8"
+            ) from error
 
 
 READERS: dict[str, Callable[[Path, str], list[Row]]] = {
@@ -221,6 +232,7 @@ def _json_lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
     refusal: type[InputError] = NotATable
     # Split at line feeds only: a JSON string may contain the other line separators that splitlines() honors.
     for number, line in enumerate(text.split("\n"), start=1):
+        line = line.removeprefix("\ufeff")  # left in the middle where files with byte order marks were joined
         if not line.strip():
             continue
         try:
@@ -316,6 +328,11 @@ def _refuse_columns(source: str, names: Iterable[str]) -> NoReturn:
     raise NotATable(f"{source}: no text column (found {found[:200]}); name one of the columns {known}")
 
 
+def _refuse_twice(source: str, column: str, names: Sequence[str]) -> None:
+    if (count := names.count(column)) > 1:
+        raise InputError(f"{source}: has {count} columns '{column}'; rename all but the one to read")
+
+
 def _row(value: object, where: str, is_chat: bool) -> Row:
     if not is_chat:
         if not isinstance(value, str):
@@ -340,7 +357,8 @@ def _message(message: object, where: str) -> dict[str, Any]:
     keys = {key: value for key, value in message.items() if value is not None}  # parquet fills absent keys with None
     if "from" in keys and "value" in keys:
         speaker = keys.pop("from")
-        keys |= {"role": _ROLES.get(speaker, speaker), "content": keys.pop("value")}
+        role = _ROLES.get(speaker, speaker) if isinstance(speaker, str) else speaker
+        keys |= {"role": role, "content": keys.pop("value")}
     role, content = keys.get("role"), keys.get("content")
     if isinstance(content, list):
         texts: list[Any] = [part.get("text") if isinstance(part, dict) else None for part in content]

@@ -17,6 +17,7 @@ import zlib
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -24,7 +25,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from irc.errors import InputError
-from irc.files.untrusted import first_line
+from irc.files.untrusted import check_pulled, first_line
 from irc.text.rows import MOST_CHARACTERS, READERS, NotATable, Row, hub_rows, parquet_rows
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,22 @@ _UNPACKED_BY = {
     ".zip": "unzip",
     ".tar": "tar -xf",
     ".tgz": "tar -xf",
+    ".zstd": "zstd -d",
+    ".7z": "7z x",
+    ".rar": "unrar x",
 }
+_BEGINS_WITH = {
+    b"\x1f\x8b": "packed by gzip; end its name with .gz",
+    b"\x28\xb5\x2f\xfd": "packed; unpack it first: zstd -d",
+    b"\xfd7zXZ": "packed; unpack it first: xz -d",
+    b"PK\x03\x04": "a zip archive or a document of an office program; write its texts to a .txt or .jsonl file",
+    b"%PDF": "a PDF document; write its text to a .txt file",
+    b"PAR1": "a parquet file; end its name with .parquet",
+    b"ARROW1": "an Arrow file; write its rows with Dataset.to_parquet() or to_json()",
+    b"\xff\xff\xff\xff": "an Arrow file; write its rows with Dataset.to_parquet() or to_json()",
+}
+"""What a file is whose first bytes are no text, and what to do."""
+_ARROW = ".arrow"  # of Dataset.save_to_disk()
 _ABOUT_A_DATASET = ("readme", "license", "licence", "notice", "citation", "changelog")
 _BLOCK_CHARACTERS, _LEAST_BLOCK_CHARACTERS = 4096, 256
 _STDLIB_SKIPPED = frozenset("site-packages dist-packages encodings pydoc_data __pycache__".split())
@@ -137,6 +153,10 @@ def load_text(spec: str) -> TextSource:
     Raises:
         InputError: The source does not exist, is not text, or is empty.
     """
+    if not spec.strip():
+        raise InputError("the text's name is empty; give a path, 'stdlib' or 'hf:NAME'", options=("data",))
+    if any("\ud800" <= letter <= "\udfff" for letter in spec):
+        raise InputError(f"{spec}: the path is not UTF-8, so that no file can name it; rename it", options=("data",))
     if spec == "stdlib":
         documents = list(_stdlib_documents(tests=False))
     elif spec == "stdlib-tests":
@@ -188,10 +208,15 @@ def _folder_documents(root: Path) -> list[Document]:
     texts: list[Path] = []
     left_out: list[Path] = []
     refusals: list[InputError] = []
-    for path in sorted(path for path in root.rglob("*") if path.is_file()):
+    for path in sorted(root.rglob("*")):
         suffix = _suffix(path)
+        hidden = path.name.startswith(".")  # editors leave links to nothing as locks
+        if path.is_symlink() and not path.exists() and suffix in TABLE_SUFFIXES | TEXT_SUFFIXES and not hidden:
+            raise InputError(f"{path}: is a link to a file that is not there; restore the file or delete the link")
+        if not path.is_file():
+            continue
         try:
-            if suffix in TABLE_SUFFIXES | _UNPACKED_BY.keys():
+            if suffix in TABLE_SUFFIXES | _UNPACKED_BY.keys() | {_ARROW}:
                 tables += _file_documents(path, path.relative_to(root).as_posix())
             else:
                 (texts if suffix in TEXT_SUFFIXES else left_out).append(path)
@@ -233,8 +258,13 @@ def _fills_every_split(documents: Sequence[Document]) -> bool:
 def _file_documents(path: Path, name: str) -> list[Document]:
     """Return the rows of a table, or the blocks of a text file, so that even a single file has held-out text."""
     suffix = _suffix(path)
+    if suffix in _UNPACKED_BY.keys() | {".parquet", _ARROW}:
+        with _readable(path):
+            check_pulled(path)
     if suffix in _UNPACKED_BY:
         raise NotATable(f"{path}: is packed; unpack it first: {_UNPACKED_BY[suffix]} {path}")
+    if suffix == _ARROW:
+        raise NotATable(f"{path}: is an Arrow file; write its rows with Dataset.to_parquet() or to_json()")
     if suffix == ".parquet":
         return _numbered(name, parquet_rows(path))
     if suffix in READERS:
@@ -254,14 +284,32 @@ def _numbered(name: str, rows: Sequence[Row]) -> list[Document]:
 
 def _read_text(path: Path) -> str:
     """Return the text of a file, which gzip may have packed, without a byte order mark."""
-    try:
+    with _readable(path):
+        check_pulled(path)
         text = _unpacked(path) if path.suffix.lower() == ".gz" else path.read_text(encoding="utf-8")
+    return text.removeprefix("\ufeff")
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Refuse a file that cannot be read, or not as text."""
+    try:
+        yield
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (at byte {error.start}); convert it to UTF-8") from error
+        raise InputError(f"{path}: {_no_text(path, error.start)}") from error
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise InputError(f"{path}: cannot be read: {reason}") from error
-    return text.removeprefix("\ufeff")
+
+
+def _no_text(path: Path, start: int) -> str:
+    """Return what a file is that is not UTF-8 text from some byte on, and what to do."""
+    with path.open("rb") as opened:
+        head = opened.read(8)
+    known = next((said for begins, said in _BEGINS_WITH.items() if head.startswith(begins)), None)
+    if known and path.suffix.lower() != ".gz":
+        return f"is {known}"
+    return f"not UTF-8 text (at byte {start}); convert it to UTF-8"
 
 
 def _unpacked(path: Path) -> str:

@@ -23,7 +23,7 @@ from irc.errors import InputError, IrcError
 from irc.files.tensors import write_safetensors
 from irc.progress import Progress
 from irc.training.master_weights import MasterAdamW
-from irc.training.processes import join_group
+from irc.training.processes import join_group, plain_environment
 from irc.training.sharding import average_gradients, broadcast_weights
 
 
@@ -99,11 +99,12 @@ def accelerator_for(device: str, precision: str) -> Accelerator:
         IrcError: The other processes of the group did not come in time.
     """
     join_group(device)
-    return Accelerator(
-        cpu=device == "cpu",
-        mixed_precision="bf16" if precision == "bf16" else "no",
-        dataloader_config=DataLoaderConfiguration(split_batches=True),
-    )
+    with plain_environment():
+        return Accelerator(
+            cpu=device == "cpu",
+            mixed_precision="bf16" if precision == "bf16" else "no",
+            dataloader_config=DataLoaderConfiguration(split_batches=True),
+        )
 
 
 def train(

@@ -1,7 +1,7 @@
 """The group of processes that torchrun or accelerate launch started: which one this is, and how it joins the others.
 
 A group exists where `WORLD_SIZE` is 2 or more. Without it, a rank in the environment means nothing: schedulers and
-scripts leave some there. The variables of MPI are not read.
+scripts leave some there, and settings of accelerate. The variables of MPI are not read.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ log = logging.getLogger(__name__)
 
 _SIZE, _RANK, _LOCAL_RANK, _ADDRESS, _PORT = "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"
 _OF_MPI = ("PMI_SIZE", "PMI_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE")
+_OF_ACCELERATE = "ACCELERATE_"
 _REMEDY = f"start the processes with torchrun or accelerate launch, or unset {_SIZE} to convert in one process"
+_MOST_DIGITS = 20
 _JOIN_SECONDS = 600.0
 _LOOK_SECONDS = 0.2
 
@@ -84,7 +86,7 @@ def join_group(device: str) -> PartialState:
     found = group()
     cpu = device == "cpu"
     if found.size == 1:
-        with _no_group_in_environment():
+        with plain_environment():
             return PartialState(cpu=cpu)
     if not torch.distributed.is_initialized():
         backend = "gloo" if cpu else "nccl"
@@ -126,10 +128,15 @@ def _meet(found: Group) -> Any:
 
 
 @contextmanager
-def _no_group_in_environment() -> Iterator[None]:
-    """Hide variables that accelerate takes for a group's."""
+def plain_environment() -> Iterator[None]:
+    """Hide variables that accelerate takes for a group's, or for its own settings, if this process is in no group.
+
+    Raises:
+        InputError: The environment does not describe a group.
+    """
     names = (_SIZE, _RANK, _LOCAL_RANK, *_OF_MPI)
-    hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
+    stray = [name for name in os.environ if name in names or name.startswith(_OF_ACCELERATE)]
+    hidden = {name: os.environ.pop(name) for name in stray} if group().size == 1 else {}
     try:
         yield
     finally:
@@ -138,7 +145,7 @@ def _no_group_in_environment() -> Iterator[None]:
 
 def _number(name: str, least: int, most: int | None = None) -> int:
     text = os.environ[name]
-    found = int(text) if text.strip().isdecimal() else -1
+    found = int(text) if text.strip().isdecimal() and len(text) < _MOST_DIGITS else -1
     if found < least or (most is not None and found > most):
         bounds = f"{least} or more" if most is None else f"{least} to {most}"
         raise InputError(f"{name} is '{text[:40]}' in the environment, expected {bounds}; {_REMEDY}")

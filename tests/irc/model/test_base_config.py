@@ -55,7 +55,29 @@ IMPOSSIBLE: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "text for layers": ({"num_hidden_layers": "2"}, ("num_hidden_layers", "int", "'2'")),
     "null": ({"max_position_embeddings": None}, ("max_position_embeddings", "int", "None")),
     "heads": ({"num_attention_heads": 3}, ("hidden size (32)", "(3)")),
-    "activation": ({"hidden_act": "siluu"}, ("siluu",)),
+    "heads in groups": ({"num_key_value_heads": 3}, ("num_key_value_heads 3", "num_attention_heads 4")),
+    "no heads": ({"num_attention_heads": 0}, ("num_attention_heads is 0",)),
+    "no positions": ({"max_position_embeddings": 0}, ("max_position_embeddings is 0",)),
+    "activation": ({"hidden_act": "siluu"}, ("hidden_act", "siluu")),
+    "text for a base": (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": "10000"}},
+        ("rope_theta", "'10000'"),
+    ),
+    "base 0": ({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, ("rope_theta", "is 0")),
+    "text for an early base": ({"rope_parameters": None, "rope_theta": "1e4"}, ("rope_theta", "'1e4'")),
+    "text for a factor": (
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": "2"}},
+        ("factor", "'2'"),
+    ),
+    "text for a bound": (
+        {
+            "rope_parameters": {
+                **{"rope_type": "llama3", "rope_theta": 1e4, "factor": 2.0, "low_freq_factor": "low"},
+                **{"high_freq_factor": 4.0, "original_max_position_embeddings": 32},
+            }
+        },
+        ("low_freq_factor", "'low'"),
+    ),
     "rope": ({"rope_parameters": None, "rope_scaling": {"type": "su", "factor": 2.0}}, ("'su'", "linear")),
     "unknown rope": ({"rope_parameters": {"rope_type": "ntk", "rope_theta": 1e4}}, ("'ntk'", "linear")),
     "rope without factor": ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, ("'linear'", "factor")),
@@ -72,6 +94,19 @@ def test_a_value_that_cannot_be_is_named(copied: Path, which: str) -> None:
         assert part in str(caught.value)
     for untrue in ("this architecture", "no causal language model", "convert a Llama", "\n"):
         assert untrue not in str(caught.value)
+
+
+def test_a_configuration_is_an_object(copied: Path) -> None:
+    (copied / "config.json").write_text("[]")
+    with pytest.raises(InputError, match=r"object.*list"):
+        _ = find_base(str(copied)).config
+
+
+@pytest.mark.parametrize("end", ["256", [256, "b"], True])
+def test_an_end_token_is_an_id(copied: Path, end: object) -> None:
+    (copied / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    with pytest.raises(InputError, match=r"generation_config\.json.*eos_token_id"):
+        _ = find_base(str(copied)).generation
 
 
 def test_padding_from_the_end_is_what_torch_allows(copied: Path) -> None:

@@ -24,3 +24,9 @@ def test_no_name_is_not_the_working_folder(name: str, tmp_path: Path, monkeypatc
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError, match="empty"):
         find_base(name)
+
+
+def test_a_folder_whose_name_no_file_can_hold_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mod\udce9l").mkdir()
+    with pytest.raises(InputError, match=r"\udce9.*not UTF-8"):
+        find_base(str(tmp_path / "mod\udce9l"))

@@ -73,6 +73,15 @@ def test_two_sets_of_shards_without_an_index_are_refused(tmp_path: Path) -> None
         values(tmp_path)
 
 
+def test_a_weight_in_two_shards_without_an_index_is_refused(tmp_path: Path) -> None:
+    shards_in(tmp_path)
+    save_file({"w0": torch.tensor([9.0]), "w2": torch.tensor([2.0])}, tmp_path / SHARDS[2])
+    with pytest.raises(InputError, match=rf"{SHARDS[2]}: holds w0, which {SHARDS[0]}"):
+        values(tmp_path)
+    index_of(tmp_path, {f"w{number}": name for number, name in enumerate(SHARDS)})
+    assert values(tmp_path)["w0"] == 9.0  # as in transformers, the last one
+
+
 @pytest.mark.parametrize(
     ("files", "said"),
     [
@@ -82,6 +91,10 @@ def test_two_sets_of_shards_without_an_index_are_refused(tmp_path: Path) -> None
         (["pytorch_model_fsdp_0/__0_0.distcp"], ["pytorch_model_fsdp_0", "accelerate merge-weights"]),
         (["model.fp16.safetensors"], ["model.fp16.safetensors", "variant"]),
         (["model.fp16-00001-of-00002.safetensors"], ["model.fp16-00001-of-00002.safetensors", "variant"]),
+        (["model-00001-of-00002.fp16.safetensors"], ["model-00001-of-00002.fp16.safetensors", "variant"]),
+        (["adapter_model.safetensors"], ["adapter_model.safetensors", "merge_and_unload"]),
+        (["weights.safetensors"], ["weights.safetensors"]),
+        (["b.safetensors", "a.safetensors"], ["a.safetensors and 1 more"]),
         (["consolidated.safetensors"], ["consolidated.safetensors"]),
         (["pytorch_model-00001-of-00002.bin"], ["pytorch_model-00001-of-00002.bin", "pickled"]),
         (["m.Q4_K_M.gguf"], ["m.Q4_K_M.gguf", "GGUF"]),
@@ -97,7 +110,7 @@ def test_what_is_there_instead_is_told(tmp_path: Path, files: list[str], said: l
     if configured:
         (tmp_path / "config.json").write_text("{}")
         said = ["model.safetensors is missing", *said]
-    elif said == [NOTHING]:
+    elif said == [NOTHING] or files[-1] in ("weights.safetensors", "a.safetensors"):
         said = ["no config.json"]
     with pytest.raises(InputError) as caught:
         _ = find_base(str(tmp_path)).shards
@@ -123,7 +136,10 @@ def test_an_adapter_beside_the_weights_is_told(tmp_path: Path, caplog: pytest.Lo
     assert "adapter_config.json" in note
 
 
-@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "tokenizer.model", "model.safetensors", INDEX])
+@pytest.mark.parametrize(
+    "file",
+    ["config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja", "model.safetensors", INDEX],
+)
 def test_a_git_lfs_pointer_is_told(model_folder: Path, tmp_path: Path, file: str) -> None:
     folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
     if file == INDEX:

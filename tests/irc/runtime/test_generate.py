@@ -161,3 +161,9 @@ def test_a_first_token_that_is_there_twice_is_told(
     generator.tokenizer._tokenizer.post_processor = TemplateProcessing("<|end|> $A", special_tokens=[("<|end|>", 256)])
     generator.generate(prompt, max_tokens=1)
     assert len(caplog.records) == warnings
+
+
+def test_a_stop_string_that_is_no_text_is_refused(exported: Path, irc_main: Callable[..., Any]) -> None:
+    done = irc_main("generate", exported, PROMPT, "-n", "2", "--stop", "\udce9")
+    assert done.code == 2
+    assert r"'\udce9'" in done.sentence()

@@ -160,7 +160,10 @@ def test_csv_fields_may_hold_line_ends_and_much_text(tmp_path: Path) -> None:
         ("a.csv", "one,two\n1,2\n", "one, two"),
         ("a.csv", "id,text\n1,a, b\n", "line 2.*more fields"),
         ("a.csv", 'id,text\n1,a\n2,"b\n', "line 3"),
+        ("a.csv", "text,id,text\na,1,b\n", "2 columns 'text'"),
         ("a.jsonl.zst", "", "zstd -d"),
+        ("a.jsonl.zstd", "", "zstd -d"),
+        ("a.arrow", "", "to_parquet"),
         ("a.txt.xz", "", "xz -d"),
         ("a.tar.gz", "", "tar -xf"),
         ("a.jsonl.gz", "no gzip", "gzip"),
@@ -171,6 +174,41 @@ def test_other_files_are_refused_with_the_remedy(tmp_path: Path, name: str, cont
     path.write_text(content)
     with _refused(path, found):
         load_text(str(path))
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (gzip.compress(b"text"), r"end its name with \.gz"),
+        (b"\x28\xb5\x2f\xfd\x00", "zstd -d"),
+        (b"PK\x03\x04\xff", "zip"),
+        (b"%PDF-1.4\n\xe2\xe3", "PDF"),
+        (b"PAR1\xff", r"\.parquet"),
+        (b"ARROW1\0\0\xff", "to_parquet"),
+        (b"\xe9t\xe9", "byte 0.*convert it to UTF-8"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_a_file_that_is_no_text_is_told_by_its_first_bytes(
+    tmp_path: Path, name: str, content: bytes, found: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with _refused(tmp_path / name, found):
+        load_text(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("suffix", ["txt", "json", "jsonl", "csv", "jsonl.gz", "jsonl.zst", "parquet", "arrow"])
+def test_a_git_lfs_pointer_is_no_text(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4665a5ea423c\nsize 9\n")
+    (tmp_path / "b.txt").write_text("some text\n")
+    for spec in (path, tmp_path):
+        with _refused(path, "git lfs pull"):
+            load_text(str(spec))
+
+
+def test_joined_files_keep_their_byte_order_marks(tmp_path: Path) -> None:
+    assert _texts(_jsonl(tmp_path, '\ufeff{"text": "a"}\n\ufeff{"text": "\ufeffb"}\n')) == ["a", "\ufeffb"]
 
 
 def test_packed_files_are_read_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,6 +273,7 @@ def test_the_fingerprint_covers_the_roles(tmp_path: Path) -> None:
         (["hi"], "message 1: found str 'hi'"),
         ([TWO[0], {"role": "user"}], "message 2: .*content None"),
         ([{"content": "hi"}], "message 1: .*role None"),
+        ([{"from": ["human"], "value": "hi"}], "message 1: .*role .'human'"),
         ([{"role": "user", "content": [{"type": "image"}]}], "message 1: .*image"),
     ],
 )
@@ -286,6 +325,21 @@ def test_a_dataset_without_a_text_column_is_not_downloaded_whole(monkeypatch: py
     with pytest.raises(InputError, match=r"^hf:x: .*label"):
         load_text("hf:x")
     assert len(seen) < 2000
+
+
+@needs_data
+def test_parquet_with_broken_text_or_two_columns(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    buffers = [None, pyarrow.py_buffer(bytes([0, 0, 0, 0, 1, 0, 0, 0, 3, 0, 0, 0])), pyarrow.py_buffer(b"a\xff\xfe")]
+    parquet.write_table(pyarrow.table({"text": pyarrow.Array.from_buffers(pyarrow.string(), 2, buffers)}), path)
+    with _refused(path, r"row 2, column 'text': not UTF-8 text \(byte b'\\xff'"):
+        load_text(str(path))
+    parquet.write_table(pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["text", "text"]), path)
+    with _refused(path, "2 columns 'text'"):
+        load_text(str(path))
 
 
 @needs_data

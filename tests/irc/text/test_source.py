@@ -282,3 +282,24 @@ def test_text_shorter_than_one_window_is_refused(tokens: int) -> None:
 def test_a_dataset_without_a_name_is_refused() -> None:
     with pytest.raises(InputError, match="hf:NAME"):
         load_text("hf:")
+
+
+@pytest.mark.parametrize(("spec", "found"), [("", "empty"), (" ", "empty"), ("caf\udce9.txt", r"\udce9.*not UTF-8")])
+def test_a_name_that_cannot_be_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str, found: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("some text\n")  # an empty path is the folder itself
+    if spec.strip():
+        (tmp_path / spec).write_text("some text\n")
+    with pytest.raises(InputError, match=found):
+        load_text(spec)
+
+
+def test_a_link_to_nothing_in_a_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some text\n")
+    (tmp_path / ".#a.txt").symlink_to("user@host.123")  # the lock of an editor
+    assert load_text(str(tmp_path)).documents
+    (tmp_path / "b.jsonl").symlink_to("gone.jsonl")
+    with pytest.raises(InputError, match=r"b\.jsonl: is a link"):
+        load_text(str(tmp_path))

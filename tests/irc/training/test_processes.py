@@ -7,14 +7,18 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.state import AcceleratorState, PartialState
 
 from irc.cli import main
 from irc.compare.run import compare
 from irc.errors import InputError
+from irc.training.loop import accelerator_for
 from irc.training.processes import Group, group, is_main_process, join_group
 from tests.irc.forked import Forked
 
@@ -27,6 +31,21 @@ def set_group(monkeypatch: pytest.MonkeyPatch, **variables: str | None) -> None:
     for name, value in variables.items():
         if value is not None:
             monkeypatch.setenv(name, value)
+
+
+@contextmanager
+def fresh_accelerate() -> Iterator[None]:
+    """Forget what accelerate found out about this process, and remember it again afterwards."""
+    states = [PartialState._shared_state, AcceleratorState._shared_state]
+    kept = [dict(state) for state in states]
+    for state in states:
+        state.clear()
+    try:
+        yield
+    finally:
+        for state, before in zip(states, kept, strict=True):
+            state.clear()
+            state.update(before)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +70,27 @@ def test_a_rank_without_a_group_does_not_count(monkeypatch: pytest.MonkeyPatch, 
     assert {name: os.environ[name] for name in variables} == variables  # left as it was
 
 
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"ACCELERATE_TORCH_DEVICE": "cuda:7"},
+        {"ACCELERATE_USE_CPU": "maybe"},
+        {"ACCELERATE_USE_DEEPSPEED": "true"},
+        {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
+        {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "x", "ACCELERATE_DEBUG_MODE": "perhaps"},
+    ],
+    ids=str,
+)
+def test_settings_of_accelerate_do_not_count_either(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    set_group(monkeypatch)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with fresh_accelerate():
+        made = accelerator_for("cpu", "fp32")
+        assert (made.device.type, made.num_processes, made.gradient_accumulation_steps) == ("cpu", 1, 1)
+    assert {name: os.environ[name] for name in variables} == variables
+
+
 def test_a_group_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     set_group(monkeypatch, **FULL)
     assert group() == Group(2, 1, 1, "localhost:29500")
@@ -63,6 +103,7 @@ def test_a_group_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         ("WORLD_SIZE", "two"),
         ("WORLD_SIZE", "0"),
         ("WORLD_SIZE", "-1"),
+        ("RANK", "1" * 5000),
         ("RANK", "2"),
         ("RANK", "-1"),
         ("RANK", "1.0"),
@@ -80,7 +121,8 @@ def test_a_bad_value_is_named(monkeypatch: pytest.MonkeyPatch, changed: str, val
     set_group(monkeypatch, **{**FULL, changed: value})
     with pytest.raises(InputError, match=changed) as refused:
         group()
-    assert (value or "") in str(refused.value)
+    assert (value or "")[:40] in str(refused.value)
+    assert len(str(refused.value)) < 500
 
 
 def test_a_comparison_is_no_group(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
