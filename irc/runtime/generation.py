@@ -22,6 +22,20 @@ log = logging.getLogger(__name__)
 
 _COLDEST = 1e-3
 _TAIL = 16
+_CHANGES_TOKENS: dict[str, object] = {
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "bad_words_ids": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "sequence_bias": None,
+    "min_new_tokens": 0,
+    "num_beams": 1,
+}
+"""Settings of transformers' generation that this loop does not have, and the values with which they do nothing."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +120,7 @@ class Generator:
         folder = runtime.exported.folder
         self.tokenizer: TextTokenizer = open_tokenizer(folder)
         self.end = _end_tokens(folder, self.tokenizer.eos_token_id)
+        _warn_of_ignored(folder)
 
     def encode(self, prompt: str) -> list[int]:
         """Return the ids of a prompt.
@@ -290,6 +305,15 @@ def _sure(text: str, stop: Sequence[str]) -> int:
                 sure = min(sure, sure - size)
                 break
     return sure
+
+
+def _warn_of_ignored(folder: Path) -> None:
+    """Warn of settings in generation_config.json that change the tokens in transformers, and here do nothing."""
+    path = folder / "generation_config.json"
+    stated = read_json(path) if path.is_file() else {}  # readable: the tokens that end a text were read from it
+    ignored = [f"{key} {stated[key]}" for key, usual in _CHANGES_TOKENS.items() if stated.get(key) not in (None, usual)]
+    if ignored:
+        log.warning("%s: not used here, unlike in transformers: %s", path, ", ".join(ignored)[:200])
 
 
 def _end_tokens(folder: Path, eos: int | None) -> frozenset[int]:

@@ -203,15 +203,17 @@ def _stdlib_documents(*, tests: bool) -> Iterator[Document]:
 
 
 def _folder_documents(root: Path) -> list[Document]:
-    """Return the documents of a folder's tables if it has any, or else those of its other texts."""
+    """Return a folder's tables as documents, or else its other texts. Hidden files and folders are not read."""
     tables: list[Document] = []
     texts: list[Path] = []
     left_out: list[Path] = []
     refusals: list[InputError] = []
     for path in sorted(root.rglob("*")):
+        # Editors leave hidden locks and copies, macOS hidden twins of every file.
+        if any(part.startswith(".") for part in path.relative_to(root).parts):
+            continue
         suffix = _suffix(path)
-        hidden = path.name.startswith(".")  # editors leave links to nothing as locks
-        if path.is_symlink() and not path.exists() and suffix in TABLE_SUFFIXES | TEXT_SUFFIXES and not hidden:
+        if path.is_symlink() and not path.exists() and suffix in TABLE_SUFFIXES | TEXT_SUFFIXES:
             raise InputError(f"{path}: is a link to a file that is not there; restore the file or delete the link")
         if not path.is_file():
             continue
@@ -236,9 +238,8 @@ def _folder_documents(root: Path) -> list[Document]:
 
 
 def _tell_left_out(root: Path, paths: Sequence[Path]) -> None:
-    """Log how many files of a folder are not read, by suffix; hidden ones are not counted."""
-    visible = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(root).parts)]
-    counts = Counter(path.suffix.lower() or "without a suffix" for path in visible)
+    """Log how many files of a folder are not read, by suffix."""
+    counts = Counter(path.suffix.lower() or "without a suffix" for path in paths)
     if counts:
         log.info("%s: not read: %s", root, ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common()))
 

@@ -154,9 +154,9 @@ def train(
         with accelerator.autocast():
             loss, step_figures = objective(batch, step)
         if not bool(torch.isfinite(loss)):
+            remedy = "lower the learning rate of this stage" if step else "look for damaged weights in the model"
             raise IrcError(
-                f"the loss is {loss.item()} at step {step}; lower the learning rate of this stage, or, if the model is "
-                "in fp16, choose bf16 or fp32",
+                f"the loss is {loss.item()} at step {step}; {remedy}, or, if the model is in fp16, choose bf16 or fp32",
                 options=("dtype",),
             )
         accelerator.backward(loss)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -167,3 +168,13 @@ def test_a_stop_string_that_is_no_text_is_refused(exported: Path, irc_main: Call
     done = irc_main("generate", exported, PROMPT, "-n", "2", "--stop", "\udce9")
     assert done.code == 2
     assert r"'\udce9'" in done.sentence()
+
+
+def test_settings_that_would_change_the_tokens_are_told(copied: Path, irc_main: Any) -> None:
+    path = copied / "generation_config.json"
+    stated = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(stated | {"repetition_penalty": 5.0, "num_beams": 1}))
+    done = irc_main("generate", copied, "the", "--max-tokens", "2")
+    assert done.code == 0
+    assert "repetition_penalty 5.0" in done.err
+    assert "num_beams" not in done.err

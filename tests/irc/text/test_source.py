@@ -303,3 +303,12 @@ def test_a_link_to_nothing_in_a_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").symlink_to("gone.jsonl")
     with pytest.raises(InputError, match=r"b\.jsonl: is a link"):
         load_text(str(tmp_path))
+
+
+def test_hidden_files_and_folders_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("seen\n" * 400)
+    (tmp_path / "._a.txt").write_bytes(b"\x00\x05\x16\x07\xff")
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    (tmp_path / ".ipynb_checkpoints" / "a.txt").write_text("twice\n" * 400)
+    (tmp_path / ".#b.txt").symlink_to("user@host.1")
+    assert "twice" not in "".join(document.text for document in load_text(str(tmp_path)).documents)
