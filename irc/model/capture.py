@@ -120,7 +120,7 @@ def assign_weights(captured: Captured, weights: Mapping[str, torch.Tensor], devi
     """
     shared: dict[str, nn.Parameter] = {}
     model = captured.graph
-    tied = _tied_names(captured.config)
+    tied = _tied_names(captured.config, weights)
     for name, other in tied.items():
         head, embedding = _found(name, weights), _found(other, weights)
         if head in weights and embedding in weights and not _same(weights[head], weights[embedding]):
@@ -261,8 +261,13 @@ def _set(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     setattr(model.get_submodule(parent), leaf, parameter)
 
 
-def _tied_names(config: PretrainedConfig) -> dict[str, str]:
-    return {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
+def _tied_names(config: PretrainedConfig, weights: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Return which weight takes the values of which other: the head those of the embedding, or the reverse."""
+    if not config.tie_word_embeddings:
+        return {}
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    alone = _found(head, weights) in weights and _found(embedding, weights) not in weights
+    return {embedding: head} if alone else {head: embedding}
 
 
 def _found(name: str, weights: Mapping[str, torch.Tensor]) -> str:

@@ -108,10 +108,21 @@ def test_a_tied_weight_of_another_type_is_another_one() -> None:
         assign_weights(captured, weights)
 
 
-def test_a_tied_head_without_its_embedding_is_refused() -> None:
+@pytest.mark.parametrize("lost", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_one_of_two_tied_weights_is_enough(lost: str) -> None:
     captured = capture(LlamaConfig(**SMALL, tie_word_embeddings=True), torch.float32)
     weights = _random(captured.graph, tied=False)
-    del weights["model.embed_tokens.weight"]
+    kept = weights["lm_head.weight" if "embed" in lost else "model.embed_tokens.weight"]
+    del weights[lost]
+    assign_weights(captured, weights)
+    for name in ("lm_head", "model.embed_tokens"):
+        assert torch.equal(captured.graph.get_submodule(name).weight, kept)
+
+
+def test_without_either_of_two_tied_weights_it_is_refused() -> None:
+    captured = capture(LlamaConfig(**SMALL, tie_word_embeddings=True), torch.float32)
+    weights = _random(captured.graph, tied=False)
+    del weights["model.embed_tokens.weight"], weights["lm_head.weight"]
     with pytest.raises(InputError, match=r"model\.embed_tokens\.weight"):
         assign_weights(captured, weights)
 
