@@ -30,8 +30,7 @@ def read_text(path: Path) -> str:
     if size > MOST_TEXT:
         raise ValueError(f"the file has {size} bytes; at most {MOST_TEXT} are read")
     text = path.read_text(encoding="utf-8")
-    if text.startswith(_POINTER.decode()):
-        check_pulled(path)
+    check_pulled_text(path, text)
     return text
 
 
@@ -70,6 +69,12 @@ def _integer(digits: str) -> int:
     if len(digits) > _MAX_DIGITS:
         raise ValueError(f"a number has {len(digits)} digits; at most {_MAX_DIGITS} are read")
     return int(digits)
+
+
+def check_pulled_text(path: Path, text: str) -> None:
+    """Refuse a Git LFS pointer, given what was read from a file: nothing is opened for any other text."""
+    if text.startswith(_POINTER.decode()):
+        check_pulled(path)
 
 
 def check_pulled(path: Path) -> None:

@@ -164,7 +164,7 @@ def _refuse_unsupported(config: PretrainedConfig) -> None:
         value = getattr(config, key, None)
         if isinstance(value, str) and value not in ACT2FN:
             raise InputError(
-                f"{config.model_type}: config.json has {key} '{value[:40]}', which is no activation of transformers; "
+                f"{config.model_type}: config.json has {key} '{value[:40]}', which transformers does not know; "
                 "correct it"
             )
     if getattr(config, "is_encoder_decoder", False):

@@ -49,7 +49,7 @@ def layers_to_copy(twin: PreTrainedModel) -> list[int] | None:
 def with_first_layers(config: PretrainedConfig, count: int) -> PretrainedConfig:
     """Return the configuration of a model that has the first `count` layers alone."""
     small = copy.deepcopy(config)
-    for name, value in list(vars(config).items()):
+    for name, value in vars(config).items():
         if isinstance(value, list) and len(value) == config.num_hidden_layers:
             setattr(small, name, value[:count])
     small.num_hidden_layers = count

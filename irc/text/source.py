@@ -25,7 +25,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from irc.errors import InputError
-from irc.files.untrusted import check_pulled, first_line
+from irc.files.untrusted import check_pulled, check_pulled_text, first_line
 from irc.text.rows import MOST_CHARACTERS, READERS, NotATable, Row, hub_rows, parquet_rows
 
 log = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ _UNPACKED_BY = {
     ".7z": "7z x",
     ".rar": "unrar x",
 }
+_AN_ARROW_FILE = "an Arrow file; write its rows with Dataset.to_parquet() or to_json()"
 _BEGINS_WITH = {
     b"\x1f\x8b": "packed by gzip; end its name with .gz",
     b"\x28\xb5\x2f\xfd": "packed; unpack it first: zstd -d",
@@ -57,10 +58,10 @@ _BEGINS_WITH = {
     b"PK\x03\x04": "a zip archive or a document of an office program; write its texts to a .txt or .jsonl file",
     b"%PDF": "a PDF document; write its text to a .txt file",
     b"PAR1": "a parquet file; end its name with .parquet",
-    b"ARROW1": "an Arrow file; write its rows with Dataset.to_parquet() or to_json()",
-    b"\xff\xff\xff\xff": "an Arrow file; write its rows with Dataset.to_parquet() or to_json()",
+    b"ARROW1": _AN_ARROW_FILE,
+    b"\xff\xff\xff\xff": _AN_ARROW_FILE,
 }
-"""What a file is whose first bytes are no text, and what to do."""
+"""What a file is that begins with other bytes than text, and what to do."""
 _ARROW = ".arrow"  # of Dataset.save_to_disk()
 _ABOUT_A_DATASET = ("readme", "license", "licence", "notice", "citation", "changelog")
 _BLOCK_CHARACTERS, _LEAST_BLOCK_CHARACTERS = 4096, 256
@@ -265,7 +266,7 @@ def _file_documents(path: Path, name: str) -> list[Document]:
     if suffix in _UNPACKED_BY:
         raise NotATable(f"{path}: is packed; unpack it first: {_UNPACKED_BY[suffix]} {path}")
     if suffix == _ARROW:
-        raise NotATable(f"{path}: is an Arrow file; write its rows with Dataset.to_parquet() or to_json()")
+        raise NotATable(f"{path}: is {_AN_ARROW_FILE}")
     if suffix == ".parquet":
         return _numbered(name, parquet_rows(path))
     if suffix in READERS:
@@ -286,8 +287,12 @@ def _numbered(name: str, rows: Sequence[Row]) -> list[Document]:
 def _read_text(path: Path) -> str:
     """Return the text of a file, which gzip may have packed, without a byte order mark."""
     with _readable(path):
-        check_pulled(path)
-        text = _unpacked(path) if path.suffix.lower() == ".gz" else path.read_text(encoding="utf-8")
+        if path.suffix.lower() == ".gz":
+            check_pulled(path)
+            text = _unpacked(path)
+        else:
+            text = path.read_text(encoding="utf-8")
+            check_pulled_text(path, text)
     return text.removeprefix("\ufeff")
 
 

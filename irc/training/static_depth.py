@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from irc.model.head import language_loss
+from irc.model.head import parts
 from irc.model.policies import StaticRouter
 from irc.model.routed import RoutedForCausalLM
 from irc.recipe.policies import policy_named
@@ -99,7 +99,9 @@ def _loss(model: RoutedForCausalLM, text: torch.Tensor) -> float:
     for rows in text.split(_BATCH):
         batch = rows.to(model.device)
         states, targets = model.states(batch)[:, :-1].flatten(0, 1), batch[:, 1:].flatten()
-        total += language_loss(model.logits, model.config.vocab_size, states, targets)[1].item()
+        for part in parts(targets, model.config.vocab_size):
+            logits = model.logits(states[part]).float()
+            total += F.cross_entropy(logits, targets[part], reduction="sum").double().item()
     return total / (text.numel() - len(text))
 
 
