@@ -9,7 +9,9 @@ from irc.bundle.contents import read_bundle
 from irc.bundle.layout import is_bundle
 from irc.errors import InputError
 from irc.model.checkpoint import find_base
-from irc.text.source import load_text, token_stream
+from irc.model.own_text import texts_of
+from irc.progress import silent
+from irc.text.source import token_stream
 
 
 def heldout_tokens(bundle: str, data: str | None) -> TextTokens:
@@ -28,8 +30,7 @@ def heldout_tokens(bundle: str, data: str | None) -> TextTokens:
             f"{bundle}: not a bundle; make one with irc convert, or name none to time a model of random weights"
         )
     opened = read_bundle(folder)
-    text = load_text(data or opened.recipe.data)
-    base = opened.config.base
-    tokenizer = find_base(base.name, base.revision, ask_hub=False).tokenizer
-    tokens: TextTokens = token_stream(text.split("heldout"), tokenizer).numpy()
+    base = find_base(opened.config.base.name, opened.config.base.revision, ask_hub=False)
+    text = texts_of(opened.recipe, base, silent, data=data)
+    tokens: TextTokens = token_stream(text.split("heldout"), base.tokenizer).numpy()
     return tokens

@@ -9,7 +9,6 @@ import click
 
 from irc.cli.options import (
     common_options,
-    data_option,
     device_option,
     dtype_option,
     files,
@@ -19,8 +18,9 @@ from irc.cli.options import (
     number_list,
     output_option,
     resume_option,
+    texts_options,
 )
-from irc.cli.recipe_options import recipe_of, recipe_option, set_option, without_defaults
+from irc.cli.recipe_options import recipe_of, recipe_option, set_option, texts_of, without_defaults
 
 
 @click.command()
@@ -77,7 +77,7 @@ from irc.cli.recipe_options import recipe_of, recipe_option, set_option, without
     metavar="LIST",
     help="Thresholds of key/value policy reduced to sweep.",
 )
-@data_option(None)
+@texts_options
 @recipe_option("Recipe to start from: a YAML file or a ready one (see irc convert).")
 @set_option()
 @click.option(
@@ -106,7 +106,7 @@ def command(model: str | None, output: Path, as_json: bool, **options: Any) -> N
     from irc.compare.run import REPORT, compare
 
     check_tools()
-    flags = {"model": model or None} | {name: options[name] or None for name in ("data", "device", "dtype")}
+    flags = {"model": model or None} | {name: options[name] or None for name in ("device", "dtype")} | texts_of(options)
     recipe = recipe_of(options["recipe_file"], options["overrides"], without_defaults(flags))
     plan = Plan(
         policies=options["policies"],

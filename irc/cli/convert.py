@@ -13,7 +13,6 @@ from irc.cli.options import (
     Session,
     also_option,
     common_options,
-    data_option,
     device_option,
     dtype_option,
     files,
@@ -24,8 +23,9 @@ from irc.cli.options import (
     resume_option,
     seed_option,
     seq_len_option,
+    texts_options,
 )
-from irc.cli.recipe_options import recipe_of, recipe_option, set_option, without_defaults
+from irc.cli.recipe_options import recipe_of, recipe_option, set_option, texts_of, without_defaults
 
 _FLOPS = 0.85  # 15 % of the matrix products are saved: what users expect of a target, whatever the model's shape
 
@@ -67,7 +67,7 @@ def _limits(ctx: click.Context, parameter: click.Parameter, value: tuple[str, ..
 @click.command()
 @click.argument("model", required=False, shell_complete=files)
 @output_option("Folder for the bundle.", required=True)
-@data_option(None)
+@texts_options
 @also_option()
 @click.option(
     "--require",
@@ -162,11 +162,11 @@ def command(
     from irc.training.processes import is_main_process
 
     recipe_file, overrides, cache = (flags.pop(name) for name in ("recipe_file", "overrides", "stages_folder"))
-    flags |= {"model": model, "dial": flags["dial"] or None}
+    flags |= {"model": model, "dial": flags["dial"] or None} | texts_of(flags)
     recipe = recipe_of(recipe_file, overrides, without_defaults(flags), {"flops": _FLOPS})
     if is_main_process():
         console.note(
-            f"converting {recipe.model} with {recipe.data}: target {recipe.target}, "
+            f"converting {recipe.model} with {recipe.data_name}: target {recipe.target}, "
             f"policy {recipe.policy}, seed {recipe.seed}"
         )
     if dry_run:

@@ -90,16 +90,45 @@ def output_option(help_text: str, *, required: bool = False) -> Decorator:
     )
 
 
+_TEXT = (
+    "Text to read: a file, a folder, a table (.jsonl, .json, .csv or .parquet) of texts or conversations, hf:NAME, "
+    "or stdlib (the source code of Python's standard library)."
+)
+
+
 def data_option(default: str | None = "stdlib") -> Decorator:
     """Add --data, a text for `irc.text.source.load_text`.
 
     Argument `data: str`, or `str | None` if `default` is None.
     """
-    text = (
-        "Text to read: a file, a folder, a table (.jsonl, .json, .csv or .parquet) of texts or conversations, hf:NAME, "
-        "or stdlib (the source code of Python's standard library)."
+    return click.option("--data", default=default, show_default=True, metavar="TEXT", help=_TEXT, shell_complete=files)
+
+
+def texts_options(function: Decorated) -> Decorated:
+    """Add --data, repeatable, and --data-weights. Arguments of these names: lists, may be empty."""
+    data = click.option(
+        "--data",
+        multiple=True,
+        callback=lambda ctx, parameter, value: list(value),
+        metavar="TEXT",
+        help=f"{_TEXT} Also self (what the model writes itself). Repeat it to mix texts. [default: stdlib]",
+        shell_complete=files,
     )
-    return click.option("--data", default=default, show_default=True, metavar="TEXT", help=text, shell_complete=files)
+    weights = click.option(
+        "--data-weights",
+        default="",
+        callback=_weights,
+        metavar="LIST",
+        help="Share of each text in the mixture, in proportion, such as 2,1. [default: equal shares]",
+    )
+    return data(weights(function))
+
+
+def _weights(ctx: click.Context, parameter: click.Parameter, value: str) -> list[float]:
+    try:
+        return [float(part) for part in value.split(",")] if value else []
+    except ValueError:
+        raise click.BadParameter(f"'{value}' is not a list of numbers; use for example 2,1", ctx, parameter) from None
 
 
 def also_option() -> Decorator:

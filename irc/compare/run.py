@@ -28,14 +28,15 @@ from irc.compare.results import summarize
 from irc.compare.saved import check_same, read_figures
 from irc.conversion.pipeline import convert, fit_to_base, resolve, rewritten
 from irc.conversion.resume import check_same_recipe
+from irc.devices import find_device
 from irc.errors import InputError, IrcError
 from irc.evaluation.run import TextChoice, run_evaluation
 from irc.files.atomic import write_whole
 from irc.model.checkpoint import BaseModel, find_base
+from irc.model.own_text import texts_of
 from irc.progress import ProgressFactory, place, resumable
 from irc.recipe.recipe import Recipe
 from irc.recipe.target import Target, target_of
-from irc.text.source import load_text
 from irc.training.processes import group
 
 log = logging.getLogger(__name__)
@@ -79,7 +80,8 @@ def compare(
         raise InputError(f"a comparison runs in one process, but WORLD_SIZE is {size}; unset it")
     cells = plan.cells(recipe)
     recipes = {cell.name: resolve(cell.recipe(recipe)) for cell in cells}
-    base, text = find_base(recipe.model), load_text(recipe.data)
+    base = find_base(recipe.model)
+    text = texts_of(recipe, base, progress, find_device(recipe.device))
     for one in recipes.values():
         one.rank_for(base.config.hidden_size)
     _refuse_unreachable(cells, recipes, base)

@@ -51,13 +51,15 @@ def estimate_conversion(recipe: Recipe, output: Path, progress: ProgressFactory)
     with tempfile.TemporaryDirectory() as folder:
         conversion = Conversion(recipe, output, Path(folder), progress)
         conversion.base = find_base(recipe.model)
+        started = time.monotonic()
         read_inputs(conversion)
+        phases = [("text", time.monotonic() - started)]
         free_memory = _free_memory(recipe.device)
         _refuse_huge_batches(conversion, free_memory)
         started = time.monotonic()
         with enough_memory(recipe):
             capture_and_rewrite(conversion)
-            phases = [("capture", time.monotonic() - started)]
+            phases.append(("capture", time.monotonic() - started))
             phases += _stages(conversion)
             phases.append(("evaluate", _evaluation(conversion)))
     return {
@@ -113,6 +115,8 @@ def _stages(conversion: Conversion) -> Iterator[tuple[str, float]]:
             bar.update(1)
         settings, few_settings = (stage_named(stage).settings_in(recipe) for recipe in (full, few))
         yield stage, _extrapolated(figures, settings, few_settings, full.router, few.router)
+    if full.dial:
+        yield "dial", len(full.dial) * _threshold(figures, full.router, few.router)
 
 
 def _with_few_steps(recipe: Recipe) -> Recipe:
@@ -143,9 +147,14 @@ def _extrapolated(figures: dict[str, Any], full: Any, few: Any, router: Any, few
     if few.steps:
         seconds += figures.get("refine_seconds", figures.get("train_seconds", 0.0)) * full.steps / few.steps
     if "calibration_seconds" in figures:
-        per_round = figures["calibration_seconds"] / figures["calibration_rounds"]
-        seconds += _CALIBRATION_ROUNDS * per_round * router.calibration_tokens / few_router.calibration_tokens
+        seconds += _threshold(figures, router, few_router)
     return float(seconds)
+
+
+def _threshold(figures: dict[str, Any], router: Any, few_router: Any) -> float:
+    """Return the seconds that setting a threshold would take."""
+    per_round = figures["calibration_seconds"] / figures["calibration_rounds"]
+    return float(_CALIBRATION_ROUNDS * per_round * router.calibration_tokens / few_router.calibration_tokens)
 
 
 def _evaluation(conversion: Conversion) -> float:

@@ -37,13 +37,15 @@ from irc.files.atomic import check_place, staged
 from irc.model.build import build_routed, set_share
 from irc.model.checkpoint import BaseModel, find_base
 from irc.model.flops import flops_range
+from irc.model.own_text import texts_of
 from irc.model.routed import RoutedForCausalLM, RoutingSpec
 from irc.progress import ProgressFactory, place, silent
 from irc.recipe.key_policy import KeyPolicy
 from irc.recipe.policies import policy_named
 from irc.recipe.recipe import Recipe, text_name
-from irc.recipe.stages import StageName, required_stages
-from irc.text.source import TextSource, load_text, pick, token_stream, windows
+from irc.recipe.stages import StageName, required_stages, tokens_to_read
+from irc.text.mixture import Mixture
+from irc.text.source import pick, windows
 from irc.training.budget import flops_budget
 from irc.training.calibrate import dial_points
 from irc.training.processes import is_main_process
@@ -86,7 +88,7 @@ class Conversion:
     stage_cache_folder: Path | None = None
     also: Sequence[str] = ()
     base: BaseModel = field(init=False)
-    text: TextSource = field(init=False)
+    text: Mixture = field(init=False)
     model: RoutedForCausalLM = field(init=False)
     streams: dict[str, torch.Tensor] = field(default_factory=dict)
     heldout: torch.Tensor = field(init=False)
@@ -136,7 +138,7 @@ def convert(
     check_place(output)
     work = work_folder(output)
     if resume and (output / METRICS).is_file() and not work.exists():
-        metrics = finished_metrics(recipe, output, base or find_base(recipe.model))
+        metrics = finished_metrics(recipe, output, base or find_base(recipe.model), progress)
         remove_work(work)  # a killed removal may have left some
         return metrics
     check_replaceable(output)
@@ -217,9 +219,10 @@ def fit_to_base(recipe: Recipe, base: BaseModel) -> None:
 
 def _read_text(conversion: Conversion) -> None:
     recipe, base, streams = conversion.recipe, conversion.base, conversion.streams
-    conversion.text = load_text(recipe.data)
+    conversion.text = texts_of(recipe, base, conversion.progress, recipe.device)
     for split in ("train", "calibration", recipe.eval_split):
-        streams[split] = token_stream(conversion.text.split(split), base.tokenizer)
+        enough = tokens_to_read(recipe, recipe.seq_len) if split == "train" else 0
+        streams[split] = conversion.text.stream(split, base.tokenizer, recipe.seq_len, enough)
     check_text(recipe, streams)
     vocabulary = base.config.vocab_size
     largest = max(int(stream.max()) for stream in streams.values() if stream.numel())

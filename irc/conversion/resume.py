@@ -14,8 +14,11 @@ from irc.files.atomic import write_whole
 from irc.files.strict_yaml import parse_yaml
 from irc.files.untrusted import parse_json, read_json, read_text
 from irc.model.checkpoint import BaseModel
+from irc.model.own_text import texts_of
+from irc.progress import ProgressFactory
 from irc.recipe.recipe import Recipe, recipe_fields, recipe_from
-from irc.text.source import TextSource, load_text
+from irc.text.mixture import Mixture
+from irc.text.source import OWN_TEXT
 
 INPUTS = "inputs.json"
 _FREE_TO_CHANGE = frozenset({"checkpoint_seconds", "yardstick_tokens"})
@@ -23,15 +26,17 @@ _FREE_TO_CHANGE = frozenset({"checkpoint_seconds", "yardstick_tokens"})
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:
     """Return a recipe that means the same from any folder: paths of model and text are absolute."""
-    return recipe.model_copy(update={"model": _absolute(recipe.model), "data": _absolute(recipe.data)})
+    return recipe.model_copy(
+        update={"model": _absolute(recipe.model), "data": [_absolute(text) for text in recipe.data]}
+    )
 
 
 def _absolute(name: str) -> str:
-    has_own_meaning = name in ("demo", "stdlib", "stdlib-tests") or name.startswith("hf:")
+    has_own_meaning = name in ("demo", "stdlib", "stdlib-tests", OWN_TEXT) or name.startswith("hf:")
     return name if has_own_meaning or not Path(name).exists() else os.path.abspath(name)
 
 
-def check_same_inputs(work: Path, base: BaseModel, text: TextSource) -> None:
+def check_same_inputs(work: Path, base: BaseModel, text: Mixture) -> None:
     """Refuse to continue work that was begun with other weights or another text, even under the same names.
 
     Args:
@@ -101,13 +106,14 @@ def _damaged(saved: Path) -> InputError:
     return InputError(f"{saved}: damaged, or of another version; start over", options=("force",))
 
 
-def finished_metrics(recipe: Recipe, output: Path, base: BaseModel) -> dict[str, Any]:
+def finished_metrics(recipe: Recipe, output: Path, base: BaseModel, progress: ProgressFactory) -> dict[str, Any]:
     """Return the metrics of a finished conversion with this recipe, these weights and this text.
 
     Args:
         recipe: Resolved recipe.
         output: The finished bundle.
         base: The recipe's model.
+        progress: Makes a progress bar if the model's own text has to be sampled again.
 
     Raises:
         InputError: The bundle was made with another recipe, model or text, or is damaged.
@@ -116,10 +122,10 @@ def finished_metrics(recipe: Recipe, output: Path, base: BaseModel) -> dict[str,
     if RECIPE not in bundle.texts:
         raise _damaged(output / RECIPE)
     _check_same_settings(recipe, bundle.texts[RECIPE], output / RECIPE)
-    text = load_text(recipe.data)
+    text = texts_of(recipe, base, progress, recipe.device)
     before = {"base": bundle.config.base.sha256, "text": bundle.config.measured.text.fingerprint}
     found = {"base": base.sha256(), "text": text.fingerprint()}
-    _refuse_other_inputs(output, before, found, recipe.model, recipe.data)
+    _refuse_other_inputs(output, before, found, recipe.model, recipe.data_name)
     try:
         if METRICS not in bundle.texts:
             raise ValueError(bundle.unreadable.get(METRICS, "the file is missing"))

@@ -13,7 +13,7 @@ from typing import Any
 
 from irc.conversion.work_folder import finished_mark, stage_weights
 from irc.recipe.recipe import Recipe
-from irc.recipe.stages import stage_named
+from irc.recipe.stages import stage_named, tokens_to_read
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class StageCache:
             return None
         everything = recipe.to_dict()
         parts: dict[str, Any] = {field: everything[field] for field in fields if field in everything}
+        parts["tokens_to_read"] = tokens_to_read(recipe, recipe.seq_len)
         parts["reads"] = recipe.router.reads  # decides the shape of the routers, which every stage saves
         text = json.dumps({"stage": stage, "base": self.base, "text": self.text, **parts}, sort_keys=True)
         return self.folder / hashlib.sha256(text.encode()).hexdigest()[:24]

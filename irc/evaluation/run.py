@@ -20,11 +20,13 @@ from irc.evaluation.figures import result_metrics
 from irc.evaluation.kv_sweep import kv_sweep
 from irc.evaluation.perplexity import evaluate
 from irc.evaluation.texts import NamedText, further_texts, measure_texts
+from irc.model.own_text import texts_of
 from irc.model.routed import RoutedForCausalLM
 from irc.progress import ProgressFactory
 from irc.recipe.recipe import Recipe, check_key_policy
 from irc.recipe.target import Target
-from irc.text.source import Split, TextSource, load_text, pick, token_stream, windows
+from irc.text.mixture import Mixture
+from irc.text.source import OWN_TEXT, Split, pick, windows
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,8 @@ class TextChoice:
 
     Attributes:
         data: A text, as `irc.text.source.load_text` takes it.
-        split: A split of the text, `all`, or `auto`. `auto` is `heldout` for the text of the conversion and for stdlib,
-            and `all` for any other text.
+        split: A split of the text, `all`, or `auto`. `auto` is `heldout` for the text of the conversion, stdlib and
+            self, and `all` for any other text.
         tokens: Tokens to read, spread evenly; 0 for all.
         seq_len: Tokens per window.
         yardstick_tokens: Tokens to read of each further text; 0 leaves the yardstick out.
@@ -83,7 +85,7 @@ def run_evaluation(
         "flops_sweep": [Target("flops", value) for value in flops_ratios],
     }
     _refuse_sweeps(opened, source.name, kv_thresholds, [target for sweep in sweeps.values() for target in sweep])
-    text, split, seq_len, chosen = _chosen_text(opened, source.name, choice)
+    text, split, seq_len, chosen = _chosen_text(opened, source.name, choice, progress)
     further = _further_texts(opened, seq_len, choice)
     with progress("evaluate", len(chosen)) as bar:
         result = evaluate(opened, chosen, bar)
@@ -121,7 +123,9 @@ def _refuse_sweeps(
         check_dial(model, target)
 
 
-def _chosen_text(model: RoutedForCausalLM, name: str, choice: TextChoice) -> tuple[TextSource, str, int, torch.Tensor]:
+def _chosen_text(
+    model: RoutedForCausalLM, name: str, choice: TextChoice, progress: ProgressFactory
+) -> tuple[Mixture, str, int, torch.Tensor]:
     """Return the text, the name of its split, tokens per window, and the windows, int64 [windows, tokens]."""
     bundle = bundle_of(model)
     recipe = Recipe() if bundle is None else bundle.recipe
@@ -129,19 +133,18 @@ def _chosen_text(model: RoutedForCausalLM, name: str, choice: TextChoice) -> tup
         raise InputError(
             f"{name}: its {RECIPE} is missing or empty, so its text is not known; name a text", options=("data",)
         )
-    text = load_text(choice.data or recipe.data)
+    text = texts_of(recipe, model.base, progress, str(model.device), choice.data)
     split = choice.split
     if split == "auto":
         known = None if bundle is None else bundle.config.measured.text.fingerprint
-        split = "heldout" if text.name == "stdlib" or text.fingerprint() == known else "all"
-    documents = list(text.documents) if split == "all" else text.split(cast(Split, split))
-    stream = token_stream(documents, model.base.tokenizer)
+        split = "heldout" if text.name in ("stdlib", OWN_TEXT) or text.fingerprint() == known else "all"
     limit = getattr(model.config, "max_position_embeddings", None)
     seq_len = choice.seq_len or min(recipe.seq_len, limit or recipe.seq_len)
     if limit and seq_len > limit:
         raise InputError(
             f"seq_len is {seq_len}, but the model's context is {limit}; give at most {limit}", options=("seq_len",)
         )
+    stream = text.stream(None if split == "all" else cast(Split, split), model.base.tokenizer, seq_len)
     tokens = recipe.eval_tokens if choice.tokens is None else choice.tokens
     return text, split, seq_len, pick(windows(stream, seq_len, text.name), tokens)
 

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, model_validator
 
 from irc.dtypes import LONG_NAMES
 from irc.errors import InputError
-from irc.recipe.checked import Checked, Natural, Real, Share
+from irc.recipe.checked import Checked, Count, Natural, Real, Share
 from irc.recipe.layers import Layer, build, setting_layer
 from irc.recipe.policies import PolicyName, policy_named
 from irc.recipe.presets import read_recipe
@@ -33,6 +33,14 @@ def _known_dtype(name: str) -> str:
 FromHome = Annotated[str, AfterValidator(os.path.expanduser)]
 """A name or a path; `~` is the home folder, as in a shell."""
 
+Texts = Annotated[
+    list[FromHome],
+    Field(min_length=1),
+    BeforeValidator(lambda value: value if isinstance(value, list) else [value]),
+    PlainSerializer(lambda texts: texts[0] if len(texts) == 1 else texts),
+]
+"""Names of texts; a single one needs no list, and is written without one."""
+
 
 class Recipe(Checked):
     """Everything that decides what `irc convert` makes.
@@ -42,9 +50,14 @@ class Recipe(Checked):
     """
 
     model: FromHome = Field(default="demo", description="local folder, Hugging Face Hub id, or demo")
-    data: FromHome = Field(
-        default="stdlib", description="text file, folder, table (.jsonl, .json, .csv, .parquet), hf:NAME, or stdlib"
+    data: Texts = Field(
+        default_factory=lambda: ["stdlib"],
+        description="text file, folder, table (.jsonl, .json, .csv, .parquet), hf:NAME, or stdlib; or a list to mix",
     )
+    data_weights: list[Annotated[Real, Field(ge=0)]] = Field(
+        default_factory=list, description="share of each text in the mixture, in proportion; empty: equal shares"
+    )
+    self_tokens: Count = Field(default=65_536, description="tokens that the model writes if its text is self")
     policy: PolicyName = Field(
         default="informed", description="routing policy: informed, skipgpt, mod, random, static or static-forecast"
     )
@@ -111,6 +124,23 @@ class Recipe(Checked):
     def target(self) -> Target:
         """What the conversion is to reach."""
         return Target("sparsity", self.sparsity) if self.flops is None else Target("flops", self.flops)
+
+    @property
+    def data_name(self) -> str:
+        """The names of all texts, as messages show them."""
+        return " + ".join(self.data)
+
+    @model_validator(mode="after")
+    def _check_data_weights(self) -> Self:
+        weights, texts = self.data_weights, len(self.data)
+        if weights and (len(weights) != texts or sum(weights) <= 0):
+            raise Conflict(
+                f"data_weights are {shown_value(weights)} for {texts} texts; give one number of at least 0 "
+                "for each text, and one of them above 0",
+                "data_weights",
+                "data",
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_target(self) -> Self:

@@ -6,6 +6,7 @@ them.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal, Protocol
 
@@ -172,6 +173,22 @@ STAGES = (
 """All stages, in the order in which they run."""
 
 STAGE_NAMES: tuple[StageName, ...] = tuple(stage.name for stage in STAGES)
+
+
+_LEAST_TOKENS_READ = 2**20
+
+
+def tokens_to_read(recipe: HoldsSettings, seq_len: int) -> int:
+    """Return how much of the train split a conversion tokenizes: as much as its stages read, as a power of two.
+
+    A step draws its windows from all of that. Recipes that differ in a few steps still read the same text, so that they
+    share finished stages.
+    """
+    lff, router, lora = recipe.lff, recipe.router, recipe.lora
+    routed = (router.steps + max(0, router.teach_steps)) * router.batch_size
+    windows = lff.steps * lff.batch_size + routed + lora.steps * lora.batch_size
+    needed = max(_LEAST_TOKENS_READ, lff.tokens + windows * seq_len)
+    return int(2 ** math.ceil(math.log2(needed)))
 
 
 def stage_named(name: str) -> Stage:

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import sysconfig
 import zlib
@@ -29,6 +30,9 @@ from irc.files.untrusted import check_pulled, check_pulled_text, first_line
 from irc.text.rows import MOST_CHARACTERS, READERS, NotATable, Row, hub_rows, parquet_rows
 
 log = logging.getLogger(__name__)
+
+OWN_TEXT = "self"
+"""How the setting `data` calls the model's own text."""
 
 Split = Literal["train", "calibration", "validation", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "calibration", "validation", "heldout")
@@ -137,11 +141,15 @@ def split_of(name: str) -> Split:
         turn = int(number) - 1
         bucket, half = turn % 10, turn // 10 % 2
     else:
-        digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()
+        digest = _digest(name)
         bucket, half = int.from_bytes(digest[:8], "big") % 10, 1 - digest[8] % 2
     if bucket == 1:
         return "validation" if half else "calibration"
     return "heldout" if bucket == 0 else "train"
+
+
+def _digest(name: str) -> bytes:
+    return hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()
 
 
 def load_text(spec: str) -> TextSource:
@@ -158,6 +166,12 @@ def load_text(spec: str) -> TextSource:
         raise InputError("the text's name is empty; give a path, 'stdlib' or 'hf:NAME'", options=("data",))
     if any("\ud800" <= letter <= "\udfff" for letter in spec):
         raise InputError(f"{spec}: the path is not UTF-8, so that no file can name it; rename it", options=("data",))
+    if spec == OWN_TEXT:
+        raise InputError(
+            f"{spec}: is the model's own text, which irc convert, compare, eval and bench alone read; give a path, "
+            "'stdlib' or 'hf:NAME'",
+            options=("data",),
+        )
     if spec == "stdlib":
         documents = list(_stdlib_documents(tests=False))
     elif spec == "stdlib-tests":
@@ -372,8 +386,14 @@ def _rendered(document: Document, tokenizer: Any) -> str:
         ) from error
 
 
-def token_stream(documents: Sequence[Document], tokenizer: Tokenizer) -> torch.Tensor:
+def token_stream(documents: Sequence[Document], tokenizer: Tokenizer, enough: int = 0) -> torch.Tensor:
     """Tokenize documents into one stream, with an end-of-text token after each; a chat template ends conversations.
+
+    Args:
+        documents: The documents.
+        tokenizer: Tokenizer of the model.
+        enough: Number of tokens after which no further documents are read; 0 for all. Which documents are read is
+            decided by the hashes of their names; they keep their order.
 
     Returns:
         int64 [tokens].
@@ -382,10 +402,23 @@ def token_stream(documents: Sequence[Document], tokenizer: Tokenizer) -> torch.T
         InputError: A conversation cannot be rendered (see `token_ids`).
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids = array("q")  # 8 bytes per token; a list takes 36
-    for document in documents:
-        ids.extend(token_ids(document, tokenizer) + ([] if document.messages else end))
+    read: dict[int, array[int]] = {}  # arrays take 8 bytes per token, lists 36
+    left = enough or math.inf
+    for index in _shuffled(documents) if enough else range(len(documents)):
+        if left <= 0:
+            break
+        document = documents[index]
+        read[index] = array("q", token_ids(document, tokenizer) + ([] if document.messages else end))
+        left -= len(read[index])
+    ids = array("q")
+    for index in sorted(read):
+        ids.extend(read[index])
     return torch.frombuffer(ids, dtype=torch.int64) if ids else torch.zeros(0, dtype=torch.int64)
+
+
+def _shuffled(documents: Sequence[Document]) -> list[int]:
+    """Return the indices of documents in the order of their names' SHA-256, which is random but always the same."""
+    return sorted(range(len(documents)), key=lambda index: _digest(documents[index].name))
 
 
 def windows(stream: torch.Tensor, length: int, what: str = "text") -> torch.Tensor:

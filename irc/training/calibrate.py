@@ -201,8 +201,8 @@ def dial_points(
                 "keep": figures["calibration_keep"],
             }
         )
-        for unit, bias in biases.items():
-            bias.copy_(own[unit])
+    for unit, bias in biases.items():  # only now: each search begins at the threshold of the nearest target before it
+        bias.copy_(own[unit])
     return points
 
 

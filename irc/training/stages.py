@@ -309,7 +309,7 @@ def check_text(recipe: Recipe, streams: Mapping[str, torch.Tensor]) -> None:
         tokens = streams[name].numel()
         if tokens < recipe.seq_len:
             raise InputError(
-                f"the {name} split of {recipe.data} has {tokens} tokens, which do not fill one window of "
+                f"the {name} split of {recipe.data_name} has {tokens} tokens, which do not fill one window of "
                 f"{recipe.seq_len}; give more text or a smaller seq_len",
                 options=("data", "seq_len"),
             )

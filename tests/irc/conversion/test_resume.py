@@ -107,7 +107,7 @@ def test_names_that_are_no_paths_stay(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo").mkdir()
     for model, data in (("demo", "stdlib"), ("meta-llama/Llama-3.2-1B", "hf:wikitext:x"), ("demo", "stdlib-tests")):
-        assert with_absolute_paths(Recipe(model=model, data=data)) == Recipe(model=model, data=data)
+        assert with_absolute_paths(Recipe(model=model, data=[data])) == Recipe(model=model, data=[data])
     (tmp_path / "m").mkdir()
     assert with_absolute_paths(Recipe(model="m/../m")).model == str(tmp_path / "m")
 

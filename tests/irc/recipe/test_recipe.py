@@ -110,8 +110,8 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("HOME", "/home/ada")
     (tmp_path / "mine.yaml").write_text("model: ~/m\ndata: ~/t.txt\n")
     recipe = load_recipe(tmp_path / "mine.yaml")
-    assert (recipe.model, recipe.data) == ("/home/ada/m", "/home/ada/t.txt")
-    assert (Recipe().model, Recipe(data="hf:a~b").data) == ("demo", "hf:a~b")
+    assert (recipe.model, recipe.data) == ("/home/ada/m", ["/home/ada/t.txt"])
+    assert (Recipe().model, Recipe(data=["hf:a~b"]).data) == ("demo", ["hf:a~b"])
 
 
 def test_texts_and_whole_numbers_become_floats() -> None:
@@ -216,3 +216,29 @@ def test_what_a_file_holds_is_refused_with_the_files_name(tmp_path: Path, conten
         assert str(refused.value).startswith(f"recipe {path}: ")
         for part in parts:
             assert part in str(refused.value)
+
+
+def test_a_single_text_needs_no_list() -> None:
+    recipe = load_recipe(None, ["data=a.txt"])
+    assert (recipe.data, recipe.to_dict()["data"]) == (["a.txt"], "a.txt")
+    several = load_recipe(None, ["data=[a.txt, b.txt]", "data_weights=[2, 1]"])
+    assert (several.data, several.to_dict()["data"], several.data_name) == (["a.txt", "b.txt"],) * 2 + (
+        "a.txt + b.txt",
+    )
+    assert recipe_from(several.to_dict()) == several
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (["data_weights=[1, 2]"], "data_weights are [1.0, 2.0] for 1 texts; give one number"),
+        (["data=[a, b]", "data_weights=[0, 0]"], "one of them above 0"),
+        (["data=[a, b]", "data_weights=[1, -1]"], "data_weights[1] is -1; give at least 0"),
+        (["data=[]"], "data is []; give at least one entry"),
+        (["data=5"], "data[0] is 5; give text"),
+    ],
+)
+def test_texts_and_weights_that_do_not_fit_are_refused(settings: list[str], told: str) -> None:
+    with pytest.raises(InputError) as refused:
+        load_recipe(None, settings)
+    assert told in str(refused.value)

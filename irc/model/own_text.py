@@ -1,0 +1,170 @@
+"""The model's own text: what the dense model writes when it continues instructions and beginnings.
+
+It needs no text of the user's, works offline, and is spread over what the model knows. It is sampled without any
+limit (temperature 1, no top-k), so that it follows the model's own distribution, and kept in a cache beside the hub's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from irc.files.atomic import write_whole
+from irc.model.build import build_plain
+from irc.model.checkpoint import BaseModel
+from irc.progress import ProgressFactory
+from irc.recipe.recipe import Recipe
+from irc.text.mixture import Mixture, load_texts
+from irc.text.source import OWN_TEXT as NAME
+from irc.text.source import Document, TextSource, load_text
+
+_VERSION = 1  # of what is written here, in the name of the cached file
+_NEW_TOKENS = 224
+_BATCH = 64
+_INSTRUCTIONS = (
+    "Explain {} to a child.",
+    "Write a short story about {}.",
+    "What should I know about {}?",
+    "List five facts about {}.",
+    "Write a Python program that has to do with {}.",
+    "Summarize what is known about {}.",
+    "Write an e-mail to a colleague about {}.",
+    "What are common mistakes with {}?",
+    "Compare {} with {}.",
+    "Write a poem about {}.",
+    "I need advice on {}. What would you do?",
+    "Write a dialogue between two friends about {}.",
+    "Write the manual page of a tool for {}.",
+    "How do I learn about {}?",
+    "Argue for and against {}.",
+    "Write a quiz about {}, with answers.",
+    "Write a function in C that has to do with {}.",
+    "What is the history of {}?",
+    "Write a scene of a novel in which {} matters.",
+    "Answer in one sentence: what is {}?",
+)
+_TOPICS = (
+    *("rivers", "taxes", "photosynthesis", "a lighthouse keeper", "sorting", "the French Revolution", "baking bread"),
+    *("black holes", "a lost dog", "chess", "vaccines", "steam engines", "jealousy", "supply chains", "probability"),
+    *("a train journey", "the moon", "hash tables", "poetry", "volcanoes", "databases", "the sea", "football"),
+    *("medieval castles", "machine learning", "a job interview", "bees", "electric cars", "grammar", "a birthday"),
+    *("gravity", "painting", "regular expressions", "the nervous system", "inflation", "mountains", "a detective"),
+    *("computer networks", "sleep", "coffee", "ancient Rome", "recursion", "music", "a broken window", "the climate"),
+    *("matrices", "gardening", "ships", "friendship", "unit tests", "bridges", "birds", "a robot", "cities", "writing"),
+    *("fractions", "the heart", "glass", "deserts", "operating systems", "elections", "wool", "maps", "an old house"),
+)
+_BEGINNINGS = (
+    *("The", "In", "It was", "A", "When", "If", "To", '"', "She", "He", "On", "This", "There", "We", "I", "Dear"),
+    *("Chapter 1\n\n", "Question:", "Abstract\n\n", "NAME\n", "Usage:", "#", "##", "1.", "-", "<p>", "The following"),
+    *("def", "class", "import", "from", "#include <", "static int", "function", "SELECT"),
+)
+
+
+def texts_of(
+    recipe: Recipe, base: BaseModel, progress: ProgressFactory, device: str = "cpu", data: str | None = None
+) -> Mixture:
+    """Load the texts of a recipe, the model's own text among them.
+
+    Args:
+        recipe: Names the texts and their weights.
+        base: The model.
+        progress: Makes a progress bar while own text is sampled.
+        device: Where to sample it.
+        data: The name of a text in place of those of the recipe.
+
+    Raises:
+        InputError: A text cannot be read.
+    """
+
+    def load(name: str) -> TextSource:
+        return own_text(base, recipe.self_tokens, recipe.seed, progress, device) if name == NAME else load_text(name)
+
+    return load_texts([data], load=load) if data else load_texts(recipe.data, recipe.data_weights, load)
+
+
+def own_text(
+    base: BaseModel, tokens: int, seed: int, progress: ProgressFactory, device: str = "cpu", cache: Path | None = None
+) -> TextSource:
+    """Return text that the dense model samples: half of it answers to instructions if the model has a chat template.
+
+    Args:
+        base: The model.
+        tokens: About how many tokens to sample.
+        seed: The same seed gives the same text on the same machine.
+        progress: Makes a progress bar.
+        device: Where to sample.
+        cache: Folder of the texts that were sampled earlier; by default `irc/own-text` beside the hub's cache.
+
+    Returns:
+        Documents `self#0`, `self#1` and so on, which fall into the splits in turn.
+    """
+    path = (cache or _cache()) / f"{_key(base, tokens, seed)}.json"
+    if path.is_file():
+        texts = json.loads(path.read_text(encoding="utf-8"))
+    else:
+        texts = _sampled(base, tokens, seed, progress, device)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(texts))
+    return TextSource(NAME, tuple(Document(f"{NAME}#{index}", text) for index, text in enumerate(texts)))
+
+
+def _cache() -> Path:
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(HF_HOME) / "irc" / "own-text"
+
+
+def _key(base: BaseModel, tokens: int, seed: int) -> str:
+    return hashlib.sha256(json.dumps([_VERSION, base.identity(), tokens, seed]).encode()).hexdigest()[:24]
+
+
+def _sampled(base: BaseModel, tokens: int, seed: int, progress: ProgressFactory, device: str) -> list[str]:
+    """Sample until there are enough tokens, a batch of documents at a time."""
+    model = build_plain(base, device=device)
+    given = base.generation.eos_token_id
+    ends = [end for end in (given if isinstance(given, list) else [given]) if end is not None]
+    context = getattr(base.config, "max_position_embeddings", None) or 2 * _NEW_TOKENS
+    settings = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=min(_NEW_TOKENS, context // 2),
+        eos_token_id=ends or None,
+        pad_token_id=0,
+    )
+    found: list[str] = []
+    count, prompts = 0, _prompts(base.tokenizer, random.Random(seed))
+    with torch.random.fork_rng(), torch.no_grad(), progress("own text", tokens) as bar:
+        torch.manual_seed(seed)
+        while count < tokens:
+            rows = [next(prompts)[: context // 2] for _ in range(_BATCH)]
+            length = max(map(len, rows))
+            ids = torch.tensor([[0] * (length - len(row)) + row for row in rows], device=device)
+            mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device)
+            written = model.generate(ids, attention_mask=mask, generation_config=settings)
+            for row, new in zip(rows, written[:, length:].tolist(), strict=True):
+                end = next((index for index, token in enumerate(new) if token in ends), len(new))
+                found.append(str(base.tokenizer.decode([*row, *new[:end]])))
+                count += len(row) + end
+            bar.update(min(count, tokens))
+    return found
+
+
+def _prompts(tokenizer: Any, draw: random.Random) -> Iterator[list[int]]:
+    """Yield the ids of prompts for ever: beginnings, and every second time an instruction, if there is a template."""
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    while True:
+        if has_template:
+            task = draw.choice(_INSTRUCTIONS)
+            messages = [{"role": "user", "content": task.format(*draw.sample(_TOPICS, task.count("{}")))}]
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            yield tokenizer(text, add_special_tokens=False)["input_ids"]
+        yield tokenizer(draw.choice(_BEGINNINGS))["input_ids"]  # with the first token that the model expects, if any
