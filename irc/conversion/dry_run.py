@@ -124,7 +124,7 @@ def _with_few_steps(recipe: Recipe) -> Recipe:
     most_tokens = _WINDOWS * few.seq_len
     few.lff.steps = min(_STEPS, recipe.lff.steps)
     few.lff.tokens = min(recipe.lff.tokens, most_tokens)
-    few.router.steps = _STEPS
+    few.router.steps = min(_STEPS, recipe.router.steps)
     few.router.teach_steps = min(_STEPS, recipe.router.teach_steps)
     few.router.calibration_tokens = min(recipe.router.calibration_tokens, most_tokens)
     few.lora.steps = _STEPS
@@ -146,6 +146,8 @@ def _extrapolated(figures: dict[str, Any], full: Any, few: Any, router: Any, few
         seconds += figures["closed_form_seconds"] * full.tokens / few.tokens
     if few.steps:
         seconds += figures.get("refine_seconds", figures.get("train_seconds", 0.0)) * full.steps / few.steps
+    if "teach_seconds" in figures:
+        seconds += figures["teach_seconds"] * router.teach_steps / few_router.teach_steps
     if "calibration_seconds" in figures:
         seconds += _threshold(figures, router, few_router)
     return float(seconds)

@@ -78,16 +78,16 @@ class BottleneckRouter(Router):
     def __init__(self, forecaster: Forecaster, hidden: int) -> None:
         super().__init__(forecaster.down.out_features, hidden)
         # In a tuple, which makes them no submodules, so that no parameter has two names.
-        self._shared = (forecaster.down, forecaster.act)
+        self.shared = (forecaster.down, forecaster.act)
 
     @property
     def bottleneck(self) -> nn.Linear:
         """The forecaster's first linear."""
-        return self._shared[0]
+        return self.shared[0]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the logits."""
-        down, act = self._shared
+        down, act = self.shared
         logits: torch.Tensor = super().forward(act(down(x)))  # type: ignore[no-untyped-call]
         return logits
 

@@ -46,7 +46,7 @@ class RouterRecipe(Checked):
     start: Real = Field(
         default=0.0, description="initial logit for executing; at 3, training begins with nearly all executed"
     )
-    steps: Count = Field(default=200, description="training steps")
+    steps: Natural = Field(default=200, description="training steps; 0 leaves the routers as they were taught")
     batch_size: Count = Field(default=8, description="windows per step")
     lr: Weight = Field(default=5e-3, description="learning rate of the routers, cosine decay to a tenth")
     forecaster_lr: Weight = Field(

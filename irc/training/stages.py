@@ -34,7 +34,7 @@ from irc.training.objectives import ForecastObjective, RoutingObjective
 from irc.training.recompute import recomputing
 from irc.training.sharding import shard_base, sharding_wanted
 from irc.training.static_depth import drop_units
-from irc.training.teaching import TeachObjective
+from irc.training.teaching import teach_routers
 
 log = logging.getLogger(__name__)
 
@@ -176,28 +176,27 @@ def run_router(context: StageContext) -> dict[str, Any]:
     policy = policy_named(context.recipe.policy)
     budget = _budget(context)
     chosen = _choose_units(context, budget) if policy.whole_units else None
+    model.requires_grad_(False)
+    taught = _teach(context, budget)
     for unit in model.units if recipe.start else ():
         router = model.part(unit, "router")
         if isinstance(router, Router):
             router.shift(recipe.start)  # a checkpoint, loaded later, includes the shift and overwrites this
-    model.requires_grad_(False)
     if policy.learns:
         _enable_gradients(model, "router")
-    taught = _teach(context, budget.sparsity) if recipe.teach_steps > 0 else None
-    if recipe.forecaster_lr > 0:  # after teaching, during which the forecasters are frozen
+    if recipe.forecaster_lr > 0:
         _enable_gradients(model, "forecaster")
     objective = RoutingObjective(model, recipe, budget, context.recipe.seed, recipe.steps)
-    if not any(group["params"] for group in objective.trainable()):
-        return chosen or _threshold(context, budget)
+    if not recipe.steps or not any(group["params"] for group in objective.trainable()):
+        taught.pop("teach_cpu_seconds", None)
+        return {**taught, **(chosen or _threshold(context, budget))}
     settings = context.settings("router", recipe.steps, recipe.batch_size, 0.1)
     settings.clip = recipe.clip
-    if taught is not None:
-        settings.time_before = (taught.seconds, taught.cpu_seconds)
+    if taught:
+        settings.time_before = (taught["teach_seconds"], taught.pop("teach_cpu_seconds"))
     with context.progress("router", recipe.steps) as progress:
         result = context.train(objective, settings, progress)
-    if taught is not None:
-        result.earlier_runs = taught.earlier_runs
-    return {**_figures(result), **(chosen or _threshold(context, budget))}
+    return {**taught, **_figures(result), **(chosen or _threshold(context, budget))}
 
 
 def _choose_units(context: StageContext, budget: Budget) -> dict[str, Any]:
@@ -211,16 +210,22 @@ def _choose_units(context: StageContext, budget: Budget) -> dict[str, Any]:
     }
 
 
-def _teach(context: StageContext, share: float) -> LoopResult | None:
-    """Teach the routers the cost of forecasting, or return None if a checkpoint of the router stage exists already."""
+def _teach(context: StageContext, budget: Budget) -> dict[str, float]:
+    """Teach the routers the cost of forecasting, unless training has begun already; return figures and seconds."""
     recipe = context.recipe.router
-    if (context.work / "router.checkpoint.safetensors").exists():
-        return None
-    objective = TeachObjective(context.model, recipe.lr, share)
-    settings = context.settings("teach", recipe.teach_steps, recipe.batch_size, 0.0)
-    with context.progress("teach", recipe.teach_steps) as progress:
-        # Without activation checkpointing, which would discard the tensors that the objective reads from each layer.
-        return train(objective, context.train_windows(), settings, progress, context.accelerator)
+    if recipe.teach_steps <= 0 or (context.work / "router.checkpoint.safetensors").exists():
+        return {}
+    started, cpu_started = time.monotonic(), time.process_time()
+    text = context.train_windows()
+    order = torch.randperm(len(text), generator=torch.Generator().manual_seed(context.recipe.seed))
+    batches = text[order[: recipe.teach_steps * recipe.batch_size]].split(recipe.batch_size)
+    with context.progress("teach", len(batches)) as progress, _autocast(context):
+        figures = teach_routers(context.model, batches, budget, context.recipe.seed, progress)
+    return {
+        **figures,
+        "teach_seconds": time.monotonic() - started,
+        "teach_cpu_seconds": time.process_time() - cpu_started,
+    }
 
 
 def run_lora(context: StageContext) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from irc.model.own_text import _prompts, own_text
 from irc.text.source import SPLITS, load_text
 from tests.irc.conftest import Bars, byte_tokenizer
 
-
 TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}[assistant]"
 
 
