@@ -175,6 +175,7 @@ def resolve(recipe: Recipe) -> Recipe:
         # Teaching measures the cost of one forecast while the rest executes, which says little if most is skipped.
         few_skipped = recipe.sparsity <= 0.5 if recipe.flops is None else recipe.flops >= 0.6
         recipe.router.teach_steps = policy.teach_steps if few_skipped else 0
+    recipe.router = recipe.router.settled()
     recipe.device = find_device(recipe.device)
     own_device(recipe.device)
     if recipe.precision == "auto":

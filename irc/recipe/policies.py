@@ -32,7 +32,7 @@ class Policy:
             text and be exported.
         capacity: Whether a fixed share of each sequence executes, by rank.
         whole_units: Whether units are skipped for every token or for none.
-        teach_steps: Default number of steps that teach its routers the cost of skipping, for targets up to 0.5.
+        teach_steps: Default number of batches that teach its routers the cost of skipping, for targets up to 0.5.
     """
 
     name: PolicyName
@@ -54,7 +54,7 @@ POLICIES: dict[str, Policy] = {
             "a router of the unit's input chooses between executing and forecasting",
             True,
             "unit",
-            teach_steps=30,
+            teach_steps=16,
         ),
         Policy(
             "skipgpt",

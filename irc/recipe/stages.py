@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal, Protocol, Self
 
 from pydantic import Field
 
@@ -46,21 +46,30 @@ class RouterRecipe(Checked):
     start: Real = Field(
         default=0.0, description="initial logit for executing; at 3, training begins with nearly all executed"
     )
-    steps: Natural = Field(default=200, description="training steps; 0 leaves the routers as they were taught")
-    batch_size: Count = Field(default=8, description="windows per step")
-    lr: Weight = Field(default=5e-3, description="learning rate of the routers, cosine decay to a tenth")
-    forecaster_lr: Weight = Field(
-        default=2e-3, description="learning rate of the forecasters in this stage; 0 freezes them"
+    steps: Natural = Field(default=60, description="training steps; 0 leaves the routers as they were taught")
+    batch_size: Count = Field(default=4, description="windows per step")
+    lr: Weight | None = Field(
+        default=None,
+        description="learning rate of the routers, cosine decay to a tenth; null: 1e-3 after teaching, otherwise 5e-3",
     )
-    temperature_start: Real = Field(default=5.0, ge=0.001, description="Gumbel-softmax temperature at the first step")
+    forecaster_lr: Weight = Field(
+        default=5e-4, description="learning rate of the forecasters in this stage; 0 freezes them"
+    )
+    noise: Weight | None = Field(
+        default=None,
+        description="scale of the sampling noise at the first step; null: 0 after teaching, otherwise 1",
+    )
+    temperature_start: Annotated[Real, Field(ge=0.001)] | None = Field(
+        default=None, description="temperature of the gate at the first step; null: 1 after teaching, otherwise 5"
+    )
     temperature_end: Real = Field(default=1.0, ge=0.001, description="temperature at the last step, reached linearly")
     sparsity_weight: Weight = Field(
         default=8.0, description="weight of |(1 - sparsity) - mean execution|; with flops, units count by FLOPs"
     )
     cosine_weight: Weight = Field(default=0.1, description="weight of mean(1 - cosine) over approximated tokens")
     clip: Weight = Field(default=0.0, description="largest gradient norm; 0 turns clipping off")
-    noise_end: Weight = Field(
-        default=1.0, description="scale of the sampling noise at the last step; falls in the second half"
+    noise_end: Share = Field(
+        default=1.0, description="part of the noise that is left at the last step; it falls in the second half"
     )
     entropy_weight: Weight = Field(default=0.0, description="weight of the mean entropy of the routers' decisions")
     budget: Literal["model", "flops", "unit", "recoverability"] = Field(
@@ -75,11 +84,12 @@ class RouterRecipe(Checked):
         default=-1,
         ge=-1,
         le=LARGEST_INTEGER,
-        description="steps that first teach routers the cost of skipping; -1: 30 for informed up to sparsity 0.5 "
+        description="batches that first teach routers the cost of skipping; -1: 16 for informed up to sparsity 0.5 "
         "or from flops 0.6",
     )
     distill: Share = Field(
-        default=0.0, description="share of the loss given to divergence from the dense model's logits"
+        default=1.0,
+        description="share of KL(dense || routed) in the loss; the rest is the language-model loss of the text",
     )
     calibration_tokens: Count = Field(
         default=24_576, description="tokens that set the threshold, from the calibration split"
@@ -87,7 +97,19 @@ class RouterRecipe(Checked):
 
     def trains(self, policy: Policy) -> bool:
         """Whether the stage reads batches of text under a policy."""
-        return policy.learns or (policy.forecasts and self.forecaster_lr > 0)
+        return self.steps > 0 and (policy.learns or (policy.forecasts and self.forecaster_lr > 0))
+
+    def settled(self) -> Self:
+        """Return a copy in which what depends on teaching is a number."""
+        taught = self.teach_steps > 0
+        lr, noise, temperature = (1e-3, 0.0, 1.0) if taught else (5e-3, 1.0, 5.0)
+        return self.model_copy(
+            update={
+                "lr": lr if self.lr is None else self.lr,
+                "noise": noise if self.noise is None else self.noise,
+                "temperature_start": temperature if self.temperature_start is None else self.temperature_start,
+            }
+        )
 
 
 class LoraRecipe(Checked):

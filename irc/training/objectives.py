@@ -85,7 +85,7 @@ class RoutingObjective(Objective):
     ) -> None:
         super().__init__()
         self.model = model
-        self.recipe = recipe
+        self.recipe = recipe.settled()
         self.budget = budget
         self.seed = seed
         self.steps = steps
@@ -99,22 +99,24 @@ class RoutingObjective(Objective):
         """The routers, and the forecasters if they keep learning; or the parameter groups of stage `lora`."""
         if self.lora:
             return self.lora
+        assert self.recipe.lr is not None
         groups = [{"params": self.model.adapter_parameters("router"), "lr": self.recipe.lr}] if self._learns else []
         if self.recipe.forecaster_lr > 0:
             groups.append({"params": self.model.adapter_parameters("forecaster"), "lr": self.recipe.forecaster_lr})
         return groups
 
     def temperature(self, step: int) -> float:
-        """Return the sampling temperature of a step."""
+        """Return the temperature of the gate at a step."""
         start, end = self.recipe.temperature_start, self.recipe.temperature_end
+        assert start is not None
         return end if self.lora else start + (end - start) * step / max(1, self.steps - 1)
 
     def noise_scale(self, step: int) -> float:
-        """Return the scale of the sampling noise at a step: 1 in the first half, then falling to `noise_end`."""
-        if self.lora:
-            return self.recipe.noise_end
-        second_half = max(0.0, 2 * step / max(1, self.steps - 1) - 1)
-        return 1 + (self.recipe.noise_end - 1) * second_half
+        """Return the scale of the sampling noise at a step: constant in the first half, then falling."""
+        noise, end = self.recipe.noise, self.recipe.noise_end
+        assert noise is not None
+        second_half = 1.0 if self.lora else max(0.0, 2 * step / max(1, self.steps - 1) - 1)
+        return noise * (1 + (end - 1) * second_half)
 
     def target(self, step: int) -> float:
         """Return the target share of a step, as the budget counts it."""

@@ -216,11 +216,11 @@ def _teach(context: StageContext, budget: Budget) -> dict[str, float]:
     if recipe.teach_steps <= 0 or (context.work / "router.checkpoint.safetensors").exists():
         return {}
     started, cpu_started = time.monotonic(), time.process_time()
-    text = context.train_windows()
+    text, sampled = context.train_windows(), recipe.settled().noise != 0
     order = torch.randperm(len(text), generator=torch.Generator().manual_seed(context.recipe.seed))
     batches = text[order[: recipe.teach_steps * recipe.batch_size]].split(recipe.batch_size)
     with context.progress("teach", len(batches)) as progress, _autocast(context):
-        figures = teach_routers(context.model, batches, budget, context.recipe.seed, progress)
+        figures = teach_routers(context.model, batches, budget, context.recipe.seed, progress, sampled)
     return {
         **figures,
         "teach_seconds": time.monotonic() - started,

@@ -23,6 +23,7 @@ from irc.model.modules import APPROXIMATE, EXECUTE, BottleneckRouter, Router
 from irc.model.routed import RoutedForCausalLM
 from irc.progress import Progress
 from irc.training.budget import Budget
+from irc.training.threshold import quantile
 
 _DRAWS = 4  # of the tokens to predict; a second draw costs half of a pass, and the first one alone is mostly noise
 _RIDGE = 0.3  # relative to the mean variance of what a router reads
@@ -30,12 +31,17 @@ _UNSEEN = 5  # one batch in so many tells first what the others explain
 
 
 def teach_routers(
-    model: RoutedForCausalLM, batches: Sequence[torch.Tensor], budget: Budget, seed: int, progress: Progress
+    model: RoutedForCausalLM,
+    batches: Sequence[torch.Tensor],
+    budget: Budget,
+    seed: int,
+    progress: Progress,
+    sampled: bool = False,
 ) -> dict[str, float]:
     """Set every router to the linear function of its input that predicts the cost of a forecast best.
 
     Costs are standardized over all tokens and units, so that one threshold fits the whole model, and shifted so that
-    sampled routes roughly meet the target.
+    routes roughly meet the target.
 
     Args:
         model: Rewritten model with fitted forecasters. Its routers are changed in place.
@@ -43,6 +49,7 @@ def teach_routers(
         budget: What is to be skipped, and how much skipping each unit saves.
         seed: Seed of the drawn tokens.
         progress: Updated after each batch.
+        sampled: Whether training begins with sampled routes; otherwise with the routes of inference.
 
     Returns:
         `explained`: the share of the variance of the costs that routers explain on unseen text, nan without any.
@@ -51,25 +58,25 @@ def teach_routers(
     assert all(isinstance(router, Router) for router in routers)
     statistics = [_Statistics(_width(router), model.device) for router in routers]
     saved = torch.tensor([budget.weights[unit.name] for unit in model.units], dtype=torch.float64).log()
-    kept_for_last = len(batches) // _UNSEEN
+    seen = len(batches) - max(1, len(batches) // _UNSEEN)
     explained = math.nan
     unseen: list[tuple[torch.Tensor, list[torch.Tensor]]] = []
     for index, batch in enumerate(batches):
         costs, read = _costs(model, batch.to(model.device), seed * 1_000_003 + index)
         costs = costs - saved.to(costs.device)[:, None]
-        if index >= len(batches) - kept_for_last:
-            unseen.append((costs, read))
+        if index < seen:
+            _add(statistics, costs, read)
         else:
-            _add(statistics, costs, read)
+            unseen.append((costs, read))
         progress.update(index + 1)
-    if unseen:
-        solutions = _solve(statistics)
-        explained = _explained(solutions, statistics, unseen)
-        for costs, read in unseen:
-            _add(statistics, costs, read)
+    if seen:
+        explained = _explained(_solve(statistics), statistics, unseen)
+    for costs, read in unseen:
+        _add(statistics, costs, read)
+    solutions = _solve(statistics)
     share = min(max(budget.sparsity, 1e-2), 1 - 1e-2)
-    start = math.log((1 - share) / share)
-    for router, (weight, bias), known in zip(routers, _solve(statistics), statistics, strict=True):
+    start = math.log((1 - share) / share) if sampled else -_threshold(solutions, unseen, saved.exp(), share)
+    for router, (weight, bias), known in zip(routers, solutions, statistics, strict=True):
         assert isinstance(router, Router)
         _set_linear(router, weight, bias + start, known)
     progress.update(len(batches), explained=explained)
@@ -148,6 +155,21 @@ def _explained(
         for (weight, bias), x, c in zip(solutions, read, costs, strict=True):
             errors.append(((x.double() @ weight + bias - (c - mean) / deviation).square().mean()).item())
     return 1.0 - sum(errors) / len(errors)
+
+
+def _threshold(
+    solutions: Sequence[tuple[torch.Tensor, float]],
+    text: Sequence[tuple[torch.Tensor, list[torch.Tensor]]],
+    weights: torch.Tensor,
+    share: float,
+) -> float:
+    """Return the value below which a share of the predicted costs is, each unit counting by its weight."""
+    predicted = [
+        torch.cat([read[unit].double() @ weight + bias for _, read in text])
+        for unit, (weight, bias) in enumerate(solutions)
+    ]
+    mass = weights[:, None].expand(len(predicted), len(predicted[0])).flatten()
+    return quantile(torch.cat(predicted).cpu(), share, mass)
 
 
 @torch.no_grad()
