@@ -69,7 +69,7 @@ def recipe_for(model: Path, flops: float, given: argparse.Namespace) -> Recipe:
         lff=LffRecipe(tokens=min(lff.tokens, 4 * given.tokens), steps=min(lff.steps, given.steps)),
         router=RouterRecipe(
             steps=given.steps,
-            teach_steps=-1 if given.steps >= router.steps else min(30, given.steps),
+            teach_steps=-1 if given.steps >= router.steps else given.steps,
             calibration_tokens=min(router.calibration_tokens, 4 * given.tokens),
         ),
         flops=flops,

@@ -88,7 +88,9 @@ def check_same_recipe(recipe: Recipe, saved: Path) -> None:
 
 def _check_same_settings(recipe: Recipe, text: str, saved: Path) -> None:
     try:
-        before = recipe_fields(with_absolute_paths(recipe_from(parse_yaml(text))))
+        begun = with_absolute_paths(recipe_from(parse_yaml(text)))
+        begun.router = begun.router.settled()
+        before = recipe_fields(begun)
     except (ValueError, InputError, AttributeError) as error:
         raise _damaged(saved) from error
     now = recipe_fields(with_absolute_paths(recipe))

@@ -27,7 +27,7 @@ class LffRecipe(Checked):
         default=65_536, description="calibration tokens for the closed-form fit, from the train split"
     )
     ridge: Weight = Field(default=1e-4, description="ridge of the regression, relative to the mean input variance")
-    steps: Natural = Field(default=50, description="refinement steps on L1 + (1 - cosine); 0 keeps the closed form")
+    steps: Natural = Field(default=0, description="refinement steps on L1 + (1 - cosine); 0 keeps the closed form")
     batch_size: Count = Field(default=8, description="windows per refinement step")
     lr: Weight = Field(default=1e-3, description="learning rate of the refinement, cosine decay to zero")
 

@@ -211,18 +211,19 @@ def _choose_units(context: StageContext, budget: Budget) -> dict[str, Any]:
 
 
 def _teach(context: StageContext, budget: Budget) -> dict[str, float]:
-    """Teach the routers the cost of forecasting, unless training has begun already; return figures and seconds."""
+    """Teach the routers the cost of forecasting, unless training has begun already; return the seconds taken."""
     recipe = context.recipe.router
-    if recipe.teach_steps <= 0 or (context.work / "router.checkpoint.safetensors").exists():
+    if recipe.teach_steps <= 0:
         return {}
+    if (context.work / "router.checkpoint.safetensors").exists():
+        return {"teach_seconds": 0.0, "teach_cpu_seconds": 0.0}
     started, cpu_started = time.monotonic(), time.process_time()
     text, sampled = context.train_windows(), recipe.settled().noise != 0
     order = torch.randperm(len(text), generator=torch.Generator().manual_seed(context.recipe.seed))
     batches = text[order[: recipe.teach_steps * recipe.batch_size]].split(recipe.batch_size)
     with context.progress("teach", len(batches)) as progress, _autocast(context):
-        figures = teach_routers(context.model, batches, budget, context.recipe.seed, progress, sampled)
+        teach_routers(context.model, batches, budget, context.recipe.seed, progress, sampled)
     return {
-        **figures,
         "teach_seconds": time.monotonic() - started,
         "teach_cpu_seconds": time.process_time() - cpu_started,
     }

@@ -23,7 +23,7 @@ def test_a_dry_run_plans_every_stage_and_writes_nothing(
     shown = irc_main(*arguments)
     assert shown.code == 0, shown.err
     plan = shown.json
-    assert [phase["name"] for phase in plan["phases"]] == ["capture", "lff", "router", "lora", "evaluate"]
+    assert [phase["name"] for phase in plan["phases"]] == ["text", "capture", "lff", "router", "lora", "evaluate"]
     assert plan["seconds"] == pytest.approx(sum(phase["seconds"] for phase in plan["phases"]), abs=0.5)
     assert plan["recipe"]["router"]["steps"] == 6  # as it was asked for, not as it was tried
     assert plan["memory"]["fits"]
@@ -33,6 +33,15 @@ def test_a_dry_run_plans_every_stage_and_writes_nothing(
     table = irc_main(*(word for word in arguments if word != "--json")).out
     assert f"{plan['phases'][0]['name']}" in table
     assert "needed" in table
+
+
+def test_the_time_of_the_dial_counts(
+    irc_main: Callable[..., Any], convert_arguments: Arguments, tmp_path: Path
+) -> None:
+    arguments = [*convert_arguments(tmp_path / "b"), "--dry-run", "--dial", "0.1,0.2,0.3"]
+    phases = {phase["name"]: phase["seconds"] for phase in irc_main(*arguments).json["phases"]}
+    assert list(phases) == ["text", "capture", "lff", "router", "dial", "evaluate"]
+    assert phases["dial"] > 0
 
 
 def test_time_grows_with_the_steps_that_are_asked_for(

@@ -94,7 +94,7 @@ def test_every_policy_meets_the_ratio(irc_main: Any, convert_arguments: Argument
 def test_a_comparison_holds_all_policies_at_equal_flops(
     irc_main: Any, convert_arguments: Arguments, tmp_path: Path
 ) -> None:
-    made = convert_arguments(tmp_path / "c", eval_tokens=256, rank=4, seq_len=16)
+    made = convert_arguments(tmp_path / "c", eval_tokens=2048, rank=4, seq_len=16)
     drop = {"--rank", "--seq-len"}
     arguments = [a for i, a in enumerate(made) if a not in drop and made[i - 1] not in drop]
     arguments = ["compare", *arguments[1:], "--policies", "informed,skipgpt", "--seeds", "1"]

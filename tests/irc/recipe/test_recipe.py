@@ -135,8 +135,8 @@ def test_setting_a_field_checks_it_and_a_refused_value_changes_nothing() -> None
     for name, value, part in (("sparsity", 2, "2"), ("policy", "static", "static"), ("sparsty", 0.5, "sparsty")):
         with pytest.raises(InputError, match=part):
             setattr(recipe, name, value)
-    with pytest.raises(InputError, match="steps is 0"):
-        recipe.router.steps = 0
+    with pytest.raises(InputError, match="batch_size is 0"):
+        recipe.router.batch_size = 0
     assert recipe == Recipe(dial=[0.1])
     recipe.router.budget = "unit"  # a stage does not know the rest of the recipe
     with pytest.raises(InputError, match="unit"):
@@ -145,9 +145,9 @@ def test_setting_a_field_checks_it_and_a_refused_value_changes_nothing() -> None
 
 def test_parts_are_checked_when_they_are_made() -> None:
     for make, part in (
-        (lambda: RouterRecipe(steps=0), "steps is 0"),
+        (lambda: RouterRecipe(steps=-1), "steps is -1"),
         (lambda: LoraRecipe(dropout=1.5), "dropout is 1.5"),
-        (lambda: Recipe(router={"steps": 0}), "router.steps is 0"),  # type: ignore[arg-type]
+        (lambda: Recipe(router={"batch_size": 0}), "router.batch_size is 0"),  # type: ignore[arg-type]
     ):
         with pytest.raises(InputError, match=part):
             make()

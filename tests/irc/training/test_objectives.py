@@ -33,7 +33,7 @@ def model(make_routed: Make, shake: Any) -> RoutedForCausalLM:
 
 def objective(model: RoutedForCausalLM, sparsity: float = 0.25, lora: Any = (), **recipe: Any) -> RoutingObjective:
     budget = plain_budget([unit.name for unit in model.units], sparsity)
-    return RoutingObjective(model, RouterRecipe(**recipe), budget, seed=0, steps=STEPS, lora=lora)
+    return RoutingObjective(model, RouterRecipe(**{"distill": 0.0, **recipe}), budget, seed=0, steps=STEPS, lora=lora)
 
 
 def sampled(model: RoutedForCausalLM, one: RoutingObjective, ids: torch.Tensor, step: int) -> dict[str, Record]:
