@@ -66,8 +66,9 @@ class UnitStatistics:
         self.tokens += x.shape[0]
         self.x += weighted.sum(0).double()
         self.y += (y * weight).sum(0).double()
-        self.xx += (weighted.T @ x).double()
-        self.xy += (weighted.T @ y).double()
+        with torch.autocast(x.device.type, enabled=False):  # sums of thousands of tokens need more than bf16
+            self.xx += (weighted.T @ x).double()
+            self.xy += (weighted.T @ y).double()
 
 
 def reduced_rank_regression(statistics: UnitStatistics, rank: int, ridge: float) -> tuple[torch.Tensor, ...]:

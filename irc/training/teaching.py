@@ -107,7 +107,8 @@ class _Statistics:
         """Add tokens: x is [tokens, width], costs are float64 [tokens]."""
         x = x.float()
         self.tokens += len(x)
-        self.xx += x.T @ x
+        with torch.autocast(x.device.type, enabled=False):
+            self.xx += x.T @ x
         x = x.double()
         self.x += x.sum(0)
         self.xc += x.T @ costs

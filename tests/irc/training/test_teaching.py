@@ -17,10 +17,11 @@ from irc.model.routed import RoutedForCausalLM
 from irc.recipe.recipe import Recipe
 from irc.training import stages
 from irc.training.budget import Budget, plain_budget
+from irc.training.closed_form import UnitStatistics
 from irc.training.loop import train
 from irc.training.objectives import RoutingObjective
 from irc.training.stages import StageContext, run_lff, run_router
-from irc.training.teaching import _costs, _probing, teach_routers
+from irc.training.teaching import _costs, _probing, _Statistics, teach_routers
 
 
 def _budget(model: RoutedForCausalLM, sparsity: float) -> Budget:
@@ -210,3 +211,17 @@ def test_who_is_taught(policy: str, sparsity: float, asked: int, steps: int) -> 
     recipe = Recipe(policy=policy, sparsity=sparsity, device="cpu")
     recipe.router.teach_steps = asked
     assert resolve(recipe).router.teach_steps == steps
+
+
+def test_sums_over_many_tokens_are_not_rounded_to_bf16() -> None:
+    x, y = (torch.randn(200, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    exact, cast = (_Statistics(8, torch.device("cpu")) for _ in range(2))
+    exact_unit, cast_unit = (UnitStatistics(8) for _ in range(2))
+    exact.add(x, y[:, 0].double())
+    exact_unit.add(x, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast.add(x, y[:, 0].double())
+        cast_unit.add(x, y)
+    assert torch.equal(cast.xx, exact.xx)
+    assert torch.equal(cast_unit.xx, exact_unit.xx)
+    assert torch.equal(cast_unit.xy, exact_unit.xy)
