@@ -112,7 +112,7 @@ def _sentence(found: Mapping[str, Any], model: type[BaseModel]) -> str:
     wanted = _EXPECTED.get(kind, "")
     if kind in _BOUNDS:
         field = _field_at(model, path)
-        wanted = _range(field, kind) if field else _in_words(context) or wanted
+        wanted = (_range(field, kind) if field else "") or _in_words(context) or wanted
     if not wanted:
         said = str(found["msg"])
         return f"{path_name(path)} is {shown_value(value)}; {said[:1].lower()}{said[1:]}"

@@ -100,8 +100,12 @@ class RouterRecipe(Checked):
         return self.steps > 0 and (policy.learns or (policy.forecasts and self.forecaster_lr > 0))
 
     def settled(self) -> Self:
-        """Return a copy in which what depends on teaching is a number."""
-        taught = self.teach_steps > 0
+        """Return a copy in which what depends on teaching is a number.
+
+        A range of targets shifts the routers by log-odds, which decide the share of skipped tokens only if routes are
+        sampled; its routers are trained as without teaching.
+        """
+        taught = self.teach_steps > 0 and not self.target_range
         lr, noise, temperature = (1e-3, 0.0, 1.0) if taught else (5e-3, 1.0, 5.0)
         return self.model_copy(
             update={

@@ -204,7 +204,10 @@ SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "wrong type": (["--set", "router.steps=many"], ("--set", "router.steps", "'many'")),
     "whole part": (["--set", "router=5"], ("--set", "router", "5")),
     "no windows": (["--set", "router.batch_size=0"], ("--set", "router.batch_size is 0", "at least 1")),
-    "weights without texts": (["--data-weights", "1,2"], ("--data-weights", "data_weights are [1.0, 2.0]", "each text")),
+    "weights without texts": (
+        ["--data-weights", "1,2"],
+        ("--data-weights", "data_weights are [1.0, 2.0]", "each text"),
+    ),
     "weights of nothing": (["--data-weights", "0"], ("--data-weights", "one of them above 0")),
     "weights that are words": (["--data-weights", "a,b"], ("--data-weights", "'a,b' is not a list of numbers")),
     "no batch": (["--set", "lff.batch_size=0"], ("lff.batch_size is 0", "at least 1")),

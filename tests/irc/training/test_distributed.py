@@ -189,8 +189,8 @@ def test_refusals_end_both_processes(convert_arguments: Arguments, tmp_path: Pat
 @pytest.mark.parametrize(
     ("settings", "finished", "refused"),
     [
-        ({"lff__batch_size": 3}, (), "lff.batch_size is 3"),
-        ({"lff__batch_size": 3}, ("lff",), ""),
+        ({"lff__batch_size": 3, "lff__steps": 1}, (), "lff.batch_size is 3"),
+        ({"lff__batch_size": 3, "lff__steps": 1}, ("lff",), ""),
         ({"lff__batch_size": 3, "lff__steps": 0}, (), ""),
         ({"router__batch_size": 3}, (), "router.batch_size is 3"),
         ({"router__batch_size": 3, "policy": "static"}, (), ""),
