@@ -52,7 +52,7 @@ class Recipe(Checked):
     model: FromHome = Field(default="demo", description="local folder, Hugging Face Hub id, or demo")
     data: Texts = Field(
         default_factory=lambda: ["stdlib"],
-        description="text file, folder, table (.jsonl, .json, .csv, .parquet), hf:NAME, or stdlib; or a list to mix",
+        description="text file, folder, table (.jsonl, .json, .csv, .parquet), hf:NAME, stdlib, self; or a list to mix",
     )
     data_weights: list[Annotated[Real, Field(ge=0)]] = Field(
         default_factory=list, description="share of each text in the mixture, in proportion; empty: equal shares"
