@@ -20,7 +20,7 @@ from irc.cli.options import (
     resume_option,
     texts_options,
 )
-from irc.cli.recipe_options import recipe_of, recipe_option, set_option, texts_of, without_defaults
+from irc.cli.recipe_options import recipe_of, recipe_option, set_option, text_fields, without_defaults
 
 
 @click.command()
@@ -106,7 +106,9 @@ def command(model: str | None, output: Path, as_json: bool, **options: Any) -> N
     from irc.compare.run import REPORT, compare
 
     check_tools()
-    flags = {"model": model or None} | {name: options[name] or None for name in ("device", "dtype")} | texts_of(options)
+    flags = (
+        {"model": model or None} | {name: options[name] or None for name in ("device", "dtype")} | text_fields(options)
+    )
     recipe = recipe_of(options["recipe_file"], options["overrides"], without_defaults(flags))
     plan = Plan(
         policies=options["policies"],

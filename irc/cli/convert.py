@@ -25,7 +25,7 @@ from irc.cli.options import (
     seq_len_option,
     texts_options,
 )
-from irc.cli.recipe_options import recipe_of, recipe_option, set_option, texts_of, without_defaults
+from irc.cli.recipe_options import recipe_of, recipe_option, set_option, text_fields, without_defaults
 
 _FLOPS = 0.85  # 15 % of the matrix products are saved: what users expect of a target, whatever the model's shape
 
@@ -162,7 +162,7 @@ def command(
     from irc.training.processes import is_main_process
 
     recipe_file, overrides, cache = (flags.pop(name) for name in ("recipe_file", "overrides", "stages_folder"))
-    flags |= {"model": model, "dial": flags["dial"] or None} | texts_of(flags)
+    flags |= {"model": model, "dial": flags["dial"] or None} | text_fields(flags)
     recipe = recipe_of(recipe_file, overrides, without_defaults(flags), {"flops": _FLOPS})
     if is_main_process():
         console.note(

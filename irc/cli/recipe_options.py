@@ -31,7 +31,7 @@ def without_defaults(flags: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in flags.items() if value not in (None, "auto")}
 
 
-def texts_of(options: Mapping[str, Any]) -> dict[str, Any]:
+def text_fields(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields `data` and `data_weights`; given texts never take the weights of a recipe file."""
     texts, weights = options["data"] or None, options["data_weights"] or None
     return {"data": texts, "data_weights": weights or ([] if texts else None)}

@@ -31,6 +31,17 @@ class Router(nn.Sequential):
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, 2))
 
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what the first linear reads, [batch, tokens, width of the router]."""
+        return x
+
+    @property
+    def first(self) -> nn.Linear:
+        """The linear that reads the features."""
+        first = self[0]
+        assert isinstance(first, nn.Linear)
+        return first
+
     @property
     def last(self) -> nn.Linear:
         """The linear that computes the two logits."""
@@ -78,17 +89,22 @@ class BottleneckRouter(Router):
     def __init__(self, forecaster: Forecaster, hidden: int) -> None:
         super().__init__(forecaster.down.out_features, hidden)
         # In a tuple, which makes them no submodules, so that no parameter has two names.
-        self.shared = (forecaster.down, forecaster.act)
+        self._shared = (forecaster.down, forecaster.act)
 
     @property
     def bottleneck(self) -> nn.Linear:
         """The forecaster's first linear."""
-        return self.shared[0]
+        return self._shared[0]
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the forecaster's bottleneck."""
+        down, act = self._shared
+        bottleneck: torch.Tensor = act(down(x))
+        return bottleneck
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the logits."""
-        down, act = self.shared
-        logits: torch.Tensor = super().forward(act(down(x)))  # type: ignore[no-untyped-call]
+        logits: torch.Tensor = super().forward(self.features(x))  # type: ignore[no-untyped-call]
         return logits
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from irc.text.source import Document, Split, TextSource, Tokenizer, load_text, token_stream, windows
+from irc.text.source import Document, Split, TextSource, Tokenizer, load_text, pick, token_stream, windows
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class Mixture:
             count = round(total * share)
             log.debug("%s of %s: %d of %d windows", split, text.name, count, stream.numel() // length)
             if count:
-                found.append(spread(windows(stream, length), count))
+                found.append(pick(windows(stream, length), count * length))
         if not found:
             return streams[0].new_zeros(0)
         mixed = torch.cat(found)
@@ -87,11 +87,6 @@ class Mixture:
 
     def _shares(self) -> list[float]:
         return [weight / sum(self.weights) for weight in self.weights]
-
-
-def spread(text: torch.Tensor, count: int) -> torch.Tensor:
-    """Return windows that are spread evenly over a text [windows, length], at most as many as it has."""
-    return text[torch.linspace(0, len(text) - 1, min(count, len(text))).long()]
 
 
 def load_texts(

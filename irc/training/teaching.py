@@ -13,13 +13,13 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
 
 from irc.model.head import language_loss, parts
-from irc.model.modules import APPROXIMATE, EXECUTE, BottleneckRouter, Router
+from irc.model.modules import APPROXIMATE, EXECUTE, Router
 from irc.model.routed import RoutedForCausalLM
 from irc.progress import Progress
 from irc.training.budget import Budget
@@ -54,9 +54,8 @@ def teach_routers(
     Returns:
         `explained`: the share of the variance of the costs that routers explain on unseen text, nan without any.
     """
-    routers = [model.part(unit, "router") for unit in model.units]
-    assert all(isinstance(router, Router) for router in routers)
-    statistics = [_Statistics(_width(router), model.device) for router in routers]
+    routers = [cast(Router, model.part(unit, "router")) for unit in model.units]
+    statistics = [_Statistics(router.first.in_features, model.device) for router in routers]
     saved = torch.tensor([budget.weights[unit.name] for unit in model.units], dtype=torch.float64).log()
     seen = len(batches) - max(1, len(batches) // _UNSEEN)
     explained = math.nan
@@ -77,7 +76,6 @@ def teach_routers(
     share = min(max(budget.sparsity, 1e-2), 1 - 1e-2)
     start = math.log((1 - share) / share) if sampled else -_threshold(solutions, unseen, saved.exp(), share)
     for router, (weight, bias), known in zip(routers, solutions, statistics, strict=True):
-        assert isinstance(router, Router)
         _set_linear(router, weight, bias + start, known)
     progress.update(len(batches), explained=explained)
     return {"explained": explained}
@@ -179,8 +177,7 @@ def _set_linear(router: Router, weight: torch.Tensor, bias: float, known: _Stati
 
     The output weights of its other hidden units become zero, so that they add nothing before they are trained.
     """
-    first, last = router[0], router.last
-    assert isinstance(first, nn.Linear)
+    first, last = router.first, router.last
     spread = ((weight @ known.xx.double() @ weight) / known.tokens).sqrt().clamp(min=1e-6)
     first.weight[0].copy_(weight / spread)
     first.weight[1].copy_(-weight / spread)
@@ -191,12 +188,6 @@ def _set_linear(router: Router, weight: torch.Tensor, bias: float, known: _Stati
         last.weight[EXECUTE, hidden] = sign * spread
         last.weight[APPROXIMATE, hidden] = -sign * spread
     last.bias[EXECUTE] = bias
-
-
-def _width(router: nn.Module) -> int:
-    first = router[0] if isinstance(router, Router) else None
-    assert isinstance(first, nn.Linear)
-    return first.in_features
 
 
 def _costs(model: RoutedForCausalLM, batch: torch.Tensor, seed: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -254,11 +245,8 @@ def _probing(model: RoutedForCausalLM) -> Iterator[list[_Probe]]:
 
     def remember(name: str) -> Any:
         def hook(router: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            x = arguments[0].detach()
-            if isinstance(router, BottleneckRouter):
-                down, act = router.shared
-                x = act(down(x)).detach()
-            inputs[name] = x
+            assert isinstance(router, Router)
+            inputs[name] = router.features(arguments[0].detach()).detach()
 
         return hook
 
