@@ -63,8 +63,10 @@ class RouterRecipe(Checked):
         default=None, description="temperature of the gate at the first step; null: 1 after teaching, otherwise 5"
     )
     temperature_end: Real = Field(default=1.0, ge=0.001, description="temperature at the last step, reached linearly")
-    sparsity_weight: Weight = Field(
-        default=8.0, description="weight of |(1 - sparsity) - mean execution|; with flops, units count by FLOPs"
+    sparsity_weight: Weight | None = Field(
+        default=None,
+        description="with noise, weight of |(1 - sparsity) - mean execution|, null: 8; without, the price of executing "
+        "everything in nats, null: 4. With flops, units count by FLOPs",
     )
     cosine_weight: Weight = Field(default=0.1, description="weight of mean(1 - cosine) over approximated tokens")
     clip: Weight = Field(default=0.0, description="largest gradient norm; 0 turns clipping off")
@@ -107,10 +109,12 @@ class RouterRecipe(Checked):
         """
         taught = self.teach_steps > 0 and not self.target_range
         lr, noise, temperature = (1e-3, 0.0, 1.0) if taught else (5e-3, 1.0, 5.0)
+        sampled = (noise if self.noise is None else self.noise) > 0
         return self.model_copy(
             update={
                 "lr": lr if self.lr is None else self.lr,
                 "noise": noise if self.noise is None else self.noise,
+                "sparsity_weight": (8.0 if sampled else 4.0) if self.sparsity_weight is None else self.sparsity_weight,
                 "temperature_start": temperature if self.temperature_start is None else self.temperature_start,
             }
         )

@@ -70,6 +70,14 @@ class Budget:
         distance: torch.Tensor = (gap.sign() * (executed - executed.detach()) + gap.abs()).mean()
         return distance
 
+    def cost(self, execution: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return the share of the model that is executed, as the target counts it; a scalar.
+
+        Args:
+            execution: Mean execution of each unit.
+        """
+        return torch.stack([self.weights[unit] * mean for unit, mean in execution.items()]).sum()
+
     def realized(self, skipped: Mapping[str, float]) -> float:
         """Return the model's skipped share as the target counts it, from the share that each unit skips."""
         return sum(self.weights[unit] * share for unit, share in skipped.items())

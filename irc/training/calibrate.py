@@ -75,9 +75,9 @@ def calibrate(
     """Set a threshold on the logit difference so that argmax routing meets the target.
 
     Routing changes the hidden states that later routers read. The quantile is therefore taken again under the new
-    routes, until the realized share is within 0.002 of the target or 8 rounds have passed. The first rounds read a
-    part of the text, up to a distance of 0.001. The best threshold found on all of it is added to the execute bias of
-    each router.
+    routes, until the realized share is within 0.002 of the target or 8 rounds have passed. Once there is a threshold
+    on either side of the target, the next one lies between them. The first rounds read a part of the text, up to a
+    distance of 0.001. The best threshold found on all of it is added to the execute bias of each router.
 
     Args:
         model: Rewritten model.
@@ -97,6 +97,7 @@ def calibrate(
     shift = 0.0
     rounds = 0
     best = _Threshold(math.inf, math.nan, shift, _cloned(biases), {})
+    bracket = _Bracket()
     part = text[:: max(1, text.numel() // _FEW)]
     with progress("threshold", _ROUNDS) as bar:
         for rounds in range(1, _ROUNDS + 1):
@@ -111,10 +112,15 @@ def calibrate(
             if best.distance <= _ENOUGH or rounds == _ROUNDS:
                 break
             if not whole and (distance <= _TOLERANCE or rounds == _FEW_ROUNDS):
-                part = text
+                part, bracket = text, _Bracket()
             if distance <= _TOLERANCE:
                 continue
             shifts = _shifts(differences, budget)
+            if budget.targets is None and whole == (len(part) == len(text)):  # not in the round that ends the part
+                execute = {unit: bias[EXECUTE].item() for unit, bias in biases.items()}
+                between = bracket.between(realized - budget.sparsity, execute)
+                if between is not None:
+                    shifts = {unit: execute[unit] - between[unit] for unit in execute}
             for unit, bias in biases.items():
                 bias[EXECUTE] -= shifts[unit]
             shift -= sum(shifts.values()) / len(shifts)
@@ -150,6 +156,36 @@ class _Threshold:
     shift: float
     biases: dict[str, torch.Tensor]
     keep: dict[str, float]
+
+
+class _Bracket:
+    """The last thresholds that skipped too much and too little.
+
+    Skipping changes what later routers read, and some models answer a shift by twice what the quantile says or more:
+    quantiles alone would then swing around the target for ever.
+    """
+
+    def __init__(self) -> None:
+        self._sides: dict[bool, tuple[float, dict[str, float]]] = {}
+        self._last: bool | None = None
+
+    def between(self, gap: float, execute: dict[str, float]) -> dict[str, float] | None:
+        """Add a threshold, and return one between both sides, or None as long as there is only one side.
+
+        Args:
+            gap: Realized less wanted share, not 0.
+            execute: Bias of the execute logit by unit.
+        """
+        side = gap > 0
+        if side == self._last and (not side) in self._sides:  # Illinois rule: pull away from the side that stays
+            other, biases = self._sides[not side]
+            self._sides[not side] = other / 2, biases
+        self._sides[side], self._last = (gap, execute), side
+        if len(self._sides) < 2:
+            return None
+        (high, too_much), (low, too_little) = self._sides[True], self._sides[False]
+        part = high / (high - low)
+        return {unit: bias + part * (too_little[unit] - bias) for unit, bias in too_much.items()}
 
 
 def _cloned(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

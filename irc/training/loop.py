@@ -42,6 +42,13 @@ class Objective(nn.Module):
         """Return the optimizer's parameter groups, each with `params` (name to parameter) and `lr`."""
         raise IrcError(f"{type(self).__name__} has no parameters to train; this is a bug in irc, please report it")
 
+    def state(self) -> dict[str, float]:
+        """Return what a checkpoint holds besides the parameters."""
+        return {}
+
+    def restore(self, state: Mapping[str, float]) -> None:
+        """Take up the state of a checkpoint, empty without one."""
+
 
 @dataclass
 class LoopSettings:
@@ -81,6 +88,7 @@ class LoopResult:
         history: `[step, loss]` pairs, at most a hundred.
         cpu_seconds: Processor time over all runs of the stage.
         earlier_runs: Seconds and processor seconds of the earlier runs of this stage, which were killed.
+        state: State of the objective.
     """
 
     seconds: float
@@ -89,6 +97,7 @@ class LoopResult:
     history: list[list[float]] = field(default_factory=list)
     cpu_seconds: float = 0.0
     earlier_runs: tuple[float, float] = (0.0, 0.0)
+    state: dict[str, float] = field(default_factory=dict)
 
 
 def accelerator_for(device: str, precision: str) -> Accelerator:
@@ -132,6 +141,7 @@ def train(
         settings.weight_decay,
     )
     first, resumed = _restore(settings.checkpoint, parameters, adam)
+    objective.restore(resumed.state)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         adam, lambda step: settings.schedule(step / settings.steps), last_epoch=first - 1
     )
@@ -176,7 +186,15 @@ def train(
         if now - saved >= settings.checkpoint_seconds and accelerator.is_main_process:
             cpu_seconds = resumed.cpu_seconds + time.process_time() - cpu_started
             earlier_runs = resumed.earlier_runs if first else settings.time_before
-            state = LoopResult(resumed.seconds + now - started, 0, figures, resumed.history, cpu_seconds, earlier_runs)
+            state = LoopResult(
+                resumed.seconds + now - started,
+                0,
+                figures,
+                resumed.history,
+                cpu_seconds,
+                earlier_runs,
+                objective.state(),
+            )
             _save(settings.checkpoint, parameters, adam, step + 1, state)
             saved = now
     objective.eval()
@@ -237,6 +255,7 @@ def _save(path: Path, parameters: Mapping[str, nn.Parameter], adam: MasterAdamW,
         "figures": state.figures,
         "history": state.history,
         "spent": state.earlier_runs,
+        "objective": state.state,
     }
     write_safetensors(path, tensors, {"irc": json.dumps(facts)})
 
@@ -256,6 +275,7 @@ def _restore(path: Path, parameters: Mapping[str, nn.Parameter], adam: MasterAda
             history=facts["history"],
             cpu_seconds=facts.get("cpu_seconds", 0.0),
             earlier_runs=tuple(facts.get("spent", (0.0, 0.0))),
+            state=facts.get("objective", {}),
         )
         for name, parameter in parameters.items():
             found, expected = tensors[f"weight/{name}"].shape, parameter.shape

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +19,11 @@ from irc.recipe.stages import RouterRecipe
 from irc.training.budget import Budget
 from irc.training.loop import Objective, step_noise
 from irc.training.lora import adapters_off
+from irc.training.threshold import quantile
 
 Figures = dict[str, float]
+
+_FOLLOW = 0.3  # part of the way that the threshold goes in a step
 
 
 class ForecastObjective(Objective):
@@ -63,6 +66,10 @@ class ForecastObjective(Objective):
 class RoutingObjective(Objective):
     """Loss of stages `router` and `lora`: language-model loss, sparsity target, and cosine error of skipped tokens.
 
+    Training moves the hidden states that routers read, and with them the share that is skipped. With the routes of
+    inference a threshold follows, so that every step skips the target's share and forecasters learn on the routes that
+    they are for. What executing costs is then a price, by which routers compare units.
+
     Args:
         model: Rewritten model.
         recipe: Weights, learning rates and temperatures of the router stage.
@@ -94,6 +101,14 @@ class RoutingObjective(Objective):
         self._learns, self._ranked = policy.learns, policy.capacity
         self._random = not (policy.learns or policy.whole_units)
         self._cosine_weight = recipe.cosine_weight if policy.forecasts else 0.0
+        self._held = (
+            self.sampled
+            and not self._ranked
+            and self.recipe.noise == 0
+            and not self.recipe.target_range
+            and budget.targets is None
+        )
+        self._threshold = 0.0  # of the logit difference
 
     def trainable(self) -> list[dict[str, Any]]:
         """The routers, and the forecasters if they keep learning; or the parameter groups of stage `lora`."""
@@ -142,14 +157,36 @@ class RoutingObjective(Objective):
         loss, plain = self._language_loss(states, windows)
         figures = {"lm": plain}
         execution = {unit: _straight_through(record) for unit, record in tape.items()}
-        if self.sampled and not self._ranked:
-            loss = loss + self.recipe.sparsity_weight * self.budget.loss(execution, self.target(step))
+        weight = self.recipe.sparsity_weight
+        assert weight is not None
+        if self._held:
+            self._follow(tape)
+            loss = loss + weight * self.budget.cost(execution)
+        elif self.sampled and not self._ranked:
+            loss = loss + weight * self.budget.loss(execution, self.target(step))
         if self.recipe.entropy_weight > 0 and self.sampled:
             loss = loss + self.recipe.entropy_weight * _entropy(tape)
         if self._cosine_weight > 0:
             loss = loss + self._cosine_weight * _skipped_error(tape)
         skipped = 1 - torch.stack(list(execution.values())).mean().item()
         return loss, {**figures, "sparsity": skipped}
+
+    def state(self) -> dict[str, float]:
+        """The threshold."""
+        return {"threshold": self._threshold}
+
+    def restore(self, state: Mapping[str, float]) -> None:
+        """Take up the threshold of an earlier run."""
+        self._threshold = state.get("threshold", 0.0)
+
+    @torch.no_grad()
+    def _follow(self, tape: Mapping[str, Record]) -> None:
+        """Move the threshold towards the one with which this step would have skipped the target's share."""
+        values = {unit: _recorded(record.difference).float().flatten() for unit, record in tape.items()}
+        mass = [torch.full(v.shape, self.budget.weights[unit] / len(v)).double() for unit, v in values.items()]
+        found = quantile(torch.cat(list(values.values())).cpu(), self.budget.sparsity, torch.cat(mass))
+        wanted: torch.Tensor = reduce(torch.tensor(found, device=self.model.device), "mean")
+        self._threshold += _FOLLOW * (wanted.item() - self._threshold)
 
     def _language_loss(self, states: torch.Tensor, windows: torch.Tensor) -> tuple[torch.Tensor, float]:
         """Return the language-model loss with the recipe's share of distillation, and the plain cross-entropy."""
@@ -179,7 +216,7 @@ class RoutingObjective(Objective):
             "temperature": self.temperature(step),
             "noise": noise,
             "noise_scale": self.noise_scale(step),
-            "shift": _log_odds(1 - self.target(step)) - _log_odds(1 - sparsity),
+            "shift": -self._threshold if self._held else _log_odds(1 - self.target(step)) - _log_odds(1 - sparsity),
         }
 
 

@@ -39,6 +39,7 @@ from irc.training.teaching import teach_routers
 log = logging.getLogger(__name__)
 
 _EVAL_BATCH = 16
+_RISE = 0.2  # part of a taught router stage in which rates rise: closed forms are better than Adam's first steps
 
 
 @dataclass
@@ -66,12 +67,12 @@ class StageContext:
         """The accelerator for this run's device and precision."""
         return accelerator_for(self.recipe.device, self.recipe.precision)
 
-    def settings(self, stage: str, steps: int, batch_size: int, floor: float) -> LoopSettings:
-        """Return the loop settings of a stage, with a cosine schedule from 1 down to `floor`."""
+    def settings(self, stage: str, steps: int, batch_size: int, floor: float, rise: float = 0.0) -> LoopSettings:
+        """Return the loop settings of a stage: rates rise for a share of the steps and fall to `floor`."""
         return LoopSettings(
             steps=steps,
             batch_size=batch_size,
-            schedule=cosine_schedule(floor),
+            schedule=cosine_schedule(floor, rise),
             seed=self.recipe.seed,
             checkpoint=self.work / f"{stage}.checkpoint.safetensors",
             checkpoint_seconds=self.recipe.checkpoint_seconds,
@@ -92,9 +93,17 @@ class StageContext:
         return pick(text, self.recipe.router.calibration_tokens)
 
 
-def cosine_schedule(floor: float) -> Callable[[float], float]:
-    """Return a schedule whose factor falls from 1 to `floor` along a cosine as progress goes from 0 to 1."""
-    return lambda progress: floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+def cosine_schedule(floor: float, rise: float = 0.0) -> Callable[[float], float]:
+    """Return a schedule whose factor falls from 1 to `floor` along a cosine as progress goes from 0 to 1.
+
+    With `rise`, a share of the progress, it rises linearly from a tenth for so long and is multiplied by the cosine.
+    """
+
+    def factor(progress: float) -> float:
+        falling = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return falling * min(1.0, 0.1 + 0.9 * progress / rise) if rise else falling
+
+    return factor
 
 
 def run_lff(context: StageContext) -> dict[str, Any]:
@@ -190,7 +199,7 @@ def run_router(context: StageContext) -> dict[str, Any]:
     if not recipe.steps or not any(group["params"] for group in objective.trainable()):
         taught.pop("teach_cpu_seconds", None)
         return {**taught, **(chosen or _threshold(context, budget))}
-    settings = context.settings("router", recipe.steps, recipe.batch_size, 0.1)
+    settings = context.settings("router", recipe.steps, recipe.batch_size, 0.1, _RISE if taught else 0.0)
     settings.clip = recipe.clip
     if taught:
         settings.time_before = (taught["teach_seconds"], taught.pop("teach_cpu_seconds"))

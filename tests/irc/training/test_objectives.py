@@ -262,3 +262,49 @@ def test_in_the_lora_stage_routes_are_sampled_where_routers_learn(
         assert routing["temperature"] == 0.7
         one(ids, 0)[0].backward()
         assert all(parameter.grad is not None for parameter in groups[0]["params"].values())
+
+
+def held(model: RoutedForCausalLM, sparsity: float = 0.25, **recipe: Any) -> RoutingObjective:
+    """Return an objective of taught routers, whose threshold follows the target."""
+    return objective(model, sparsity, **{"teach_steps": 1, "cosine_weight": 0.0, **recipe})
+
+
+@pytest.mark.parametrize("target", [0.1, 0.25, 0.9])
+def test_the_threshold_of_taught_routers_follows_the_target(
+    model: RoutedForCausalLM, ids: torch.Tensor, target: float
+) -> None:
+    one = held(model, target)
+    with torch.no_grad():
+        reached = [one(ids, step)[1]["sparsity"] for step in range(20)]
+    assert abs(reached[0] - target) > 0.1
+    assert reached[-1] == pytest.approx(target, abs=0.05)
+
+
+def test_executing_has_a_price_while_a_threshold_follows(model: RoutedForCausalLM, ids: torch.Tensor) -> None:
+    one, free = held(model), held(model, sparsity_weight=0.0)
+    loss, figures = one(ids, 0)
+    plain, _ = free(ids, 0)
+    assert 0 < figures["sparsity"] < 1
+    assert float((loss - plain).detach()) == pytest.approx(4.0 * (1 - figures["sparsity"]), abs=1e-5)
+
+
+def test_an_objective_continues_at_the_threshold_of_its_checkpoint(model: RoutedForCausalLM, ids: torch.Tensor) -> None:
+    whole, first, second = held(model), held(model), held(model)
+    with torch.no_grad():
+        for step in range(3):
+            whole(ids, step)
+        first(ids, 0)
+        second.restore(first.state())
+        for step in (1, 2):
+            second(ids, step)
+    assert second.state() == whole.state() != first.state()
+
+
+@pytest.mark.parametrize("recipe", [{"teach_steps": 0}, {"noise": 0.5}, {"target_range": [0.1, 0.5]}])
+def test_sampled_routes_have_no_threshold_to_follow(
+    model: RoutedForCausalLM, ids: torch.Tensor, recipe: dict[str, Any]
+) -> None:
+    one = held(model, **recipe)
+    with torch.no_grad():
+        one(ids, 0)
+    assert one.state() == {"threshold": 0.0}

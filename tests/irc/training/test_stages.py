@@ -62,6 +62,27 @@ def test_threshold_reaches_the_target(make_context: Callable[..., StageContext],
     assert figures["calibration_sparsity"] == pytest.approx(realized, abs=1e-9)  # reports what was measured
 
 
+@pytest.mark.parametrize("gain", [0.0, 1.5, 3.0])
+def test_the_threshold_converges_when_routes_answer_a_shift_too_strongly(
+    make_context: Callable[..., StageContext], monkeypatch: pytest.MonkeyPatch, gain: float
+) -> None:
+    """Every logit difference falls further, by `gain` times the shift, as if skipping led to more skipping."""
+    context = make_context(sparsity=0.3)
+    units = [unit.name for unit in context.model.units]
+    draws = {unit: torch.randn(2000, generator=torch.Generator().manual_seed(i)) for i, unit in enumerate(units)}
+    biases = calibration._biases(context.model)
+    start = {unit: bias.clone() for unit, bias in biases.items()}
+
+    def differences(_: RoutedForCausalLM, __: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {
+            unit: draws[unit] + (1 + gain) * (biases[unit] - start[unit])[calibration.EXECUTE].item() for unit in units
+        }
+
+    monkeypatch.setattr(calibration, "_differences", differences)
+    figures = calibrated(context)
+    assert figures["calibration_sparsity"] == pytest.approx(0.3, abs=0.002)
+
+
 def test_the_first_rounds_read_a_part_of_the_text(
     make_context: Callable[..., StageContext], shake: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,19 @@ class Dropping(Objective):
         self.drop = nn.Dropout(0.3)
         self.poison = poison
         self.seen: list[list[int]] = []
+        self.total = 0.0
 
     def trainable(self) -> list[dict[str, Any]]:
         return [{"params": dict(self.linear.named_parameters()), "lr": 0.1}]
 
+    def state(self) -> dict[str, float]:
+        return {"total": self.total}
+
+    def restore(self, state: Mapping[str, float]) -> None:
+        self.total = state.get("total", 0.0)
+
     def forward(self, windows: torch.Tensor, step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        self.total += float(windows.sum())
         self.seen.append(windows[:, 0].tolist())
         x = (windows[:, :4] / 50).to(self.linear.weight.dtype)
         loss = (self.drop(self.linear(x)) - x.flip(-1)).square().mean()
@@ -95,6 +103,7 @@ def test_a_killed_loop_continues_to_the_same_bits(tmp_path: Path, after: int, dt
     assert progress.steps == list(range(after, STEPS + 1))  # the killed step's checkpoint was not yet written
     assert first.seen[: after - 1] + second.seen == whole.seen
     assert torch.equal(second.linear.weight, whole.linear.weight)
+    assert second.total == whole.total
     assert torch.equal(second.linear.bias, whole.linear.bias)
     assert found.figures == expected.figures
     assert found.tokens == expected.tokens == STEPS * 2 * 4
@@ -241,6 +250,7 @@ def stage_result(context: StageContext) -> dict[str, torch.Tensor]:
         ("router", "router", 1),
         ("router", "router", 4),
         ("router", "threshold", 1),
+        ("router", "taught", 4),
         ("lora", "lora", 3),
     ],
 )
@@ -259,12 +269,14 @@ def test_a_killed_stage_continues_to_the_same_bits(
         made.work = tmp_path / folder
         made.work.mkdir(exist_ok=True)
         shake(made.model)
+        if bar == "taught":
+            made.recipe.router.teach_steps = 2
         return made
 
     whole = context(None, "whole")
     expected = RUNNERS[stage](whole)
     with pytest.raises(killed):
-        RUNNERS[stage](context((bar, step), "killed"))
+        RUNNERS[stage](context((stage if bar == "taught" else bar, step), "killed"))
     resumed = context(None, "killed")
     found = RUNNERS[stage](resumed)
     wanted, state = stage_result(whole), stage_result(resumed)
