@@ -77,7 +77,7 @@ class RoutingObjective(Objective):
         seed: Seed of the sampling noise.
         steps: Length of the stage, for the temperature.
         lora: Parameter groups that stage `lora` trains instead; the temperature then stays at its final value.
-        sampled: Whether stage `lora` samples its routes, which routers need in order to learn.
+        sampled: Whether routers learn in stage `lora` too. Unless they were taught, its routes are then sampled.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class RoutingObjective(Objective):
         self._random = not (policy.learns or policy.whole_units)
         self._cosine_weight = recipe.cosine_weight if policy.forecasts else 0.0
         self._held = (
-            self.sampled
+            policy.learns
             and not self._ranked
             and self.recipe.noise == 0
             and not self.recipe.target_range
@@ -161,6 +161,7 @@ class RoutingObjective(Objective):
         assert weight is not None
         if self._held:
             self._follow(tape)
+        if self._held and self.sampled:
             loss = loss + weight * self.budget.cost(execution)
         elif self.sampled and not self._ranked:
             loss = loss + weight * self.budget.loss(execution, self.target(step))
@@ -203,7 +204,7 @@ class RoutingObjective(Objective):
 
     def _routing(self, windows: torch.Tensor, step: int) -> dict[str, Any]:
         """Return how the model routes in a step, as `RoutingControl.using` takes it."""
-        if not self.sampled and not self._random:
+        if not (self.sampled or self._held or self._random):
             return {"mode": "route"}
         sparsity = self.budget.sparsity
         shape = (windows.shape[0], windows.shape[1])
