@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import nn
 
-from irc.model.head import language_loss, parts
+from irc.model.head import parts
 from irc.model.modules import APPROXIMATE, EXECUTE, Router
 from irc.model.routed import RoutedForCausalLM
 from irc.progress import Progress
@@ -206,27 +206,42 @@ def _costs(model: RoutedForCausalLM, batch: torch.Tensor, seed: int) -> tuple[to
     with torch.enable_grad(), _probing(model) as probes, model.control.using(mode="execute", tape=None):
         states = model.states(batch)
         read = states[:, :-1].flatten(0, 1)
-        vocabulary = model.config.vocab_size
         changes = torch.zeros(len(probes), len(read), dtype=torch.float64, device=batch.device)
-        for draw in range(_DRAWS):
-            tokens = _drawn(model, read.detach(), seed * _DRAWS + draw)
-            loss, _ = language_loss(model.logits, vocabulary, read, tokens)
-            gradients = torch.autograd.grad(loss, [probe.zero for probe in probes], retain_graph=draw < _DRAWS - 1)
+        for draw, upstream in enumerate(_gradients(model, read.detach(), seed)):
+            zeros = [probe.zero for probe in probes]
+            gradients = torch.autograd.grad(read, zeros, upstream, retain_graph=draw < _DRAWS - 1)
             for row, gradient, probe in zip(changes, gradients, probes, strict=True):
                 row += (gradient * probe.forecast_error).sum(-1)[:, :-1].flatten().double().square()
     costs = (changes / _DRAWS + 1e-12).log()
     return costs, [probe.read[:, :-1].flatten(0, 1) for probe in probes]
 
 
-@torch.no_grad()
-def _drawn(model: RoutedForCausalLM, states: torch.Tensor, seed: int) -> torch.Tensor:
-    """Draw the next token of each state from the model's predictions, int64 [tokens]."""
+def _gradients(model: RoutedForCausalLM, states: torch.Tensor, seed: int) -> list[torch.Tensor]:
+    """Draw the next token of each state several times; return the gradient of each draw's cross-entropy in the states.
+
+    That gradient is the one of the expected logit less the one of the drawn token's logit. All draws share the former.
+
+    Args:
+        model: Its head is used.
+        states: What the head reads [tokens, d].
+        seed: Seed of the draws.
+
+    Returns:
+        [tokens, d] for each draw.
+    """
     generator = torch.Generator(states.device).manual_seed(seed)
-    found = []
+    found = [torch.empty_like(states) for _ in range(_DRAWS)]
     for rows in parts(states, model.config.vocab_size):
-        probabilities = model.logits(states[rows]).float().softmax(-1)
-        found.append(torch.multinomial(probabilities, 1, generator=generator)[:, 0])
-    return torch.cat(found)
+        part = states[rows].detach().requires_grad_(True)
+        logits = model.logits(part)
+        probabilities = logits.detach().float().softmax(-1)
+        tokens = torch.multinomial(probabilities, _DRAWS, replacement=True, generator=generator)
+        (expected,) = torch.autograd.grad(logits, part, probabilities.to(logits.dtype), retain_graph=True)
+        for draw, gradients in enumerate(found):
+            drawn = logits.gather(-1, tokens[:, draw, None]).sum()
+            (own,) = torch.autograd.grad(drawn, part, retain_graph=draw < _DRAWS - 1)
+            gradients[rows] = expected - own
+    return found
 
 
 class _Probe(NamedTuple):
