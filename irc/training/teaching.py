@@ -25,7 +25,7 @@ from irc.progress import Progress
 from irc.training.budget import Budget
 from irc.training.threshold import quantile
 
-_DRAWS = 4  # of the tokens to predict; by count a further one costs 0.6 of the first, which alone is mostly noise
+_DRAWS = 4  # of the tokens to predict; by count a further one costs half of the first, which alone is mostly noise
 _RIDGE = 0.3  # relative to the mean variance of what a router reads
 _UNSEEN = 5  # one batch in five first measures what the others explain
 
