@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from accelerate.utils import reduce
 
 from irc.model.head import language_loss
-from irc.model.modules import Record
+from irc.model.modules import Record, Router
 from irc.model.routed import RoutedForCausalLM
 from irc.recipe.policies import policy_named
 from irc.recipe.stages import RouterRecipe
@@ -179,6 +179,14 @@ class RoutingObjective(Objective):
     def restore(self, state: Mapping[str, float]) -> None:
         """Take up the threshold of an earlier run."""
         self._threshold = state.get("threshold", 0.0)
+
+    def fold_threshold(self) -> None:
+        """Move the threshold into the routers' biases, where routes of inference have it."""
+        for unit in self.model.units if self._held else ():
+            router = self.model.part(unit, "router")
+            assert isinstance(router, Router)
+            router.shift(-self._threshold)
+        self._threshold = 0.0
 
     @torch.no_grad()
     def _follow(self, tape: Mapping[str, Record]) -> None:

@@ -205,6 +205,7 @@ def run_router(context: StageContext) -> dict[str, Any]:
         settings.time_before = (taught["teach_seconds"], taught.pop("teach_cpu_seconds"))
     with context.progress("router", recipe.steps) as progress:
         result = context.train(objective, settings, progress)
+    objective.fold_threshold()
     return {**taught, **_figures(result), **(chosen or _threshold(context, budget))}
 
 
@@ -267,6 +268,7 @@ def run_lora(context: StageContext) -> dict[str, Any]:
     settings = context.settings("lora", recipe.steps, recipe.batch_size, 0.0)
     with context.progress("lora", recipe.steps) as progress:
         result = context.train(objective, settings, progress)
+    objective.fold_threshold()
     return {**_figures(result), **_threshold(context, budget)}
 
 

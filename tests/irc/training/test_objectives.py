@@ -288,6 +288,20 @@ def test_executing_has_a_price_while_a_threshold_follows(model: RoutedForCausalL
     assert float((loss - plain).detach()) == pytest.approx(4.0 * (1 - figures["sparsity"]), abs=1e-5)
 
 
+def test_inference_takes_over_the_threshold(model: RoutedForCausalLM, ids: torch.Tensor) -> None:
+    one = held(model, 0.1)
+    with torch.no_grad():
+        for step in range(20):
+            one(ids, step)
+        trained = {name: record.execute for name, record in sampled(model, one, ids, 20).items()}
+        one.fold_threshold()
+        tape: dict[str, Record] = {}
+        with model.control.using(mode="route", tape=tape):
+            model(input_ids=ids, use_cache=False)
+    assert all(torch.equal(record.execute, trained[name]) for name, record in tape.items())
+    assert one.state() == {"threshold": 0.0}
+
+
 def test_an_objective_continues_at_the_threshold_of_its_checkpoint(model: RoutedForCausalLM, ids: torch.Tensor) -> None:
     whole, first, second = held(model), held(model), held(model)
     with torch.no_grad():
