@@ -65,8 +65,8 @@ class RouterRecipe(Checked):
     temperature_end: Real = Field(default=1.0, ge=0.001, description="temperature at the last step, reached linearly")
     sparsity_weight: Weight | None = Field(
         default=None,
-        description="with noise, weight of |(1 - sparsity) - mean execution|, null: 8; without, the price of executing "
-        "everything in nats, null: 4. With flops, units count by FLOPs",
+        description="with noise, weight of |(1 - sparsity) - mean execution|, null: 8; without, factor of the price of "
+        "executing, which is the KL over the skipped share, null: 1. With flops, units count by FLOPs",
     )
     cosine_weight: Weight = Field(default=0.1, description="weight of mean(1 - cosine) over approximated tokens")
     clip: Weight = Field(default=0.0, description="largest gradient norm; 0 turns clipping off")
@@ -114,7 +114,7 @@ class RouterRecipe(Checked):
             update={
                 "lr": lr if self.lr is None else self.lr,
                 "noise": noise if self.noise is None else self.noise,
-                "sparsity_weight": (8.0 if sampled else 4.0) if self.sparsity_weight is None else self.sparsity_weight,
+                "sparsity_weight": (8.0 if sampled else 1.0) if self.sparsity_weight is None else self.sparsity_weight,
                 "temperature_start": temperature if self.temperature_start is None else self.temperature_start,
             }
         )

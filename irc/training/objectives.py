@@ -68,7 +68,8 @@ class RoutingObjective(Objective):
 
     Training moves the hidden states that routers read, and with them the share that is skipped. With the routes of
     inference a threshold follows, so that every step skips the target's share and forecasters learn on the routes that
-    they are for. What executing costs is then a price, by which routers compare units.
+    they are for. Executing then has a price, by which routers compare units: the KL of the last steps over the share
+    that they skipped, so that skipping is worth about what it costs.
 
     Args:
         model: Rewritten model.
@@ -109,6 +110,7 @@ class RoutingObjective(Objective):
             and budget.targets is None
         )
         self._threshold = 0.0  # of the logit difference
+        self._price: float | None = None  # of executing everything, in nats
 
     def trainable(self) -> list[dict[str, Any]]:
         """The routers, and the forecasters if they keep learning; or the parameter groups of stage `lora`."""
@@ -154,7 +156,7 @@ class RoutingObjective(Objective):
         control = self.model.control
         with control.using(tape=tape, measure_error=self._cosine_weight > 0, **self._routing(windows, step)):
             states = self.model.states(windows)
-        loss, plain = self._language_loss(states, windows)
+        loss, plain, divergence = self._language_loss(states, windows)
         figures = {"lm": plain}
         execution = {unit: _straight_through(record) for unit, record in tape.items()}
         weight = self.recipe.sparsity_weight
@@ -162,7 +164,7 @@ class RoutingObjective(Objective):
         if self._held:
             self._follow(tape)
         if self._held and self.sampled:
-            loss = loss + weight * self.budget.cost(execution)
+            loss = loss + weight * self._follow_price(divergence) * self.budget.cost(execution)
         elif self.sampled and not self._ranked:
             loss = loss + weight * self.budget.loss(execution, self.target(step))
         if self.recipe.entropy_weight > 0 and self.sampled:
@@ -173,12 +175,12 @@ class RoutingObjective(Objective):
         return loss, {**figures, "sparsity": skipped}
 
     def state(self) -> dict[str, float]:
-        """The threshold."""
-        return {"threshold": self._threshold}
+        """The threshold, and the price if there is one."""
+        return {"threshold": self._threshold} | ({} if self._price is None else {"price": self._price})
 
     def restore(self, state: Mapping[str, float]) -> None:
-        """Take up the threshold of an earlier run."""
-        self._threshold = state.get("threshold", 0.0)
+        """Take up the threshold and the price of an earlier run."""
+        self._threshold, self._price = state.get("threshold", 0.0), state.get("price")
 
     def fold_threshold(self) -> None:
         """Move the threshold into the routers' biases, where routes of inference have it."""
@@ -197,13 +199,24 @@ class RoutingObjective(Objective):
         wanted: torch.Tensor = reduce(torch.tensor(found, device=self.model.device), "mean")
         self._threshold += _FOLLOW * (wanted.item() - self._threshold)
 
-    def _language_loss(self, states: torch.Tensor, windows: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """Return the language-model loss with the recipe's share of distillation, and the plain cross-entropy."""
+    def _follow_price(self, divergence: torch.Tensor) -> float:
+        """Return the mean KL of the last steps over the share that they skipped, in nats."""
+        mean: torch.Tensor = reduce(divergence.clone(), "mean")
+        found = mean.item() / max(self.budget.sparsity, 1e-3)
+        self._price = found if self._price is None else self._price + _FOLLOW * (found - self._price)
+        return self._price
+
+    def _language_loss(self, states: torch.Tensor, windows: torch.Tensor) -> tuple[torch.Tensor, float, torch.Tensor]:
+        """Return the language-model loss with the recipe's share of distillation, the plain cross-entropy, and the KL.
+
+        The KL has no gradient, and is 0 without distillation.
+        """
         share, targets = self.recipe.distill, windows[:, 1:].flatten()
         teacher = self._base_states(windows)[:, :-1].flatten(0, 1) if share > 0 else None
         routed = states[:, :-1].flatten(0, 1)
         loss, plain = language_loss(self.model.logits, self.model.config.vocab_size, routed, targets, teacher, share)
-        return loss / targets.numel(), plain.item() / targets.numel()
+        divergence = (loss.detach() - (1 - share) * plain) / share if share > 0 else torch.zeros_like(plain)
+        return loss / targets.numel(), plain.item() / targets.numel(), divergence / targets.numel()
 
     def _base_states(self, windows: torch.Tensor) -> torch.Tensor:
         """Return the final hidden states of the base, without adapters and their dropout."""

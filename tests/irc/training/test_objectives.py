@@ -280,12 +280,23 @@ def test_the_threshold_of_taught_routers_follows_the_target(
     assert reached[-1] == pytest.approx(target, abs=0.05)
 
 
-def test_executing_has_a_price_while_a_threshold_follows(model: RoutedForCausalLM, ids: torch.Tensor) -> None:
-    one, free = held(model), held(model, sparsity_weight=0.0)
+def test_executing_costs_the_kl_over_the_skipped_share(model: RoutedForCausalLM, ids: torch.Tensor) -> None:
+    one, free = (held(model, distill=1.0, sparsity_weight=weight) for weight in (2.0, 0.0))
     loss, figures = one(ids, 0)
-    plain, _ = free(ids, 0)
-    assert 0 < figures["sparsity"] < 1
-    assert float((loss - plain).detach()) == pytest.approx(4.0 * (1 - figures["sparsity"]), abs=1e-5)
+    divergence, _ = free(ids, 0)
+    assert divergence > 0
+    assert one.state()["price"] == pytest.approx(float(divergence.detach()) / 0.25, rel=1e-5)
+    expected = 2 * one.state()["price"] * (1 - figures["sparsity"])
+    assert float((loss - divergence).detach()) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_price_is_that_of_the_kl_alone(model: RoutedForCausalLM, ids: torch.Tensor) -> None:
+    mixed, pure, none = (held(model, distill=share) for share in (0.5, 1.0, 0.0))
+    with torch.no_grad():
+        for one in (mixed, pure, none):
+            one(ids, 0)
+    assert mixed.state()["price"] == pytest.approx(pure.state()["price"], rel=1e-3)
+    assert none.state()["price"] == 0.0
 
 
 def test_inference_takes_over_the_threshold(model: RoutedForCausalLM, ids: torch.Tensor) -> None:
@@ -299,11 +310,11 @@ def test_inference_takes_over_the_threshold(model: RoutedForCausalLM, ids: torch
         with model.control.using(mode="route", tape=tape):
             model(input_ids=ids, use_cache=False)
     assert all(torch.equal(record.execute, trained[name]) for name, record in tape.items())
-    assert one.state() == {"threshold": 0.0}
+    assert one.state()["threshold"] == 0.0
 
 
 def test_an_objective_continues_at_the_threshold_of_its_checkpoint(model: RoutedForCausalLM, ids: torch.Tensor) -> None:
-    whole, first, second = held(model), held(model), held(model)
+    whole, first, second = (held(model, distill=1.0) for _ in range(3))
     with torch.no_grad():
         for step in range(3):
             whole(ids, step)
