@@ -65,8 +65,8 @@ class RouterRecipe(Checked):
     temperature_end: Real = Field(default=1.0, ge=0.001, description="temperature at the last step, reached linearly")
     sparsity_weight: Weight | None = Field(
         default=None,
-        description="with noise, weight of |(1 - sparsity) - mean execution|, null: 8; without, factor of the price of "
-        "executing, which is the KL over the skipped share, null: 1. With flops, units count by FLOPs",
+        description="factor of the price of executing (KL per skipped share), null: 1; "
+        "with noise, weight of the distance from the target, null: 8",
     )
     cosine_weight: Weight = Field(default=0.1, description="weight of mean(1 - cosine) over approximated tokens")
     clip: Weight = Field(default=0.0, description="largest gradient norm; 0 turns clipping off")
