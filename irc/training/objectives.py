@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import reduce
+from accelerate.utils import gather, reduce
 
 from irc.model.head import language_loss
 from irc.model.modules import Record, Router
@@ -195,9 +195,10 @@ class RoutingObjective(Objective):
         """Move the threshold towards the one with which this step would have skipped the target's share."""
         values = {unit: _recorded(record.difference).float().flatten() for unit, record in tape.items()}
         mass = [torch.full(v.shape, self.budget.weights[unit] / len(v)).double() for unit, v in values.items()]
-        found = quantile(torch.cat(list(values.values())).cpu(), self.budget.sparsity, torch.cat(mass))
-        wanted: torch.Tensor = reduce(torch.tensor(found, device=self.model.device), "mean")
-        self._threshold += _FOLLOW * (wanted.item() - self._threshold)
+        everywhere: torch.Tensor = gather(torch.cat(list(values.values()))).cpu()
+        each = torch.cat(mass)
+        wanted = quantile(everywhere, self.budget.sparsity, each.repeat(len(everywhere) // len(each)))
+        self._threshold += _FOLLOW * (wanted - self._threshold)
 
     def _follow_price(self, divergence: torch.Tensor) -> float:
         """Return the mean KL of the last steps over the share that they skipped, in nats."""
