@@ -76,7 +76,7 @@ def calibrate(
 
     Routing changes the hidden states that later routers read. The quantile is therefore taken again under the new
     routes, until the realized share is within 0.002 of the target or 8 rounds have passed. Once there is a threshold
-    on either side of the target, the next one lies between them. The first rounds read a part of the text, up to a
+    on either side of the target, a quantile outside them gives way to one in between. The first rounds read a part of the text, up to a
     distance of 0.001. The best threshold found on all of it is added to the execute bias of each router.
 
     Args:
@@ -118,7 +118,8 @@ def calibrate(
             shifts = _shifts(differences, budget)
             if budget.targets is None and whole == (len(part) == len(text)):  # not in the round that ends the part
                 execute = {unit: bias[EXECUTE].item() for unit, bias in biases.items()}
-                between = bracket.between(realized - budget.sparsity, execute)
+                proposed = {unit: bias - shifts[unit] for unit, bias in execute.items()}
+                between = bracket.between(realized - budget.sparsity, execute, proposed)
                 if between is not None:
                     shifts = {unit: execute[unit] - between[unit] for unit in execute}
             for unit, bias in biases.items():
@@ -169,12 +170,13 @@ class _Bracket:
         self._sides: dict[bool, tuple[float, dict[str, float]]] = {}
         self._last: bool | None = None
 
-    def between(self, gap: float, execute: dict[str, float]) -> dict[str, float] | None:
-        """Add a threshold, and return one between both sides, or None as long as there is only one side.
+    def between(self, gap: float, execute: dict[str, float], proposed: dict[str, float]) -> dict[str, float] | None:
+        """Add a threshold; return one between both sides, or None with one side only or with `proposed` inside.
 
         Args:
             gap: Realized less wanted share, not 0.
             execute: Bias of the execute logit by unit.
+            proposed: The biases that the quantile gives next.
         """
         side = gap > 0
         if side == self._last and (not side) in self._sides:  # Illinois rule: pull away from the side that stays
@@ -184,6 +186,8 @@ class _Bracket:
         if len(self._sides) < 2:
             return None
         (high, too_much), (low, too_little) = self._sides[True], self._sides[False]
+        if sum(too_much.values()) < sum(proposed.values()) < sum(too_little.values()):
+            return None
         part = high / (high - low)
         return {unit: bias + part * (too_little[unit] - bias) for unit, bias in too_much.items()}
 
