@@ -119,10 +119,7 @@ def calibrate(
             shifts = _shifts(differences, budget)
             if budget.targets is None and whole == (len(part) == len(text)):  # not in the round that ends the part
                 execute = {unit: bias[EXECUTE].item() for unit, bias in biases.items()}
-                proposed = {unit: bias - shifts[unit] for unit, bias in execute.items()}
-                between = bracket.between(realized - budget.sparsity, execute, proposed)
-                if between is not None:
-                    shifts = {unit: execute[unit] - between[unit] for unit in execute}
+                shifts = bracket.safe(realized - budget.sparsity, execute, shifts)
             for unit, bias in biases.items():
                 bias[EXECUTE] -= shifts[unit]
             shift -= sum(shifts.values()) / len(shifts)
@@ -171,13 +168,15 @@ class _Bracket:
         self._sides: dict[bool, tuple[float, dict[str, float]]] = {}
         self._last: bool | None = None
 
-    def between(self, gap: float, execute: dict[str, float], proposed: dict[str, float]) -> dict[str, float] | None:
-        """Add a threshold; return one between both sides, or None with one side only or with `proposed` inside.
+    def safe(self, gap: float, execute: dict[str, float], shifts: dict[str, float]) -> dict[str, float]:
+        """Add a threshold; return the shifts if they stay between both sides, otherwise shifts to one in between.
+
+        With one side only, the shifts are returned as they are.
 
         Args:
             gap: Realized less wanted share, not 0.
             execute: Bias of the execute logit by unit.
-            proposed: The biases that the quantile gives next.
+            shifts: How much the quantile lowers each bias next.
         """
         side = gap > 0
         if side == self._last and (not side) in self._sides:  # Illinois rule: pull away from the side that stays
@@ -185,12 +184,12 @@ class _Bracket:
             self._sides[not side] = other / 2, biases
         self._sides[side], self._last = (gap, execute), side
         if len(self._sides) < 2:
-            return None
+            return shifts
         (high, too_much), (low, too_little) = self._sides[True], self._sides[False]
-        if sum(too_much.values()) < sum(proposed.values()) < sum(too_little.values()):
-            return None
+        if sum(too_much.values()) < sum(execute.values()) - sum(shifts.values()) < sum(too_little.values()):
+            return shifts
         part = high / (high - low)
-        return {unit: bias + part * (too_little[unit] - bias) for unit, bias in too_much.items()}
+        return {unit: execute[unit] - (bias + part * (too_little[unit] - bias)) for unit, bias in too_much.items()}
 
 
 def _cloned(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -19,7 +19,7 @@ from irc.recipe.stages import RouterRecipe
 from irc.training.budget import Budget
 from irc.training.loop import Objective, step_noise
 from irc.training.lora import adapters_off
-from irc.training.threshold import quantile
+from irc.training.threshold import common_threshold
 
 Figures = dict[str, float]
 
@@ -193,11 +193,10 @@ class RoutingObjective(Objective):
     @torch.no_grad()
     def _follow(self, tape: Mapping[str, Record]) -> None:
         """Move the threshold towards the one with which this step would have skipped the target's share."""
-        values = {unit: _recorded(record.difference).float().flatten() for unit, record in tape.items()}
-        mass = [torch.full(v.shape, self.budget.weights[unit] / len(v)).double() for unit, v in values.items()]
-        everywhere: torch.Tensor = gather(torch.cat(list(values.values()))).cpu()
-        each = torch.cat(mass)
-        wanted = quantile(everywhere, self.budget.sparsity, each.repeat(len(everywhere) // len(each)))
+        here = torch.stack([_recorded(record.difference).float().flatten() for record in tape.values()], -1)
+        everywhere: torch.Tensor = gather(here).cpu()
+        differences = dict(zip(tape, everywhere.unbind(-1), strict=True))
+        wanted = common_threshold(differences, self.budget.sparsity, self.budget.weights)
         self._threshold += _FOLLOW * (wanted - self._threshold)
 
     def _follow_price(self, divergence: torch.Tensor) -> float:

@@ -29,21 +29,15 @@ def choose_shifts(
     """
     weight = weights or dict.fromkeys(differences, 1 / len(differences))
 
-    def mass_of(units: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return torch.cat([torch.full((len(v),), weight[unit] / len(v)).double() for unit, v in units.items()])
-
-    def threshold(units: Mapping[str, torch.Tensor], share: float) -> float:
-        return quantile(torch.cat(list(units.values())), share, mass_of(units))
-
     def below(unit: str, limit: float) -> float:
         return weight[unit] * (differences[unit] < limit).double().mean().item()
 
-    common = threshold(differences, target)
+    common = common_threshold(differences, target, weight)
     shifts = dict.fromkeys(differences, common)
     if abs(sum(below(unit, common) for unit in differences) - target) <= tolerance:
         return shifts
     all_values = torch.cat(list(differences.values()))
-    equal, at_target = _equal_distance(all_values), _value_at(all_values, target, mass_of(differences))
+    equal, at_target = _equal_distance(all_values), _value_at(all_values, target, _mass_of(differences, weight))
     without_group = {
         unit: values
         for unit, values in differences.items()
@@ -52,8 +46,23 @@ def choose_shifts(
     if without_group:
         reached = sum(below(unit, common) for unit in differences if unit not in without_group)
         remaining = (target - reached) / sum(weight[unit] for unit in without_group)
-        shifts |= dict.fromkeys(without_group, threshold(without_group, remaining))
+        shifts |= dict.fromkeys(without_group, common_threshold(without_group, remaining, weight))
     return shifts
+
+
+def common_threshold(differences: Mapping[str, torch.Tensor], share: float, weights: Mapping[str, float]) -> float:
+    """Return the threshold for all units below which a share of their pairs is.
+
+    Args:
+        differences: Execute logit minus approximate logit of each token, [tokens] by unit.
+        share: Share of all pairs, each unit counting by its weight.
+        weights: Weight of each unit.
+    """
+    return quantile(torch.cat(list(differences.values())), share, _mass_of(differences, weights))
+
+
+def _mass_of(differences: Mapping[str, torch.Tensor], weights: Mapping[str, float]) -> torch.Tensor:
+    return torch.cat([torch.full((len(v),), weights[unit] / len(v)).double() for unit, v in differences.items()])
 
 
 def quantile(values: torch.Tensor, share: float, mass: torch.Tensor | None = None) -> float:
