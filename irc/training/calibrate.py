@@ -18,7 +18,7 @@ from irc.model.routed import RoutedForCausalLM
 from irc.progress import ProgressFactory
 from irc.recipe.policies import policy_named
 from irc.training.budget import Budget, flops_budget, plain_budget
-from irc.training.threshold import choose_shifts, quantile
+from irc.training.search import Search
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ def calibrate(
     shift = 0.0
     rounds = 0
     best = _Threshold(math.inf, math.nan, shift, _cloned(biases), {})
-    bracket = _Bracket()
+    search = Search(budget, _TOLERANCE)
     part = text[:: max(1, text.numel() // _FEW)]
     with progress("threshold", _ROUNDS) as bar:
         for rounds in range(1, _ROUNDS + 1):
@@ -112,14 +112,11 @@ def calibrate(
                 best = _Threshold(distance, realized, shift, _cloned(biases), keep)
             if best.distance <= _ENOUGH or rounds == _ROUNDS:
                 break
+            shifts = search.shifts(differences, {unit: bias[EXECUTE].item() for unit, bias in biases.items()})
             if not whole and (distance <= _TOLERANCE or rounds == _FEW_ROUNDS):
-                part, bracket = text, _Bracket()
+                part, search = text, Search(budget, _TOLERANCE)
             if distance <= _TOLERANCE:
                 continue
-            shifts = _shifts(differences, budget)
-            if budget.targets is None and whole == (len(part) == len(text)):  # not in the round that ends the part
-                execute = {unit: bias[EXECUTE].item() for unit, bias in biases.items()}
-                shifts = bracket.safe(realized - budget.sparsity, execute, shifts)
             for unit, bias in biases.items():
                 bias[EXECUTE] -= shifts[unit]
             shift -= sum(shifts.values()) / len(shifts)
@@ -157,49 +154,8 @@ class _Threshold:
     keep: dict[str, float]
 
 
-class _Bracket:
-    """The last thresholds that skipped too much and too little.
-
-    Skipping changes what later routers read, and some models answer a shift by twice what the quantile says or more:
-    quantiles alone would then swing around the target for ever.
-    """
-
-    def __init__(self) -> None:
-        self._sides: dict[bool, tuple[float, dict[str, float]]] = {}
-        self._last: bool | None = None
-
-    def safe(self, gap: float, execute: dict[str, float], shifts: dict[str, float]) -> dict[str, float]:
-        """Add a threshold; return the shifts if they stay between both sides, otherwise shifts to one in between.
-
-        With one side only, the shifts are returned as they are.
-
-        Args:
-            gap: Realized less wanted share, not 0.
-            execute: Bias of the execute logit by unit.
-            shifts: How much the quantile lowers each bias next.
-        """
-        side = gap > 0
-        if side == self._last and (not side) in self._sides:  # Illinois rule: pull away from the side that stays
-            other, biases = self._sides[not side]
-            self._sides[not side] = other / 2, biases
-        self._sides[side], self._last = (gap, execute), side
-        if len(self._sides) < 2:
-            return shifts
-        (high, too_much), (low, too_little) = self._sides[True], self._sides[False]
-        if sum(too_much.values()) < sum(execute.values()) - sum(shifts.values()) < sum(too_little.values()):
-            return shifts
-        part = high / (high - low)
-        return {unit: execute[unit] - (bias + part * (too_little[unit] - bias)) for unit, bias in too_much.items()}
-
-
 def _cloned(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in tensors.items()}
-
-
-def _shifts(differences: dict[str, torch.Tensor], budget: Budget) -> dict[str, float]:
-    if budget.targets is None:
-        return choose_shifts(differences, budget.sparsity, _TOLERANCE, budget.weights)
-    return {unit: quantile(values, budget.targets[unit]) for unit, values in differences.items()}
 
 
 @torch.no_grad()
