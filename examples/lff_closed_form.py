@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from irc import console
-from irc.conversion.pipeline import resolve
+from irc.conversion.pipeline import fit_to_base, resolve
 from irc.evaluation.perplexity import evaluate
 from irc.model.build import build_routed
 from irc.model.checkpoint import find_base
@@ -88,12 +88,12 @@ def main() -> None:
     arguments = parser.parse_args()
     recipe = resolve(Recipe(model=arguments.model, data=arguments.data))
     base = find_base(recipe.model)
-    recipe.rank = recipe.rank_for(base.config.hidden_size)
+    fit_to_base(recipe, base)
     text = load_text(recipe.data)
     train, calibration, heldout = (
         token_stream(text.split(s), base.tokenizer) for s in ("train", "calibration", "heldout")
     )
-    heldout_windows = pick(windows(heldout, recipe.seq_len), 32_768)
+    heldout_windows = pick(windows(heldout, recipe.window), 32_768)
 
     def fitted(rank: int, name: str, **changes: int) -> tuple[RoutedForCausalLM, float]:
         """Run the lff stage at a rank; return the model and the seconds taken."""
@@ -113,7 +113,7 @@ def main() -> None:
     model, stage_seconds = fitted(recipe.rank, "lff", steps=steps)
     rows.append([f"lff stage (closed form + {steps} steps)", stage_seconds, heldout_cosine(model, heldout_windows)])
     started = time.monotonic()
-    features = extract_features(model, pick(windows(train, recipe.seq_len), recipe.lff.tokens))
+    features = extract_features(model, pick(windows(train, recipe.window), recipe.lff.tokens))
     extraction = time.monotonic() - started
     for batch in arguments.batches:
         started = time.monotonic()

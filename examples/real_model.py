@@ -28,7 +28,7 @@ from irc.conversion.pipeline import convert
 from irc.deployment.onnx_folder import ExportOptions, export
 from irc.deployment.verification import Sample, verify
 from irc.evaluation.run import run_evaluation
-from irc.recipe.recipe import Recipe
+from irc.recipe.recipe import SEQ_LEN, Recipe
 from irc.recipe.stages import LffRecipe, RouterRecipe
 from irc.runtime.generation import Generator
 from irc.runtime.session import Runtime
@@ -99,10 +99,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gguf", type=Path, help="Another GGUF file.")
     parser.add_argument("--flops", type=float, nargs="+", default=[0.9, 0.8], help="FLOPs, routed over dense.")
-    parser.add_argument("--data", default="stdlib", help="Text to train on, as for irc convert.")
+    parser.add_argument("--data", nargs="+", default=["stdlib"], help="Texts to train on, as for irc convert.")
     parser.add_argument("--steps", type=int, default=RouterRecipe().steps, help="Steps of the router stage.")
     parser.add_argument("--tokens", type=int, default=16_384, help="Tokens to evaluate on.")
-    parser.add_argument("--seq-len", type=int, default=Recipe().seq_len, help="Tokens per window.")
+    parser.add_argument("--seq-len", type=int, default=SEQ_LEN, help="Tokens per window.")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--question", default="What is the capital of France?")
     parser.add_argument("-o", "--output", type=Path, default=Path("build/real-model"))
@@ -119,7 +119,9 @@ def main() -> None:
         times["evaluate"] = time.monotonic() - started
         started = time.monotonic()
         export(str(bundle), folder, ExportOptions(force=True))
-        verified = verify(folder, console.progress, Sample(given.data, seq_len=min(128, given.seq_len), new_tokens=16))
+        verified = verify(
+            folder, console.progress, Sample(given.data[0], seq_len=min(128, given.seq_len), new_tokens=16)
+        )
         times["export and verify"] = time.monotonic() - started
 
         texts = [{**metrics, "name": metrics["data"]["name"]}, *metrics.get("texts", [])]

@@ -20,7 +20,7 @@ from irc.evaluation.perplexity import evaluate
 from irc.model.checkpoint import find_base
 from irc.progress import ProgressFactory, silent
 from irc.recipe.recipe import Recipe
-from irc.recipe.stages import stage_named
+from irc.recipe.stages import batch_of, stage_named
 from irc.runtime.environment import memory
 from irc.training.stages import STAGE_RUNNERS, StageContext
 
@@ -87,8 +87,8 @@ def _refuse_huge_batches(conversion: Conversion, free_memory: float) -> None:
     """Refuse batches whose hidden states, which every layer keeps for the backward pass, exceed the free memory."""
     recipe, config = conversion.recipe, conversion.base.config
     for stage in map(stage_named, recipe.stages):
-        batch = stage.settings_in(recipe).batch_size
-        numbers = batch * recipe.seq_len * config.hidden_size * config.num_hidden_layers
+        batch = batch_of(stage.settings_in(recipe))
+        numbers = batch * recipe.train_window * config.hidden_size * config.num_hidden_layers
         states = numbers * BYTES[recipe.dtype] / _MIB
         if stage.through_layers and states > free_memory:
             details = f"{stage.name}.batch_size {batch} takes at least {states:,.0f} MiB, {free_memory:,.0f} are free"
@@ -98,8 +98,8 @@ def _refuse_huge_batches(conversion: Conversion, free_memory: float) -> None:
 def _kept_text(conversion: Conversion) -> float:
     """Return the bytes that stage lff keeps of the text that the dry run leaves out: two hidden states and a mask."""
     recipe, model = conversion.recipe, conversion.model
-    left_out = max(0, recipe.lff.tokens - _WINDOWS * recipe.seq_len) if "lff" in recipe.stages else 0
-    return float(left_out * (2 * model.config.hidden_size * model.dtype.itemsize + recipe.seq_len))
+    left_out = max(0, recipe.lff.tokens - _WINDOWS * recipe.train_window) if "lff" in recipe.stages else 0
+    return float(left_out * (2 * model.config.hidden_size * model.dtype.itemsize + recipe.train_window))
 
 
 def _stages(conversion: Conversion) -> Iterator[tuple[str, float]]:
@@ -121,12 +121,11 @@ def _stages(conversion: Conversion) -> Iterator[tuple[str, float]]:
 
 def _with_few_steps(recipe: Recipe) -> Recipe:
     few = recipe.model_copy(deep=True)
-    most_tokens = _WINDOWS * few.seq_len
     few.lff.steps = min(_STEPS, recipe.lff.steps)
-    few.lff.tokens = min(recipe.lff.tokens, most_tokens)
+    few.lff.tokens = min(recipe.lff.tokens, _WINDOWS * few.train_window)
     few.router.steps = min(_STEPS, recipe.router.steps)
     few.router.teach_steps = min(_STEPS, recipe.router.teach_steps)
-    few.router.calibration_tokens = min(recipe.router.calibration_tokens, most_tokens)
+    few.router.calibration_tokens = min(recipe.router.calibration_tokens, _WINDOWS * few.window)
     few.lora.steps = _STEPS
     return few
 

@@ -49,7 +49,7 @@ from irc.text.source import pick, windows
 from irc.training.budget import flops_budget
 from irc.training.calibrate import dial_points
 from irc.training.processes import is_main_process
-from irc.training.sharding import check_batches, own_device
+from irc.training.sharding import check_batches, own_device, settle_batches
 from irc.training.stages import STAGE_RUNNERS, StageContext, check_text, prepare
 
 log = logging.getLogger(__name__)
@@ -210,20 +210,16 @@ def fit_to_base(recipe: Recipe, base: BaseModel) -> None:
     _ = base.shards  # raises if they are missing
     if recipe.dtype == "auto":
         recipe.dtype = short_name(base.dtype("auto"))
-    context = getattr(base.config, "max_position_embeddings", None)
-    if context and recipe.seq_len > context:
-        raise InputError(
-            f"seq_len is {recipe.seq_len}, but the model's context is {context}; give at most {context}",
-            options=("seq_len",),
-        )
+    recipe.fit_windows(getattr(base.config, "max_position_embeddings", None))
+    settle_batches(recipe)
 
 
 def _read_text(conversion: Conversion) -> None:
     recipe, base, streams = conversion.recipe, conversion.base, conversion.streams
     conversion.text = texts_of(recipe, base, conversion.progress, recipe.device)
     for split in ("train", "calibration", recipe.eval_split):
-        enough = tokens_to_read(recipe, recipe.seq_len) if split == "train" else 0
-        streams[split] = conversion.text.stream(split, base.tokenizer, recipe.seq_len, enough)
+        enough = tokens_to_read(recipe, recipe.train_window) if split == "train" else 0
+        streams[split] = conversion.text.stream(split, base.tokenizer, recipe.window, enough)
     check_text(recipe, streams)
     vocabulary = base.config.vocab_size
     largest = max(int(stream.max()) for stream in streams.values() if stream.numel())
@@ -231,9 +227,9 @@ def _read_text(conversion: Conversion) -> None:
         raise InputError(
             f"{recipe.model}: its tokenizer yields id {largest}, but the model's vocabulary ends at {vocabulary - 1}"
         )
-    evaluation = windows(streams[recipe.eval_split], recipe.seq_len, f"{recipe.eval_split} split")
+    evaluation = windows(streams[recipe.eval_split], recipe.window, f"{recipe.eval_split} split")
     conversion.heldout = pick(evaluation, recipe.eval_tokens)
-    conversion.further = further_texts(base, recipe.seq_len, recipe.yardstick_tokens, conversion.also)
+    conversion.further = further_texts(base, recipe.window, recipe.yardstick_tokens, conversion.also)
 
 
 def capture_and_rewrite(conversion: Conversion) -> None:
@@ -262,7 +258,7 @@ def rewritten(recipe: Recipe, base: BaseModel) -> RoutedForCausalLM:
     )
     model = build_routed(base, spec, recipe.dtype, recipe.device, recipe.seed)
     if recipe.flops is not None:
-        found = flops_range(model, recipe.seq_len)
+        found = flops_range(model, recipe.window)
         budget, *_ = [flops_budget(found, ratio) for ratio in (recipe.flops, *recipe.dial, *recipe.router.target_range)]
         set_share(model, budget.sparsity)
     return model
@@ -296,7 +292,7 @@ def run_stages(conversion: Conversion) -> None:
     conversion.keep = conversion.stage_figures[recipe.stages[-1]].pop("calibration_keep")
     if recipe.dial:
         text = context.calibration_windows()
-        found = None if recipe.flops is None else flops_range(conversion.model, recipe.seq_len)
+        found = None if recipe.flops is None else flops_range(conversion.model, recipe.window)
         points = dial_points(conversion.model, text, recipe.dial, conversion.progress, found)
         conversion.dial = tuple(DialPoint(**point) for point in points)
     set_key_policy(conversion.model, KeyPolicy(recipe.kv_policy, recipe.kv_threshold), conversion.keep)
@@ -373,7 +369,7 @@ def metrics_of(conversion: Conversion) -> dict[str, Any]:
             "fingerprint": conversion.text.fingerprint(),
             "split": conversion.recipe.eval_split,
             "tokens": result.tokens,
-            "seq_len": conversion.recipe.seq_len,
+            "seq_len": conversion.recipe.window,
         },
         **result_metrics(conversion.model, result, conversion.recipe.target),
         "texts": conversion.texts,

@@ -138,12 +138,8 @@ def _chosen_text(
     if split == "auto":
         known = None if bundle is None else bundle.config.measured.text.fingerprint
         split = "heldout" if text.name in ("stdlib", OWN_TEXT) or text.fingerprint() == known else "all"
-    limit = getattr(model.config, "max_position_embeddings", None)
-    seq_len = choice.seq_len or min(recipe.seq_len, limit or recipe.seq_len)
-    if limit and seq_len > limit:
-        raise InputError(
-            f"seq_len is {seq_len}, but the model's context is {limit}; give at most {limit}", options=("seq_len",)
-        )
+    windowed = recipe.model_copy(update={"seq_len": choice.seq_len or recipe.seq_len})
+    seq_len = windowed.seq_len_for(getattr(model.config, "max_position_embeddings", None))
     stream = text.stream(None if split == "all" else cast(Split, split), model.base.tokenizer, seq_len)
     tokens = recipe.eval_tokens if choice.tokens is None else choice.tokens
     return text, split, seq_len, pick(windows(stream, seq_len, text.name), tokens)

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-LOGITS_AT_ONCE = {"cpu": 1 << 23, "other": 1 << 25}
-"""Numbers in the logits of one part, by kind of device: 32 MiB in fp32 on a CPU, 128 MiB on a GPU."""
+LOGITS_AT_ONCE = {"cpu": 1 << 24, "other": 1 << 25}
+"""Numbers in the logits of one part, by kind of device: 64 MiB in fp32 on a CPU, 128 MiB on a GPU."""
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 PartLoss = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]

@@ -20,6 +20,12 @@ from irc.recipe.refusals import LARGEST_INTEGER, Conflict, shown_value
 from irc.recipe.stages import STAGE_NAMES, LffRecipe, LoraRecipe, RouterRecipe, StageName, required_stages, stage_named
 from irc.recipe.target import TARGET_KINDS, Target
 
+SEQ_LEN = 1024
+"""Default tokens per window, in models whose context is as long."""
+
+TRAIN_SEQ_LEN = 512
+"""Default tokens per window in training: longer ones take more time and change nothing else."""
+
 _LARGEST_SEED = 2**32
 
 
@@ -86,7 +92,14 @@ class Recipe(Checked):
         default=0.5,
         description="reduced: attention units that skip at least this share store nothing for skipped tokens",
     )
-    seq_len: int = Field(default=256, ge=2, le=LARGEST_INTEGER, description="tokens per window")
+    seq_len: Annotated[int, Field(ge=2, le=LARGEST_INTEGER)] | None = Field(
+        default=None,
+        description="tokens per window of threshold, target and evaluation; null: 1,024, or the model's whole context",
+    )
+    train_seq_len: Annotated[int, Field(ge=2, le=LARGEST_INTEGER)] | None = Field(
+        default=None,
+        description="tokens per window in training; null: seq_len where it is given, otherwise at most 512",
+    )
     eval_tokens: Natural = Field(
         default=16_384, description="held-out tokens that the final evaluation reads; 0 means all"
     )
@@ -227,9 +240,48 @@ class Recipe(Checked):
             raise InputError(f"rank is {rank}, but the model's hidden size is {width}; give a rank of at most {width}")
         return rank
 
+    @property
+    def window(self) -> int:
+        """Tokens per window of threshold, target and evaluation, once the base is known (see `fit_windows`)."""
+        assert self.seq_len is not None
+        return self.seq_len
+
+    @property
+    def train_window(self) -> int:
+        """Tokens per window in training, once the base is known (see `fit_windows`)."""
+        return self.train_seq_len or self.window
+
+    def fit_windows(self, context: int | None) -> None:
+        """Set the lengths of windows that are not given, for a model's context (None: unknown).
+
+        Raises:
+            InputError: A window is longer than the context.
+        """
+        given = self.train_seq_len or self.seq_len
+        self.seq_len = self.seq_len_for(context)
+        self.train_seq_len = given or min(TRAIN_SEQ_LEN, self.seq_len)
+        _check_context("train_seq_len", self.train_seq_len, context)
+
+    def seq_len_for(self, context: int | None) -> int:
+        """Return the tokens per window for a model's context (None: unknown).
+
+        Raises:
+            InputError: The window is longer than the context.
+        """
+        seq_len = self.seq_len or min(SEQ_LEN, context or SEQ_LEN)
+        _check_context("seq_len", seq_len, context)
+        return seq_len
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, ready for YAML or JSON; of sparsity and flops, only the one that is the target."""
         return self.model_dump(exclude={"flops" if self.flops is None else "sparsity"})
+
+
+def _check_context(field: str, tokens: int, context: int | None) -> None:
+    if context and tokens > context:
+        raise InputError(
+            f"{field} is {tokens}, but the model's context is {context}; give at most {context}", options=(field,)
+        )
 
 
 def default_rank(width: int) -> int:

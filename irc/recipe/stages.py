@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal, Protocol, Self
+from typing import Annotated, ClassVar, Literal, Protocol, Self
 
 from pydantic import Field
 
@@ -28,8 +28,12 @@ class LffRecipe(Checked):
     )
     ridge: Weight = Field(default=1e-4, description="ridge of the regression, relative to the mean input variance")
     steps: Natural = Field(default=0, description="refinement steps on L1 + (1 - cosine); 0 keeps the closed form")
-    batch_size: Count = Field(default=8, description="windows per refinement step")
+    batch_size: Count | None = Field(
+        default=None, description="windows per step of refinement; null: as many as make 2,048 tokens"
+    )
     lr: Weight = Field(default=1e-3, description="learning rate of the refinement, cosine decay to zero")
+
+    step_tokens: ClassVar[int] = 2048
 
     def trains(self, policy: Policy) -> bool:
         """Whether the stage reads batches of text under a policy."""
@@ -47,7 +51,7 @@ class RouterRecipe(Checked):
         default=0.0, description="initial logit for executing; at 3, training begins with nearly all executed"
     )
     steps: Natural = Field(default=60, description="training steps; 0 leaves the routers as they were taught")
-    batch_size: Count = Field(default=4, description="windows per step")
+    batch_size: Count | None = Field(default=None, description="windows per step; null: as many as make 1,024 tokens")
     lr: Weight | None = Field(
         default=None,
         description="learning rate of the routers, cosine decay to a tenth; null: 1e-3 after teaching, otherwise 5e-3",
@@ -97,6 +101,8 @@ class RouterRecipe(Checked):
         default=24_576, description="tokens that set the threshold, from the calibration split"
     )
 
+    step_tokens: ClassVar[int] = 1024
+
     def trains(self, policy: Policy) -> bool:
         """Whether the stage reads batches of text under a policy."""
         return self.steps > 0 and (policy.learns or (policy.forecasts and self.forecaster_lr > 0))
@@ -124,7 +130,7 @@ class LoraRecipe(Checked):
     """Settings of stage `lora`, which trains low-rank adapters on the base's linears while tokens are routed."""
 
     steps: Count = Field(default=200, description="training steps")
-    batch_size: Count = Field(default=8, description="windows per step")
+    batch_size: Count | None = Field(default=None, description="windows per step; null: as many as make 2,048 tokens")
     lr: Weight = Field(default=2e-4, description="learning rate of the adapters, cosine decay to zero")
     forecaster_lr: Weight = Field(
         default=0.0, description="learning rate of the forecasters in this stage; 0 freezes them"
@@ -141,12 +147,20 @@ class LoraRecipe(Checked):
         description="names of the linears that get adapters",
     )
 
+    step_tokens: ClassVar[int] = 2048
+
     def trains(self, policy: Policy) -> bool:
         """Whether the stage reads batches of text under a policy."""
         return True
 
 
 StageSettings = LffRecipe | RouterRecipe | LoraRecipe
+
+
+def batch_of(settings: StageSettings) -> int:
+    """Return the windows per step of a stage, once the length of a window is known."""
+    assert settings.batch_size is not None
+    return settings.batch_size
 
 
 class HoldsSettings(Protocol):
@@ -188,7 +202,7 @@ class Stage:
         return found
 
 
-_COMMON = ("policy", "rank", "forecaster", "seq_len", "seed", "device", "dtype", "precision", "lff")
+_COMMON = ("policy", "rank", "forecaster", "train_seq_len", "seed", "device", "dtype", "precision", "lff")
 STAGES = (
     Stage("lff", LffRecipe, "fit the forecasters", needs_forecasters=True, through_layers=False, depends_on=_COMMON),
     Stage(
@@ -196,7 +210,7 @@ STAGES = (
         RouterRecipe,
         "train the routers, then set their decision threshold",
         follows="lff",
-        depends_on=(*_COMMON, "sparsity", "flops", "router"),
+        depends_on=(*_COMMON, "seq_len", "sparsity", "flops", "router"),
     ),
     Stage("lora", LoraRecipe, "train LoRA adapters on the base's linears", follows="router", optional=True),
 )
@@ -215,8 +229,8 @@ def tokens_to_read(recipe: HoldsSettings, seq_len: int) -> int:
     share finished stages.
     """
     lff, router, lora = recipe.lff, recipe.router, recipe.lora
-    routed = (router.steps + max(0, router.teach_steps)) * router.batch_size
-    windows = lff.steps * lff.batch_size + routed + lora.steps * lora.batch_size
+    routed = (router.steps + max(0, router.teach_steps)) * batch_of(router)
+    windows = lff.steps * batch_of(lff) + routed + lora.steps * batch_of(lora)
     needed = max(_LEAST_TOKENS_READ, lff.tokens + windows * seq_len)
     return int(2 ** math.ceil(math.log2(needed)))
 

@@ -17,7 +17,7 @@ from irc.errors import InputError
 from irc.model.routed import RoutedForCausalLM
 from irc.recipe.policies import policy_named
 from irc.recipe.recipe import Recipe
-from irc.recipe.stages import stage_named
+from irc.recipe.stages import STAGE_NAMES, stage_named
 from irc.training.layerwise import outermost
 from irc.training.processes import group, join_group
 
@@ -55,10 +55,23 @@ def check_batches(recipe: Recipe, finished: Container[str] = ()) -> None:
     for stage in recipe.stages:
         settings = stage_named(stage).settings_in(recipe)
         size = settings.batch_size
-        if size % processes and settings.trains(policy) and stage not in finished:
+        if size is not None and size % processes and settings.trains(policy) and stage not in finished:
             raise InputError(
                 f"{stage}.batch_size is {size}, which {processes} processes cannot share; use a multiple of {processes}"
             )
+
+
+def settle_batches(recipe: Recipe) -> None:
+    """Replace batch sizes of None: as many windows as make the stage's tokens per step, at least one per process.
+
+    Args:
+        recipe: Its windows are known. The stages' settings are changed in place.
+    """
+    processes = join_group(recipe.device).num_processes
+    for name in STAGE_NAMES:
+        settings = stage_named(name).settings_in(recipe)
+        if settings.batch_size is None:
+            settings.batch_size = max(1, settings.step_tokens // (recipe.train_window * processes)) * processes
 
 
 def own_device(device: str) -> None:

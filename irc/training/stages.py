@@ -22,7 +22,7 @@ from irc.model.routed import RoutedForCausalLM
 from irc.progress import Progress, ProgressFactory
 from irc.recipe.policies import policy_named
 from irc.recipe.recipe import Recipe
-from irc.recipe.stages import StageName
+from irc.recipe.stages import StageName, batch_of
 from irc.text.source import pick, windows
 from irc.training.budget import Budget, flops_budget, make_budget
 from irc.training.calibrate import reached, set_threshold
@@ -85,11 +85,11 @@ class StageContext:
 
     def train_windows(self) -> torch.Tensor:
         """Return the windows of the train split, int64 [windows, length]."""
-        return windows(self.train_stream, self.recipe.seq_len, "train split")
+        return windows(self.train_stream, self.recipe.train_window, "train split")
 
     def calibration_windows(self) -> torch.Tensor:
         """Return the windows of the calibration split that set the threshold, int64 [windows, length]."""
-        text = windows(self.calibration_stream, self.recipe.seq_len, "calibration split")
+        text = windows(self.calibration_stream, self.recipe.window, "calibration split")
         return pick(text, self.recipe.router.calibration_tokens)
 
 
@@ -114,7 +114,7 @@ def run_lff(context: StageContext) -> dict[str, Any]:
         and `earlier_seconds` (wall-clock and processor time of earlier runs).
     """
     recipe = context.recipe.lff
-    settings = context.settings("lff", max(1, recipe.steps), recipe.batch_size, 0.0)
+    settings = context.settings("lff", max(1, recipe.steps), batch_of(recipe), 0.0)
     seconds, cpu_started = 0.0, time.process_time()
     if not settings.checkpoint.exists():
         seconds = fit_closed_form(context, context.train_windows())
@@ -199,7 +199,7 @@ def run_router(context: StageContext) -> dict[str, Any]:
     if not recipe.steps or not any(group["params"] for group in objective.trainable()):
         taught.pop("teach_cpu_seconds", None)
         return {**taught, **(chosen or _threshold(context, budget))}
-    settings = context.settings("router", recipe.steps, recipe.batch_size, 0.1, _RISE if taught else 0.0)
+    settings = context.settings("router", recipe.steps, batch_of(recipe), 0.1, _RISE if taught else 0.0)
     settings.clip = recipe.clip
     if taught:
         settings.time_before = (taught["teach_seconds"], taught.pop("teach_cpu_seconds"))
@@ -230,7 +230,7 @@ def _teach(context: StageContext, budget: Budget) -> dict[str, float]:
     started, cpu_started = time.monotonic(), time.process_time()
     text, sampled = context.train_windows(), recipe.settled().noise != 0
     order = torch.randperm(len(text), generator=torch.Generator().manual_seed(context.recipe.seed))
-    batches = text[order[: recipe.teach_steps * recipe.batch_size]].split(recipe.batch_size)
+    batches = text[order[: recipe.teach_steps * batch_of(recipe)]].split(batch_of(recipe))
     with context.progress("teach", len(batches)) as progress, _autocast(context):
         teach_routers(context.model, batches, budget, context.recipe.seed, progress, sampled)
     return {
@@ -265,7 +265,7 @@ def run_lora(context: StageContext) -> dict[str, Any]:
         lora=groups,
         sampled=learns and recipe.router_lr > 0,
     )
-    settings = context.settings("lora", recipe.steps, recipe.batch_size, 0.0)
+    settings = context.settings("lora", recipe.steps, batch_of(recipe), 0.0)
     with context.progress("lora", recipe.steps) as progress:
         result = context.train(objective, settings, progress)
     objective.fold_threshold()
@@ -287,7 +287,7 @@ def _threshold(context: StageContext, budget: Budget) -> dict[str, Any]:
 def _budget(context: StageContext) -> Budget:
     recipe, model = context.recipe, context.model
     if recipe.flops is not None:
-        return flops_budget(flops_range(model, recipe.seq_len), recipe.flops)
+        return flops_budget(flops_range(model, recipe.window), recipe.flops)
     return make_budget(model, recipe.router.budget, recipe.sparsity, context.calibration_windows())
 
 
@@ -316,18 +316,18 @@ def check_text(recipe: Recipe, streams: Mapping[str, torch.Tensor]) -> None:
     """Refuse text that is too short to train and calibrate on, before any work is done.
 
     Args:
-        recipe: Names the text and the length of a window.
+        recipe: Names the text and the lengths of windows.
         streams: Splits `train` and `calibration`, int64 [tokens].
 
     Raises:
         InputError: A split does not fill one window.
     """
-    for name in ("train", "calibration"):
+    for name, window in (("train", recipe.train_window), ("calibration", recipe.window)):
         tokens = streams[name].numel()
-        if tokens < recipe.seq_len:
+        if tokens < window:
             raise InputError(
                 f"the {name} split of {recipe.data_name} has {tokens} tokens, which do not fill one window of "
-                f"{recipe.seq_len}; give more text or a smaller seq_len",
+                f"{window}; give more text or a smaller seq_len",
                 options=("data", "seq_len"),
             )
 

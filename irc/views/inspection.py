@@ -180,8 +180,7 @@ def _fidelity(bundle: Bundle | None) -> dict[str, float] | None:
 def _seq_len(model: RoutedForCausalLM, bundle: Bundle | None) -> int:
     """Return the tokens per window as in `irc eval`: those of the conversion, or the default cut to the context."""
     recorded = None if bundle is None else bundle.config.measured.text.seq_len
-    default = Recipe().seq_len
-    return int(recorded or min(default, getattr(model.config, "max_position_embeddings", None) or default))
+    return int(recorded or Recipe().seq_len_for(getattr(model.config, "max_position_embeddings", None)))
 
 
 def _block(model: RoutedForCausalLM, layer: int) -> str:

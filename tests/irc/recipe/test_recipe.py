@@ -218,6 +218,18 @@ def test_what_a_file_holds_is_refused_with_the_files_name(tmp_path: Path, conten
             assert part in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("given", "context", "window"), [(None, None, 1024), (None, 8192, 1024), (None, 512, 512), (64, 512, 64)]
+)
+def test_a_window_is_as_long_as_given_or_as_the_context_allows(
+    given: int | None, context: int | None, window: int
+) -> None:
+    recipe = Recipe(seq_len=given)
+    assert recipe.seq_len_for(context) == window
+    with pytest.raises(InputError, match="seq_len is 64, but the model's context is 48; give at most 48"):
+        Recipe(seq_len=64).seq_len_for(48)
+
+
 def test_a_single_text_needs_no_list() -> None:
     recipe = load_recipe(None, ["data=a.txt"])
     assert (recipe.data, recipe.to_dict()["data"]) == (["a.txt"], "a.txt")

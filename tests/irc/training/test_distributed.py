@@ -25,7 +25,7 @@ from irc.conversion.pipeline import resolve
 from irc.errors import InputError
 from irc.recipe.recipe import load_recipe
 from irc.training.master_weights import MasterAdamW
-from irc.training.sharding import check_batches, sharding_wanted
+from irc.training.sharding import check_batches, settle_batches, sharding_wanted
 from tests.irc.forked import Forked
 from tests.irc.training import pairs
 from tests.irc.training.pairs import averaging, dying, ending, launched, looking, several
@@ -207,6 +207,23 @@ def test_only_batches_that_are_trained_are_looked_at(
     recipe = load_recipe(None, ["device=cpu", *(f"{k.replace('__', '.')}={v}" for k, v in settings.items())])
     with pytest.raises(InputError, match=refused) if refused else nullcontext():
         check_batches(resolve(recipe), finished)
+
+
+@pytest.mark.parametrize(
+    ("processes", "seq_len", "sizes"),
+    [(1, 1024, (2, 1, 2)), (1, 256, (8, 4, 8)), (2, 512, (4, 2, 4)), (4, 1024, (4, 4, 4)), (3, 256, (6, 3, 6))],
+)
+def test_a_batch_holds_the_tokens_of_a_step_and_a_window_per_process(
+    monkeypatch: pytest.MonkeyPatch, processes: int, seq_len: int, sizes: tuple[int, int, int]
+) -> None:
+    monkeypatch.setattr(PartialState(cpu=True), "num_processes", processes)
+    recipe = resolve(load_recipe(None, ["device=cpu", f"seq_len={seq_len}"]))
+    settle_batches(recipe)
+    assert (recipe.lff.batch_size, recipe.router.batch_size, recipe.lora.batch_size) == sizes
+    check_batches(recipe)
+    recipe.router.batch_size = 12
+    settle_batches(recipe)  # what was given stays
+    assert recipe.router.batch_size == 12
 
 
 def test_fsdp_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

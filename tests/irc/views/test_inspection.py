@@ -142,7 +142,7 @@ def test_a_plain_model_has_nothing_inserted(plain: RoutedForCausalLM, facts: dic
     assert said["parameters"] == {"base": facts["parameters"]["base"], "inserted": 0}
     assert said["sparsity"] is None
     assert said["flops_ratio"] == 1.0
-    assert said["seq_len"] == 64  # the recipe's 256 cut to the model's context
+    assert said["seq_len"] == 64  # the default cut to the model's context
     for unit in said["units"]:
         assert (unit["rank"], unit["router_hidden"], unit["keep_ratio"]) == (None, None, None)
         assert unit["flops"]["routed"] == unit["flops"]["dense"]
