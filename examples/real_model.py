@@ -28,7 +28,7 @@ from irc.conversion.pipeline import convert
 from irc.deployment.onnx_folder import ExportOptions, export
 from irc.deployment.verification import Sample, verify
 from irc.evaluation.run import run_evaluation
-from irc.recipe.recipe import SEQ_LEN, Recipe
+from irc.recipe.recipe import Recipe
 from irc.recipe.stages import LffRecipe, RouterRecipe
 from irc.runtime.generation import Generator
 from irc.runtime.session import Runtime
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", default=["stdlib"], help="Texts to train on, as for irc convert.")
     parser.add_argument("--steps", type=int, default=RouterRecipe().steps, help="Steps of the router stage.")
     parser.add_argument("--tokens", type=int, default=16_384, help="Tokens to evaluate on.")
-    parser.add_argument("--seq-len", type=int, default=SEQ_LEN, help="Tokens per window.")
+    parser.add_argument("--seq-len", type=int, help="Tokens per window.")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--question", default="What is the capital of France?")
     parser.add_argument("-o", "--output", type=Path, default=Path("build/real-model"))
@@ -120,7 +120,7 @@ def main() -> None:
         started = time.monotonic()
         export(str(bundle), folder, ExportOptions(force=True))
         verified = verify(
-            folder, console.progress, Sample(given.data[0], seq_len=min(128, given.seq_len), new_tokens=16)
+            folder, console.progress, Sample(given.data[0], seq_len=min(128, given.seq_len or 128), new_tokens=16)
         )
         times["export and verify"] = time.monotonic() - started
 

@@ -17,11 +17,16 @@ from irc.model.checkpoint import BaseModel
 from irc.model.own_text import texts_of
 from irc.progress import ProgressFactory
 from irc.recipe.recipe import Recipe, recipe_fields, recipe_from
+from irc.recipe.stages import STAGE_NAMES
 from irc.text.mixture import Mixture
 from irc.text.source import OWN_TEXT
 
 INPUTS = "inputs.json"
 _FREE_TO_CHANGE = frozenset({"checkpoint_seconds", "yardstick_tokens"})
+_AUTOMATIC = (  # decided by the base
+    *(("rank", 0), ("dtype", "auto"), ("seq_len", None), ("train_seq_len", None)),
+    *((f"{stage}.batch_size", None) for stage in STAGE_NAMES),
+)
 
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:
@@ -95,8 +100,7 @@ def _check_same_settings(recipe: Recipe, text: str, saved: Path) -> None:
         raise _damaged(saved) from error
     now = recipe_fields(with_absolute_paths(recipe))
     for (key, old, _), (_, value, _) in zip(before, now, strict=True):
-        automatic = (key, value) in (("rank", 0), ("dtype", "auto"))
-        if key not in _FREE_TO_CHANGE and not automatic and old != value:
+        if key not in _FREE_TO_CHANGE and (key, value) not in _AUTOMATIC and old != value:
             raise InputError(
                 f"{saved.parent}: was begun with {key} = {old}, now it is {value}; resume with the same settings, or "
                 "start over",

@@ -135,9 +135,7 @@ class LoraRecipe(Checked):
     forecaster_lr: Weight = Field(
         default=0.0, description="learning rate of the forecasters in this stage; 0 freezes them"
     )
-    router_lr: Weight = Field(
-        default=0.0, description="learning rate of the routers, with sampled routes; 0 freezes them"
-    )
+    router_lr: Weight = Field(default=0.0, description="learning rate of the routers in this stage; 0 freezes them")
     rank: Count = Field(default=16, description="rank of the adapters")
     alpha: Count = Field(default=32, description="scale of the adapters: alpha / rank")
     dropout: Real = Field(default=0.1, ge=0, lt=1, description="dropout in front of the adapters")

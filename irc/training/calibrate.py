@@ -126,8 +126,8 @@ def calibrate(
     found, wanted = budget.value(best.realized), budget.value(budget.sparsity)
     if abs(found - wanted) > _WARN_DISTANCE:
         log.warning(
-            "the threshold gives %s of %.3f on the calibration text instead of %.3f, because the routers give many "
-            "tokens the same logits",
+            "the threshold gives %s of %.3f on the calibration text instead of %.3f: many tokens have the same "
+            "logits, or the routes of a layer change those of the next too much",
             "a sparsity" if budget.flops is None else "a FLOPs ratio",
             found,
             wanted,

@@ -23,7 +23,7 @@ from irc.model.modules import APPROXIMATE, EXECUTE, Router
 from irc.model.routed import RoutedForCausalLM
 from irc.progress import Progress
 from irc.training.budget import Budget
-from irc.training.threshold import quantile
+from irc.training.threshold import common_threshold
 
 _DRAWS = 4  # of the tokens to predict; by count a further one costs half of the first, which alone is mostly noise
 _RIDGE = 0.3  # relative to the mean variance of what a router reads
@@ -73,8 +73,12 @@ def teach_routers(
     for costs, read in unseen:
         _add(statistics, costs, read)
     solutions = _solve(statistics)
+    predicted = {
+        unit.name: torch.cat([read[row].double() @ weight + bias for _, read in unseen]).cpu()
+        for row, (unit, (weight, bias)) in enumerate(zip(model.units, solutions, strict=True))
+    }
     share = min(max(budget.sparsity, 1e-2), 1 - 1e-2)
-    start = math.log((1 - share) / share) if sampled else -_threshold(solutions, unseen, saved.exp(), share)
+    start = math.log((1 - share) / share) if sampled else -common_threshold(predicted, share, budget.weights)
     for router, (weight, bias), known in zip(routers, solutions, statistics, strict=True):
         _set_linear(router, weight, bias + start, known)
     progress.update(len(batches), explained=explained)
@@ -154,21 +158,6 @@ def _explained(
         for (weight, bias), x, c in zip(solutions, read, costs, strict=True):
             errors.append(((x.double() @ weight + bias - (c - mean) / deviation).square().mean()).item())
     return 1.0 - sum(errors) / len(errors)
-
-
-def _threshold(
-    solutions: Sequence[tuple[torch.Tensor, float]],
-    text: Sequence[tuple[torch.Tensor, list[torch.Tensor]]],
-    weights: torch.Tensor,
-    share: float,
-) -> float:
-    """Return the value below which a share of the predicted costs is, each unit counting by its weight."""
-    predicted = [
-        torch.cat([read[unit].double() @ weight + bias for _, read in text])
-        for unit, (weight, bias) in enumerate(solutions)
-    ]
-    mass = weights[:, None].expand(len(predicted), len(predicted[0])).flatten()
-    return quantile(torch.cat(predicted).cpu(), share, mass)
 
 
 @torch.no_grad()
