@@ -114,7 +114,7 @@ def calibrate(
                 break
             shifts = search.shifts(differences, {unit: bias[EXECUTE].item() for unit, bias in biases.items()})
             if not whole and (distance <= _TOLERANCE or rounds == _FEW_ROUNDS):
-                part, search = text, Search(budget, _TOLERANCE)
+                part, search = text, Search(budget, _TOLERANCE, search.answer)
             if distance <= _TOLERANCE:
                 continue
             for unit, bias in biases.items():

@@ -27,14 +27,18 @@ class Search:
     Args:
         budget: What to meet.
         tolerance: Largest deviation from the target, as a share of all pairs.
+        answer: What the model answered in another search (see `answer`).
+
+    Attributes:
+        answer: Change of the log odds of the share over the change that the quantile said.
     """
 
-    def __init__(self, budget: Budget, tolerance: float) -> None:
+    def __init__(self, budget: Budget, tolerance: float, answer: float = 1.0) -> None:
         self._budget = budget
         self._tolerance = tolerance
         self._held: set[str] = set()
         self._sides: dict[bool, tuple[float, dict[str, float]]] = {}  # log odds and biases, by: skipped too much
-        self._answer = 1.0  # change of the log odds over the change that the quantile said
+        self.answer = answer
         self._step: tuple[float, float] | None = None  # log odds before the last shifts, and after them by the quantile
 
     def shifts(self, differences: Mapping[str, torch.Tensor], execute: Mapping[str, float]) -> dict[str, float]:
@@ -52,7 +56,7 @@ class Search:
         self._learn(here)
         self._sides[here > target] = here, dict(execute)
         self._hold(differences)
-        wanted = _share(here + (target - here) / self._answer)
+        wanted = _share(here + (target - here) / self.answer)
         shifts = self._between(target, execute, self._quantiles(differences, wanted))
         self._step = here, _log_odds(_skipped(differences, shifts, budget.weights))
         return shifts
@@ -61,7 +65,7 @@ class Search:
         """Update what the model answers, from the last step; a step that was too small to tell changes nothing."""
         if self._step is not None and abs(self._step[1] - self._step[0]) > _SMALL:
             answer = (here - self._step[0]) / (self._step[1] - self._step[0])
-            self._answer = min(max(answer, 1 / _MOST), _MOST)
+            self.answer = min(max(answer, 1 / _MOST), _MOST)
 
     def _hold(self, differences: Mapping[str, torch.Tensor]) -> None:
         """Hold the units with a group of equal logits between two thresholds that are almost the same."""
@@ -80,7 +84,7 @@ class Search:
         }
         if jumps and len(jumps) < len(free):
             self._held |= jumps
-            self._sides, self._step, self._answer = {}, None, 1.0
+            self._sides, self._step, self.answer = {}, None, 1.0
 
     def _quantiles(self, differences: Mapping[str, torch.Tensor], wanted: float) -> dict[str, float]:
         """Return shifts after which a share of all pairs would be skipped, if no logit answered."""
