@@ -36,7 +36,7 @@ def model_card(metrics: dict[str, Any], recipe: Recipe) -> str:
         f"{parts} around every attention and FFN unit of `{recipe.model}`: {policy.summary}. "
         "The base's own weights are not in this folder.\n\n"
         f"Measured on {metrics['data']['tokens']:,} tokens of the {text_name(metrics['data']['split'])} of "
-        f"`{recipe.data_name}` in windows of {recipe.seq_len} tokens:\n\n"
+        f"`{recipe.data_name}` in windows of {recipe.window} tokens:\n\n"
         f"| figure | value |\n|---|---|\n{table}\n\n"
         f"{_texts(metrics['texts'])}"
         'Use it:\n\n```python\nimport irc\n\nmodel = irc.load("PATH/OF/THIS/FOLDER")\n```\n\n'

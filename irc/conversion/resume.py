@@ -95,6 +95,7 @@ def _check_same_settings(recipe: Recipe, text: str, saved: Path) -> None:
     try:
         begun = with_absolute_paths(recipe_from(parse_yaml(text)))
         begun.router = begun.router.settled()
+        begun.train_seq_len = begun.train_seq_len or begun.seq_len  # one length, in work of earlier versions
         before = recipe_fields(begun)
     except (ValueError, InputError, AttributeError) as error:
         raise _damaged(saved) from error
