@@ -30,7 +30,8 @@ METRICS: dict[str, Any] = {
 
 
 def card(*settings: str) -> str:
-    return model_card(METRICS, resolve(load_recipe(None, ["model=m", "sparsity=0.4", "rank=6", "seq_len=256", *settings])))
+    given = ["model=m", "sparsity=0.4", "rank=6", "seq_len=256", *settings]
+    return model_card(METRICS, resolve(load_recipe(None, given)))
 
 
 def test_figures_are_those_of_the_metrics() -> None:
