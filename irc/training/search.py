@@ -8,12 +8,11 @@ from collections.abc import Mapping
 import torch
 
 from irc.training.budget import Budget
-from irc.training.threshold import choose_shifts, quantile
+from irc.training.threshold import choose_shifts, equal_distance, quantile
 
 _SMALL = 0.02  # change of the log odds from which a step tells what the model answers
 _MOST = 8.0
 _NARROW = 0.03  # width between two thresholds, in standard deviations of the logits, in which a group is looked for
-_EQUAL = 1e-5  # logits that differ by less, in standard deviations, count as equal
 
 
 class Search:
@@ -74,13 +73,14 @@ class Search:
         (_, one), (_, other) = self._sides.values()
         free = [unit for unit in differences if unit not in self._held]
         width = max(abs(one[unit] - other[unit]) for unit in free)
-        deviation = torch.cat([differences[unit] for unit in free]).std().item()
-        if width > _NARROW * deviation:
+        logits = torch.cat([differences[unit] for unit in free])
+        if width > _NARROW * logits.std().item():
             return
+        equal = equal_distance(logits)
         jumps = {
             unit
             for unit in free
-            if self._budget.weights[unit] * _equal_share(differences[unit], width, _EQUAL * deviation) > self._tolerance
+            if self._budget.weights[unit] * _equal_share(differences[unit], width, equal) > self._tolerance
         }
         if jumps and len(jumps) < len(free):
             self._held |= jumps

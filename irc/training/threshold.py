@@ -37,7 +37,7 @@ def choose_shifts(
     if abs(sum(below(unit, common) for unit in differences) - target) <= tolerance:
         return shifts
     all_values = torch.cat(list(differences.values()))
-    equal, at_target = _equal_distance(all_values), _value_at(all_values, target, _mass_of(differences, weight))
+    equal, at_target = equal_distance(all_values), _value_at(all_values, target, _mass_of(differences, weight))
     without_group = {
         unit: values
         for unit, values in differences.items()
@@ -81,7 +81,7 @@ def quantile(values: torch.Tensor, share: float, mass: torch.Tensor | None = Non
     mass = torch.ones(count, dtype=torch.float64) if mass is None else mass[order]
     below = _mass_below(mass)
     cut = int((below - share).abs().argmin())
-    equal = _equal_distance(ordered)
+    equal = equal_distance(ordered)
     if 0 < cut < count and ordered[cut] - ordered[cut - 1] <= equal:
         low = int((ordered < ordered[cut] - equal).sum())
         high = int((ordered <= ordered[cut] + equal).sum())
@@ -104,6 +104,6 @@ def _mass_below(mass: torch.Tensor) -> torch.Tensor:
     return torch.cat([mass.new_zeros(1), mass.cumsum(0) / mass.sum()])
 
 
-def _equal_distance(values: torch.Tensor) -> float:
+def equal_distance(values: torch.Tensor) -> float:
     """Return the distance up to which two of the values count as equal."""
     return _EQUAL * (values.std().item() if len(values) > 1 else 1.0)
