@@ -9,7 +9,7 @@ CHECK_EXTRAS ?= dev,report,tasks,docs,gguf
 PYTHON ?=
 CANDIDATES = $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.14 python)
 WORKERS ?= 2
-SUITE = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+SUITE = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 30
 DEMO := build/demo-bundle
 ONNX := build/demo-onnx
 PACKAGE := build/package

@@ -112,6 +112,16 @@ def test_streaming_in_pieces_equals_one_piece() -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
 
 
+def test_sums_over_many_tokens_are_not_rounded_to_bf16() -> None:
+    x, y = (torch.randn(200, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    exact, cast = (UnitStatistics(8) for _ in range(2))
+    exact.add(x, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast.add(x, y)
+    assert torch.equal(cast.xx, exact.xx)
+    assert torch.equal(cast.xy, exact.xy)
+
+
 def test_gathered_statistics_leave_padding_out(
     make_routed: Callable[..., RoutedForCausalLM], ids: torch.Tensor
 ) -> None:
