@@ -18,6 +18,7 @@ from irc.conversion.pipeline import Conversion, capture_and_rewrite, read_inputs
 from irc.dtypes import BYTES
 from irc.evaluation.perplexity import evaluate
 from irc.model.checkpoint import find_base
+from irc.model.modules import Router
 from irc.progress import ProgressFactory, silent
 from irc.recipe.recipe import Recipe
 from irc.recipe.stages import batch_of, stage_named
@@ -66,7 +67,7 @@ def estimate_conversion(recipe: Recipe, output: Path, progress: ProgressFactory)
         "recipe": recipe.to_dict(),
         "phases": [{"name": name, "seconds": round(seconds, 1)} for name, seconds in phases],
         "seconds": round(sum(seconds for _, seconds in phases), 1),
-        "memory": _room(_peak_memory(recipe.device) + _kept_text(conversion) / _MIB, free_memory),
+        "memory": _room(_peak_memory(recipe.device) + _kept(conversion) / _MIB, free_memory),
         "disk": _room(_disk(conversion), shutil.disk_usage(_existing(output)).free / _MIB),
     }
 
@@ -95,11 +96,22 @@ def _refuse_huge_batches(conversion: Conversion, free_memory: float) -> None:
             raise out_of_memory(recipe, details)
 
 
-def _kept_text(conversion: Conversion) -> float:
-    """Return the bytes that stage lff keeps of the text that the dry run leaves out: two hidden states and a mask."""
+def _kept(conversion: Conversion) -> float:
+    """Return the bytes that stages keep of the text that the dry run leaves out.
+
+    Stage lff keeps two hidden states and a mask of every token. Teaching keeps what every router reads, not on a GPU.
+    """
     recipe, model = conversion.recipe, conversion.model
-    left_out = max(0, recipe.lff.tokens - _WINDOWS * recipe.train_window) if "lff" in recipe.stages else 0
-    return float(left_out * (2 * model.config.hidden_size * model.dtype.itemsize + recipe.train_window))
+    few = _with_few_steps(recipe)
+    kept = 0
+    if "lff" in recipe.stages:
+        kept += (recipe.lff.tokens - few.lff.tokens) * (2 * model.config.hidden_size * model.dtype.itemsize)
+        kept += (recipe.lff.tokens - few.lff.tokens) * recipe.train_window
+    if "router" in recipe.stages and recipe.device == "cpu":
+        routers = [router for unit in model.units if isinstance(router := model.part(unit, "router"), Router)]
+        tokens = (recipe.router.teach_steps - few.router.teach_steps) * batch_of(recipe.router) * recipe.train_window
+        kept += tokens * sum(router.first.in_features for router in routers) * torch.bfloat16.itemsize
+    return float(kept)
 
 
 def _stages(conversion: Conversion) -> Iterator[tuple[str, float]]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from irc.conversion import dry_run
+from tests.irc.conftest import CONFIG, SEQ_LEN
 
 Arguments = Callable[..., list[str]]
 
@@ -115,3 +116,16 @@ def test_a_batch_beyond_hope_is_not_tried(
     shown = irc_main(*convert_arguments(tmp_path / "b"), *huge)
     assert shown.code == 1
     assert f"{stage}.batch_size {2**50}" in shown.sentence()
+
+
+def test_what_teaching_keeps_counts(irc_main: Callable[..., Any], convert_arguments: Arguments, tmp_path: Path) -> None:
+    """Two bytes for every number that a router reads of a token."""
+
+    def plan(steps: int) -> Any:
+        arguments = [*convert_arguments(tmp_path / "b"), "--set", f"router.teach_steps={steps}", "--dry-run"]
+        return irc_main(*arguments).json
+
+    few, many = plan(2), plan(8002)
+    tokens = 8000 * 4 * SEQ_LEN
+    kept = tokens * 2 * CONFIG["num_hidden_layers"] * CONFIG["hidden_size"] * 2 / 2**20
+    assert many["memory"]["needed_mib"] - few["memory"]["needed_mib"] == pytest.approx(kept, rel=0.3)
