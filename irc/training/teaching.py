@@ -1,12 +1,12 @@
 """Teaches the routers what a forecast costs, before they are trained on routed text.
 
-Replacing unit u's output y by its forecast at one token changes the loss by about g . (forecast - y), where g is the
-gradient of the loss with respect to y. If the tokens to predict are drawn from the model's own predictions, the mean
-square of that change is twice KL(dense || changed), to second order (Fisher's information). So the cost of a forecast
-is this square, a mean over several draws, over the FLOPs that skipping saves. The first routers are the logarithm of
-the expected cost, as a linear function of what each router reads: a gamma regression with a logarithmic link (McCullagh
-and Nelder, Generalized Linear Models, chapter 8). Costs have long tails, and the mean of their logarithms would hide
-the tokens that are rarely expensive, but then very much so.
+To second order, replacing unit u's output y by its forecast at one token costs KL(dense || changed) = e'Fe / 2, where e
+is the forecast's error and F is Fisher's information of the predictions, taken back to y. Random signs, multiplied by a
+root of F, give a gradient g with E[(g . e)^2] = e'Fe. So the cost of a forecast is this square, a mean over a few draws
+of signs, over the FLOPs that skipping saves. The first routers are the logarithm of the expected cost, as a linear
+function of what each router reads: a gamma regression with a logarithmic link (McCullagh and Nelder, Generalized Linear
+Models, chapter 8). Costs have long tails, and the mean of their logarithms would hide the tokens that are rarely
+expensive, but then very much so.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from irc.progress import Progress
 from irc.training.budget import Budget
 from irc.training.threshold import common_threshold
 
-_DRAWS = 4  # of the tokens to predict; by count a further one costs half of the first, which alone is mostly noise
+_DRAWS = 2  # of random signs; in the same time, one draw of more text teaches less, and so do four of less text
 _RIDGE = 0.3  # relative to the mean variance of what a router reads
 _ITERATIONS = 30  # of the regression; 8 to 15 are usual
 _CONVERGED = 1e-4  # improvement of the mean deviance in one iteration
@@ -49,7 +49,7 @@ def teach_routers(
         model: Rewritten model with fitted forecasters. Its routers are changed in place.
         batches: Text, int64 [windows, length] each.
         budget: What is to be skipped, and how much skipping each unit saves.
-        seed: Seed of the drawn tokens.
+        seed: Seed of the random signs.
         progress: Updated after each batch.
         sampled: Whether training begins with sampled routes; otherwise with the routes of inference.
     """
@@ -148,9 +148,9 @@ def _set_linear(router: Router, weight: torch.Tensor, bias: float, spread: float
 
 
 def _costs(model: RoutedForCausalLM, batch: torch.Tensor, seed: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Return the logarithm of what each forecast costs, and what each router read.
+    """Return the logarithm of twice the KL that each forecast costs, and what each router read.
 
-    The last token of a window predicts nothing that is known, and is left out.
+    The last token of a window is left out, as in losses.
 
     Args:
         model: Rewritten model.
@@ -174,14 +174,16 @@ def _costs(model: RoutedForCausalLM, batch: torch.Tensor, seed: int) -> tuple[to
 
 
 def _gradients(model: RoutedForCausalLM, states: torch.Tensor, seed: int) -> list[torch.Tensor]:
-    """Draw the next token of each state several times; return the gradient of each draw's cross-entropy in the states.
+    """Multiply random signs by a root of Fisher's information of the predictions, and take them back to the states.
 
-    That gradient is the one of the expected logit less the one of the drawn token's logit. All draws share the former.
+    With probabilities p and signs r, the vector z = sqrt(p) r - p (sqrt(p) . r) has the covariance diag(p) - pp', which
+    is Fisher's information in the logits. Tokens drawn from p have it too, but a token that the model is sure of would
+    hardly ever draw anything else.
 
     Args:
         model: Its head is used.
         states: What the head reads [tokens, d].
-        seed: Seed of the draws.
+        seed: Seed of the signs.
 
     Returns:
         [tokens, d] for each draw.
@@ -192,12 +194,12 @@ def _gradients(model: RoutedForCausalLM, states: torch.Tensor, seed: int) -> lis
         part = states[rows].detach().requires_grad_(True)
         logits = model.logits(part)
         probabilities = logits.detach().float().softmax(-1)
-        tokens = torch.multinomial(probabilities, _DRAWS, replacement=True, generator=generator)
-        (expected,) = torch.autograd.grad(logits, part, probabilities.to(logits.dtype), retain_graph=True)
+        root = probabilities.sqrt()
         for draw, gradients in enumerate(found):
-            drawn = logits.gather(-1, tokens[:, draw, None]).sum()
-            (own,) = torch.autograd.grad(drawn, part, retain_graph=draw < _DRAWS - 1)
-            gradients[rows] = expected - own
+            upstream = torch.empty_like(root).bernoulli_(0.5, generator=generator).mul_(2).sub_(1).mul_(root)
+            upstream -= probabilities * upstream.sum(-1, keepdim=True)
+            more = draw < _DRAWS - 1
+            (gradients[rows],) = torch.autograd.grad(logits, part, upstream.to(logits.dtype), retain_graph=more)
     return found
 
 
