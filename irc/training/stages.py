@@ -322,13 +322,14 @@ def check_text(recipe: Recipe, streams: Mapping[str, torch.Tensor]) -> None:
     Raises:
         InputError: A split does not fill one window.
     """
-    for name, window in (("train", recipe.train_window), ("calibration", recipe.window)):
+    train = "seq_len" if recipe.train_window == recipe.window else "train_seq_len"
+    for name, window, field in (("train", recipe.train_window, train), ("calibration", recipe.window, "seq_len")):
         tokens = streams[name].numel()
         if tokens < window:
             raise InputError(
                 f"the {name} split of {recipe.data_name} has {tokens} tokens, which do not fill one window of "
-                f"{window}; give more text or a smaller seq_len",
-                options=("data", "seq_len"),
+                f"{window}; give more text or a smaller {field}",
+                options=("data", field),
             )
 
 

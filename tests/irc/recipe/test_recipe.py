@@ -230,6 +230,30 @@ def test_a_window_is_as_long_as_given_or_as_the_context_allows(
         Recipe(seq_len=64).seq_len_for(48)
 
 
+@pytest.mark.parametrize(
+    ("given", "context", "windows"),
+    [
+        ({}, None, (256, 1024)),
+        ({}, 128, (128, 128)),
+        ({"seq_len": 64}, None, (64, 64)),
+        ({"seq_len": 2048}, None, (2048, 2048)),
+        ({"train_seq_len": 512}, None, (512, 1024)),
+        ({"train_seq_len": 512, "seq_len": 64}, None, (512, 64)),
+    ],
+)
+def test_training_reads_short_windows_unless_told_otherwise(
+    given: dict[str, int], context: int | None, windows: tuple[int, int]
+) -> None:
+    recipe = Recipe(**given)
+    recipe.fit_windows(context)
+    assert (recipe.train_window, recipe.window) == windows
+
+
+def test_a_training_window_beyond_the_context_is_refused() -> None:
+    with pytest.raises(InputError, match="train_seq_len is 512, but the model's context is 48; give at most 48"):
+        Recipe(train_seq_len=512).fit_windows(48)
+
+
 def test_a_single_text_needs_no_list() -> None:
     recipe = load_recipe(None, ["data=a.txt"])
     assert (recipe.data, recipe.to_dict()["data"]) == (["a.txt"], "a.txt")

@@ -200,11 +200,21 @@ def test_router_stage_with_frozen_forecasters(make_context: Callable[..., StageC
         assert torch.equal(parameter, before[name]), name
 
 
-@pytest.mark.parametrize("split", ["train", "calibration"])
-def test_short_text_is_refused(streams: dict[str, torch.Tensor], split: str) -> None:
+@pytest.mark.parametrize(
+    ("split", "lengths", "field"),
+    [
+        ("train", {"seq_len": 16}, "seq_len"),
+        ("calibration", {"seq_len": 16}, "seq_len"),
+        ("train", {"seq_len": 8, "train_seq_len": 16}, "train_seq_len"),
+        ("calibration", {"seq_len": 16, "train_seq_len": 8}, "seq_len"),
+    ],
+)
+def test_short_text_is_refused(
+    streams: dict[str, torch.Tensor], split: str, lengths: dict[str, int], field: str
+) -> None:
     short = {split: torch.zeros(15, dtype=torch.int64)}
-    with pytest.raises(InputError, match=f"{split} split .* 15 tokens.* 16.*seq_len"):
-        check_text(Recipe(seq_len=16), streams | short)
+    with pytest.raises(InputError, match=f"{split} split .* 15 tokens.* 16; .* smaller {field}$"):
+        check_text(Recipe(**lengths), streams | short)
 
 
 def test_cosine_schedule() -> None:
