@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,7 +18,7 @@ from irc.recipe.stages import RouterRecipe
 from irc.training.budget import Budget
 from irc.training.loop import Objective, step_noise
 from irc.training.lora import adapters_off
-from irc.training.threshold import common_threshold
+from irc.training.threshold import common_threshold, log_odds
 
 Figures = dict[str, float]
 
@@ -238,13 +237,8 @@ class RoutingObjective(Objective):
             "temperature": self.temperature(step),
             "noise": noise,
             "noise_scale": self.noise_scale(step),
-            "shift": -self._threshold if self._held else _log_odds(1 - self.target(step)) - _log_odds(1 - sparsity),
+            "shift": -self._threshold if self._held else log_odds(1 - self.target(step)) - log_odds(1 - sparsity),
         }
-
-
-def _log_odds(share: float) -> float:
-    share = min(max(share, 1e-3), 1 - 1e-3)
-    return math.log(share / (1 - share))
 
 
 def _entropy(tape: dict[str, Record]) -> torch.Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from irc.training.budget import Budget
-from irc.training.threshold import choose_shifts, equal_distance, quantile
+from irc.training.threshold import choose_shifts, equal_distance, log_odds, quantile, share_below
 
 _SMALL = 0.02  # change of the log odds from which a step tells what the model answers
 _MOST = 8.0
@@ -50,14 +50,14 @@ class Search:
         budget = self._budget
         if budget.targets is not None:
             return {unit: quantile(values, budget.targets[unit]) for unit, values in differences.items()}
-        skipped = _skipped(differences, dict.fromkeys(differences, 0.0), budget.weights)
-        here, target = _log_odds(skipped), _log_odds(budget.sparsity)
+        skipped = share_below(differences, dict.fromkeys(differences, 0.0), budget.weights)
+        here, target = log_odds(skipped), log_odds(budget.sparsity)
         self._learn(here)
         self._sides[here > target] = here, dict(execute)
         self._hold(differences)
         wanted = _share(here + (target - here) / self.answer)
         shifts = self._between(target, execute, self._quantiles(differences, wanted))
-        self._step = here, _log_odds(_skipped(differences, shifts, budget.weights))
+        self._step = here, log_odds(share_below(differences, shifts, budget.weights))
         return shifts
 
     def _learn(self, here: float) -> None:
@@ -92,7 +92,7 @@ class Search:
         held = {unit: values for unit, values in differences.items() if unit in self._held}
         free = {unit: values for unit, values in differences.items() if unit not in self._held}
         mass = sum(weight[unit] for unit in free)
-        share = (wanted - _skipped(held, dict.fromkeys(held, 0.0), weight)) / mass
+        share = (wanted - share_below(held, dict.fromkeys(held, 0.0), weight)) / mass
         shifts = choose_shifts(free, share, self._tolerance, {unit: weight[unit] / mass for unit in free})
         return dict.fromkeys(differences, 0.0) | shifts
 
@@ -107,25 +107,11 @@ class Search:
         return {unit: execute[unit] - (bias + part * (too_little[unit] - bias)) for unit, bias in too_much.items()}
 
 
-def _skipped(
-    differences: Mapping[str, torch.Tensor], limits: Mapping[str, float], weights: Mapping[str, float]
-) -> float:
-    """Return the weighted share of pairs below the limit of their unit."""
-    shares = {unit: (values < limits[unit]).double().mean().item() for unit, values in differences.items()}
-    return sum(weights[unit] * share for unit, share in shares.items())
-
-
 def _equal_share(values: torch.Tensor, width: float, equal: float) -> float:
     """Return the share of the largest group of equal values among those within a width of 0."""
     near = (values[values.abs() <= width] / equal).round()
     return near.unique(return_counts=True)[1].max().item() / len(values) if len(near) else 0.0
 
 
-def _log_odds(share: float) -> float:
-    """Return a scale on which shares answer a shift of the logits about evenly, also near 0 and 1."""
-    share = min(max(share, 1e-4), 1 - 1e-4)
-    return math.log(share / (1 - share))
-
-
-def _share(log_odds: float) -> float:
-    return 1 / (1 + math.exp(-log_odds))
+def _share(odds: float) -> float:
+    return 1 / (1 + math.exp(-odds))

@@ -24,7 +24,7 @@ from irc.model.modules import APPROXIMATE, EXECUTE, Router
 from irc.model.routed import RoutedForCausalLM
 from irc.progress import Progress
 from irc.training.budget import Budget
-from irc.training.threshold import common_threshold
+from irc.training.threshold import common_threshold, log_odds
 
 _DRAWS = 2  # of random signs; in the same time, one draw of more text teaches less, and so do four of less text
 _RIDGE = 0.3  # relative to the mean variance of what a router reads
@@ -73,7 +73,7 @@ def teach_routers(
     mean, deviation = predicted.mean().item(), logarithms.std(correction=0).clamp(min=1e-6).item()
     differences = {unit.name: (row - mean) / deviation for unit, row in zip(model.units, predicted, strict=True)}
     share = min(max(budget.sparsity, 1e-2), 1 - 1e-2)
-    start = math.log((1 - share) / share) if sampled else -common_threshold(differences, share, budget.weights)
+    start = log_odds(1 - share) if sampled else -common_threshold(differences, share, budget.weights)
     for unit, (weight, bias), product in zip(model.units, solutions, products, strict=True):
         spread = product.square().mean().sqrt().item() / deviation
         router = cast(Router, model.part(unit, "router"))

@@ -7,6 +7,7 @@ the share of the whole group; the thresholds of the other units then compensate.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -28,13 +29,9 @@ def choose_shifts(
         weights: Weight of each unit, summing to 1; equal weights if None.
     """
     weight = weights or dict.fromkeys(differences, 1 / len(differences))
-
-    def below(unit: str, limit: float) -> float:
-        return weight[unit] * (differences[unit] < limit).double().mean().item()
-
     common = common_threshold(differences, target, weight)
     shifts = dict.fromkeys(differences, common)
-    if abs(sum(below(unit, common) for unit in differences) - target) <= tolerance:
+    if abs(share_below(differences, shifts, weight) - target) <= tolerance:
         return shifts
     all_values = torch.cat(list(differences.values()))
     equal, at_target = equal_distance(all_values), _value_at(all_values, target, _mass_of(differences, weight))
@@ -44,10 +41,25 @@ def choose_shifts(
         if weight[unit] * ((values - at_target).abs() <= equal).double().mean().item() <= tolerance
     }
     if without_group:
-        reached = sum(below(unit, common) for unit in differences if unit not in without_group)
+        others = {unit: values for unit, values in differences.items() if unit not in without_group}
+        reached = share_below(others, shifts, weight)
         remaining = (target - reached) / sum(weight[unit] for unit in without_group)
         shifts |= dict.fromkeys(without_group, common_threshold(without_group, remaining, weight))
     return shifts
+
+
+def share_below(
+    differences: Mapping[str, torch.Tensor], limits: Mapping[str, float], weights: Mapping[str, float]
+) -> float:
+    """Return the share of all pairs below the limit of their unit, each unit counting by its weight."""
+    shares = {unit: (values < limits[unit]).double().mean().item() for unit, values in differences.items()}
+    return sum(weights[unit] * share for unit, share in shares.items())
+
+
+def log_odds(share: float) -> float:
+    """Return a scale on which shares answer a shift of the logits about evenly, also near 0 and 1, which are finite."""
+    share = min(max(share, 1e-4), 1 - 1e-4)
+    return math.log(share / (1 - share))
 
 
 def common_threshold(differences: Mapping[str, torch.Tensor], share: float, weights: Mapping[str, float]) -> float:
