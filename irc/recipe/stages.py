@@ -54,7 +54,7 @@ class RouterRecipe(Checked):
     batch_size: Count | None = Field(default=None, description="windows per step; null: as many as make 1,024 tokens")
     lr: Weight | None = Field(
         default=None,
-        description="learning rate of the routers, cosine decay to a tenth; null: 1e-3 after teaching, otherwise 5e-3",
+        description="learning rate of the routers, cosine decay to a tenth; null: 3e-4 after teaching, otherwise 5e-3",
     )
     forecaster_lr: Weight = Field(
         default=5e-4, description="learning rate of the forecasters in this stage; 0 freezes them"
@@ -114,7 +114,7 @@ class RouterRecipe(Checked):
         sampled; its routers are trained as without teaching.
         """
         taught = self.teach_steps > 0 and not self.target_range
-        lr, noise, temperature = (1e-3, 0.0, 1.0) if taught else (5e-3, 1.0, 5.0)
+        lr, noise, temperature = (3e-4, 0.0, 1.0) if taught else (5e-3, 1.0, 5.0)
         sampled = (noise if self.noise is None else self.noise) > 0
         return self.model_copy(
             update={
