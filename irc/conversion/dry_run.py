@@ -24,6 +24,7 @@ from irc.recipe.recipe import Recipe
 from irc.recipe.stages import batch_of, stage_named
 from irc.runtime.environment import memory
 from irc.training.stages import STAGE_RUNNERS, StageContext
+from irc.training.teaching import KEPT
 
 _STEPS = 2
 _WINDOWS = 16  # calibration and evaluation read this many at once
@@ -97,21 +98,26 @@ def _refuse_huge_batches(conversion: Conversion, free_memory: float) -> None:
 
 
 def _kept(conversion: Conversion) -> float:
-    """Return the bytes that stages keep of the text that the dry run leaves out.
+    """Return the bytes that a stage keeps of the text that the dry run leaves out.
 
-    Stage lff keeps two hidden states and a mask of every token. Teaching keeps what every router reads, not on a GPU.
+    Stage lff keeps two hidden states and a mask of every token. Teaching keeps what every router reads, in host memory
+    even with a GPU.
     """
     recipe, model = conversion.recipe, conversion.model
     few = _with_few_steps(recipe)
-    kept = 0
+    lff = taught = 0
     if "lff" in recipe.stages:
-        kept += (recipe.lff.tokens - few.lff.tokens) * (2 * model.config.hidden_size * model.dtype.itemsize)
-        kept += (recipe.lff.tokens - few.lff.tokens) * recipe.train_window
+        states = 2 * model.config.hidden_size * model.dtype.itemsize
+        lff = (recipe.lff.tokens - few.lff.tokens) * (states + recipe.train_window)
     if "router" in recipe.stages and recipe.device == "cpu":
         routers = [router for unit in model.units if isinstance(router := model.part(unit, "router"), Router)]
-        tokens = (recipe.router.teach_steps - few.router.teach_steps) * batch_of(recipe.router) * recipe.train_window
-        kept += tokens * sum(router.first.in_features for router in routers) * torch.bfloat16.itemsize
-    return float(kept)
+        all_tokens, few_tokens = (
+            min(KEPT, steps * batch_of(recipe.router) * recipe.train_window, conversion.streams["train"].numel())
+            for steps in (recipe.router.teach_steps, few.router.teach_steps)
+        )
+        numbers = sum(router.first.in_features for router in routers)
+        taught = (all_tokens - few_tokens) * numbers * torch.bfloat16.itemsize
+    return float(max(lff, taught))
 
 
 def _stages(conversion: Conversion) -> Iterator[tuple[str, float]]:

@@ -3,10 +3,10 @@
 To second order, replacing unit u's output y by its forecast at one token costs KL(dense || changed) = e'Fe / 2, where e
 is the forecast's error and F is Fisher's information of the predictions, taken back to y. Random signs, multiplied by a
 root of F, give a gradient g with E[(g . e)^2] = e'Fe. So the cost of a forecast is this square, a mean over a few draws
-of signs, over the FLOPs that skipping saves. The first routers are the logarithm of the expected cost, as a linear
-function of what each router reads: a gamma regression with a logarithmic link (McCullagh and Nelder, Generalized Linear
-Models, chapter 8). Costs have long tails, and the mean of their logarithms would hide the tokens that are rarely
-expensive, but then very much so.
+of signs, over the FLOPs that skipping saves. Each router starts as a linear function of what it reads that predicts the
+logarithm of the expected cost: a gamma regression with a logarithmic link (McCullagh and Nelder, Generalized Linear
+Models, chapter 8). Costs have long tails: the mean of their logarithms would underrate tokens that are cheap most of
+the time and very expensive now and then.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import nn
 
+from irc.errors import IrcError
 from irc.model.head import parts
 from irc.model.modules import APPROXIMATE, EXECUTE, Router
 from irc.model.routed import RoutedForCausalLM
@@ -26,10 +27,16 @@ from irc.progress import Progress
 from irc.training.budget import Budget
 from irc.training.threshold import common_threshold, log_odds
 
-_DRAWS = 2  # of random signs; in the same time, one draw of more text teaches less, and so do four of less text
+KEPT = 16_384
+"""Tokens that the regression reads at most; of more text, tokens are left out evenly. What all routers read of them is
+kept, two bytes for every number."""
+
+_DRAWS = 2  # of random signs; the second halves the noise for one more backward pass
 _RIDGE = 0.3  # relative to the mean variance of what a router reads
 _ITERATIONS = 30  # of the regression; 8 to 15 are usual
-_CONVERGED = 1e-4  # improvement of the mean deviance in one iteration
+_CONVERGED = 1e-4  # what the next step could improve the objective by, to first order
+_SUFFICIENT = 0.1  # part of that which a step must bring, otherwise it is halved
+_SMALLEST = 1e-6  # part of a step
 
 
 def teach_routers(
@@ -50,21 +57,30 @@ def teach_routers(
         batches: Text, int64 [windows, length] each.
         budget: What is to be skipped, and how much skipping each unit saves.
         seed: Seed of the random signs.
-        progress: Updated after each batch.
+        progress: Updated after each batch, and at the end.
         sampled: Whether training begins with sampled routes; otherwise with the routes of inference.
+
+    Raises:
+        IrcError: A gradient is not finite.
     """
     saved = torch.tensor([budget.weights[unit.name] for unit in model.units], dtype=torch.float64).log()
     found: list[torch.Tensor] = []
     read: list[list[torch.Tensor]] = []
+    every = math.ceil(sum(batch.numel() for batch in batches) / KEPT)
     for index, batch in enumerate(batches):
         costs, inputs = _costs(model, batch.to(model.device), seed * 1_000_003 + index)
-        found.append(costs.cpu() - saved[:, None])
         # A GPU has no room for what all routers read; bf16 adds an error of at most 0.4 % to each number.
-        read.append([x.to("cpu", torch.bfloat16) for x in inputs])
+        found.append(costs[:, ::every].cpu() - saved[:, None])
+        read.append([x[::every].to("cpu", torch.bfloat16) for x in inputs])
+        del inputs
         progress.update(index + 1)
     logarithms = torch.cat(found, dim=1)
     solutions, products = [], []
-    for row in range(len(model.units)):
+    for row, unit in enumerate(model.units):
+        if not bool(logarithms[row].isfinite().all()):
+            raise IrcError(
+                f"the gradients at {unit.name} are not finite numbers: look for damaged weights, or set precision=fp32"
+            )
         x = torch.cat([part[row] for part in read]).to(model.device, torch.float64)
         weight, bias = expected_cost(x, logarithms[row].to(model.device))
         solutions.append((weight, bias))
@@ -78,14 +94,15 @@ def teach_routers(
         spread = product.square().mean().sqrt().item() / deviation
         router = cast(Router, model.part(unit, "router"))
         _set_linear(router, weight / deviation, (bias - mean) / deviation + start, max(spread, 1e-6))
+    progress.update(len(batches) + 1)
 
 
 @torch.no_grad()
 def expected_cost(x: torch.Tensor, logarithms: torch.Tensor) -> tuple[torch.Tensor, float]:
     """Fit the logarithm of the expected cost, weight . x + bias, by Fisher scoring.
 
-    It minimizes the mean gamma deviance, exp(r) - r - 1 of the residuals r, and the ridge, which is convex. Fisher's
-    information is the covariance of x whatever the costs are, so that one factorization serves all iterations.
+    It minimizes half the mean gamma deviance, exp(r) - r - 1 of the residuals r, and the ridge, which is convex.
+    Fisher's information is the covariance of x whatever the costs are, so that one factorization serves all iterations.
 
     Args:
         x: What a router reads, float64 [tokens, width].
@@ -113,18 +130,19 @@ def expected_cost(x: torch.Tensor, logarithms: torch.Tensor) -> tuple[torch.Tens
     best = objective(weight, left)
     for _ in range(_ITERATIONS):
         score = left.exp() - 1
-        slope = centred.T @ score / len(x) - ridge * weight
-        step, shift, size = torch.cholesky_solve(slope[:, None], factor)[:, 0], score.mean(), 1.0
-        while True:
+        slope, shift = centred.T @ score / len(x) - ridge * weight, score.mean()
+        step = torch.cholesky_solve(slope[:, None], factor)[:, 0]
+        gain = slope @ step + shift.square()
+        size = 1.0 if gain > _CONVERGED else 0.0
+        while size > _SMALLEST:
             left = residual(weight + size * step, bias + size * shift)
             reached = objective(weight + size * step, left)
-            if reached < best or size < _CONVERGED:
+            if reached <= best - _SUFFICIENT * size * gain:
                 break
             size /= 2
-        improved, best = best - reached, reached
-        weight, bias = weight + size * step, bias + size * shift
-        if improved < _CONVERGED:
+        else:
             break
+        weight, bias, best = weight + size * step, bias + size * shift, reached
     return weight, (bias - mean @ weight).item()
 
 

@@ -57,7 +57,7 @@ def share_below(
 
 
 def log_odds(share: float) -> float:
-    """Return a scale on which shares answer a shift of the logits about evenly, also near 0 and 1, which are finite."""
+    """Return log(share / (1 - share)), with the share kept within 1e-4 of 0 and 1, so that it is finite."""
     share = min(max(share, 1e-4), 1 - 1e-4)
     return math.log(share / (1 - share))
 
