@@ -133,7 +133,9 @@ def expected_cost(x: torch.Tensor, logarithms: torch.Tensor) -> tuple[torch.Tens
         slope, shift = centred.T @ score / len(x) - ridge * weight, score.mean()
         step = torch.cholesky_solve(slope[:, None], factor)[:, 0]
         gain = slope @ step + shift.square()
-        size = 1.0 if gain > _CONVERGED else 0.0
+        if gain <= _CONVERGED:
+            break
+        size = 1.0
         while size > _SMALLEST:
             left = residual(weight + size * step, bias + size * shift)
             reached = objective(weight + size * step, left)
