@@ -24,7 +24,6 @@ from irc.recipe.recipe import Recipe
 from irc.recipe.stages import batch_of, stage_named
 from irc.runtime.environment import memory
 from irc.training.stages import STAGE_RUNNERS, StageContext
-from irc.training.teaching import KEPT
 
 _STEPS = 2
 _WINDOWS = 16  # calibration and evaluation read this many at once
@@ -112,8 +111,8 @@ def _kept(conversion: Conversion) -> float:
     if "router" in recipe.stages and recipe.device == "cpu":
         routers = [router for unit in model.units if isinstance(router := model.part(unit, "router"), Router)]
         all_tokens, few_tokens = (
-            min(KEPT, steps * batch_of(recipe.router) * recipe.train_window, conversion.streams["train"].numel())
-            for steps in (recipe.router.teach_steps, few.router.teach_steps)
+            min(each.router.windows_taught(each.train_window) * each.train_window, conversion.streams["train"].numel())
+            for each in (recipe, few)
         )
         numbers = sum(router.first.in_features for router in routers)
         taught = (all_tokens - few_tokens) * numbers * torch.bfloat16.itemsize
@@ -132,7 +131,7 @@ def _stages(conversion: Conversion) -> Iterator[tuple[str, float]]:
             figures = STAGE_RUNNERS[stage](context)
             bar.update(1)
         settings, few_settings = (stage_named(stage).settings_in(recipe) for recipe in (full, few))
-        yield stage, _extrapolated(figures, settings, few_settings, full.router, few.router)
+        yield stage, _extrapolated(figures, settings, few_settings, full, few)
     if full.dial:
         yield "dial", len(full.dial) * _threshold(figures, full.router, few.router)
 
@@ -148,15 +147,15 @@ def _with_few_steps(recipe: Recipe) -> Recipe:
     return few
 
 
-def _extrapolated(figures: dict[str, Any], full: Any, few: Any, router: Any, few_router: Any) -> float:
+def _extrapolated(figures: dict[str, Any], full: Any, few: Any, recipe: Recipe, few_recipe: Recipe) -> float:
     """Return the seconds that a stage would take.
 
     Args:
         figures: What the stage measured with few steps.
         full: The stage's settings.
         few: Its settings in the dry run.
-        router: Settings of stage router, which sets the threshold after every stage that routes.
-        few_router: Those of the dry run.
+        recipe: The recipe; its stage router sets the threshold after every stage that routes.
+        few_recipe: That of the dry run.
     """
     seconds = figures.get("choice_seconds", 0.0)
     if "closed_form_seconds" in figures:
@@ -164,9 +163,10 @@ def _extrapolated(figures: dict[str, Any], full: Any, few: Any, router: Any, few
     if few.steps:
         seconds += figures.get("refine_seconds", figures.get("train_seconds", 0.0)) * full.steps / few.steps
     if "teach_seconds" in figures:
-        seconds += figures["teach_seconds"] * router.teach_steps / few_router.teach_steps
+        windows, few_windows = (each.router.windows_taught(each.train_window) for each in (recipe, few_recipe))
+        seconds += figures["teach_seconds"] * windows / few_windows
     if "calibration_seconds" in figures:
-        seconds += _threshold(figures, router, few_router)
+        seconds += _threshold(figures, recipe.router, few_recipe.router)
     return float(seconds)
 
 

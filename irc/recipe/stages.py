@@ -90,8 +90,8 @@ class RouterRecipe(Checked):
         default=-1,
         ge=-1,
         le=LARGEST_INTEGER,
-        description="batches that first teach routers the cost of skipping; -1: 16 for informed up to sparsity 0.5 "
-        "or from flops 0.6",
+        description="batches, of 16,384 tokens at most, that first teach routers the cost of skipping; -1: 16 for "
+        "informed up to sparsity 0.5 or from flops 0.6",
     )
     distill: Share = Field(
         default=1.0,
@@ -102,6 +102,12 @@ class RouterRecipe(Checked):
     )
 
     step_tokens: ClassVar[int] = 1024
+    most_taught: ClassVar[int] = 16_384
+    """Tokens that teaching reads at most, because it keeps what all routers read."""
+
+    def windows_taught(self, window: int) -> int:
+        """Return how many windows, of so many tokens, teach the routers if there is enough text."""
+        return min(max(0, self.teach_steps) * batch_of(self), max(1, self.most_taught // window))
 
     def trains(self, policy: Policy) -> bool:
         """Whether the stage reads batches of text under a policy."""
@@ -231,7 +237,7 @@ def tokens_to_read(recipe: HoldsSettings) -> int:
     share finished stages.
     """
     lff, router, lora = recipe.lff, recipe.router, recipe.lora
-    routed = (router.steps + max(0, router.teach_steps)) * batch_of(router)
+    routed = router.steps * batch_of(router) + router.windows_taught(recipe.train_window)
     windows = lff.steps * batch_of(lff) + routed + lora.steps * batch_of(lora)
     needed = max(_LEAST_TOKENS_READ, lff.tokens + windows * recipe.train_window)
     return int(2 ** math.ceil(math.log2(needed)))

@@ -230,7 +230,8 @@ def _teach(context: StageContext, budget: Budget) -> dict[str, float]:
     started, cpu_started = time.monotonic(), time.process_time()
     text, sampled = context.train_windows(), recipe.settled().noise != 0
     order = torch.randperm(len(text), generator=torch.Generator().manual_seed(context.recipe.seed))
-    batches = text[order[: recipe.teach_steps * batch_of(recipe)]].split(batch_of(recipe))
+    chosen = text[order[: recipe.windows_taught(context.recipe.train_window)]]
+    batches = chosen.split(batch_of(recipe))
     with context.progress("teach", len(batches) + 1) as progress, _autocast(context):
         teach_routers(context.model, batches, budget, context.recipe.seed, progress, sampled)
     return {

@@ -27,10 +27,6 @@ from irc.progress import Progress
 from irc.training.budget import Budget
 from irc.training.threshold import common_threshold, log_odds
 
-KEPT = 16_384
-"""Tokens that the regression reads at most; of more text, tokens are left out evenly. What all routers read of them is
-kept, two bytes for every number."""
-
 _DRAWS = 2  # of random signs; the second halves the noise for one more backward pass
 _RIDGE = 0.3  # relative to the mean variance of what a router reads
 _ITERATIONS = 30  # of the regression; 8 to 15 are usual
@@ -54,7 +50,7 @@ def teach_routers(
 
     Args:
         model: Rewritten model with fitted forecasters. Its routers are changed in place.
-        batches: Text, int64 [windows, length] each.
+        batches: Text, int64 [windows, length] each. What all routers read of it is kept, two bytes for every number.
         budget: What is to be skipped, and how much skipping each unit saves.
         seed: Seed of the random signs.
         progress: Updated after each batch, and at the end.
@@ -66,12 +62,11 @@ def teach_routers(
     saved = torch.tensor([budget.weights[unit.name] for unit in model.units], dtype=torch.float64).log()
     found: list[torch.Tensor] = []
     read: list[list[torch.Tensor]] = []
-    every = math.ceil(sum(batch.numel() for batch in batches) / KEPT)
     for index, batch in enumerate(batches):
         costs, inputs = _costs(model, batch.to(model.device), seed * 1_000_003 + index)
         # A GPU has no room for what all routers read; bf16 adds an error of at most 0.4 % to each number.
-        found.append(costs[:, ::every].cpu() - saved[:, None])
-        read.append([x[::every].to("cpu", torch.bfloat16) for x in inputs])
+        found.append(costs.cpu() - saved[:, None])
+        read.append([x.to("cpu", torch.bfloat16) for x in inputs])
         del inputs
         progress.update(index + 1)
     logarithms = torch.cat(found, dim=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from irc.model import head
 from irc.model.modules import difference_of
 from irc.model.routed import RoutedForCausalLM
 from irc.recipe.recipe import Recipe
-from irc.training import stages, teaching
+from irc.recipe.stages import RouterRecipe
+from irc.training import stages
 from irc.training.budget import Budget, plain_budget
 from irc.training.loop import train
 from irc.training.objectives import RoutingObjective
@@ -211,23 +212,25 @@ def test_gradients_that_are_not_finite_are_refused(
         teach_routers(model, [ids], _budget(model, 0.3), 0, bar)
 
 
-def test_no_more_tokens_are_kept_than_said(
-    make_routed: Callable[..., RoutedForCausalLM], shake: Any, bars: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("limit", "windows"), [(16_384, 12), (80, 5), (10, 1)])
+def test_no_more_text_teaches_than_said(
+    make_context: Callable[..., StageContext], monkeypatch: pytest.MonkeyPatch, limit: int, windows: int
 ) -> None:
-    seen: list[int] = []
+    context = make_context()
+    router = context.recipe.router
+    router.steps, router.teach_steps, router.batch_size = 0, 3, 4
+    monkeypatch.setattr(RouterRecipe, "most_taught", limit)
+    read: list[int] = []
 
-    def note(x: torch.Tensor, logarithms: torch.Tensor) -> tuple[torch.Tensor, float]:
-        seen.append(len(logarithms))
-        assert len(x) == len(logarithms)
-        return expected_cost(x, logarithms)
+    def note(model: Any, batches: Sequence[torch.Tensor], *rest: Any) -> None:
+        read.extend(map(len, batches))
+        teach_routers(model, batches, *rest)
 
-    monkeypatch.setattr(teaching, "KEPT", 100)
-    monkeypatch.setattr(teaching, "expected_cost", note)
-    batches = torch.randint(0, 256, (16, 24), generator=torch.Generator().manual_seed(1)).split(4)
-    model = shake(make_routed())
-    with bars()("teach", 5) as bar:
-        teach_routers(model, batches, _budget(model, 0.3), 0, bar)
-    assert seen == [4 * 23] * len(model.units)
+    monkeypatch.setattr(stages, "teach_routers", note)
+    run_router(context)
+    assert context.recipe.train_window == 16
+    assert sum(read) == windows
+    assert max(read) <= 4
 
 
 @pytest.mark.parametrize("noise", [0.0, 1.0])
