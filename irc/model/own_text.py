@@ -23,9 +23,12 @@ from irc.progress import ProgressFactory
 from irc.recipe.recipe import Recipe
 from irc.text.mixture import Mixture, load_texts
 from irc.text.source import OWN_TEXT as NAME
-from irc.text.source import Document, TextSource, load_text
+from irc.text.source import Document, Split, TextSource, load_text
 
 _VERSION = 1  # of what is written here, in the name of the cached file
+# Little text, of which threshold and figures need some thousand tokens each. Two kinds of documents alternate, so the
+# length is odd.
+_TURNS: tuple[Split, ...] = (*("heldout", "calibration") * 2, "validation", *("train",) * 10)
 _NEW_TOKENS = 224
 _BATCH = 64
 _INSTRUCTIONS = (
@@ -103,7 +106,8 @@ def own_text(
         cache: Folder of the texts that were sampled earlier; by default `irc/own-text` beside the hub's cache.
 
     Returns:
-        Documents `self#0`, `self#1` and so on, which fall into the splits in turn.
+        Documents `self#0`, `self#1` and so on; of 15 in turn, 10 are for training, and two each for thresholds and for
+        figures.
     """
     path = (cache or _cache()) / f"{_key(base, tokens, seed)}.json"
     if path.is_file():
@@ -112,7 +116,8 @@ def own_text(
         texts = _sampled(base, tokens, seed, progress, device)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(texts))
-    return TextSource(NAME, tuple(Document(f"{NAME}#{index}", text) for index, text in enumerate(texts)))
+    documents = (Document(f"{NAME}#{index}", text) for index, text in enumerate(texts))
+    return TextSource(NAME, tuple(documents), _TURNS)
 
 
 def _cache() -> Path:

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import compress, cycle
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -105,17 +106,22 @@ class TextSource:
     Attributes:
         name: The source as the user named it (a path, `stdlib`, `hf:NAME`).
         documents: The documents, in a stable order.
+        turns: Splits that the documents take in turn; empty where names decide.
     """
 
     name: str
     documents: tuple[Document, ...]
+    turns: tuple[Split, ...] = ()
 
     def split(self, split: Split) -> list[Document]:
         """Return the documents of one split.
 
-        One document in ten is `heldout`, one in twenty is `calibration`, one in twenty is `validation`, and all others
-        are `train` (see `split_of`).
+        Without turns, one document in ten is `heldout`, one in twenty is `calibration`, one in twenty is `validation`,
+        and all others are `train` (see `split_of`).
         """
+        if self.turns:
+            mine = cycle(turn == split for turn in self.turns)
+            return list(compress(self.documents, mine))
         return [document for document in self.documents if split_of(document.name) == split]
 
     def fingerprint(self) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 from irc.errors import InputError
 from irc.model.checkpoint import BaseModel
-from irc.model.own_text import _prompts, own_text
+from irc.model.own_text import _key, _prompts, own_text
 from irc.text.source import SPLITS, load_text
 from tests.irc.conftest import Bars, byte_tokenizer
 
@@ -43,6 +44,19 @@ def test_it_has_enough_tokens_in_every_split(base: BaseModel) -> None:
     ids = [base.tokenizer(document.text, add_special_tokens=False)["input_ids"] for document in text.documents]
     assert sum(map(len, ids)) >= 1500
     assert all(text.split(split) for split in SPLITS)
+    assert sorted(one.name for split in SPLITS for one in text.split(split)) == sorted(
+        one.name for one in text.documents
+    )
+
+
+def test_every_split_has_answers_and_continuations_alike(base: BaseModel, cache: Path) -> None:
+    """The model writes them by turns, an instruction first."""
+    cache.mkdir(parents=True)
+    (cache / f"{_key(base, 1500, 0)}.json").write_text(json.dumps(["answer", "continuation"] * 60))
+    text = own_text(base, 1500, 0, Bars())
+    for split, count in zip(SPLITS, (80, 16, 8, 16), strict=True):
+        found = [document.text for document in text.split(split)]
+        assert found.count("answer") == found.count("continuation") == count // 2, split
 
 
 def test_prompts_are_beginnings_and_instructions_for_a_model_with_a_template() -> None:
