@@ -99,7 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gguf", type=Path, help="Another GGUF file.")
     parser.add_argument("--flops", type=float, nargs="+", default=[0.9, 0.8], help="FLOPs, routed over dense.")
-    parser.add_argument("--data", nargs="+", default=["stdlib"], help="Texts to train on, as for irc convert.")
+    parser.add_argument("--data", nargs="+", default=["self", "stdlib"], help="Texts to train on.")
     parser.add_argument("--steps", type=int, default=RouterRecipe().steps, help="Steps of the router stage.")
     parser.add_argument("--tokens", type=int, default=16_384, help="Tokens to evaluate on.")
     parser.add_argument("--seq-len", type=int, help="Tokens per window.")
@@ -120,7 +120,7 @@ def main() -> None:
         started = time.monotonic()
         export(str(bundle), folder, ExportOptions(force=True))
         verified = verify(
-            folder, console.progress, Sample(given.data[0], seq_len=min(128, given.seq_len or 128), new_tokens=16)
+            folder, console.progress, Sample(given.data[-1], seq_len=min(128, given.seq_len or 128), new_tokens=16)
         )
         times["export and verify"] = time.monotonic() - started
 

@@ -66,11 +66,10 @@ def _options(recipe: Recipe) -> str:
     """Return what else a user of the bundle should know, one paragraph each."""
     paragraphs = []
     if recipe.dial:
-        kind = recipe.target.kind
+        kind, own = recipe.target
+        ends = (*recipe.dial, own)
         others = "sparsities" if kind == "sparsity" else "FLOPs ratios"
-        paragraphs.append(
-            f"Other {others}, from {min(recipe.dial):g} to {max(recipe.dial):g}: `irc.load(path, {kind}=...)`."
-        )
+        paragraphs.append(f"Other {others}, from {min(ends):g} to {max(ends):g}: `irc.load(path, {kind}=...)`.")
     if recipe.kv_policy != "full":
         paragraphs.append(f"Keys and values: policy `{recipe.kv_policy}`, threshold {recipe.kv_threshold:g}.")
     if "lora" in recipe.stages:

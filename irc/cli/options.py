@@ -111,7 +111,8 @@ def texts_options(function: Decorated) -> Decorated:
         multiple=True,
         callback=lambda ctx, parameter, value: list(value),
         metavar="TEXT",
-        help=f"{_TEXT} Also self (what the model writes itself). Repeat it to mix texts. [default: stdlib]",
+        help=f"{_TEXT} Also self (what the model writes itself). Repeat it to mix texts. "
+        "[default: self and stdlib; for the demo stdlib]",
         shell_complete=files,
     )
     weights = click.option(

@@ -42,6 +42,9 @@ def recipe_of(
 ) -> Recipe:
     """Return the recipe that a command line describes; errors name the option that gave the value.
 
+    If neither a recipe file nor an option names a text, models other than the demo read what they write themselves,
+    mixed with source code.
+
     Args:
         path: Of --recipe.
         overrides: Of --set, laid over the file.
@@ -54,9 +57,13 @@ def recipe_of(
     from irc.recipe.layers import Layer, build, setting_layer
     from irc.recipe.recipe import Recipe, recipe_layer
     from irc.recipe.target import target_of
+    from irc.text.source import OWN_TEXT
 
     target_of(flags.get("sparsity"), flags.get("flops"))  # refuses both
     layers = [Layer("the default", target or {})] if path is None else [recipe_layer(path)]
     layers += [setting_layer(Recipe, text, "--set") for text in overrides]
     layers += [Layer(f"--{name.replace('_', '-')}", {name: value}) for name, value in flags.items()]
-    return build(Recipe, layers)
+    recipe = build(Recipe, layers)
+    if path is None and recipe.model != "demo" and "data" not in recipe.model_fields_set:
+        recipe.data = [OWN_TEXT, "stdlib"]
+    return recipe

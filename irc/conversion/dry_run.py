@@ -19,10 +19,12 @@ from irc.dtypes import BYTES
 from irc.evaluation.perplexity import evaluate
 from irc.model.checkpoint import find_base
 from irc.model.modules import Router
+from irc.model.own_text import sampling_seconds
 from irc.progress import ProgressFactory, silent
 from irc.recipe.recipe import Recipe
 from irc.recipe.stages import batch_of, stage_named
 from irc.runtime.environment import memory
+from irc.text.source import OWN_TEXT
 from irc.training.stages import STAGE_RUNNERS, StageContext
 
 _STEPS = 2
@@ -49,12 +51,17 @@ def estimate_conversion(recipe: Recipe, output: Path, progress: ProgressFactory)
         IrcError: A batch does not fit into memory.
     """
     recipe = resolve(recipe)
+    base = find_base(recipe.model)
+    phases, data = [], recipe.data
+    if OWN_TEXT in data and (seconds := sampling_seconds(base, recipe.self_tokens, recipe.seed, recipe.device)):
+        phases.append(("own text", seconds))
+        recipe.data = ["stdlib" if text == OWN_TEXT else text for text in data]  # as good to measure time with
     with tempfile.TemporaryDirectory() as folder:
         conversion = Conversion(recipe, output, Path(folder), progress)
-        conversion.base = find_base(recipe.model)
+        conversion.base = base
         started = time.monotonic()
         read_inputs(conversion)
-        phases = [("text", time.monotonic() - started)]
+        phases.append(("text", time.monotonic() - started))
         free_memory = _free_memory(recipe.device)
         _refuse_huge_batches(conversion, free_memory)
         started = time.monotonic()
@@ -63,6 +70,7 @@ def estimate_conversion(recipe: Recipe, output: Path, progress: ProgressFactory)
             phases.append(("capture", time.monotonic() - started))
             phases += _stages(conversion)
             phases.append(("evaluate", _evaluation(conversion)))
+    recipe.data = data
     return {
         "recipe": recipe.to_dict(),
         "phases": [{"name": name, "seconds": round(seconds, 1)} for name, seconds in phases],

@@ -295,6 +295,12 @@ def run_stages(conversion: Conversion) -> None:
         text = context.calibration_windows()
         found = None if recipe.flops is None else flops_range(conversion.model, recipe.window)
         points = dial_points(conversion.model, text, recipe.dial, conversion.progress, found)
+        kind, own = recipe.target
+        if own not in recipe.dial:
+            realized = conversion.stage_figures[recipe.stages[-1]][f"calibration_{kind}"]
+            still = {unit.name: 0.0 for unit in conversion.model.units}
+            points.append({kind: own, "realized": realized, "shift": still, "keep": conversion.keep})
+            points.sort(key=lambda point: point[kind])
         conversion.dial = tuple(DialPoint(**point) for point in points)
     set_key_policy(conversion.model, KeyPolicy(recipe.kv_policy, recipe.kv_threshold), conversion.keep)
 

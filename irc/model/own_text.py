@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ _VERSION = 1  # of what is written here, in the name of the cached file
 _TURNS: tuple[Split, ...] = (*("heldout", "calibration") * 2, "validation", *("train",) * 10)
 _NEW_TOKENS = 224
 _BATCH = 64
+_TRIED = 4  # tokens on which the time of sampling is measured
 _INSTRUCTIONS = (
     "Explain {} to a child.",
     "Write a short story about {}.",
@@ -109,7 +112,7 @@ def own_text(
         Documents `self#0`, `self#1` and so on; of 15 in turn, 10 are for training, and two each for thresholds and for
         figures.
     """
-    path = (cache or _cache()) / f"{_key(base, tokens, seed)}.json"
+    path = (cache or _cache()) / _file(base, tokens, seed)
     if path.is_file():
         texts = json.loads(path.read_text(encoding="utf-8"))
     else:
@@ -126,41 +129,77 @@ def _cache() -> Path:
     return Path(HF_HOME) / "irc" / "own-text"
 
 
-def _key(base: BaseModel, tokens: int, seed: int) -> str:
-    return hashlib.sha256(json.dumps([_VERSION, base.identity(), tokens, seed]).encode()).hexdigest()[:24]
+def _file(base: BaseModel, tokens: int, seed: int) -> str:
+    key = json.dumps([_VERSION, base.identity(), tokens, seed])
+    return f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+
+
+def sampling_seconds(base: BaseModel, tokens: int, seed: int, device: str, cache: Path | None = None) -> float:
+    """Return about how long sampling this text would take, measured on a few tokens; 0 if it is in the cache."""
+    if ((cache or _cache()) / _file(base, tokens, seed)).is_file():
+        return 0.0
+    sampler, seconds = _Sampler(base, seed, device), []
+    for length in (1, 1 + _TRIED):
+        started = time.monotonic()
+        sampler.batch(length)
+        seconds.append(time.monotonic() - started)
+    per_token = (seconds[1] - seconds[0]) / _TRIED
+    return math.ceil(tokens / (_BATCH * sampler.length)) * (seconds[0] + per_token * (sampler.length - 1))
 
 
 def _sampled(base: BaseModel, tokens: int, seed: int, progress: ProgressFactory, device: str) -> list[str]:
     """Sample until there are enough tokens, a batch of documents at a time."""
-    model = build_plain(base, device=device)
-    given = base.generation.eos_token_id
-    ends = [end for end in (given if isinstance(given, list) else [given]) if end is not None]
-    context = getattr(base.config, "max_position_embeddings", None) or 2 * _NEW_TOKENS
-    settings = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=min(_NEW_TOKENS, context // 2),
-        eos_token_id=ends or None,
-        pad_token_id=0,
-    )
+    sampler = _Sampler(base, seed, device)
     found: list[str] = []
-    count, prompts = 0, _prompts(base.tokenizer, random.Random(seed))
-    with torch.random.fork_rng(), torch.no_grad(), progress("own text", tokens) as bar:
+    count = 0
+    with torch.random.fork_rng(), progress("own text", tokens) as bar:
         torch.manual_seed(seed)
         while count < tokens:
-            rows = [next(prompts)[: context // 2] for _ in range(_BATCH)]
-            length = max(map(len, rows))
-            ids = torch.tensor([[0] * (length - len(row)) + row for row in rows], device=device)
-            mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device)
-            written = model.generate(ids, attention_mask=mask, generation_config=settings)
-            for row, new in zip(rows, written[:, length:].tolist(), strict=True):
-                end = next((index for index, token in enumerate(new) if token in ends), len(new))
-                found.append(str(base.tokenizer.decode([*row, *new[:end]])))
-                count += len(row) + end
+            for ids in sampler.batch(sampler.length):
+                found.append(str(base.tokenizer.decode(ids)))
+                count += len(ids)
             bar.update(min(count, tokens))
     return found
+
+
+class _Sampler:
+    """A dense model that continues prompts, a batch at a time.
+
+    Attributes:
+        length: The most tokens that it writes after a prompt.
+    """
+
+    def __init__(self, base: BaseModel, seed: int, device: str) -> None:
+        self._model, self._device = build_plain(base, device=device), device
+        self._prompts = _prompts(base.tokenizer, random.Random(seed))
+        given = base.generation.eos_token_id
+        self._ends = [end for end in (given if isinstance(given, list) else [given]) if end is not None]
+        context = getattr(base.config, "max_position_embeddings", None) or 2 * _NEW_TOKENS
+        self._longest_prompt = context // 2
+        self.length = min(_NEW_TOKENS, context // 2)
+
+    @torch.no_grad()
+    def batch(self, length: int) -> list[list[int]]:
+        """Return the ids of the next prompts, each with up to `length` sampled tokens."""
+        settings = GenerationConfig(
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=length,
+            eos_token_id=self._ends or None,
+            pad_token_id=0,
+        )
+        rows = [next(self._prompts)[: self._longest_prompt] for _ in range(_BATCH)]
+        width = max(map(len, rows))
+        ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=self._device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=self._device)
+        written = self._model.generate(ids, attention_mask=mask, generation_config=settings)
+        found = []
+        for row, new in zip(rows, written[:, width:].tolist(), strict=True):
+            end = next((index for index, token in enumerate(new) if token in self._ends), len(new))
+            found.append([*row, *new[:end]])
+        return found
 
 
 def _prompts(tokenizer: Any, draw: random.Random) -> Iterator[list[int]]:

@@ -55,6 +55,15 @@ def converted(bundle: Path, irc_main: Any, convert_arguments: Callable[..., list
     return bundle
 
 
+def test_the_own_target_is_on_the_dial(converted: Path) -> None:
+    config = json.loads((converted / "irc_config.json").read_text())
+    points = {point["sparsity"]: point for point in config["dial"]}
+    assert list(points) == [0.1, 0.25, 0.3, 0.6]
+    assert set(points[0.25]["shift"].values()) == {0.0}
+    assert points[0.25]["realized"] == pytest.approx(0.25, abs=0.01)
+    assert points[0.25]["keep"] == {unit["name"]: unit["calibration_keep"] for unit in config["units"]}
+
+
 def realized(bundle: Path, sparsity: float | None, streams: dict[str, torch.Tensor]) -> float:
     keep = measured_keep(irc.load(bundle, sparsity=sparsity), windows(streams["calibration"], 16)[:256])
     return 1 - sum(keep.values()) / len(keep)
@@ -67,6 +76,7 @@ def test_any_sparsity_between(converted: Path, streams: dict[str, torch.Tensor])
         assert got == pytest.approx(share, abs=0.05)  # part of the calibration text
     assert found[1] == pytest.approx(0.2, abs=0.08)  # interpolated
     assert realized(converted, None, streams) == pytest.approx(0.25, abs=0.05)
+    assert realized(converted, 0.25, streams) == realized(converted, None, streams)
 
 
 def test_a_loaded_bundle_keeps_its_dial_when_it_is_saved(converted: Path, tmp_path: Path) -> None:

@@ -77,6 +77,16 @@ def test_help_is_immediate(arguments: tuple[str, ...]) -> None:
     assert fastest(*arguments) < HELP_SECONDS
 
 
+def test_without_a_text_a_model_reads_its_own_and_source_code(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("model: some/llama\nrank: 8\n")
+    assert recipe_of(None, [], {"model": "some/llama"}).data == ["self", "stdlib"]
+    assert recipe_of(None, ["model=some/llama"], {}).data == ["self", "stdlib"]
+    assert recipe_of(None, ["data=a.txt"], {"model": "some/llama"}).data == ["a.txt"]
+    assert recipe_of(None, [], {"model": "some/llama", "data": ["b.txt"]}).data == ["b.txt"]
+    assert recipe_of(None, [], {"model": "demo"}).data == recipe_of(None, [], {}).data == ["stdlib"]
+    assert recipe_of(tmp_path / "mine.yaml", [], {}).data == ["stdlib"], "recipes keep their meaning"
+
+
 @pytest.mark.parametrize("arguments", [("--help",), *((name, "--help") for name in group.COMMANDS)], ids=" ".join)
 def test_help_imports_nothing_heavy(arguments: tuple[str, ...]) -> None:
     done = run(*arguments, after=f"print('loaded', [name for name in {HEAVY} if name in sys.modules])")

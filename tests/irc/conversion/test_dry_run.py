@@ -36,6 +36,20 @@ def test_a_dry_run_plans_every_stage_and_writes_nothing(
     assert "needed" in table
 
 
+def test_own_text_is_not_sampled_but_its_time_counts(
+    irc_main: Callable[..., Any], convert_arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "hf"))
+    arguments = [*convert_arguments(tmp_path / "b", self_tokens=1500), "--data", "self"]
+    plan = irc_main(*arguments, "--dry-run").json
+    assert plan["phases"][0]["name"] == "own text"
+    assert plan["phases"][0]["seconds"] > 0
+    assert plan["recipe"]["data"][1] == "self"
+    assert not (tmp_path / "hf").exists()
+    assert irc_main(*arguments).code == 0
+    assert "own text" not in [phase["name"] for phase in irc_main(*arguments, "--dry-run").json["phases"]]
+
+
 def test_the_time_of_the_dial_counts(
     irc_main: Callable[..., Any], convert_arguments: Arguments, tmp_path: Path
 ) -> None:

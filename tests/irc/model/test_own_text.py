@@ -10,7 +10,7 @@ import pytest
 
 from irc.errors import InputError
 from irc.model.checkpoint import BaseModel
-from irc.model.own_text import _key, _prompts, own_text
+from irc.model.own_text import _file, _prompts, own_text
 from irc.text.source import SPLITS, load_text
 from tests.irc.conftest import Bars, byte_tokenizer
 
@@ -52,7 +52,7 @@ def test_it_has_enough_tokens_in_every_split(base: BaseModel) -> None:
 def test_every_split_has_answers_and_continuations_alike(base: BaseModel, cache: Path) -> None:
     """The model writes them by turns, an instruction first."""
     cache.mkdir(parents=True)
-    (cache / f"{_key(base, 1500, 0)}.json").write_text(json.dumps(["answer", "continuation"] * 60))
+    (cache / _file(base, 1500, 0)).write_text(json.dumps(["answer", "continuation"] * 60))
     text = own_text(base, 1500, 0, Bars())
     for split, count in zip(SPLITS, (80, 16, 8, 16), strict=True):
         found = [document.text for document in text.split(split)]
