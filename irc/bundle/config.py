@@ -175,7 +175,7 @@ class BundleConfig:
         spec: What is inserted.
         adapter_sha256: Of the routers' and forecasters' file.
         measured: Figures of the units.
-        dial: Thresholds of other targets, in ascending order.
+        dial: Thresholds of the own target and of others, in ascending order.
         key_policy: Whose keys and values are stored.
         seed: Of the conversion.
         lora: How its LoRA adapters were made; None without.

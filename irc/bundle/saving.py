@@ -91,7 +91,7 @@ def write_bundle(
         metrics: As in metrics.json.
         recipe: The resolved recipe.
         card: Text of README.md.
-        dial: Thresholds of other targets.
+        dial: Thresholds of the own target and of others.
     """
     config = _with_weights(model, folder, Measured.from_metrics(metrics), dial, recipe.get("seed"))
     _write_texts(model, folder, config, BundleTexts.of(metrics, recipe, card))

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     type=click.Choice(["auto", "all", "train", "calibration", "validation", "heldout"]),
     default="auto",
     show_default=True,
-    help="Part of the text to read; auto means heldout for the text of the conversion and for stdlib, otherwise all.",
+    help="Part of the text to read; auto means heldout for the text of the conversion, stdlib and self, otherwise all.",
 )
 @click.option(
     "--tokens",

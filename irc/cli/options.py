@@ -112,7 +112,7 @@ def texts_options(function: Decorated) -> Decorated:
         callback=lambda ctx, parameter, value: list(value),
         metavar="TEXT",
         help=f"{_TEXT} Also self (what the model writes itself). Repeat it to mix texts. "
-        "[default: self and stdlib; for the demo stdlib]",
+        "[default: as in the recipe file; without one, self and stdlib, for the demo stdlib]",
         shell_complete=files,
     )
     weights = click.option(

@@ -60,10 +60,10 @@ def recipe_of(
     from irc.text.source import OWN_TEXT
 
     target_of(flags.get("sparsity"), flags.get("flops"))  # refuses both
-    layers = [Layer("the default", target or {})] if path is None else [recipe_layer(path)]
-    layers += [setting_layer(Recipe, text, "--set") for text in overrides]
+    layers = [setting_layer(Recipe, text, "--set") for text in overrides]
     layers += [Layer(f"--{name.replace('_', '-')}", {name: value}) for name, value in flags.items()]
-    recipe = build(Recipe, layers)
-    if path is None and recipe.model != "demo" and "data" not in recipe.model_fields_set:
-        recipe.data = [OWN_TEXT, "stdlib"]
-    return recipe
+    if path is not None:
+        return build(Recipe, [recipe_layer(path), *layers])
+    model = next((layer.values["model"] for layer in reversed(layers) if "model" in layer.values), "demo")
+    data = {} if model == "demo" else {"data": [OWN_TEXT, "stdlib"]}
+    return build(Recipe, [Layer("the default", {**(target or {}), **data}), *layers])

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from irc.conversion.memory import enough_memory, out_of_memory
-from irc.conversion.pipeline import Conversion, capture_and_rewrite, read_inputs, resolve
+from irc.conversion.pipeline import Conversion, capture_and_rewrite, fit_to_base, read_inputs, resolve
 from irc.dtypes import BYTES
 from irc.evaluation.perplexity import evaluate
 from irc.model.checkpoint import find_base
 from irc.model.modules import Router
-from irc.model.own_text import sampling_seconds
+from irc.model.own_text import own_text_file, sampling_seconds
 from irc.progress import ProgressFactory, silent
 from irc.recipe.recipe import Recipe
 from irc.recipe.stages import batch_of, stage_named
@@ -52,8 +52,11 @@ def estimate_conversion(recipe: Recipe, output: Path, progress: ProgressFactory)
     """
     recipe = resolve(recipe)
     base = find_base(recipe.model)
+    fit_to_base(recipe, base)
     phases, data = [], recipe.data
-    if OWN_TEXT in data and (seconds := sampling_seconds(base, recipe.self_tokens, recipe.seed, recipe.device)):
+    if OWN_TEXT in data and not own_text_file(base, recipe.self_tokens, recipe.self_seed).is_file():
+        with enough_memory(recipe):
+            seconds = sampling_seconds(base, recipe.self_tokens, recipe.self_seed, recipe.device)
         phases.append(("own text", seconds))
         recipe.data = ["stdlib" if text == OWN_TEXT else text for text in data]  # as good to measure time with
     with tempfile.TemporaryDirectory() as folder:
@@ -140,8 +143,8 @@ def _stages(conversion: Conversion) -> Iterator[tuple[str, float]]:
             bar.update(1)
         settings, few_settings = (stage_named(stage).settings_in(recipe) for recipe in (full, few))
         yield stage, _extrapolated(figures, settings, few_settings, full, few)
-    if full.dial:
-        yield "dial", len(full.dial) * _threshold(figures, full.router, few.router)
+    if full.others_on_dial:
+        yield "dial", len(full.others_on_dial) * _threshold(figures, full.router, few.router)
 
 
 def _with_few_steps(recipe: Recipe) -> Recipe:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from irc.conversion.stage_cache import StageCache
 from irc.conversion.work_folder import (
     load_stage,
     open_work_folder,
+    refuse_other_work,
     remove_work,
     save_stage,
     stage_figures,
@@ -37,7 +39,7 @@ from irc.files.atomic import check_place, staged
 from irc.model.build import build_routed, set_share
 from irc.model.checkpoint import BaseModel, find_base
 from irc.model.flops import flops_range
-from irc.model.own_text import texts_of
+from irc.model.own_text import own_text_file, own_text_tokens, texts_of
 from irc.model.routed import RoutedForCausalLM, RoutingSpec
 from irc.progress import ProgressFactory, place, silent
 from irc.recipe.key_policy import KeyPolicy
@@ -45,14 +47,16 @@ from irc.recipe.policies import policy_named
 from irc.recipe.recipe import Recipe, text_name
 from irc.recipe.stages import StageName, required_stages, tokens_to_read
 from irc.text.mixture import Mixture
-from irc.text.source import pick, windows
+from irc.text.source import OWN_TEXT, Split, pick, windows
 from irc.training.budget import flops_budget
 from irc.training.calibrate import dial_points
-from irc.training.processes import is_main_process
+from irc.training.processes import group, is_main_process
 from irc.training.sharding import check_batches, own_device, settle_batches
 from irc.training.stages import STAGE_RUNNERS, StageContext, check_text, prepare
 
 log = logging.getLogger(__name__)
+
+_LOOK_SECONDS = 0.5
 
 
 @dataclass
@@ -74,7 +78,7 @@ class Conversion:
         seconds: Time of every phase.
         stage_figures: What every stage measured.
         keep: Share of the calibration text that each unit executes.
-        dial: Thresholds of other targets.
+        dial: Thresholds of the own target and of others.
         further: The yardstick and the user's further texts.
         evaluation: Result of the closing evaluation.
         texts: What was measured on each further text.
@@ -148,7 +152,10 @@ def convert(
     conversion = Conversion(recipe, output, work, visible_progress, stage_cache_folder, also)
     check_batches(recipe, {stage for stage in recipe.stages if resume and stage_figures(work, stage)})
     conversion.base = base or find_base(recipe.model)
-    read_inputs(conversion)
+    fit_to_base(recipe, conversion.base)
+    refuse_other_work(work, recipe, force=force, resume=resume)  # before text is sampled, which takes minutes
+    with enough_memory(recipe):
+        read_inputs(conversion)
     with open_work_folder(work, recipe, force=force, resume=resume):
         if is_main_process():
             check_same_inputs(work, conversion.base, conversion.text)
@@ -212,10 +219,32 @@ def fit_to_base(recipe: Recipe, base: BaseModel) -> None:
         recipe.dtype = short_name(base.dtype("auto"))
     recipe.fit_windows(getattr(base.config, "max_position_embeddings", None))
     settle_batches(recipe)
+    if OWN_TEXT in recipe.data:
+        _check_own_text(recipe)
+
+
+def _check_own_text(recipe: Recipe) -> None:
+    """Refuse windows that the own text does not fill, before it is sampled."""
+    splits: tuple[tuple[Split, int], ...] = (
+        ("train", recipe.train_window),
+        ("calibration", recipe.window),
+        (recipe.eval_split, recipe.window),
+    )
+    for split, window in splits:
+        found = own_text_tokens(recipe.self_tokens, split)
+        if found < window:
+            raise InputError(
+                f"self_tokens is {recipe.self_tokens}, of which about {found:.0f} are in the {split} split, but a "
+                f"window has {window}; give at least {math.ceil(recipe.self_tokens * window / found)}, or another text",
+                options=("self_tokens", "data", "seq_len"),
+            )
 
 
 def _read_text(conversion: Conversion) -> None:
     recipe, base, streams = conversion.recipe, conversion.base, conversion.streams
+    conversion.further = further_texts(base, recipe.window, recipe.yardstick_tokens, conversion.also)
+    if OWN_TEXT in recipe.data and group().local_rank:
+        _wait_for(own_text_file(base, recipe.self_tokens, recipe.self_seed))
     conversion.text = texts_of(recipe, base, conversion.progress, recipe.device)
     for split in ("train", "calibration", recipe.eval_split):
         trains = split == "train"
@@ -230,7 +259,12 @@ def _read_text(conversion: Conversion) -> None:
         )
     evaluation = windows(streams[recipe.eval_split], recipe.window, f"{recipe.eval_split} split")
     conversion.heldout = pick(evaluation, recipe.eval_tokens)
-    conversion.further = further_texts(base, recipe.window, recipe.yardstick_tokens, conversion.also)
+
+
+def _wait_for(own_text: Path) -> None:
+    """Wait until the first process of this machine has sampled the text; if that one fails, the launcher ends all."""
+    while not own_text.is_file():
+        time.sleep(_LOOK_SECONDS)
 
 
 def capture_and_rewrite(conversion: Conversion) -> None:
@@ -294,13 +328,12 @@ def run_stages(conversion: Conversion) -> None:
     if recipe.dial:
         text = context.calibration_windows()
         found = None if recipe.flops is None else flops_range(conversion.model, recipe.window)
-        points = dial_points(conversion.model, text, recipe.dial, conversion.progress, found)
         kind, own = recipe.target
-        if own not in recipe.dial:
-            realized = conversion.stage_figures[recipe.stages[-1]][f"calibration_{kind}"]
-            still = {unit.name: 0.0 for unit in conversion.model.units}
-            points.append({kind: own, "realized": realized, "shift": still, "keep": conversion.keep})
-            points.sort(key=lambda point: point[kind])
+        points = dial_points(conversion.model, text, recipe.others_on_dial, conversion.progress, found)
+        realized = conversion.stage_figures[recipe.stages[-1]][f"calibration_{kind}"]
+        unchanged = {unit.name: 0.0 for unit in conversion.model.units}
+        points.append({kind: own, "realized": realized, "shift": unchanged, "keep": conversion.keep})
+        points.sort(key=lambda point: point[kind])
         conversion.dial = tuple(DialPoint(**point) for point in points)
     set_key_policy(conversion.model, KeyPolicy(recipe.kv_policy, recipe.kv_threshold), conversion.keep)
 

@@ -100,6 +100,14 @@ def open_work_folder(work: Path, recipe: Recipe, *, force: bool, resume: bool) -
         raise cannot_write(work, error) from error
 
 
+def refuse_other_work(work: Path, recipe: Recipe, *, force: bool, resume: bool) -> None:
+    """Refuse what `open_work_folder` would refuse, without touching the folder; arguments and errors as there."""
+    if is_main_process():
+        _check_folder(work, work / _RECIPE, continues=force or resume)
+        if resume and (work / _RECIPE).exists():
+            check_same_recipe(recipe, work / _RECIPE)
+
+
 def _check_folder(work: Path, saved: Path, *, continues: bool) -> None:
     """Refuse a folder that is not one of unfinished work, and unfinished work that was not expected."""
     killed_early = saved.with_name(f"{saved.name}.tmp")  # a kill while the recipe was written leaves this alone

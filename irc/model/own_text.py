@@ -33,7 +33,7 @@ _VERSION = 1  # of what is written here, in the name of the cached file
 _TURNS: tuple[Split, ...] = (*("heldout", "calibration") * 2, "validation", *("train",) * 10)
 _NEW_TOKENS = 224
 _BATCH = 64
-_TRIED = 4  # tokens on which the time of sampling is measured
+_TRIED = 16  # tokens on which the time of sampling is measured
 _INSTRUCTIONS = (
     "Explain {} to a child.",
     "Write a short story about {}.",
@@ -90,9 +90,14 @@ def texts_of(
     """
 
     def load(name: str) -> TextSource:
-        return own_text(base, recipe.self_tokens, recipe.seed, progress, device) if name == NAME else load_text(name)
+        if name != NAME:
+            return load_text(name)
+        return own_text(base, recipe.self_tokens, recipe.self_seed, progress, device)
 
-    return load_texts([data], load=load) if data else load_texts(recipe.data, recipe.data_weights, load)
+    if data:
+        return load_texts([data], load=load)
+    loaded = {name: load(name) for name in sorted(recipe.data, key=NAME.__eq__)}  # sampling last: it takes longest
+    return load_texts(recipe.data, recipe.data_weights, loaded.__getitem__)
 
 
 def own_text(
@@ -112,7 +117,7 @@ def own_text(
         Documents `self#0`, `self#1` and so on; of 15 in turn, 10 are for training, and two each for thresholds and for
         figures.
     """
-    path = (cache or _cache()) / _file(base, tokens, seed)
+    path = own_text_file(base, tokens, seed, cache)
     if path.is_file():
         texts = json.loads(path.read_text(encoding="utf-8"))
     else:
@@ -129,22 +134,28 @@ def _cache() -> Path:
     return Path(HF_HOME) / "irc" / "own-text"
 
 
-def _file(base: BaseModel, tokens: int, seed: int) -> str:
+def own_text_file(base: BaseModel, tokens: int, seed: int, cache: Path | None = None) -> Path:
+    """Return the file that keeps such a text once it has been sampled; arguments as of `own_text`."""
     key = json.dumps([_VERSION, base.identity(), tokens, seed])
-    return f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+    return (cache or _cache()) / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
 
 
-def sampling_seconds(base: BaseModel, tokens: int, seed: int, device: str, cache: Path | None = None) -> float:
-    """Return about how long sampling this text would take, measured on a few tokens; 0 if it is in the cache."""
-    if ((cache or _cache()) / _file(base, tokens, seed)).is_file():
-        return 0.0
+def own_text_tokens(tokens: int, split: Split) -> float:
+    """Return about how many of the sampled tokens are in a split."""
+    return tokens * _TURNS.count(split) / len(_TURNS)
+
+
+def sampling_seconds(base: BaseModel, tokens: int, seed: int, device: str) -> float:
+    """Return about how many seconds it takes to sample such a text, from a few tokens of its first documents."""
     sampler, seconds = _Sampler(base, seed, device), []
-    for length in (1, 1 + _TRIED):
+    prompts = sampler.prompts()
+    for length in (1, 1, 1 + _TRIED):  # the first one reads the weights from disk
         started = time.monotonic()
-        sampler.batch(length)
+        sampler.continued(prompts, length)
         seconds.append(time.monotonic() - started)
-    per_token = (seconds[1] - seconds[0]) / _TRIED
-    return math.ceil(tokens / (_BATCH * sampler.length)) * (seconds[0] + per_token * (sampler.length - 1))
+    per_token = max(0.0, seconds[2] - seconds[1]) / _TRIED
+    batches = math.ceil(tokens / (sum(map(len, prompts)) + _BATCH * sampler.length))
+    return batches * (seconds[1] + per_token * (sampler.length - 1))
 
 
 def _sampled(base: BaseModel, tokens: int, seed: int, progress: ProgressFactory, device: str) -> list[str]:
@@ -155,7 +166,7 @@ def _sampled(base: BaseModel, tokens: int, seed: int, progress: ProgressFactory,
     with torch.random.fork_rng(), progress("own text", tokens) as bar:
         torch.manual_seed(seed)
         while count < tokens:
-            for ids in sampler.batch(sampler.length):
+            for ids in sampler.continued(sampler.prompts(), sampler.length):
                 found.append(str(base.tokenizer.decode(ids)))
                 count += len(ids)
             bar.update(min(count, tokens))
@@ -170,6 +181,7 @@ class _Sampler:
     """
 
     def __init__(self, base: BaseModel, seed: int, device: str) -> None:
+        base.check_finite()
         self._model, self._device = build_plain(base, device=device), device
         self._prompts = _prompts(base.tokenizer, random.Random(seed))
         given = base.generation.eos_token_id
@@ -178,9 +190,13 @@ class _Sampler:
         self._longest_prompt = context // 2
         self.length = min(_NEW_TOKENS, context // 2)
 
+    def prompts(self) -> list[list[int]]:
+        """Return the ids of the next batch of prompts."""
+        return [next(self._prompts)[: self._longest_prompt] for _ in range(_BATCH)]
+
     @torch.no_grad()
-    def batch(self, length: int) -> list[list[int]]:
-        """Return the ids of the next prompts, each with up to `length` sampled tokens."""
+    def continued(self, rows: list[list[int]], length: int) -> list[list[int]]:
+        """Return prompts, each followed by up to `length` sampled tokens."""
         settings = GenerationConfig(
             do_sample=True,
             temperature=1.0,
@@ -190,7 +206,6 @@ class _Sampler:
             eos_token_id=self._ends or None,
             pad_token_id=0,
         )
-        rows = [next(self._prompts)[: self._longest_prompt] for _ in range(_BATCH)]
         width = max(map(len, rows))
         ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=self._device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=self._device)

@@ -58,12 +58,13 @@ class Recipe(Checked):
     model: FromHome = Field(default="demo", description="local folder, Hugging Face Hub id, or demo")
     data: Texts = Field(
         default_factory=lambda: ["stdlib"],
-        description="text file, folder, table (.jsonl, .json, .csv, .parquet), hf:NAME, stdlib, self; or a list to mix",
+        description="text file, folder, table (.jsonl, .json, .csv, .parquet), hf:NAME, stdlib, self; or a list",
     )
     data_weights: list[Annotated[Real, Field(ge=0)]] = Field(
         default_factory=list, description="share of each text in the mixture, in proportion; empty: equal shares"
     )
     self_tokens: Count = Field(default=65_536, description="tokens that the model writes if its text is self")
+    self_seed: int = Field(default=0, ge=0, le=_LARGEST_SEED, description="seed of the text that the model writes")
     policy: PolicyName = Field(
         default="informed", description="routing policy: informed, skipgpt, mod, random, static or static-forecast"
     )
@@ -137,6 +138,11 @@ class Recipe(Checked):
     def target(self) -> Target:
         """What the conversion is to reach."""
         return Target("sparsity", self.sparsity) if self.flops is None else Target("flops", self.flops)
+
+    @property
+    def others_on_dial(self) -> list[float]:
+        """The points of the dial whose thresholds have to be found: all but the target's own."""
+        return [value for value in self.dial if value != self.target.value]
 
     @property
     def data_name(self) -> str:

@@ -90,8 +90,8 @@ class RouterRecipe(Checked):
         default=-1,
         ge=-1,
         le=LARGEST_INTEGER,
-        description="batches, of 16,384 tokens at most, that first teach routers the cost of skipping; -1: 16 for "
-        "informed up to sparsity 0.5 or from flops 0.6",
+        description="batches, at most 16,384 tokens in all, that first teach routers the cost of skipping; -1: 16 "
+        "for informed up to sparsity 0.5 or from flops 0.6",
     )
     distill: Share = Field(
         default=1.0,
@@ -106,7 +106,7 @@ class RouterRecipe(Checked):
     """Tokens that teaching reads at most, because it keeps what all routers read."""
 
     def windows_taught(self, window: int) -> int:
-        """Return how many windows, of so many tokens, teach the routers if there is enough text."""
+        """Return the most windows of `window` tokens that teaching reads, at least 1."""
         return min(max(0, self.teach_steps) * batch_of(self), max(1, self.most_taught // window))
 
     def trains(self, policy: Policy) -> bool:

@@ -1,7 +1,7 @@
 """Loads text, splits it, and cuts it into the windows of tokens that training and evaluation read.
 
-A source is a list of named documents. Hashes of names and offsets decide the splits, not the order of the documents
-and not a random generator, so every command sees the same held-out text.
+A source is a list of named documents. Hashes of names and offsets decide the splits (of the model's own text, turns),
+not a random generator, so every command sees the same held-out text.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Document:
-    """A piece of text, and the name that decides its split.
+    """A piece of text, and its name, which decides its split unless its source says otherwise.
 
     Attributes:
         name: Name of the file, and number of the row or block.
@@ -125,8 +125,8 @@ class TextSource:
         return [document for document in self.documents if split_of(document.name) == split]
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of all names, texts and messages, in hexadecimal. Equal text has an equal fingerprint."""
-        digest = hashlib.sha256()
+        """Return the SHA-256 of all names, texts, messages and turns, in hexadecimal; the same if all are the same."""
+        digest = hashlib.sha256("".join(self.turns).encode())
         for document in self.documents:
             for part in (document.name, document.messages or document.text):
                 encoded = part.encode("utf-8", "surrogatepass")

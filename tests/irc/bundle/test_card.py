@@ -64,6 +64,7 @@ def test_options_are_told_where_they_are_taken() -> None:
     for word in ("Other sparsities", "Keys and values", "LoRA"):
         assert word not in plain
     assert "Other sparsities, from 0.1 to 0.5" in card("dial=[0.1, 0.5]")
+    assert "Other sparsities, from 0.1 to 0.4" in card("dial=[0.1, 0.2]")
     assert "Keys and values: policy `reduced`, threshold 0.7" in card("kv_policy=reduced", "kv_threshold=0.7")
     told = card("stages=[lff, router, lora]", "lora.rank=3", "lora.targets=[q_proj]")
     assert "LoRA adapters (rank 3) on q_proj are in `lora/`" in told

@@ -14,6 +14,7 @@ import irc
 from irc.bundle.contents import bundle_of
 from irc.bundle.dial import turn_dial
 from irc.errors import InputError
+from irc.recipe.recipe import Recipe
 from irc.recipe.target import Target
 from irc.text.source import windows
 from irc.training.calibrate import dial_points, measured_keep
@@ -62,6 +63,11 @@ def test_the_own_target_is_on_the_dial(converted: Path) -> None:
     assert set(points[0.25]["shift"].values()) == {0.0}
     assert points[0.25]["realized"] == pytest.approx(0.25, abs=0.01)
     assert points[0.25]["keep"] == {unit["name"]: unit["calibration_keep"] for unit in config["units"]}
+
+
+def test_the_own_target_is_not_searched_again() -> None:
+    assert Recipe(sparsity=0.25, dial=[0.1, 0.25, 0.4]).others_on_dial == [0.1, 0.4]
+    assert Recipe(flops=0.8, dial=[0.8]).others_on_dial == []
 
 
 def realized(bundle: Path, sparsity: float | None, streams: dict[str, torch.Tensor]) -> float:

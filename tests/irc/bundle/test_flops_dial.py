@@ -38,7 +38,9 @@ def test_the_target_is_met_and_stored(converted: Path) -> None:
     assert metrics["stages"]["router"]["calibration_flops"] == pytest.approx(0.8, abs=0.01)
     config = json.loads((converted / "irc_config.json").read_text())
     assert config["target"] == {"flops": 0.8}
-    assert [point["flops"] for point in config["dial"]] == [0.6, 0.9]
+    assert [point["flops"] for point in config["dial"]] == [0.6, 0.8, 0.9]
+    assert set(config["dial"][1]["shift"].values()) == {0.0}
+    assert config["dial"][1]["realized"] == metrics["stages"]["router"]["calibration_flops"]
     recipe = yaml.safe_load((converted / "recipe.yaml").read_text())
     assert recipe["flops"] == 0.8
     assert "sparsity" not in recipe

@@ -85,6 +85,10 @@ def test_without_a_text_a_model_reads_its_own_and_source_code(tmp_path: Path) ->
     assert recipe_of(None, [], {"model": "some/llama", "data": ["b.txt"]}).data == ["b.txt"]
     assert recipe_of(None, [], {"model": "demo"}).data == recipe_of(None, [], {}).data == ["stdlib"]
     assert recipe_of(tmp_path / "mine.yaml", [], {}).data == ["stdlib"], "recipes keep their meaning"
+    weighted = recipe_of(None, [], {"model": "some/llama", "data_weights": [2.0, 1.0]})
+    assert (weighted.data, weighted.data_weights) == (["self", "stdlib"], [2.0, 1.0])
+    with pytest.raises(InputError, match="for 2 texts"):
+        recipe_of(None, [], {"model": "some/llama", "data_weights": [1.0]})
 
 
 @pytest.mark.parametrize("arguments", [("--help",), *((name, "--help") for name in group.COMMANDS)], ids=" ".join)

@@ -70,6 +70,17 @@ def test_time_grows_with_the_steps_that_are_asked_for(
     assert seconds(200_000) > 100 * seconds(200)
 
 
+def test_time_does_not_grow_with_teaching_that_is_not_done(
+    irc_main: Callable[..., Any], convert_arguments: Arguments, tmp_path: Path
+) -> None:
+    def seconds(steps: int) -> float:
+        more = ["--set", f"router.teach_steps={steps}", "--set", "router.steps=1", "--dry-run"]
+        phases = irc_main(*convert_arguments(tmp_path / "b"), *more).json["phases"]
+        return float(next(phase["seconds"] for phase in phases if phase["name"] == "router"))
+
+    assert seconds(1_000_000) < 20 * seconds(256)  # 256 batches are 16,384 tokens
+
+
 def test_what_does_not_fit_is_said(
     irc_main: Callable[..., Any],
     convert_arguments: Arguments,

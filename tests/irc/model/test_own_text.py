@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from irc.errors import InputError
 from irc.model.checkpoint import BaseModel
-from irc.model.own_text import _file, _prompts, own_text
+from irc.model.own_text import _prompts, own_text, own_text_file
 from irc.text.source import SPLITS, load_text
 from tests.irc.conftest import Bars, byte_tokenizer
 
@@ -52,7 +53,7 @@ def test_it_has_enough_tokens_in_every_split(base: BaseModel) -> None:
 def test_every_split_has_answers_and_continuations_alike(base: BaseModel, cache: Path) -> None:
     """The model writes them by turns, an instruction first."""
     cache.mkdir(parents=True)
-    (cache / _file(base, 1500, 0)).write_text(json.dumps(["answer", "continuation"] * 60))
+    own_text_file(base, 1500, 0).write_text(json.dumps(["answer", "continuation"] * 60))
     text = own_text(base, 1500, 0, Bars())
     for split, count in zip(SPLITS, (80, 16, 8, 16), strict=True):
         found = [document.text for document in text.split(split)]
@@ -85,6 +86,42 @@ def test_a_conversion_mixes_it_with_another_text(
     own = irc_main("eval", tmp_path / "b", "--device", "cpu", "--data", "self", "--json").json["data"]
     assert (own["name"], own["split"]) == ("self", "heldout")
     assert len(list(cache.iterdir())) == 1
+
+
+def test_a_conversion_without_a_text_reads_it_and_source_code(
+    irc_main: Callable[..., Any], convert_arguments: Callable[..., list[str]], tmp_path: Path, cache: Path
+) -> None:
+    arguments = convert_arguments(tmp_path / "b", self_tokens=4000, eval_tokens=256)
+    index = arguments.index("--data")
+    made = irc_main(*arguments[:index], *arguments[index + 2 :])
+    assert made.code == 0, made.err
+    assert made.json["data"]["name"] == "self + stdlib"
+    measured = irc_main("eval", tmp_path / "b", "--device", "cpu", "--json").json
+    assert measured["data"] == made.json["data"]
+    assert measured["perplexity"] == pytest.approx(made.json["perplexity"])
+
+
+def test_nothing_is_sampled_for_what_is_refused(
+    irc_main: Callable[..., Any], convert_arguments: Callable[..., list[str]], tmp_path: Path, cache: Path
+) -> None:
+    (tmp_path / "b.partial").mkdir()
+    (tmp_path / "b.partial/recipe.yaml").write_text("{}")
+    own = ("--data", "self")
+    for output, flags, said in (
+        ("b", own, "holds an unfinished conversion"),
+        ("c", (*own, "--data", "nowhere.txt"), "nowhere.txt"),
+        ("c", (*own, "--also", "mail=nowhere.txt"), "nowhere.txt"),
+        ("c", (*own, "--set", "self_tokens=100"), "in the calibration split, but a window has 16; give at least 120"),
+        ("c", (*own, "--set", "self_tokens=100", "--dry-run"), "give at least 120"),
+    ):
+        shown = irc_main(*convert_arguments(tmp_path / output), *flags)
+        assert (shown.code, said in shown.sentence()) == (2, True), shown.err
+    assert not cache.exists()
+
+
+def test_splits_are_part_of_the_fingerprint(base: BaseModel) -> None:
+    text = own_text(base, 1500, 0, Bars())
+    assert text.fingerprint() != replace(text, turns=text.turns[::-1]).fingerprint()
 
 
 def test_commands_without_a_model_say_that_they_do_not_read_it() -> None:

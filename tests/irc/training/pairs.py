@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -63,6 +64,12 @@ def dying(command: list[str]) -> int:
 def several(commands: list[list[str]]) -> list[int]:
     """Run `irc` for several commands, one after the other."""
     return [main(command) for command in commands]
+
+
+def caching(folder_and_command: tuple[str, list[str]]) -> int:
+    """Run `irc` with another cache of the Hub; this process has read HF_HOME already."""
+    constants.HF_HOME, command = folder_and_command
+    return main(command)
 
 
 def ending(command: list[str]) -> None:

@@ -28,7 +28,7 @@ from irc.training.master_weights import MasterAdamW
 from irc.training.sharding import check_batches, settle_batches, sharding_wanted
 from tests.irc.forked import Forked
 from tests.irc.training import pairs
-from tests.irc.training.pairs import averaging, dying, ending, launched, looking, several
+from tests.irc.training.pairs import averaging, caching, dying, ending, launched, looking, several
 
 pytestmark = pytest.mark.slow
 Arguments = Callable[..., list[str]]
@@ -184,6 +184,15 @@ def test_refusals_end_both_processes(convert_arguments: Arguments, tmp_path: Pat
     assert out == ""
     assert fork(tmp_path, ending, commands[0])[2] == 2
     assert [path.name for path in work.iterdir()] == ["there"]  # the work did not begin
+
+
+def test_one_process_samples_the_own_text(convert_arguments: Arguments, tmp_path: Path) -> None:
+    command = [*convert_arguments(tmp_path / "b", self_tokens=2000), "--data", "self"]
+    out, err, ended = fork(tmp_path, caching, (str(tmp_path / "hf"), command))
+    assert ended == [0, 0], err
+    assert json.loads(out)["data"]["name"].endswith("text.txt + self")
+    assert len(list((tmp_path / "hf/irc/own-text").iterdir())) == 1
+    assert len(re.findall(r"^own text \d", err, re.MULTILINE)) == 1
 
 
 @pytest.mark.parametrize(
