@@ -53,8 +53,9 @@ def assert_same(model: Model, *args: Any, **kwargs: Any) -> tuple[Any, dict[str,
         torch.testing.assert_close(record.difference, routes[name].difference, rtol=0, atol=1e-5)
     torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-5)
     for one, other in zip(found[CACHE_NAME].layers, expected[CACHE_NAME].layers, strict=True):
-        torch.testing.assert_close(one.keys, other.keys, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(one.values, other.values, rtol=1e-5, atol=1e-5)
+        for here, there in ((one.keys, other.keys), (one.values, other.values)):  # with adapters, values reach 47
+            atol = 1e-6 * max(10.0, there.abs().amax().item())  # products of fewer rows add up in another order
+            torch.testing.assert_close(here, there, rtol=1e-5, atol=atol)
     return found, tape
 
 
