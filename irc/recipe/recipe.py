@@ -119,7 +119,8 @@ class Recipe(Checked):
         description="data type of the weights: fp32, bf16, or auto (fp32; bf16 for checkpoints over 2 GB)",
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        default="auto", description="autocast during training: fp32, bf16, or auto (bf16 if the processor supports it)"
+        default="auto",
+        description="autocast during training: fp32, bf16, or auto (bf16 on GPUs and processors with AMX)",
     )
     activation_checkpointing: bool = Field(
         default=False, description="recompute activations in the backward pass: less memory, more time"

@@ -84,6 +84,18 @@ def test_convert_then_eval_agree(irc_main: Any, convert_arguments: Arguments, tm
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "precision"),
+    [({}, "fp32"), ({"avx512_bf16": True, "amx_bf16": False}, "fp32"), ({"amx_bf16": True}, "bf16")],
+)
+def test_training_is_in_bf16_where_that_is_fast(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], precision: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert pipeline.resolve(Recipe(device="cpu")).precision == precision
+    assert pipeline.resolve(Recipe(device="cpu", precision="bf16")).precision == "bf16"
+
+
 def test_eval_of_a_bf16_conversion_agrees(irc_main: Any, convert_arguments: Arguments, tmp_path: Path) -> None:
     metrics = irc_main(*convert_arguments(tmp_path / "b", lff__steps=0, router__steps=1), "--dtype", "bf16").json
     again = irc_main("eval", tmp_path / "b", "--json").json
