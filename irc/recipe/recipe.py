@@ -120,7 +120,7 @@ class Recipe(Checked):
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto",
-        description="autocast during training: fp32, bf16, or auto (bf16 on GPUs and processors with AMX)",
+        description="autocast during training: fp32, bf16, or auto (bf16 on GPUs and with AMX)",
     )
     activation_checkpointing: bool = Field(
         default=False, description="recompute activations in the backward pass: less memory, more time"

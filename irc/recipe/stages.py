@@ -90,8 +90,8 @@ class RouterRecipe(Checked):
         default=-1,
         ge=-1,
         le=LARGEST_INTEGER,
-        description="batches, at most 16,384 tokens in all, that first teach routers the cost of skipping; -1: 16 "
-        "for informed up to sparsity 0.5 or from flops 0.6",
+        description="batches (16,384 tokens at most) that teach routers the cost of skipping; -1: 16 for "
+        "informed up to sparsity 0.5 or from flops 0.6",
     )
     distill: Share = Field(
         default=1.0,
