@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -39,7 +38,7 @@ from irc.files.atomic import check_place, staged
 from irc.model.build import build_routed, set_share
 from irc.model.checkpoint import BaseModel, find_base
 from irc.model.flops import flops_range
-from irc.model.own_text import own_text_file, own_text_tokens, texts_of
+from irc.model.own_text import check_own_text, own_text_file, texts_of
 from irc.model.routed import RoutedForCausalLM, RoutingSpec
 from irc.progress import ProgressFactory, place, silent
 from irc.recipe.key_policy import KeyPolicy
@@ -47,7 +46,7 @@ from irc.recipe.policies import policy_named
 from irc.recipe.recipe import Recipe, text_name
 from irc.recipe.stages import StageName, required_stages, tokens_to_read
 from irc.text.mixture import Mixture
-from irc.text.source import OWN_TEXT, Split, pick, windows
+from irc.text.source import OWN_TEXT, pick, windows
 from irc.training.budget import flops_budget
 from irc.training.calibrate import dial_points
 from irc.training.processes import group, is_main_process
@@ -192,16 +191,6 @@ def resolve(recipe: Recipe) -> Recipe:
     return recipe
 
 
-def read_inputs(conversion: Conversion) -> None:
-    """Read the text, and refuse bad input before any work is done.
-
-    Raises:
-        InputError: The base or the text cannot be used, or a setting does not fit them.
-    """
-    fit_to_base(conversion.recipe, conversion.base)
-    _read_text(conversion)
-
-
 def fit_to_base(recipe: Recipe, base: BaseModel) -> None:
     """Replace the settings that depend on the base by their values.
 
@@ -221,27 +210,18 @@ def fit_to_base(recipe: Recipe, base: BaseModel) -> None:
     recipe.fit_windows(getattr(base.config, "max_position_embeddings", None))
     settle_batches(recipe)
     if OWN_TEXT in recipe.data:
-        _check_own_text(recipe)
+        check_own_text(recipe)
 
 
-def _check_own_text(recipe: Recipe) -> None:
-    """Refuse windows that the own text does not fill, before it is sampled."""
-    splits: tuple[tuple[Split, int], ...] = (
-        ("train", recipe.train_window),
-        ("calibration", recipe.window),
-        (recipe.eval_split, recipe.window),
-    )
-    for split, window in splits:
-        found = own_text_tokens(recipe.self_tokens, split)
-        if found < window:
-            raise InputError(
-                f"self_tokens is {recipe.self_tokens}, of which about {found:.0f} are in the {split} split, but a "
-                f"window has {window}; give at least {math.ceil(recipe.self_tokens * window / found)}, or another text",
-                options=("self_tokens", "data", "seq_len"),
-            )
+def read_inputs(conversion: Conversion) -> None:
+    """Read the text, and refuse bad input before any work is done.
 
+    Args:
+        conversion: Its recipe is fitted to the base; streams, held-out and further texts are set here.
 
-def _read_text(conversion: Conversion) -> None:
+    Raises:
+        InputError: A text cannot be used.
+    """
     recipe, base, streams = conversion.recipe, conversion.base, conversion.streams
     conversion.further = further_texts(base, recipe.window, recipe.yardstick_tokens, conversion.also)
     if OWN_TEXT in recipe.data and group().local_rank:

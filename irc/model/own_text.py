@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from irc.errors import InputError
 from irc.files.atomic import write_whole
 from irc.model.build import build_plain
 from irc.model.checkpoint import BaseModel
@@ -140,9 +141,28 @@ def own_text_file(base: BaseModel, tokens: int, seed: int, cache: Path | None = 
     return (cache or _cache()) / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
 
 
-def own_text_tokens(tokens: int, split: Split) -> float:
-    """Return about how many of the sampled tokens are in a split."""
-    return tokens * _TURNS.count(split) / len(_TURNS)
+def check_own_text(recipe: Recipe) -> None:
+    """Refuse windows that the own text of a recipe will not fill.
+
+    Args:
+        recipe: Its windows are settled.
+
+    Raises:
+        InputError: Names the split and how many tokens would do.
+    """
+    splits: tuple[tuple[Split, int], ...] = (
+        ("train", recipe.train_window),
+        ("calibration", recipe.window),
+        (recipe.eval_split, recipe.window),
+    )
+    for split, window in splits:
+        found = recipe.self_tokens * _TURNS.count(split) / len(_TURNS)
+        if found < window:
+            raise InputError(
+                f"self_tokens is {recipe.self_tokens}, of which about {found:.0f} are in the {split} split, but a "
+                f"window has {window}; give at least {math.ceil(recipe.self_tokens * window / found)}, or another text",
+                options=("self_tokens", "data", "seq_len"),
+            )
 
 
 def sampling_seconds(base: BaseModel, tokens: int, seed: int, device: str) -> float:

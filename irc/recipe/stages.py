@@ -106,7 +106,7 @@ class RouterRecipe(Checked):
     """Tokens that teaching reads at most, because it keeps what all routers read."""
 
     def windows_taught(self, window: int) -> int:
-        """Return the most windows of `window` tokens that teaching reads, at least 1."""
+        """Return how many windows of `window` tokens teach the routers, if there is as much text."""
         return min(max(0, self.teach_steps) * batch_of(self), max(1, self.most_taught // window))
 
     def trains(self, policy: Policy) -> bool:
