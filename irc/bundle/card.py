@@ -30,7 +30,11 @@ def model_card(metrics: dict[str, Any], recipe: Recipe) -> str:
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     policy = policy_named(recipe.policy)
-    parts = f"Routers and forecasters (rank {recipe.rank})" if policy.forecasts else "Routers, without forecasters,"
+    parts = (
+        f"Routers and forecasters (rank {recipe.rank}, of FFN units {recipe.ffn_rank})"
+        if policy.forecasts
+        else "Routers, without forecasters,"
+    )
     return (
         f"# {recipe.model}, {policy.name} routing at {recipe.target.value:.0%} {NAMES[recipe.target.kind]}\n\n"
         f"{parts} around every attention and FFN unit of `{recipe.model}`: {policy.summary}. "

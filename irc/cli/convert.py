@@ -105,7 +105,12 @@ def _limits(ctx: click.Context, parameter: click.Parameter, value: tuple[str, ..
     help="Also store thresholds for these targets: FLOPs ratios such as 0.7,0.8,0.9, or with --sparsity sparsities; "
     "the bundle can then run at any in between.",
 )
-@click.option("--rank", type=int, metavar="N", help="Rank of the forecasters. [default: min(100, hidden size / 10)]")
+@click.option(
+    "--rank",
+    type=int,
+    metavar="N",
+    help="Rank of the forecasters. [default: min(100, hidden size / 10), twice that for FFN units]",
+)
 @click.option("--forecaster", type=click.Choice(["linear", "silu"]), help="Form of the forecasters. [default: linear]")
 @click.option(
     "--stages",

@@ -83,7 +83,7 @@ def compare(
     base = find_base(recipe.model)
     text = texts_of(recipe, base, progress, find_device(recipe.device))
     for one in recipes.values():
-        one.rank_for(base.config.hidden_size)
+        one.model_copy().fit_ranks(base.config.hidden_size)
     _refuse_unreachable(cells, recipes, base)
     facts = {
         "irc_version": __version__,

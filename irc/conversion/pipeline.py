@@ -198,7 +198,7 @@ def fit_to_base(recipe: Recipe, base: BaseModel) -> None:
         InputError: The base does not allow a setting.
     """
     width = base.config.hidden_size
-    recipe.rank = recipe.rank_for(width)
+    recipe.fit_ranks(width)
     if "lora" in recipe.stages and recipe.lora.rank > width:
         raise InputError(
             f"lora.rank is {recipe.lora.rank}, but the model's hidden size is {width}; give at most {width}",
@@ -266,6 +266,7 @@ def rewritten(recipe: Recipe, base: BaseModel) -> RoutedForCausalLM:
     """
     spec = RoutingSpec(
         rank=recipe.rank,
+        ffn_rank=recipe.ffn_rank,
         forecaster=recipe.forecaster,
         policy=recipe.policy,
         sparsity=recipe.sparsity,

@@ -24,7 +24,7 @@ from irc.text.source import OWN_TEXT
 INPUTS = "inputs.json"
 _FREE_TO_CHANGE = frozenset({"checkpoint_seconds", "yardstick_tokens"})
 _AUTOMATIC = (  # decided by the base
-    *(("rank", 0), ("dtype", "auto"), ("seq_len", None), ("train_seq_len", None)),
+    *(("rank", 0), ("ffn_rank", 0), ("dtype", "auto"), ("seq_len", None), ("train_seq_len", None)),
     *((f"{stage}.batch_size", None) for stage in STAGE_NAMES),
 )
 
@@ -96,6 +96,7 @@ def _check_same_settings(recipe: Recipe, text: str, saved: Path) -> None:
         begun = with_absolute_paths(recipe_from(parse_yaml(text)))
         begun.router = begun.router.settled()
         begun.train_seq_len = begun.train_seq_len or begun.seq_len  # one length, in work of earlier versions
+        begun.ffn_rank = begun.ffn_rank or begun.rank  # and one rank
         before = recipe_fields(begun)
     except (ValueError, InputError, AttributeError) as error:
         raise _damaged(saved) from error

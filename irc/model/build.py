@@ -63,16 +63,15 @@ def build_routed(
         first = match.refusals[0]
         log.warning("%d submodules are not routed. The first is %s: %s", len(match.refusals), first.name, first.reason)
     for unit in match.units:
-        if spec.rank > unit.width:
-            raise InputError(
-                f"rank is {spec.rank}, but {unit.name} has hidden size {unit.width}; give at most {unit.width}"
-            )
+        rank = spec.rank_of(unit)
+        if rank > unit.width:
+            raise InputError(f"rank is {rank}, but {unit.name} has hidden size {unit.width}; give at most {unit.width}")
     policy = policy_named(spec.policy)
     control = RoutingControl(capacity=1 - spec.sparsity if policy.capacity else None)
     seeds = {unit.name: spec.seed * 100_003 + index for index, unit in enumerate(match.units)}
 
     def forecaster(unit: Unit) -> nn.Module:
-        return make_forecaster(policy, unit.width, spec.rank, spec.forecaster).to(device, captured.dtype)
+        return make_forecaster(policy, unit.width, spec.rank_of(unit), spec.forecaster).to(device, captured.dtype)
 
     def router(unit: Unit) -> nn.Module:
         if spec.reads == "bottleneck" and policy.learns:

@@ -43,6 +43,7 @@ class RoutingSpec:
 
     Attributes:
         rank: Rank of the forecasters.
+        ffn_rank: Rank of those of FFN units; 0 for the same.
         forecaster: `linear` or `silu`.
         policy: Name of the routing policy (see `irc.recipe.policies`).
         sparsity: Target share of skipped tokens, if the policy fixes it by structure (`mod`, `random`).
@@ -56,6 +57,11 @@ class RoutingSpec:
     sparsity: float = 0.0
     seed: int = 0
     reads: str = ""
+    ffn_rank: int = 0
+
+    def rank_of(self, unit: Unit) -> int:
+        """Return the rank of a unit's forecaster."""
+        return self.ffn_rank or self.rank if unit.kind == "ffn" else self.rank
 
 
 class RoutedForCausalLM(PreTrainedModel, GenerationMixin):

@@ -76,6 +76,9 @@ class Recipe(Checked):
         description="target in place of sparsity: matrix-multiply FLOPs, routed over dense, such as 0.85",
     )
     rank: Natural = Field(default=0, description="forecaster rank; 0 means min(100, hidden size / 10)")
+    ffn_rank: Natural = Field(
+        default=0, description="forecaster rank of FFN units; 0 means rank, or twice its default if rank is 0"
+    )
     forecaster: Literal["linear", "silu"] = Field(
         default="linear", description="form of the forecaster: linear or silu"
     )
@@ -236,16 +239,20 @@ class Recipe(Checked):
         """
         return build(type(self), [Layer("", self.to_dict())])
 
-    def rank_for(self, width: int) -> int:
-        """Return the forecaster rank for a hidden size.
+    def fit_ranks(self, width: int) -> None:
+        """Set the forecaster ranks that are not given, for a hidden size.
 
         Raises:
-            InputError: The rank is larger than the hidden size.
+            InputError: A rank is larger than the hidden size.
         """
-        rank = self.rank or default_rank(width)
-        if rank > width:
-            raise InputError(f"rank is {rank}, but the model's hidden size is {width}; give a rank of at most {width}")
-        return rank
+        if not self.ffn_rank:
+            self.ffn_rank = self.rank or default_ffn_rank(width)
+        self.rank = self.rank or default_rank(width)
+        for name, rank in (("rank", self.rank), ("ffn_rank", self.ffn_rank)):
+            if rank > width:
+                raise InputError(
+                    f"{name} is {rank}, but the model's hidden size is {width}; give at most {width}", options=(name,)
+                )
 
     @property
     def window(self) -> int:
@@ -294,6 +301,11 @@ def _check_context(field: str, tokens: int, context: int | None) -> None:
 def default_rank(width: int) -> int:
     """Return the default forecaster rank for a hidden size: a tenth of it, but at most the paper's 100."""
     return max(1, min(100, width // 10))
+
+
+def default_ffn_rank(width: int) -> int:
+    """Return the default forecaster rank of FFN units for a hidden size: twice that of attention units."""
+    return min(width, 2 * default_rank(width))
 
 
 def check_key_policy(name: str, threshold: float) -> None:

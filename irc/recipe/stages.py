@@ -210,7 +210,7 @@ class Stage:
         return found
 
 
-_COMMON = ("policy", "rank", "forecaster", "train_seq_len", "seed", "device", "dtype", "precision", "lff")
+_COMMON = ("policy", "rank", "ffn_rank", "forecaster", "train_seq_len", "seed", "device", "dtype", "precision", "lff")
 STAGES = (
     Stage("lff", LffRecipe, "fit the forecasters", needs_forecasters=True, through_layers=False, depends_on=_COMMON),
     Stage(

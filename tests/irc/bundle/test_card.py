@@ -30,7 +30,7 @@ METRICS: dict[str, Any] = {
 
 
 def card(*settings: str) -> str:
-    given = ["model=m", "sparsity=0.4", "rank=6", "seq_len=256", *settings]
+    given = ["model=m", "sparsity=0.4", "rank=6", "ffn_rank=12", "seq_len=256", *settings]
     return model_card(METRICS, resolve(load_recipe(None, given)))
 
 
@@ -47,8 +47,8 @@ def test_figures_are_those_of_the_metrics() -> None:
 @pytest.mark.parametrize(
     ("policy", "holds"),
     [
-        ("informed", "Routers and forecasters (rank 6)"),
-        ("random", "Routers and forecasters (rank 6)"),
+        ("informed", "Routers and forecasters (rank 6, of FFN units 12)"),
+        ("random", "Routers and forecasters (rank 6, of FFN units 12)"),
         ("skipgpt", "Routers, without forecasters,"),
         ("static", "Routers, without forecasters,"),
     ],

@@ -79,6 +79,7 @@ def kinds(make_routed: Make, shake: Any, lora_on: Any, base: Any) -> dict[str, C
     return {
         "linear": lambda: shake(make_routed()),
         "silu": lambda: shake(make_routed(forecaster="silu")),
+        "ranks": lambda: shake(build_routed(base, RoutingSpec(4, ffn_rank=9), "fp32")),
         "bottleneck": lambda: shake(build_routed(base, RoutingSpec(16, reads="bottleneck"), "fp32")),
         "skipgpt": lambda: shake(make_routed(policy="skipgpt")),
         "random": lambda: make_routed(policy="random", sparsity=0.5),
@@ -90,7 +91,7 @@ def kinds(make_routed: Make, shake: Any, lora_on: Any, base: Any) -> dict[str, C
     }
 
 
-KINDS = [*"linear silu bottleneck skipgpt random mod static adapters reduced".split(), "reduced, adapters"]
+KINDS = [*"linear silu ranks bottleneck skipgpt random mod static adapters reduced".split(), "reduced, adapters"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

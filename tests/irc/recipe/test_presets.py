@@ -21,7 +21,8 @@ def test_every_ready_recipe_is_a_recipe(name: str) -> None:
     recipe = resolve(load_recipe(Path(name)))
     assert recipe.model.lower() == f"meta-llama/{stem}"
     assert recipe.sparsity == int(share) / 100
-    assert recipe.rank_for(WIDTHS[stem]) == 100
+    recipe.fit_ranks(WIDTHS[stem])
+    assert (recipe.rank, recipe.ffn_rank) == (100, 100)  # the paper's
     assert router_hidden(WIDTHS[stem], recipe.rank) == WIDTHS[stem] // 4 - 200  # the paper's
     assert (recipe.router.steps, recipe.router.batch_size, recipe.seq_len) == (2000, 16, 2048)
 

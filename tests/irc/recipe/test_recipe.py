@@ -254,6 +254,33 @@ def test_a_training_window_beyond_the_context_is_refused() -> None:
         Recipe(train_seq_len=512).fit_windows(48)
 
 
+@pytest.mark.parametrize(
+    ("given", "width", "ranks"),
+    [
+        ({}, 576, (57, 114)),
+        ({}, 4096, (100, 200)),
+        ({}, 1, (1, 1)),
+        ({"rank": 8}, 64, (8, 8)),
+        ({"ffn_rank": 3}, 64, (6, 3)),
+        ({"rank": 8, "ffn_rank": 4}, 64, (8, 4)),
+    ],
+)
+def test_a_given_rank_is_for_all_units_and_ffn_have_twice_the_default(
+    given: dict[str, int], width: int, ranks: tuple[int, int]
+) -> None:
+    recipe = Recipe(**given)
+    recipe.fit_ranks(width)
+    assert (recipe.rank, recipe.ffn_rank) == ranks
+    recipe.fit_ranks(width)
+    assert (recipe.rank, recipe.ffn_rank) == ranks
+
+
+@pytest.mark.parametrize("name", ["rank", "ffn_rank"])
+def test_a_rank_beyond_the_hidden_size_is_refused(name: str) -> None:
+    with pytest.raises(InputError, match=f"^{name} is 65, but the model's hidden size is 64; give at most 64"):
+        Recipe(**{name: 65}).fit_ranks(64)
+
+
 def test_a_single_text_needs_no_list() -> None:
     recipe = load_recipe(None, ["data=a.txt"])
     assert (recipe.data, recipe.to_dict()["data"]) == (["a.txt"], "a.txt")
