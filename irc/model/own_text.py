@@ -12,11 +12,12 @@ import math
 import random
 import time
 from collections.abc import Iterator
+from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria
 
 from irc.errors import InputError
 from irc.files.atomic import write_whole
@@ -34,7 +35,7 @@ _VERSION = 1  # of what is written here, in the name of the cached file
 _TURNS: tuple[Split, ...] = (*("heldout", "calibration") * 2, "validation", *("train",) * 10)
 _NEW_TOKENS = 224
 _BATCH = 64
-_TRIED = 16  # tokens on which the time of sampling is measured
+_TRIED = 8  # tokens on which the time of sampling is measured
 _INSTRUCTIONS = (
     "Explain {} to a child.",
     "Write a short story about {}.",
@@ -166,16 +167,21 @@ def check_own_text(recipe: Recipe) -> None:
 
 
 def sampling_seconds(base: BaseModel, tokens: int, seed: int, device: str) -> float:
-    """Return about how many seconds it takes to sample such a text, from a few tokens of its first documents."""
-    sampler, seconds = _Sampler(base, seed, device), []
+    """Return about how many seconds it takes to sample such a text.
+
+    A token takes the longer the more are before it, so the time of one is that in the middle of a document.
+    """
+    sampler, clock = _Sampler(base, seed, device), _Clock()
     prompts = sampler.prompts()
-    for length in (1, 1, 1 + _TRIED):  # the first one reads the weights from disk
-        started = time.monotonic()
-        sampler.continued(prompts, length)
-        seconds.append(time.monotonic() - started)
-    per_token = max(0.0, seconds[2] - seconds[1]) / _TRIED
+    sampler.continued(prompts, 1)  # reads the weights from disk
+    started = time.monotonic()
+    sampler.continued(prompts, 1)
+    first = time.monotonic() - started
+    half = sampler.length // 2
+    sampler.continued([[*row, *islice(cycle(row), half)] for row in prompts], 1 + min(_TRIED, half), clock)
+    per_token = (clock.times[-1] - clock.times[0]) / max(1, len(clock.times) - 1)
     batches = math.ceil(tokens / (sum(map(len, prompts)) + _BATCH * sampler.length))
-    return batches * (seconds[1] + per_token * (sampler.length - 1))
+    return batches * (first + per_token * (sampler.length - 1))
 
 
 def _sampled(base: BaseModel, tokens: int, seed: int, progress: ProgressFactory, device: str) -> list[str]:
@@ -191,6 +197,18 @@ def _sampled(base: BaseModel, tokens: int, seed: int, progress: ProgressFactory,
                 count += len(ids)
             bar.update(min(count, tokens))
     return found
+
+
+class _Clock(StoppingCriteria):
+    """Notes when each token of a batch was there, and stops nothing."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **_: Any) -> torch.BoolTensor:
+        """Note the time; no row ends."""
+        self.times.append(time.monotonic())
+        return cast(torch.BoolTensor, torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device))
 
 
 class _Sampler:
@@ -215,7 +233,7 @@ class _Sampler:
         return [next(self._prompts)[: self._longest_prompt] for _ in range(_BATCH)]
 
     @torch.no_grad()
-    def continued(self, rows: list[list[int]], length: int) -> list[list[int]]:
+    def continued(self, rows: list[list[int]], length: int, clock: _Clock | None = None) -> list[list[int]]:
         """Return prompts, each followed by up to `length` sampled tokens."""
         settings = GenerationConfig(
             do_sample=True,
@@ -229,7 +247,9 @@ class _Sampler:
         width = max(map(len, rows))
         ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=self._device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=self._device)
-        written = self._model.generate(ids, attention_mask=mask, generation_config=settings)
+        written = self._model.generate(
+            ids, attention_mask=mask, generation_config=settings, stopping_criteria=[clock] if clock else None
+        )
         found = []
         for row, new in zip(rows, written[:, width:].tolist(), strict=True):
             end = next((index for index, token in enumerate(new) if token in self._ends), len(new))
