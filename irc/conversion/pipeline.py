@@ -276,7 +276,7 @@ def rewritten(recipe: Recipe, base: BaseModel) -> RoutedForCausalLM:
     model = build_routed(base, spec, recipe.dtype, recipe.device, recipe.seed)
     if recipe.flops is not None:
         found = flops_range(model, recipe.window)
-        budget, *_ = [flops_budget(found, ratio) for ratio in (recipe.flops, *recipe.dial, *recipe.router.target_range)]
+        budget, *_ = [flops_budget(found, ratio) for ratio in (recipe.flops, *recipe.dial)]
         set_share(model, budget.sparsity)
     return model
 

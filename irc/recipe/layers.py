@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from irc.errors import InputError
 from irc.files.strict_yaml import parse_yaml
 from irc.recipe.refusals import conflict_in, model_of, path_name, refusal, shown_value, unknown_key
+from irc.recipe.removed import was_removed
 
 Model = TypeVar("Model", bound=BaseModel)
 _EXAMPLE = "router.steps=500"
@@ -94,6 +95,8 @@ def setting_layer(model: type[BaseModel], text: str, source: str = "") -> Layer:
 
 def _check_names_field(model: type[BaseModel], path: Sequence[str], value: Any, place: str) -> None:
     """Refuse a path that leads to no field, or to a whole group of fields."""
+    if was_removed(path_name(path)):
+        return
     group: type[BaseModel] | None = model
     for part in path:
         if group is None or part not in group.model_fields:

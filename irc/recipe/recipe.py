@@ -17,6 +17,7 @@ from irc.recipe.layers import Layer, build, setting_layer
 from irc.recipe.policies import PolicyName, policy_named
 from irc.recipe.presets import read_recipe
 from irc.recipe.refusals import LARGEST_INTEGER, Conflict, shown_value
+from irc.recipe.removed import without_removed
 from irc.recipe.stages import STAGE_NAMES, LffRecipe, LoraRecipe, RouterRecipe, StageName, required_stages, stage_named
 from irc.recipe.target import TARGET_KINDS, Target
 
@@ -138,6 +139,11 @@ class Recipe(Checked):
     alternatives: ClassVar[tuple[str, ...]] = TARGET_KINDS
     """Fields of which a source gives one at most; it then replaces the other of the sources below."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _check_removed(cls, values: Any) -> Any:
+        return without_removed(values)
+
     @property
     def target(self) -> Target:
         """What the conversion is to reach."""
@@ -175,29 +181,6 @@ class Recipe(Checked):
                 "sparsity",
                 "flops",
             )
-        if self.router.budget in ("unit", "recoverability"):
-            raise Conflict(
-                f"flops is {self.flops}, but router.budget {self.router.budget} takes a target in sparsity; give one, "
-                "or leave router.budget at model",
-                "flops",
-                "router.budget",
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_target_range(self) -> Self:
-        ends, budget = self.router.target_range, self.router.budget
-        if ends and not (len(ends) == 2 and 0 <= ends[0] < ends[1] <= 1):
-            raise Conflict(
-                f"router.target_range is {shown_value(ends)}; give two rising fractions, such as [0.1, 0.6]",
-                "router.target_range",
-            )
-        if ends and budget in ("unit", "recoverability"):
-            raise Conflict(
-                f"router.target_range needs router.budget model or flops, but router.budget is {budget}",
-                "router.target_range",
-                "router.budget",
-            )
         return self
 
     @model_validator(mode="after")
@@ -205,10 +188,6 @@ class Recipe(Checked):
         policy = policy_named(self.policy)
         if self.dial and (policy.capacity or not policy.learns):
             raise Conflict(f"policy {self.policy} has no threshold to adjust; leave dial empty", "dial", "policy")
-        if self.dial and self.router.budget != "model":
-            raise Conflict(
-                f"dial needs router.budget model, but router.budget is {self.router.budget}", "dial", "router.budget"
-            )
         if self.router.reads == "bottleneck" and not policy.forecasts:
             raise Conflict(
                 f"router.reads is bottleneck, but policy {self.policy} has no forecasters; choose another",

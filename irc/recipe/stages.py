@@ -61,7 +61,7 @@ class RouterRecipe(Checked):
     )
     noise: Weight | None = Field(
         default=None,
-        description="scale of the sampling noise at the first step; null: 0 after teaching, otherwise 1",
+        description="scale of the sampling noise; null: 0 after teaching, otherwise 1",
     )
     temperature_start: Annotated[Real, Field(ge=0.001)] | None = Field(
         default=None, description="temperature of the gate at the first step; null: 1 after teaching, otherwise 5"
@@ -73,19 +73,6 @@ class RouterRecipe(Checked):
         "with noise, weight of the distance from the target, null: 8",
     )
     cosine_weight: Weight = Field(default=0.1, description="weight of mean(1 - cosine) over approximated tokens")
-    clip: Weight = Field(default=0.0, description="largest gradient norm; 0 turns clipping off")
-    noise_end: Share = Field(
-        default=1.0, description="part of the noise that is left at the last step; it falls in the second half"
-    )
-    entropy_weight: Weight = Field(default=0.0, description="weight of the mean entropy of the routers' decisions")
-    budget: Literal["model", "flops", "unit", "recoverability"] = Field(
-        default="model",
-        description="what meets the target: model, flops (of the model), unit (each one), recoverability",
-    )
-    target_range: list[Real] = Field(
-        default_factory=list,
-        description="lowest and highest target; each step draws one between them. Empty: always the target",
-    )
     teach_steps: int = Field(
         default=-1,
         ge=-1,
@@ -114,12 +101,8 @@ class RouterRecipe(Checked):
         return self.steps > 0 and (policy.learns or (policy.forecasts and self.forecaster_lr > 0))
 
     def settled(self) -> Self:
-        """Return a copy in which what depends on teaching is a number.
-
-        A range of targets shifts the routers by log-odds, which decide the share of skipped tokens only if routes are
-        sampled; its routers are trained as without teaching.
-        """
-        taught = self.teach_steps > 0 and not self.target_range
+        """Return a copy in which what depends on teaching is a number."""
+        taught = self.teach_steps > 0
         lr, noise, temperature = (3e-4, 0.0, 1.0) if taught else (5e-3, 1.0, 5.0)
         sampled = (noise if self.noise is None else self.noise) > 0
         return self.model_copy(

@@ -87,7 +87,7 @@ def calibrate(
 
     Returns:
         `threshold_shift` (mean over the units), `calibration_rounds`, `calibration_seconds`, and the figures of
-        `reached`. `calibration_sparsity` is weighted under `router.budget` flops.
+        `reached`.
 
     Raises:
         IrcError: The routers' weights are not finite.
@@ -104,7 +104,8 @@ def calibrate(
             differences = _differences(model, part)
             keep = {unit: 1 - (values < 0).double().mean().item() for unit, values in differences.items()}
             skipped = {unit: 1 - share for unit, share in keep.items()}
-            realized, distance = budget.realized(skipped), budget.distance(skipped)
+            realized = budget.realized(skipped)
+            distance = abs(realized - budget.sparsity)
             bar.update(rounds, **{budget.kind: budget.value(realized)})
             whole = len(part) == len(text)
             if whole and distance < best.distance:
@@ -121,7 +122,7 @@ def calibrate(
             shift -= sum(shifts.values()) / len(shifts)
         bar.update(_ROUNDS, **{budget.kind: budget.value(best.realized)})
     if not all(bool(bias.isfinite().all()) for bias in best.biases.values()):
-        raise IrcError("the routers' weights are no longer finite numbers; lower router.lr, or set router.clip=1")
+        raise IrcError("the routers' weights are no longer finite numbers; lower router.lr")
     found, wanted = budget.value(best.realized), budget.value(budget.sparsity)
     if abs(found - wanted) > _WARN_DISTANCE:
         log.warning(

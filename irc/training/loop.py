@@ -62,7 +62,6 @@ class LoopSettings:
         checkpoint: File to write and to resume from.
         checkpoint_seconds: Seconds between two checkpoints.
         weight_decay: Weight decay of AdamW.
-        clip: Largest norm of the gradient; 0 disables clipping.
         time_before: Seconds and processor seconds that the stage took before this loop. They are stored in checkpoints.
     """
 
@@ -73,7 +72,6 @@ class LoopSettings:
     checkpoint: Path
     checkpoint_seconds: float = 30.0
     weight_decay: float = 0.0
-    clip: float = 0.0
     time_before: tuple[float, float] = (0.0, 0.0)
 
 
@@ -173,8 +171,6 @@ def train(
         adam.take_gradients()
         if distributed:
             average_gradients(weights)
-        if settings.clip:
-            nn.utils.clip_grad_norm_(weights, settings.clip)
         adam.step()
         scheduler.step()
         adam.zero_grad()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate.utils import gather, reduce
 
 from irc.model.head import language_loss
@@ -18,7 +16,7 @@ from irc.recipe.stages import RouterRecipe
 from irc.training.budget import Budget
 from irc.training.loop import Objective, step_noise
 from irc.training.lora import adapters_off
-from irc.training.threshold import common_threshold, log_odds
+from irc.training.threshold import common_threshold
 
 Figures = dict[str, float]
 
@@ -101,13 +99,7 @@ class RoutingObjective(Objective):
         self._learns, self._ranked = policy.learns, policy.capacity
         self._random = not (policy.learns or policy.whole_units)
         self._cosine_weight = recipe.cosine_weight if policy.forecasts else 0.0
-        self._held = (
-            policy.learns
-            and not self._ranked
-            and self.recipe.noise == 0
-            and not self.recipe.target_range
-            and budget.targets is None
-        )
+        self._held = policy.learns and not self._ranked and self.recipe.noise == 0
         self._threshold = 0.0  # of the logit difference
         self._price: float | None = None  # of executing everything, in nats
 
@@ -126,20 +118,6 @@ class RoutingObjective(Objective):
         start, end = self.recipe.temperature_start, self.recipe.temperature_end
         assert start is not None
         return end if self.lora else start + (end - start) * step / max(1, self.steps - 1)
-
-    def noise_scale(self, step: int) -> float:
-        """Return the scale of the sampling noise at a step: constant in the first half, then falling."""
-        noise, end = self.recipe.noise, self.recipe.noise_end
-        assert noise is not None
-        second_half = 1.0 if self.lora else max(0.0, 2 * step / max(1, self.steps - 1) - 1)
-        return noise * (1 + (end - 1) * second_half)
-
-    def target(self, step: int) -> float:
-        """Return the target share of a step, as the budget counts it."""
-        if not self.recipe.target_range:
-            return self.budget.sparsity
-        low, high = self.recipe.target_range
-        return self.budget.share(low + (high - low) * random.Random(self.seed * 9_973 + step).random())
 
     def forward(self, windows: torch.Tensor, step: int) -> tuple[torch.Tensor, Figures]:
         """Return the loss and its parts.
@@ -165,9 +143,7 @@ class RoutingObjective(Objective):
         if self._held and self.sampled:
             loss = loss + weight * self._follow_price(divergence) * self.budget.cost(execution)
         elif self.sampled and not self._ranked:
-            loss = loss + weight * self.budget.loss(execution, self.target(step))
-        if self.recipe.entropy_weight > 0 and self.sampled:
-            loss = loss + self.recipe.entropy_weight * _entropy(tape)
+            loss = loss + weight * self.budget.loss(execution)
         if self._cosine_weight > 0:
             loss = loss + self._cosine_weight * _skipped_error(tape)
         skipped = 1 - torch.stack(list(execution.values())).mean().item()
@@ -236,15 +212,9 @@ class RoutingObjective(Objective):
             "mode": "sample",
             "temperature": self.temperature(step),
             "noise": noise,
-            "noise_scale": self.noise_scale(step),
-            "shift": -self._threshold if self._held else log_odds(1 - self.target(step)) - log_odds(1 - sparsity),
+            "noise_scale": self.recipe.noise,
+            "shift": -self._threshold,
         }
-
-
-def _entropy(tape: dict[str, Record]) -> torch.Tensor:
-    """Return the mean entropy of the routers' decisions over all (token, unit) pairs, in nats."""
-    logits = torch.stack([_recorded(record.difference) for record in tape.values()])
-    return F.binary_cross_entropy_with_logits(logits, torch.sigmoid(logits))
 
 
 def _straight_through(record: Record) -> torch.Tensor:

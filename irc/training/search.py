@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from irc.training.budget import Budget
-from irc.training.threshold import choose_shifts, equal_distance, log_odds, quantile, share_below
+from irc.training.threshold import choose_shifts, equal_distance, log_odds, share_below
 
 _SMALL = 0.02  # change of the log odds from which a step tells what the model answers
 _MOST = 8.0
@@ -48,8 +48,6 @@ class Search:
             execute: Bias of the execute logit by unit: what this threshold is.
         """
         budget = self._budget
-        if budget.targets is not None:
-            return {unit: quantile(values, budget.targets[unit]) for unit, values in differences.items()}
         skipped = share_below(differences, dict.fromkeys(differences, 0.0), budget.weights)
         here, target = log_odds(skipped), log_odds(budget.sparsity)
         self._learn(here)

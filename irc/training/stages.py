@@ -24,7 +24,7 @@ from irc.recipe.policies import policy_named
 from irc.recipe.recipe import Recipe
 from irc.recipe.stages import StageName, batch_of
 from irc.text.source import pick, windows
-from irc.training.budget import Budget, flops_budget, make_budget
+from irc.training.budget import Budget, flops_budget, plain_budget
 from irc.training.calibrate import reached, set_threshold
 from irc.training.closed_form import gather_statistics, set_closed_form
 from irc.training.layerwise import layer_by_layer, outermost
@@ -200,7 +200,6 @@ def run_router(context: StageContext) -> dict[str, Any]:
         taught.pop("teach_cpu_seconds", None)
         return {**taught, **(chosen or _threshold(context, budget))}
     settings = context.settings("router", recipe.steps, batch_of(recipe), 0.1, _RISE if taught else 0.0)
-    settings.clip = recipe.clip
     if taught:
         settings.time_before = (taught["teach_seconds"], taught.pop("teach_cpu_seconds"))
     with context.progress("router", recipe.steps) as progress:
@@ -289,7 +288,7 @@ def _budget(context: StageContext) -> Budget:
     recipe, model = context.recipe, context.model
     if recipe.flops is not None:
         return flops_budget(flops_range(model, recipe.window), recipe.flops)
-    return make_budget(model, recipe.router.budget, recipe.sparsity, context.calibration_windows())
+    return plain_budget([unit.name for unit in model.units], recipe.sparsity)
 
 
 def _enable_gradients(model: RoutedForCausalLM, role: str) -> None:

@@ -24,7 +24,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def converted(bundle: Path, irc_main: Any, convert_arguments: Callable[..., list[str]]) -> Path:
     if not bundle.exists():
-        arguments = convert_arguments(bundle, router__calibration_tokens=8192, router__target_range="[0.6, 0.9]")
+        arguments = convert_arguments(bundle, router__calibration_tokens=8192)
         outcome = irc_main(*arguments, "--flops", "0.8", "--dial", "0.9,0.6")
         assert outcome.code == 0, outcome.err
     return bundle

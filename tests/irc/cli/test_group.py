@@ -373,15 +373,16 @@ def test_an_error_names_the_options_that_help(
 
 def test_errors_of_a_recipe_name_where_the_value_was_given(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text("rank: 3\nrouter: {budget: unit}\n")
+    path.write_text("rank: 3\nrouter: {reads: bottleneck}\n")
     assert recipe_of(path, ["rank=4"], {"rank": 5}).rank == 5
     for settings, flags, source in (
         (["rank=-4"], {}, "--set: "),
         ([], {"rank": -5}, "--rank: "),
         ([], {"seq_len": 1}, "--seq-len: "),
-        ([], {"dial": [0.1]}, "--dial: "),
-        (["dial=[0.1]"], {"seed": 1}, "--set: "),
-        (["router.budget=unit", "dial=[0.1]"], {"policy": "static"}, "--policy: "),
+        ([], {"policy": "skipgpt"}, "--policy: "),
+        (["policy=skipgpt"], {"seed": 1}, "--set: "),
+        (["dial=[0.1]"], {"policy": "static"}, "--policy: "),
+        (["router.clip=1"], {"seed": 1}, "--set: "),
     ):
         with pytest.raises(InputError) as refused:
             recipe_of(path, settings, flags)

@@ -77,8 +77,8 @@ def test_stages_of_other_routers_are_not_shared(
 
 
 def test_a_variant_may_hold_a_list() -> None:
-    found = read_variants(["range:router.target_range=[0.1,0.6],router.steps=3", "one: rank = 4"])
-    assert found == {"range": ("router.target_range=[0.1,0.6]", "router.steps=3"), "one": ("rank = 4",)}
+    found = read_variants(["two:lora.targets=[q_proj,v_proj],router.steps=3", "one: rank = 4"])
+    assert found == {"two": ("lora.targets=[q_proj,v_proj]", "router.steps=3"), "one": ("rank = 4",)}
 
 
 def test_a_killed_comparison_goes_on(

@@ -63,13 +63,6 @@ def test_a_ratio_that_is_none_is_refused(value: str) -> None:
         load_recipe(None, [f"flops={value}"])
 
 
-def test_budgets_that_take_a_sparsity_are_refused() -> None:
-    assert load_recipe(None, ["flops=0.8", "router.budget=flops"]).target == Target("flops", 0.8)
-    for budget in ("unit", "recoverability"):
-        with pytest.raises(InputError, match=rf"flops is 0\.8.*{budget}"):
-            load_recipe(None, ["flops=0.8", f"router.budget={budget}"])
-
-
 @pytest.mark.parametrize(
     "flags", [("--flops", "0.3"), ("--flops", "0.8", "--dial", "0.3,0.9"), ("--flops", "0.3", "--dry-run")]
 )

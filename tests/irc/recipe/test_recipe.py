@@ -26,7 +26,7 @@ def test_every_field_is_listed_with_its_help_by_the_name_that_sets_it() -> None:
         assert len(text) > 5
         line = next(line for line in shown.stdout.splitlines() if line.split()[:1] == [name])
         assert text in line
-    assert {"sparsity", "lff.ridge", "router.target_range", "lora.targets"} <= {name for name, _, _ in fields}
+    assert {"sparsity", "lff.ridge", "router.steps", "lora.targets"} <= {name for name, _, _ in fields}
     assert load_recipe(None, [f"{name}={json.dumps(default)}" for name, default, _ in fields]) == Recipe()
 
 
@@ -53,8 +53,9 @@ USELESS = {
     "lora.targets=q_proj": ("lora.targets", "'q_proj'", "list"),
     "dial=[true]": ("dial[0]", "True"),
     "dial=[0.1, 2]": ("dial[1]", "2", "at most 1"),
-    "router.target_range=[false, true]": ("router.target_range[0]", "False"),
-    "router.target_range=[0.6, 0.1]": ("router.target_range", "[0.6, 0.1]"),
+    "router.target_range=[0.1, 0.6]": ("router.target_range", "[0.1, 0.6]", "removed", "dial"),
+    "router.budget=flops": ("router.budget", "'flops'", "removed", "target in flops"),
+    "router.clip=1": ("router.clip", "1", "removed", "docs/results.md"),
     "router.distill=-0.5": ("router.distill", "-0.5", "0 to 1"),
     "forecaster=relu": ("forecaster", "'relu'", "linear, silu"),
     "router.reads=all": ("router.reads", "'all'", "choose from unit, stream, layer, bottleneck"),
@@ -82,8 +83,6 @@ def test_values_that_would_fail_only_after_training_or_mean_nothing(setting: str
 CONFLICTS = [
     (["dial=[0.1, 0.5]", "policy=static"], ("dial", "static")),
     (["dial=[0.1, 0.5]", "policy=mod"], ("dial", "mod")),
-    (["dial=[0.1, 0.5]", "router.budget=unit"], ("dial", "router.budget", "unit")),
-    (["router.budget=recoverability", "router.target_range=[0.1, 0.6]"], ("router.target_range", "recoverability")),
     (["router.reads=bottleneck", "policy=skipgpt"], ("router.reads", "bottleneck", "skipgpt")),
     (["stages=[lff, router]", "policy=skipgpt"], ("stages", "lff, router", "skipgpt")),
 ]
@@ -115,8 +114,8 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_texts_and_whole_numbers_become_floats() -> None:
-    recipe = load_recipe(None, ["router.lr=1e-3", "router.clip=1", "dial=[1e-1, 1]"])
-    assert [(value, type(value)) for value in (recipe.router.lr, recipe.router.clip, *recipe.dial)] == [
+    recipe = load_recipe(None, ["router.lr=1e-3", "router.noise=1", "dial=[1e-1, 1]"])
+    assert [(value, type(value)) for value in (recipe.router.lr, recipe.router.noise, *recipe.dial)] == [
         (0.001, float),
         (1.0, float),
         (0.1, float),
@@ -138,9 +137,10 @@ def test_setting_a_field_checks_it_and_a_refused_value_changes_nothing() -> None
     with pytest.raises(InputError, match="batch_size is 0"):
         recipe.router.batch_size = 0
     assert recipe == Recipe(dial=[0.1])
-    recipe.router.budget = "unit"  # a stage does not know the rest of the recipe
-    with pytest.raises(InputError, match="unit"):
-        recipe.validated()
+    greedy = Recipe(policy="skipgpt")
+    greedy.router.reads = "bottleneck"  # a stage does not know the rest of the recipe
+    with pytest.raises(InputError, match="skipgpt"):
+        greedy.validated()
 
 
 def test_parts_are_checked_when_they_are_made() -> None:
@@ -279,6 +279,13 @@ def test_a_given_rank_is_for_all_units_and_ffn_have_twice_the_default(
 def test_a_rank_beyond_the_hidden_size_is_refused(name: str) -> None:
     with pytest.raises(InputError, match=f"^{name} is 65, but the model's hidden size is 64; give at most 64"):
         Recipe(**{name: 65}).fit_ranks(64)
+
+
+def test_removed_fields_at_their_defaults_are_read() -> None:
+    old = {"clip": 0.0, "noise_end": 1.0, "entropy_weight": 0, "budget": "model", "target_range": [], "steps": 3}
+    assert recipe_from({"router": old}) == load_recipe(None, ["router.steps=3"])
+    assert load_recipe(None, ["router.clip=0"]) == Recipe()
+    assert not {"router.clip", "router.budget"} & {name for name, _, _ in recipe_fields()}
 
 
 def test_a_single_text_needs_no_list() -> None:
