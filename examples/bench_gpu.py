@@ -100,10 +100,12 @@ def correctness(work: Path, native: bool) -> dict[str, Any]:
     from irc.model.build import build_routed
     from irc.model.checkpoint import find_base
     from irc.model.routed import RoutingSpec
-    from irc.recipe.recipe import default_rank
+    from irc.recipe.recipe import default_ffn_rank, default_rank
 
     base = find_base("demo")
-    model = build_routed(base, RoutingSpec(default_rank(base.config.hidden_size)))
+    width = base.config.hidden_size
+    spec = RoutingSpec(default_rank(width), ffn_rank=default_ffn_rank(width))
+    model = build_routed(base, spec)
     save_bundle(model, work / "demo")
     draw = np.random.default_rng(0)
     ids = draw.integers(0, base.config.vocab_size, (3, 96))

@@ -85,7 +85,7 @@ def measure(shape: str, folder: Path | None) -> dict[str, float]:
     from irc.model.capture import assign_weights, capture
     from irc.model.checkpoint import BaseModel
     from irc.model.modules import Forecaster, Mux, Router, RoutingControl, router_hidden
-    from irc.recipe.recipe import default_rank
+    from irc.recipe.recipe import default_ffn_rank, default_rank
     from passes.base import PassManager
     from passes.insert_forecasters import InsertForecasters
     from passes.insert_routers import InsertRouters
@@ -101,12 +101,16 @@ def measure(shape: str, folder: Path | None) -> dict[str, float]:
     if base:
         assign_weights(captured, weights)
     config = captured.config
-    rank, control = default_rank(config.hidden_size), RoutingControl()
+    width, control = config.hidden_size, RoutingControl()
+    rank, ffn_rank = default_rank(width), default_ffn_rank(width)
     device = torch.device("cpu" if folder else "meta")
     with device:
         torch.set_default_dtype(torch.bfloat16)
         passes = [
-            InsertForecasters(lambda unit: Forecaster(unit.width, rank), lambda unit: Mux(unit.name, control)),
+            InsertForecasters(
+                lambda unit: Forecaster(unit.width, ffn_rank if unit.kind == "ffn" else rank),
+                lambda unit: Mux(unit.name, control),
+            ),
             InsertRouters(lambda unit: Router(unit.width, router_hidden(unit.width, rank))),
         ]
         PassManager(passes).run(captured.graph)

@@ -33,10 +33,12 @@ def write_random_bundle(base: Path, bundle: Path) -> None:
     from irc.model.build import build_routed
     from irc.model.checkpoint import find_base
     from irc.model.routed import RoutingSpec
-    from irc.recipe.recipe import default_rank
+    from irc.recipe.recipe import default_ffn_rank, default_rank
 
     found = find_base(str(base))
-    model = build_routed(found, RoutingSpec(default_rank(found.config.hidden_size)), "bf16")
+    width = found.config.hidden_size
+    spec = RoutingSpec(default_rank(width), ffn_rank=default_ffn_rank(width))
+    model = build_routed(found, spec, "bf16")
     save_bundle(model, bundle)
 
 

@@ -127,7 +127,7 @@ def main() -> None:
         rows.append([name, seconds, heldout_cosine(model, heldout_windows)])
     stage = rows[1][1]
     console.table(
-        f"{recipe.model}, rank {recipe.rank}, {recipe.lff.tokens:,} tokens",
+        f"{recipe.model}, rank {recipe.rank} of all units, {recipe.lff.tokens:,} tokens",
         ["fit", "seconds", "time over lff", "held-out cosine"],
         [[name, f"{seconds:.1f}", f"{seconds / stage:.1f}x", f"{cosine:.4f}"] for name, seconds, cosine in rows],
     )

@@ -16,6 +16,7 @@ from irc.files.strict_yaml import parse_yaml, short_repr
 from irc.files.untrusted import check_links, first_line, read_text
 from irc.model.routed import RoutedForCausalLM
 from irc.recipe.recipe import Recipe, recipe_from
+from irc.recipe.removed import without_removed
 from irc.recipe.target import Target
 
 _TEXTS = (RECIPE, METRICS, CARD)
@@ -60,7 +61,7 @@ class Bundle:
         if not isinstance(data, dict):
             found = "it is empty" if data is None else f"found {short_repr(data)}"
             raise InputError(f"recipe {path}: expected keys and values such as sparsity: 0.25 ({found})")
-        return recipe_from(data, f"recipe {path}")
+        return recipe_from(without_removed(data, finished=True), f"recipe {path}")
 
 
 def read_bundle(folder: Path) -> Bundle:

@@ -59,7 +59,9 @@ from irc.cli.recipe_options import recipe_of, recipe_option, set_option, text_fi
     metavar="LIST",
     help="Also train with these fractions of the router stage's steps.",
 )
-@click.option("--ranks", default="", callback=number_list, metavar="LIST", help="Forecaster ranks to sweep.")
+@click.option(
+    "--ranks", default="", callback=number_list, metavar="LIST", help="Forecaster ranks of all units to sweep."
+)
 @click.option(
     "--calibration-tokens", default="", callback=number_list, metavar="LIST", help="Tokens of the lff stage to sweep."
 )

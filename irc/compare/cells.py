@@ -152,9 +152,11 @@ class Plan:
                 for place in grid
                 for policy in trained
             ]
-        for name, values in (("rank", self.ranks), ("lff.tokens", self.calibration_tokens)):
-            settings = [f"{name}={value}" for value in values]
-            cells += [_cell("informed", *grid[0], variant=one, changes=(one,), swept=name) for one in settings]
+        swept: list[tuple[str, tuple[str, ...]]] = [
+            ("rank", (f"rank={rank}", f"ffn_rank={rank}")) for rank in self.ranks
+        ]
+        swept += [("lff.tokens", (f"lff.tokens={tokens}",)) for tokens in self.calibration_tokens]
+        cells += [_cell("informed", *grid[0], variant=one[0], changes=one, swept=name) for name, one in swept]
         for name, changes in self.variants.items():
             cells += [_cell("informed", *place, variant=name, changes=changes) for place in grid]
         if self.lora:

@@ -79,7 +79,7 @@ def _sections(results: dict[str, Any]) -> Iterator[dict[str, Any]]:
         text = "How well the trained forecaster of each unit replaces it, measured while every unit executes."
         yield _section("Recoverability of each unit", text, [plots.recoverability(informed[0])])
     for key, title, label in (
-        ("rank", "Forecaster rank", "rank"),
+        ("rank", "Forecaster rank", "rank of all units"),
         ("lff.tokens", "Size of the calibration text", "tokens of the lff stage"),
     ):
         swept = [row for row in rows if row["swept"] == key]

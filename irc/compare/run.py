@@ -82,8 +82,12 @@ def compare(
     recipes = {cell.name: resolve(cell.recipe(recipe)) for cell in cells}
     base = find_base(recipe.model)
     text = texts_of(recipe, base, progress, find_device(recipe.device))
-    for one in recipes.values():
-        one.model_copy().fit_ranks(base.config.hidden_size)
+    for cell in cells:
+        try:
+            recipes[cell.name].model_copy().fit_ranks(base.config.hidden_size)
+        except InputError as error:
+            options = ("ranks",) if cell.swept == "rank" else error.options
+            raise InputError(f"cell {cell.name}: {error}", options=options) from error
     _refuse_unreachable(cells, recipes, base)
     facts = {
         "irc_version": __version__,

@@ -100,7 +100,9 @@ def _check_same_settings(recipe: Recipe, text: str, saved: Path) -> None:
         before = recipe_fields(begun)
     except (ValueError, InputError, AttributeError) as error:
         raise _damaged(saved) from error
-    now = recipe_fields(with_absolute_paths(recipe))
+    wanted = with_absolute_paths(recipe)
+    wanted.ffn_rank = wanted.ffn_rank or wanted.rank
+    now = recipe_fields(wanted)
     for (key, old, _), (_, value, _) in zip(before, now, strict=True):
         if key not in _FREE_TO_CHANGE and (key, value) not in _AUTOMATIC and old != value:
             raise InputError(

@@ -63,9 +63,11 @@ def build_routed(
         first = match.refusals[0]
         log.warning("%d submodules are not routed. The first is %s: %s", len(match.refusals), first.name, first.reason)
     for unit in match.units:
-        rank = spec.rank_of(unit)
-        if rank > unit.width:
-            raise InputError(f"rank is {rank}, but {unit.name} has hidden size {unit.width}; give at most {unit.width}")
+        name = "ffn_rank" if unit.kind == "ffn" and spec.ffn_rank else "rank"
+        if (rank := spec.rank_of(unit)) > unit.width:
+            raise InputError(
+                f"{name} is {rank}, but {unit.name} has hidden size {unit.width}; give at most {unit.width}"
+            )
     policy = policy_named(spec.policy)
     control = RoutingControl(capacity=1 - spec.sparsity if policy.capacity else None)
     seeds = {unit.name: spec.seed * 100_003 + index for index, unit in enumerate(match.units)}

@@ -54,12 +54,12 @@ def make_router(policy: Policy, width: int, rank: int, sparsity: float, seed: in
     """Return the router of one unit.
 
     Without forecasters a router has hidden size d // 4 (SkipGPT). With forecasters it has d // 4 - 2 * rank, so that
-    both kinds of policy have the same number of parameters.
+    both kinds of policy have the same number of parameters in attention units.
 
     Args:
         policy: Policy that the router belongs to.
         width: Hidden size d of the unit.
-        rank: Rank of the forecaster.
+        rank: Rank of the forecasters of attention units.
         sparsity: Target share of skipped tokens; only `random` reads it.
         seed: Seed of this unit's draws; only `random` reads it.
     """

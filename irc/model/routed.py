@@ -42,8 +42,8 @@ class RoutingSpec:
     """What is inserted into a model.
 
     Attributes:
-        rank: Rank of the forecasters.
-        ffn_rank: Rank of those of FFN units; 0 for the same.
+        rank: Rank of the forecasters of attention units, which routers are sized by.
+        ffn_rank: Rank of the forecasters of FFN units; 0 for the same.
         forecaster: `linear` or `silu`.
         policy: Name of the routing policy (see `irc.recipe.policies`).
         sparsity: Target share of skipped tokens, if the policy fixes it by structure (`mod`, `random`).

@@ -76,7 +76,7 @@ class Recipe(Checked):
         lt=1,
         description="target in place of sparsity: matrix-multiply FLOPs, routed over dense, such as 0.85",
     )
-    rank: Natural = Field(default=0, description="forecaster rank; 0 means min(100, hidden size / 10)")
+    rank: Natural = Field(default=0, description="forecaster rank of all units; 0 means min(100, hidden size / 10)")
     ffn_rank: Natural = Field(
         default=0, description="forecaster rank of FFN units; 0 means rank, or twice its default if rank is 0"
     )

@@ -37,7 +37,7 @@ class Conflict(ValueError):
     """Fields that are each valid but do not go together; raised by the validators of whole models.
 
     Attributes:
-        fields: Names of the fields, such as `router.budget`.
+        fields: Names of the fields, such as `router.reads`.
     """
 
     def __init__(self, message: str, *fields: str) -> None:

@@ -12,7 +12,7 @@ _REMOVED: dict[str, tuple[Any, str]] = {
     "router.clip": (0.0, _NO_EFFECT),
     "router.noise_end": (1.0, _NO_EFFECT),
     "router.entropy_weight": (0.0, _NO_EFFECT),
-    "router.target_range": ([], "a dial serves other targets as well (docs/results.md)"),
+    "router.target_range": ([], "store thresholds for several targets in a dial (docs/results.md)"),
     "router.budget": ("model", "give a target in flops for FLOPs; the others did much worse (docs/results.md)"),
 }
 
@@ -22,8 +22,12 @@ def was_removed(name: str) -> bool:
     return name in _REMOVED
 
 
-def without_removed(values: Any) -> Any:
+def without_removed(values: Any, finished: bool = False) -> Any:
     """Return a recipe's plain data without fields that are no longer there.
+
+    Args:
+        values: The data.
+        finished: Whether the recipe has been carried out, so that values other than the defaults do no harm.
 
     Raises:
         Conflict: One of them is not at its default.
@@ -33,7 +37,7 @@ def without_removed(values: Any) -> Any:
         below = values.get(group) if isinstance(values, Mapping) else None
         if not isinstance(below, Mapping) or key not in below:
             continue
-        if below[key] != default:
+        if not finished and below[key] != default:
             raise Conflict(
                 f"{name} is {shown_value(below[key])}, but the field was removed: {reason}; leave it out", name
             )

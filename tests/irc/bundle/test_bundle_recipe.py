@@ -26,6 +26,17 @@ def test_the_target_is_that_of_the_bundle(bundle: Path, irc_main: Callable[..., 
     assert irc_main("eval", bundle, *given).json["sparsity"]["target"] == 0.4
 
 
+def test_training_options_of_earlier_versions_do_no_harm(bundle: Path, irc_main: Callable[..., Any]) -> None:
+    before = irc_main("eval", bundle, "--json").json
+    path = bundle / "recipe.yaml"
+    path.write_text(path.read_text().replace("router:\n", "router:\n  clip: 1.0\n  budget: flops\n"))
+    assert "budget: flops" in path.read_text()
+    assert irc_main("eval", bundle, "--json").json["perplexity"] == before["perplexity"]
+    made_again = irc_main("convert", "--recipe", path, "-o", bundle.with_name("again"))
+    assert made_again.code == 2
+    assert "router.clip is 1.0, but the field was removed" in made_again.sentence()
+
+
 @pytest.mark.parametrize("content", [None, "{}"])
 def test_without_it_the_text_must_be_named(bundle: Path, irc_main: Callable[..., Any], content: str | None) -> None:
     (bundle / "recipe.yaml").unlink()

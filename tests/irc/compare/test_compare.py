@@ -174,7 +174,7 @@ REFUSALS = [
     (("--variant", "a:router.steps=2", "--variant", " a:router.steps=3"), ("--variant", "'a'")),
     (("--lora", "--variant", "lora:router.steps=2"), ("--variant", "informed-0.25-lora-seed0")),
     (("--sparsities", "0.25,0.25000001"), ("--sparsities", "informed-0.25-seed0")),
-    (("--ranks", "64"), ("64", "32")),
+    (("--ranks", "64"), ("--ranks", "64", "32")),
 ]
 
 

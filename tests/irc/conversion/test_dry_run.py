@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from irc.conversion import dry_run
+from irc.model import own_text
 from tests.irc.conftest import CONFIG, SEQ_LEN
 
 Arguments = Callable[..., list[str]]
@@ -34,6 +35,35 @@ def test_a_dry_run_plans_every_stage_and_writes_nothing(
     table = irc_main(*(word for word in arguments if word != "--json")).out
     assert f"{plan['phases'][0]['name']}" in table
     assert "needed" in table
+
+
+def test_own_text_takes_as_long_as_its_tokens_in_the_middle_of_a_document(
+    base: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[int, int]] = []
+    now = 0.0
+
+    class Sampler:
+        length = 40
+
+        def __init__(self, *_: Any) -> None: ...
+
+        def prompts(self) -> list[list[int]]:
+            return [[1, 2, 3]] * own_text._BATCH
+
+        def continued(self, rows: list[list[int]], length: int, clock: Any = None) -> None:
+            nonlocal now
+            calls.append((len(rows[0]), length))
+            for _ in range(length):
+                now += 2.0 if len(rows[0]) == 3 else 5.0
+                if clock:
+                    clock(torch.tensor([[1]]), None)
+
+    monkeypatch.setattr(own_text, "_Sampler", Sampler)
+    monkeypatch.setattr(own_text.time, "monotonic", lambda: now)
+    tokens = 3 * own_text._BATCH * (3 + 40)  # three batches of documents
+    assert own_text.sampling_seconds(base, tokens, 0, "cpu") == 3 * (2.0 + 39 * 5.0)
+    assert calls == [(3, 1), (3, 1), (23, 9)]
 
 
 def test_own_text_is_not_sampled_but_its_time_counts(

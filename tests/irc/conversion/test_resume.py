@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from irc.conversion import pipeline
-from irc.conversion.resume import INPUTS, with_absolute_paths
+from irc.conversion.resume import INPUTS, check_same_recipe, with_absolute_paths
 from irc.errors import InputError
 from irc.recipe.recipe import Recipe, load_recipe
 
@@ -122,3 +122,14 @@ def test_the_working_folder_is_refused_before_any_work(
     for more in ({}, {"force": True}, {"resume": True}):
         with pytest.raises(InputError, match="is the working folder"):
             pipeline.convert(recipe, Path(output), bars(("lff", 1)), **more)
+
+
+def test_a_rank_for_all_units_is_another_recipe_than_one_for_attention(tmp_path: Path) -> None:
+    saved = tmp_path / "recipe.yaml"
+    begun = Recipe()
+    begun.fit_ranks(64)
+    assert (begun.rank, begun.ffn_rank) == (6, 12)
+    saved.write_text(yaml.safe_dump(begun.to_dict()))
+    check_same_recipe(Recipe().model_copy(update={"router": begun.router.settled()}), saved)
+    with pytest.raises(InputError, match="was begun with ffn_rank = 12, now it is 6"):
+        check_same_recipe(Recipe(rank=6, router=begun.router.settled()), saved)
