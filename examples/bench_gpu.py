@@ -97,15 +97,11 @@ def correctness(work: Path, native: bool) -> dict[str, Any]:
     from irc.bench.models import bundle_pair
     from irc.bundle.saving import save_bundle
     from irc.deployment.forced import open_forced
-    from irc.model.build import build_routed
+    from irc.model.build import build_routed, default_spec
     from irc.model.checkpoint import find_base
-    from irc.model.routed import RoutingSpec
-    from irc.recipe.recipe import default_ffn_rank, default_rank
 
     base = find_base("demo")
-    width = base.config.hidden_size
-    spec = RoutingSpec(default_rank(width), ffn_rank=default_ffn_rank(width))
-    model = build_routed(base, spec)
+    model = build_routed(base, default_spec(base.config.hidden_size))
     save_bundle(model, work / "demo")
     draw = np.random.default_rng(0)
     ids = draw.integers(0, base.config.vocab_size, (3, 96))

@@ -82,10 +82,10 @@ def measure(shape: str, folder: Path | None) -> dict[str, float]:
     import torch
     from transformers import LlamaConfig
 
+    from irc.model.build import default_spec
     from irc.model.capture import assign_weights, capture
     from irc.model.checkpoint import BaseModel
     from irc.model.modules import Forecaster, Mux, Router, RoutingControl, router_hidden
-    from irc.recipe.recipe import default_ffn_rank, default_rank
     from passes.base import PassManager
     from passes.insert_forecasters import InsertForecasters
     from passes.insert_routers import InsertRouters
@@ -101,17 +101,16 @@ def measure(shape: str, folder: Path | None) -> dict[str, float]:
     if base:
         assign_weights(captured, weights)
     config = captured.config
-    width, control = config.hidden_size, RoutingControl()
-    rank, ffn_rank = default_rank(width), default_ffn_rank(width)
+    spec, control = default_spec(config.hidden_size), RoutingControl()
     device = torch.device("cpu" if folder else "meta")
     with device:
         torch.set_default_dtype(torch.bfloat16)
         passes = [
             InsertForecasters(
-                lambda unit: Forecaster(unit.width, ffn_rank if unit.kind == "ffn" else rank),
+                lambda unit: Forecaster(unit.width, spec.rank_of(unit)),
                 lambda unit: Mux(unit.name, control),
             ),
-            InsertRouters(lambda unit: Router(unit.width, router_hidden(unit.width, rank))),
+            InsertRouters(lambda unit: Router(unit.width, router_hidden(unit.width, spec.rank))),
         ]
         PassManager(passes).run(captured.graph)
     seconds = time.monotonic() - started - reading

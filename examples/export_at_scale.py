@@ -30,15 +30,11 @@ sys.exit(code)
 def write_random_bundle(base: Path, bundle: Path) -> None:
     """Save a bundle of a checkpoint with untrained routers and forecasters."""
     from irc.bundle.saving import save_bundle
-    from irc.model.build import build_routed
+    from irc.model.build import build_routed, default_spec
     from irc.model.checkpoint import find_base
-    from irc.model.routed import RoutingSpec
-    from irc.recipe.recipe import default_ffn_rank, default_rank
 
     found = find_base(str(base))
-    width = found.config.hidden_size
-    spec = RoutingSpec(default_rank(width), ffn_rank=default_ffn_rank(width))
-    model = build_routed(found, spec, "bf16")
+    model = build_routed(found, default_spec(found.config.hidden_size), "bf16")
     save_bundle(model, bundle)
 
 

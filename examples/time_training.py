@@ -30,19 +30,16 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="Also print the router step's operators by time.")
     arguments = parser.parse_args()
     from irc import console
-    from irc.model.build import build_plain, build_routed
+    from irc.model.build import build_plain, build_routed, default_spec
     from irc.model.checkpoint import find_base
-    from irc.model.routed import RoutingSpec
-    from irc.recipe.recipe import Recipe, default_ffn_rank, default_rank
+    from irc.recipe.recipe import Recipe
     from irc.training.budget import plain_budget
     from irc.training.objectives import RoutingObjective
 
     base = find_base(arguments.model)
     dense = build_plain(base, "fp32").train()
     dense.requires_grad_(True)
-    width = base.config.hidden_size
-    spec = RoutingSpec(default_rank(width), ffn_rank=default_ffn_rank(width))
-    routed = build_routed(base, spec, "fp32").train()
+    routed = build_routed(base, default_spec(base.config.hidden_size), "fp32").train()
     routed.requires_grad_(False)
     for parameter in routed.adapter_parameters("router", "forecaster").values():
         parameter.requires_grad_(True)

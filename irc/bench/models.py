@@ -16,11 +16,10 @@ from irc.bundle.source import ModelSource
 from irc.deployment.onnx_folder import ExportOptions, export
 from irc.dtypes import torch_dtype
 from irc.errors import InputError
-from irc.model.build import build_routed
+from irc.model.build import build_routed, default_spec
 from irc.model.checkpoint import BaseModel, find_base
-from irc.model.routed import RoutedForCausalLM, RoutingSpec
+from irc.model.routed import RoutedForCausalLM
 from irc.recipe.policies import policy_named, refuse_whole_sequences
-from irc.recipe.recipe import default_ffn_rank, default_rank
 from irc.recipe.target import Target, value_of
 
 
@@ -53,8 +52,7 @@ def random_pair(shape: Shape, work: Path, dtype: str, context: int, seed: int, p
         provider: Execution provider to export for: cpu or cuda.
     """
     base = random_llama(shape, work / "base", dtype, context, seed)
-    spec = RoutingSpec(default_rank(shape.hidden), ffn_rank=default_ffn_rank(shape.hidden))
-    model = build_routed(BaseModel(str(base), base), spec, seed=seed)
+    model = build_routed(BaseModel(str(base), base), default_spec(shape.hidden), seed=seed)
     save_bundle(model, work / "bundle")
     model.graph.to("meta")  # from here on only shapes are needed
     sources = {"dense": str(base), "routed": str(work / "bundle")}

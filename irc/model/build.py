@@ -17,6 +17,7 @@ from irc.model.modules import BottleneckRouter, Forecaster, Mux, RoutingControl
 from irc.model.policies import RandomRouter, make_forecaster, make_router
 from irc.model.routed import RoutedForCausalLM, RoutingSpec
 from irc.recipe.policies import Policy, policy_named
+from irc.recipe.recipe import default_ffn_rank, default_rank
 from passes.base import PassManager
 from passes.insert_forecasters import InsertForecasters
 from passes.insert_routers import InsertRouters, Reads
@@ -92,6 +93,11 @@ def build_routed(
         torch.manual_seed(seed)
         passes.run(captured.graph)
     return _ready(RoutedForCausalLM(captured, match, control, spec, base))
+
+
+def default_spec(width: int) -> RoutingSpec:
+    """Return what is inserted by default into a model of a hidden size."""
+    return RoutingSpec(default_rank(width), ffn_rank=default_ffn_rank(width))
 
 
 def set_share(model: RoutedForCausalLM, share: float) -> None:

@@ -23,7 +23,7 @@ def was_removed(name: str) -> bool:
 
 
 def without_removed(values: Any, finished: bool = False) -> Any:
-    """Return a recipe's plain data without fields that are no longer there.
+    """Return a recipe's plain data without its removed fields.
 
     Args:
         values: The data.

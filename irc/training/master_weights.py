@@ -12,8 +12,7 @@ from torch import Tensor, nn
 class MasterAdamW(torch.optim.AdamW):
     """AdamW that keeps float32 copies of 16-bit parameters. Other parameters are updated as by AdamW.
 
-    `take_gradients` moves the gradients to the copies, where you can average them. `step` calls it if you did
-    not.
+    `take_gradients` moves the gradients to the copies, where you can average them. `step` calls it if you did not.
 
     Args:
         groups: Parameter groups, each with `params`, a list, and `lr`.
