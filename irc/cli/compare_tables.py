@@ -49,6 +49,7 @@ def comparison_tables(results: dict[str, Any]) -> None:
             gap["against"],
             target_label(gap),
             "yes" if gap["lora"] else "no",
+            with_spread(gap["kl_closed"], 2) if gap["kl_closed"] else None,
             with_spread(gap["closed"], 2),
             str(gap["seeds"]),
             note_of(gap),
@@ -56,8 +57,8 @@ def comparison_tables(results: dict[str, Any]) -> None:
         for gap in results["summary"]["gaps"]
     ]
     if gaps:
-        title = "share of another policy's log-perplexity gap to the dense model that informed closes"
-        console.table(title, ["policy", "target", "LoRA", "closed", "seeds", ""], gaps)
+        title = "share of another policy's distance from the dense model that informed closes"
+        console.table(title, ["policy", "target", "LoRA", "KL", "log-perplexity", "seeds", ""], gaps)
     caught = [
         [
             target_label(found),

@@ -24,33 +24,55 @@ COLOURS = {
 _KINDS = {"attn": ("attention", SKY), "mlp": ("FFN", ORANGE)}
 
 
+def kl_over_flops(groups: Sequence[Row], lora: bool) -> list[str]:
+    """Plot each policy's KL over its FLOPs ratio: on the text of the comparison, and over the further texts.
+
+    Returns:
+        One plot for each, without those that no group has figures of.
+    """
+    places = (("main_kl", "flops_ratio", "held-out text"), ("kl", "texts_flops_ratio", "mean over the yardstick"))
+    drawn = []
+    for key, flops, title in places:
+        measured = [group for group in groups if group[key] is not None]
+
+        def draw(
+            axes: Axes, measured: list[Row] = measured, key: str = key, flops: str = flops, t: str = title
+        ) -> None:
+            _policies_over_flops(axes, measured, lora, key, flops)
+            axes.set(xlabel="FLOPs, routed / dense", ylabel="KL(dense || routed), nats", yscale="log")
+            axes.set_title(t, loc="left")
+            _plain_ticks(axes)
+            legend(axes)
+
+        if measured:
+            drawn.append(svg(draw, 4.6, 3.6))
+    return drawn
+
+
 def perplexity_over_flops(groups: Sequence[Row], lora: bool) -> str:
     """Plot each policy's perplexity over its FLOPs ratio, with the spread over seeds."""
 
     def draw(axes: Axes) -> None:
-        for policy, colour in COLOURS.items():
-            mine = [g for g in groups if (g["policy"], g["lora"], g["variant"]) == (policy, lora, "")]
-            if policy == "dense" or not mine:
-                continue
-            mine.sort(key=lambda group: group["flops_ratio"])
-            axes.errorbar(
-                [g["flops_ratio"] for g in mine],
-                [g["ratio"]["mean"] for g in mine],
-                yerr=[
-                    [g["ratio"]["mean"] - g["ratio"]["min"] for g in mine],
-                    [g["ratio"]["max"] - g["ratio"]["mean"] for g in mine],
-                ],
-                color=colour,
-                marker="o",
-                capsize=3,
-                label=policy,
-            )
+        _policies_over_flops(axes, groups, lora, "ratio", "flops_ratio")
         axes.axhline(1.0, color=BLACK, linewidth=0.8, linestyle=":")
         axes.set(xlabel="FLOPs, routed / dense", ylabel="perplexity / dense", yscale="log")
         _plain_ticks(axes)
         legend(axes)
 
     return svg(draw)
+
+
+def _policies_over_flops(axes: Axes, groups: Sequence[Row], lora: bool, key: str, flops: str) -> None:
+    """Draw a line for each policy: a figure with its spread over the FLOPs ratio."""
+    for policy, colour in COLOURS.items():
+        mine = [g for g in groups if (g["policy"], g["lora"], g["variant"]) == (policy, lora, "")]
+        if policy == "dense" or not mine:
+            continue
+        mine.sort(key=lambda group: group[flops])
+        below = [g[key]["mean"] - g[key]["min"] for g in mine]
+        above = [g[key]["max"] - g[key]["mean"] for g in mine]
+        xs, ys = [g[flops] for g in mine], [g[key]["mean"] for g in mine]
+        axes.errorbar(xs, ys, yerr=[below, above], color=colour, marker="o", capsize=3, label=policy)
 
 
 def perplexity_over_seconds(rows: Sequence[Row], label: str) -> str:

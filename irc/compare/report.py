@@ -63,8 +63,13 @@ def _sections(results: dict[str, Any]) -> Iterator[dict[str, Any]]:
     groups: list[Row] = results["summary"]["groups"]
     for lora in (False, True):
         if any(group["lora"] == lora and group["policy"] != "dense" for group in groups):
-            title = "Perplexity over FLOPs" + (" after LoRA" if lora else "")
-            yield _section(title, "Bars span the seeds.", [plots.perplexity_over_flops(groups, lora)])
+            after = " after LoRA" if lora else ""
+            if drawn := plots.kl_over_flops(groups, lora):
+                yield _section(
+                    f"Fidelity over FLOPs{after}", "Lower is nearer to the dense model. Bars span the seeds.", drawn
+                )
+            drawn = [plots.perplexity_over_flops(groups, lora)]
+            yield _section(f"Perplexity over FLOPs{after}", "Bars span the seeds.", drawn)
     budgets = dict.fromkeys(target_label(row) for row in rows if row["swept"] == "router.steps")
     if budgets:
         text = "Each point is a separate training with its own schedule; those of informed include the lff stage."

@@ -35,8 +35,8 @@ def summarize(rows: Sequence[Row], targets: Sequence[Target]) -> dict[str, Any]:
     Returns:
         `groups`: means and spreads over seeds for each policy, target, LoRA and variant; `missed` counts the seeds
         that missed the target.
-        `gaps`: the share of each other policy's log-perplexity gap to the dense model that informed closes, for each
-        target, without and with LoRA; `missed` names the policies of which a seed missed the target.
+        `gaps`: how much of each other policy's distance from the dense model informed closes, for each target, without
+        and with LoRA (see `gap_closed`); `missed` names the policies of which a seed missed the target.
         `catch_up`: the shortest informed training whose result is no worse than skipgpt's full training.
     """
     others = [name for name in dict.fromkeys(row["policy"] for row in rows) if name not in ("informed", DENSE)]
@@ -61,12 +61,14 @@ def groups(rows: Sequence[Row]) -> list[Row]:
             "perplexity": _spread([m["figures"]["perplexity"]["routed"] for m in members]),
             "dense": mean(dense_beside(m, rows) for m in members),
             **{key: _spread_of_known([mean_fidelity(m["figures"], key) for m in members]) for key in ("kl", "top1")},
+            "main_kl": _spread_of_known([(m["figures"].get("fidelity") or {}).get("kl") for m in members]),
             "ratio": _spread([m["figures"]["perplexity"]["routed"] / dense_beside(m, rows) for m in members]),
             "realized": _spread([m["figures"]["sparsity"]["realized"] for m in members]),
             "missed": sum(map(_missed, members)),
             "attention": mean(m["figures"]["sparsity"]["attention"] for m in members),
             "ffn": mean(m["figures"]["sparsity"]["ffn"] for m in members),
             "flops_ratio": mean(m["figures"]["flops_ratio"] for m in members),
+            "texts_flops_ratio": mean(_texts_flops(m["figures"]) for m in members),
             "seconds": mean(training_seconds(m) for m in members),
         }
         for key, members in found.items()
@@ -84,19 +86,25 @@ def dense_beside(row: Row, rows: Sequence[Row]) -> float:
 
 
 def gap_closed(rows: Sequence[Row], target: Target, lora: bool, against: str = "skipgpt") -> Row | None:
-    """Return the share of another policy's log-perplexity gap to the dense model that informed closes, seed by seed.
+    """Return how much of another policy's distance from the dense model informed closes, seed by seed.
 
     Policy `static` has no randomness, so its one cell is used for every seed.
+
+    Returns:
+        `closed`, the share of its gap in log-perplexity, and `kl_closed`, the share of its mean KL over the further
+        texts (None if an earlier version did not measure it); or None if there is nothing to close.
     """
     informed, other = (_plain(rows, policy, target, lora) for policy in ("informed", against))
     if against == "static" and other:
         other = dict.fromkeys(informed, next(iter(other.values()))) | other
-    shares = []
+    shares, kls = [], []
     seeds = informed.keys() & other.keys()
     for seed in seeds:
         ours, theirs = (_excess(cells[seed], rows) for cells in (informed, other))
         if theirs > 0:
             shares.append(1 - ours / theirs)
+        our_kl, their_kl = (mean_fidelity(cells[seed]["figures"], "kl") for cells in (informed, other))
+        kls.append(None if our_kl is None or not their_kl else 1 - our_kl / their_kl)
     if not shares:
         return None
     cells = {"informed": informed, against: other}
@@ -105,6 +113,7 @@ def gap_closed(rows: Sequence[Row], target: Target, lora: bool, against: str = "
         **_parts(target),
         "lora": lora,
         "closed": _spread(shares),
+        "kl_closed": _spread_of_known(kls),
         "seeds": len(shares),
         "missed": [policy for policy, found in cells.items() if any(_missed(found[seed]) for seed in seeds)],
     }
@@ -175,6 +184,12 @@ def mean_fidelity(figures: Row, key: str) -> float | None:
     if not measured and figures.get("fidelity"):
         measured = [figures["fidelity"][key]]
     return mean(measured) if measured else None
+
+
+def _texts_flops(figures: Row) -> float:
+    """Return the FLOPs ratio on the texts that `mean_fidelity` reads."""
+    found = [text["flops_ratio"] for text in figures.get("texts", []) if "flops_ratio" in text]
+    return mean(found) if found else float(figures["flops_ratio"])
 
 
 def _spread_of_known(values: Sequence[float | None]) -> dict[str, float] | None:

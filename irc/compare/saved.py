@@ -76,6 +76,7 @@ class _Fidelity(_Saved):
 class _TextFigures(_Saved):
     name: str
     fidelity: _Fidelity | None = None
+    flops_ratio: Annotated[float, Field(ge=0, le=_LARGEST)] = 1.0
 
 
 class _StageTime(_Saved):

@@ -42,8 +42,9 @@ def test_a_whole_comparison(irc_main: Main, arguments: Callable[..., list[str]],
     assert {gap["against"] for gap in results["summary"]["gaps"]} <= {"skipgpt", "mod", "random", "static"}
     assert [sweep["sparsity"] for sweep in results["kv_sweep"]] == [0.25, 0.5]
     page = (out / "report.html").read_text()
-    # Over sparsity 2 (LoRA), over time 2 (targets), by kind 1, by layer 6, recoverability 1, three sweeps.
-    assert page.count("<svg") == 15
+    # KL over FLOPs 4 (two texts, LoRA), perplexity over FLOPs 2, over time 2 (targets), by kind 1, by layer 6,
+    # recoverability 1, three sweeps.
+    assert page.count("<svg") == 19
     assert re.findall(r'(?:src|href)="(?!#|data:)', page) == []  # nothing is loaded from elsewhere
 
 
@@ -242,6 +243,21 @@ def test_the_gap_is_that_of_log_perplexities() -> None:
     assert found is not None
     assert found["closed"]["mean"] == pytest.approx(0.75)
     assert gap_closed(rows, Target("sparsity", 0.4), False) is None
+
+
+def test_the_gap_in_kl_is_over_the_further_texts() -> None:
+    rows = [row("informed", 11.0), row("skipgpt", 12.0)]
+    assert gap_closed(rows, TARGET, False)["kl_closed"] is None  # type: ignore[index]  # of an earlier version
+    for cell, kls in zip(rows, ((0.1, 0.3), (0.5, 1.1)), strict=True):
+        cell["figures"]["fidelity"] = {"kl": 0.05, "top1": 0.9}
+        cell["figures"]["texts"] = [
+            {"name": name, "fidelity": {"kl": kl, "top1": 0.9}, "flops_ratio": flops}
+            for name, kl, flops in zip(("prose", "code"), kls, (0.8, 0.9), strict=True)
+        ]
+    assert gap_closed(rows, TARGET, False)["kl_closed"]["mean"] == pytest.approx(0.75)  # type: ignore[index]
+    found = groups(rows)[0]
+    assert (found["kl"]["mean"], found["main_kl"]["mean"]) == pytest.approx((0.2, 0.05))
+    assert (found["texts_flops_ratio"], found["flops_ratio"]) == pytest.approx((0.85, 0.8))
 
 
 def test_a_cell_that_missed_its_target_is_marked_everywhere() -> None:
