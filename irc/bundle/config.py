@@ -271,8 +271,8 @@ def _checked(config: dict[str, Any]) -> BundleConfig:
     saved = _File(**config)
     spec = RoutingSpec(**saved.spec)
     recipe = recipe_from(
-        {key: value for key, value in saved.spec.items() if key != "reads"}
-        | {"router": {"reads": spec.reads}, "lora": saved.lora or {}}
+        {key: value for key, value in saved.spec.items() if key not in ("reads", "router_hidden")}
+        | {"router": {"reads": spec.reads, "hidden": spec.router_hidden}, "lora": saved.lora or {}}
         | {key: config[key] for key in ("kv_policy", "kv_threshold") if key in config}
     )
     return BundleConfig(

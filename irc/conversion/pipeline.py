@@ -272,6 +272,7 @@ def rewritten(recipe: Recipe, base: BaseModel) -> RoutedForCausalLM:
         sparsity=recipe.sparsity,
         seed=recipe.seed,
         reads=recipe.router.reads,
+        router_hidden=recipe.router.hidden or 0,
     )
     model = build_routed(base, spec, recipe.dtype, recipe.device, recipe.seed)
     if recipe.flops is not None:

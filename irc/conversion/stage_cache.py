@@ -69,6 +69,6 @@ class StageCache:
         everything = recipe.to_dict()
         parts: dict[str, Any] = {field: everything[field] for field in fields if field in everything}
         parts["tokens_to_read"] = tokens_to_read(recipe)
-        parts["reads"] = recipe.router.reads  # decides the shape of the routers, which every stage saves
+        parts["routers"] = recipe.router.reads, recipe.router.hidden  # their shape; every stage saves them
         text = json.dumps({"stage": stage, "base": self.base, "text": self.text, **parts}, sort_keys=True)
         return self.folder / hashlib.sha256(text.encode()).hexdigest()[:24]

@@ -18,6 +18,7 @@ from irc.model.policies import RandomRouter, make_forecaster, make_router
 from irc.model.routed import RoutedForCausalLM, RoutingSpec
 from irc.recipe.policies import Policy, policy_named
 from irc.recipe.recipe import default_ffn_rank, default_rank
+from irc.recipe.stages import TAUGHT_HIDDEN
 from passes.base import PassManager
 from passes.insert_forecasters import InsertForecasters
 from passes.insert_routers import InsertRouters, Reads
@@ -69,6 +70,11 @@ def build_routed(
             raise InputError(
                 f"{name} is {rank}, but {unit.name} has hidden size {unit.width}; give at most {unit.width}"
             )
+        if spec.router_hidden > unit.width:
+            raise InputError(
+                f"router.hidden is {spec.router_hidden}, but {unit.name} has hidden size {unit.width}; give at most "
+                f"{unit.width}"
+            )
     policy = policy_named(spec.policy)
     control = RoutingControl(capacity=1 - spec.sparsity if policy.capacity else None)
     seeds = {unit.name: spec.seed * 100_003 + index for index, unit in enumerate(match.units)}
@@ -79,8 +85,9 @@ def build_routed(
     def router(unit: Unit) -> nn.Module:
         if spec.reads == "bottleneck" and policy.learns:
             beside = captured.graph.get_submodule(f"{unit.name}_forecaster")
-            return BottleneckRouter(cast(Forecaster, beside), max(8, unit.width // 4)).to(device, captured.dtype)
-        made = make_router(policy, unit.width, spec.rank, spec.sparsity, seeds[unit.name])
+            hidden = spec.router_hidden or max(8, unit.width // 4)
+            return BottleneckRouter(cast(Forecaster, beside), hidden).to(device, captured.dtype)
+        made = make_router(policy, unit.width, spec.rank, spec.router_hidden, spec.sparsity, seeds[unit.name])
         return made.to(device, captured.dtype)
 
     passes = PassManager(
@@ -97,7 +104,7 @@ def build_routed(
 
 def default_spec(width: int) -> RoutingSpec:
     """Return what is inserted by default into a model of a hidden size."""
-    return RoutingSpec(default_rank(width), ffn_rank=default_ffn_rank(width))
+    return RoutingSpec(default_rank(width), ffn_rank=default_ffn_rank(width), router_hidden=TAUGHT_HIDDEN)
 
 
 def set_share(model: RoutedForCausalLM, share: float) -> None:

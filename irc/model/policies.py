@@ -50,21 +50,21 @@ def make_forecaster(policy: Policy, width: int, rank: int, activation: str) -> n
     return Forecaster(width, rank, activation) if policy.forecasts else ZeroForecaster()
 
 
-def make_router(policy: Policy, width: int, rank: int, sparsity: float, seed: int) -> nn.Module:
+def make_router(policy: Policy, width: int, rank: int, hidden: int, sparsity: float, seed: int) -> nn.Module:
     """Return the router of one unit.
-
-    Without forecasters a router has hidden size d // 4 (SkipGPT). With forecasters it has d // 4 - 2 * rank, so that
-    both kinds of policy have the same number of parameters in attention units.
 
     Args:
         policy: Policy that the router belongs to.
         width: Hidden size d of the unit.
         rank: Rank of the forecasters of attention units.
+        hidden: Hidden units. 0 for d // 4 without forecasters (SkipGPT), and with forecasters d // 4 - 2 * rank, so that
+            both kinds of policy have the same number of parameters in attention units.
         sparsity: Target share of skipped tokens; only `random` reads it.
         seed: Seed of this unit's draws; only `random` reads it.
     """
     if policy.whole_units:
         return StaticRouter()
     if policy.learns:
-        return Router(width, router_hidden(width, rank) if policy.forecasts else max(8, width // 4))
+        usual = router_hidden(width, rank) if policy.forecasts else max(8, width // 4)
+        return Router(width, hidden or usual)
     return RandomRouter(sparsity, seed)

@@ -42,8 +42,9 @@ class RoutingSpec:
     """What is inserted into a model.
 
     Attributes:
-        rank: Rank of the forecasters of attention units, which routers are sized by.
+        rank: Rank of the forecasters of attention units.
         ffn_rank: Rank of the forecasters of FFN units; 0 for the same.
+        router_hidden: Hidden units of a router; 0 for what the policy's authors have (see `make_router`).
         forecaster: `linear` or `silu`.
         policy: Name of the routing policy (see `irc.recipe.policies`).
         sparsity: Target share of skipped tokens, if the policy fixes it by structure (`mod`, `random`).
@@ -58,6 +59,7 @@ class RoutingSpec:
     seed: int = 0
     reads: str = ""
     ffn_rank: int = 0
+    router_hidden: int = 0
 
     def rank_of(self, unit: Unit) -> int:
         """Return the rank of a unit's forecaster."""

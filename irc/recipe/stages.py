@@ -40,6 +40,10 @@ class LffRecipe(Checked):
         return self.steps > 0
 
 
+TAUGHT_HIDDEN = 2
+"""Hidden units of a router that stays as it was taught: relu(z) - relu(-z) is the linear function z."""
+
+
 class RouterRecipe(Checked):
     """Settings of stage `router`, which trains the routers, then sets their decision threshold."""
 
@@ -47,14 +51,18 @@ class RouterRecipe(Checked):
         default="",
         description="what routers read: unit (its normed input), stream, layer, bottleneck; empty: set by policy",
     )
+    hidden: Natural | None = Field(
+        default=None,
+        description="hidden units of a router; 0: d/4 - 2 rank, as in the paper; null: 2 if it stays as taught",
+    )
     start: Real = Field(
         default=0.0, description="initial logit for executing; at 3, training begins with nearly all executed"
     )
-    steps: Natural = Field(default=60, description="training steps; 0 leaves the routers as they were taught")
+    steps: Natural = Field(default=120, description="training steps; 0 leaves the forecasters as they were fitted")
     batch_size: Count | None = Field(default=None, description="windows per step; null: as many as make 1,024 tokens")
     lr: Weight | None = Field(
         default=None,
-        description="learning rate of the routers, cosine decay to a tenth; null: 3e-4 after teaching, otherwise 5e-3",
+        description="learning rate of the routers, cosine decay to a tenth; null: 0 after teaching, otherwise 5e-3",
     )
     forecaster_lr: Weight = Field(
         default=5e-4, description="learning rate of the forecasters in this stage; 0 freezes them"
@@ -98,16 +106,18 @@ class RouterRecipe(Checked):
 
     def trains(self, policy: Policy) -> bool:
         """Whether the stage reads batches of text under a policy."""
-        return self.steps > 0 and (policy.learns or (policy.forecasts and self.forecaster_lr > 0))
+        routers, forecasters = policy.learns and self.lr != 0, policy.forecasts and self.forecaster_lr > 0
+        return self.steps > 0 and (routers or forecasters)
 
     def settled(self) -> Self:
         """Return a copy in which what depends on teaching is a number."""
         taught = self.teach_steps > 0
-        lr, noise, temperature = (3e-4, 0.0, 1.0) if taught else (5e-3, 1.0, 5.0)
+        lr, noise, temperature = (0.0, 0.0, 1.0) if taught else (5e-3, 1.0, 5.0)
         sampled = (noise if self.noise is None else self.noise) > 0
         return self.model_copy(
             update={
-                "lr": lr if self.lr is None else self.lr,
+                "lr": (lr := lr if self.lr is None else self.lr),
+                "hidden": (TAUGHT_HIDDEN if taught and not lr else 0) if self.hidden is None else self.hidden,
                 "noise": noise if self.noise is None else self.noise,
                 "sparsity_weight": (8.0 if sampled else 1.0) if self.sparsity_weight is None else self.sparsity_weight,
                 "temperature_start": temperature if self.temperature_start is None else self.temperature_start,

@@ -65,8 +65,8 @@ class RoutingObjective(Objective):
 
     Training moves the hidden states that routers read, and with them the share that is skipped. With the routes of
     inference a threshold follows, so that every step skips the target's share and forecasters learn on the routes that
-    they are for. Executing then has a price, by which routers compare units: the KL of the last steps over the share
-    that they skipped, so that skipping is worth about what it costs.
+    they are for. Routers that learn under such routes pay a price for executing, by which they compare units: the KL of
+    the last steps over the share that they skipped, so that skipping is worth about what it costs.
 
     Args:
         model: Rewritten model.
@@ -95,7 +95,9 @@ class RoutingObjective(Objective):
         self.seed = seed
         self.steps = steps
         policy = policy_named(model.spec.policy if model.spec else "informed")
-        self.lora, self.sampled = list(lora), policy.learns and (sampled or not lora)
+        assert self.recipe.lr is not None
+        self.lora = list(lora)
+        self.sampled = policy.learns and (sampled if lora else self.recipe.lr > 0)
         self._learns, self._ranked = policy.learns, policy.capacity
         self._random = not (policy.learns or policy.whole_units)
         self._cosine_weight = recipe.cosine_weight if policy.forecasts else 0.0
@@ -108,6 +110,7 @@ class RoutingObjective(Objective):
         if self.lora:
             return self.lora
         assert self.recipe.lr is not None
+        # Routers that stay as they were taught are here too, without gradients: a checkpoint has to hold them.
         groups = [{"params": self.model.adapter_parameters("router"), "lr": self.recipe.lr}] if self._learns else []
         if self.recipe.forecaster_lr > 0:
             groups.append({"params": self.model.adapter_parameters("forecaster"), "lr": self.recipe.forecaster_lr})

@@ -191,12 +191,13 @@ def run_router(context: StageContext) -> dict[str, Any]:
         router = model.part(unit, "router")
         if isinstance(router, Router):
             router.shift(recipe.start)  # a checkpoint, loaded later, includes the shift and overwrites this
-    if policy.learns:
+    objective = RoutingObjective(model, recipe, budget, context.recipe.seed, recipe.steps)
+    if objective.sampled:
         _enable_gradients(model, "router")
     if recipe.forecaster_lr > 0:
         _enable_gradients(model, "forecaster")
-    objective = RoutingObjective(model, recipe, budget, context.recipe.seed, recipe.steps)
-    if not recipe.steps or not any(group["params"] for group in objective.trainable()):
+    forecasters_learn = recipe.forecaster_lr > 0 and bool(model.adapter_parameters("forecaster"))
+    if not (recipe.steps and (objective.sampled or forecasters_learn)):
         taught.pop("teach_cpu_seconds", None)
         return {**taught, **(chosen or _threshold(context, budget))}
     settings = context.settings("router", recipe.steps, batch_of(recipe), 0.1, _RISE if taught else 0.0)
