@@ -57,7 +57,7 @@ def make_router(policy: Policy, width: int, rank: int, hidden: int, sparsity: fl
         policy: Policy that the router belongs to.
         width: Hidden size d of the unit.
         rank: Rank of the forecasters of attention units.
-        hidden: Hidden units. 0 for d // 4 without forecasters (SkipGPT), and with forecasters d // 4 - 2 * rank, so that
+        hidden: Hidden units. 0 for d // 4 without forecasters (SkipGPT) and d // 4 - 2 * rank with forecasters, so that
             both kinds of policy have the same number of parameters in attention units.
         sparsity: Target share of skipped tokens; only `random` reads it.
         seed: Seed of this unit's draws; only `random` reads it.

@@ -110,19 +110,20 @@ class RouterRecipe(Checked):
         return self.steps > 0 and (routers or forecasters)
 
     def settled(self) -> Self:
-        """Return a copy in which what depends on teaching is a number."""
+        """Return a copy in which what depends on teaching is a number. Routes are sampled only where routers learn."""
         taught = self.teach_steps > 0
-        lr, noise, temperature = (0.0, 0.0, 1.0) if taught else (5e-3, 1.0, 5.0)
-        sampled = (noise if self.noise is None else self.noise) > 0
-        return self.model_copy(
-            update={
-                "lr": (lr := lr if self.lr is None else self.lr),
-                "hidden": (TAUGHT_HIDDEN if taught and not lr else 0) if self.hidden is None else self.hidden,
-                "noise": noise if self.noise is None else self.noise,
-                "sparsity_weight": (8.0 if sampled else 1.0) if self.sparsity_weight is None else self.sparsity_weight,
-                "temperature_start": temperature if self.temperature_start is None else self.temperature_start,
-            }
-        )
+        noise = (0.0 if taught else 1.0) if self.noise is None else self.noise
+        usual = 5e-3 if not taught else 3e-4 if noise > 0 else 0.0
+        lr = usual if self.lr is None else self.lr
+        noise = noise if lr > 0 else 0.0
+        found = {
+            "lr": lr,
+            "noise": noise,
+            "hidden": (TAUGHT_HIDDEN if taught and not lr else 0) if self.hidden is None else self.hidden,
+            "sparsity_weight": (8.0 if noise > 0 else 1.0) if self.sparsity_weight is None else self.sparsity_weight,
+            "temperature_start": self.temperature_start or (1.0 if taught else 5.0),
+        }
+        return self.model_copy(update=found)
 
 
 class LoraRecipe(Checked):

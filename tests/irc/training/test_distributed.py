@@ -43,7 +43,8 @@ LAUNCHERS = {
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # as `accelerate launch` sets it
 PACKAGE = str(Path(irc.__file__).parents[1])  # a script does not import from the folder where it was started
 STAGES = ["--stages", "lff,router,lora"]
-SETTINGS = {"lora__dropout": 0.0}  # each process draws its own dropout
+# Each process draws its own dropout. Taught routers learn, too, which they do not by default.
+SETTINGS = {"lora__dropout": 0.0, "router__lr": 3e-4}
 
 
 def run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:

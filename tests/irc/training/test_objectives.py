@@ -244,7 +244,7 @@ def test_the_threshold_of_taught_routers_follows_the_target(
 
 
 def test_executing_costs_the_kl_over_the_skipped_share(model: RoutedForCausalLM, ids: torch.Tensor) -> None:
-    one, free = (held(model, distill=1.0, sparsity_weight=weight) for weight in (2.0, 0.0))
+    one, free = (held(model, distill=1.0, lr=1e-3, sparsity_weight=weight) for weight in (2.0, 0.0))
     loss, figures = one(ids, 0)
     divergence, _ = free(ids, 0)
     assert divergence > 0
@@ -253,8 +253,16 @@ def test_executing_costs_the_kl_over_the_skipped_share(model: RoutedForCausalLM,
     assert float((loss - divergence).detach()) == pytest.approx(expected, rel=1e-4)
 
 
+def test_taught_routers_stay_as_they_are_and_pay_nothing(model: RoutedForCausalLM, ids: torch.Tensor) -> None:
+    one = held(model, distill=1.0)
+    one(ids, 0)
+    assert one.state().keys() == {"threshold"}
+    kept = [group for group in one.trainable() if group["lr"] == 0]
+    assert [group["params"].keys() for group in kept] == [model.adapter_parameters("router").keys()]  # in checkpoints
+
+
 def test_the_price_is_that_of_the_kl_alone(model: RoutedForCausalLM, ids: torch.Tensor) -> None:
-    mixed, pure, none = (held(model, distill=share) for share in (0.5, 1.0, 0.0))
+    mixed, pure, none = (held(model, distill=share, lr=1e-3) for share in (0.5, 1.0, 0.0))
     with torch.no_grad():
         for one in (mixed, pure, none):
             one(ids, 0)

@@ -304,3 +304,27 @@ def test_who_is_taught(policy: str, sparsity: float, asked: int, steps: int) -> 
     recipe = Recipe(policy=policy, sparsity=sparsity, device="cpu")
     recipe.router.teach_steps = asked
     assert resolve(recipe).router.teach_steps == steps
+
+
+def test_training_leaves_taught_routers_as_they_are(
+    make_context: Callable[..., StageContext], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the threshold moves; the forecasters learn. Taught routers are linear functions of two hidden units."""
+    context = make_context(sparsity=0.25)
+    context.recipe.router.teach_steps, context.recipe.router.steps = 4, 3
+    run_lff(context)
+    before: dict[str, torch.Tensor] = {}
+
+    def note(objective: Any, *rest: Any) -> Any:
+        parameters = context.model.adapter_parameters("router", "forecaster")
+        before.update({name: parameter.detach().clone() for name, parameter in parameters.items()})
+        return train(objective, *rest)
+
+    monkeypatch.setattr(stages, "train", note)
+    run_router(context)
+    after = context.model.adapter_parameters("router", "forecaster")
+    changed = {name for name, parameter in after.items() if not torch.equal(parameter, before[name])}
+    assert {name for name in changed if "_router." in name} <= {
+        name for name in after if name.endswith("_router.2.bias")
+    }
+    assert any("_forecaster." in name for name in changed)  # a unit that skips nothing learns nothing
