@@ -340,7 +340,7 @@ def test_names_of_cells_are_folders() -> None:
     cell = Cell("informed", 0.25, 1, True, "a/b c", ())
     assert cell.name == "informed-0.25-lora-a_b_c-seed1"
     plan = Plan(["informed"], [0.25], budgets=[0.5, 0.5])
-    assert [c.name for c in plan.cells(Recipe())] == ["informed-0.25-seed0", "informed-0.25-router.steps=30-seed0"]
+    assert [c.name for c in plan.cells(Recipe())] == ["informed-0.25-seed0", "informed-0.25-router.steps=60-seed0"]
 
 
 def test_variants_are_read_whole() -> None:
