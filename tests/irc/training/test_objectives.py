@@ -253,10 +253,11 @@ def test_executing_costs_the_kl_over_the_skipped_share(model: RoutedForCausalLM,
     assert float((loss - divergence).detach()) == pytest.approx(expected, rel=1e-4)
 
 
-def test_taught_routers_stay_as_they_are_and_pay_nothing(model: RoutedForCausalLM, ids: torch.Tensor) -> None:
-    one = held(model, distill=1.0)
-    one(ids, 0)
-    assert one.state().keys() == {"threshold"}
+def test_what_taught_routers_read_has_a_price_too(model: RoutedForCausalLM, ids: torch.Tensor) -> None:
+    one, free = (held(model, distill=1.0, sparsity_weight=weight) for weight in (2.0, 0.0))
+    parameter = next(iter(model.adapter_parameters("forecaster").values()))
+    gradients = [torch.autograd.grad(found(ids, 0)[0], parameter)[0] for found in (one, free)]
+    assert not torch.equal(*gradients)  # of a forecaster, though the routers are not trained
     kept = [group for group in one.trainable() if group["lr"] == 0]
     assert [group["params"].keys() for group in kept] == [model.adapter_parameters("router").keys()]  # in checkpoints
 
