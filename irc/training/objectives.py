@@ -65,9 +65,9 @@ class RoutingObjective(Objective):
 
     Training moves the hidden states that routers read, and with them the share that is skipped. With the routes of
     inference a threshold follows, so that every step skips the target's share and forecasters learn on the routes that
-    they are for. Executing then has a price: the KL of the last steps over the share that they skipped, so that skipping
-    is worth about what it costs. Its gradient reaches routers that learn, and through what routers read also the units
-    before them. Without it, the KL's own gradient through the gates would make states that ask for more execution.
+    they are for. Executing then has a price, the KL of the last steps over the share that they skipped, so that
+    skipping is worth about what it costs. Its gradient reaches routers that learn, and through what routers read also
+    the units before them. Without it, the KL's own gradient through the gates would make states that ask for more execution.
 
     Args:
         model: Rewritten model.

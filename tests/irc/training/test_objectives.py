@@ -255,7 +255,7 @@ def test_executing_costs_the_kl_over_the_skipped_share(model: RoutedForCausalLM,
 
 def test_what_taught_routers_read_has_a_price_too(model: RoutedForCausalLM, ids: torch.Tensor) -> None:
     one, free = (held(model, distill=1.0, sparsity_weight=weight) for weight in (2.0, 0.0))
-    parameter = next(iter(model.adapter_parameters("forecaster").values()))
+    parameter = next(iter(model.adapter_parameters("forecaster").values())).requires_grad_(True)
     gradients = [torch.autograd.grad(found(ids, 0)[0], parameter)[0] for found in (one, free)]
     assert not torch.equal(*gradients)  # of a forecaster, though the routers are not trained
     kept = [group for group in one.trainable() if group["lr"] == 0]
