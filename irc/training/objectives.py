@@ -67,7 +67,8 @@ class RoutingObjective(Objective):
     inference a threshold follows, so that every step skips the target's share and forecasters learn on the routes that
     they are for. Executing then has a price, the KL of the last steps over the share that they skipped, so that
     skipping is worth about what it costs. Its gradient reaches routers that learn, and through what routers read also
-    the units before them. Without it, the KL's own gradient through the gates would make states that ask for more execution.
+    the units before them. Without it, the KL's own gradient through the gates would make states that ask for more
+    execution.
 
     Args:
         model: Rewritten model.
