@@ -3,7 +3,7 @@
     python examples/time_training.py [--model demo] [--batch 8] [--length 256] [--rounds 7] [--profile]
 
 The dense pass trains all weights, as in fine-tuning. "Activations only" freezes them, which is the cheapest possible
-backward pass. The router stage trains routers and forecasters, and computes both branches of every unit. All of them
+backward pass. The router stage trains forecasters, and computes both branches of every unit. All of them
 run the captured graph on the same tokens. The optimizer's step is not timed.
 """
 
@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="Also print the router step's operators by time.")
     arguments = parser.parse_args()
     from irc import console
+    from irc.conversion.pipeline import resolve
     from irc.model.build import build_plain, build_routed, default_spec
     from irc.model.checkpoint import find_base
     from irc.recipe.recipe import Recipe
@@ -41,9 +42,9 @@ def main() -> None:
     dense.requires_grad_(True)
     routed = build_routed(base, default_spec(base.config.hidden_size), "fp32").train()
     routed.requires_grad_(False)
-    for parameter in routed.adapter_parameters("router", "forecaster").values():
+    for parameter in routed.adapter_parameters("forecaster").values():
         parameter.requires_grad_(True)
-    recipe = Recipe()
+    recipe = resolve(Recipe())
     budget = plain_budget([unit.name for unit in routed.units], arguments.sparsity)
     objective = RoutingObjective(routed, recipe.router, budget, 0, recipe.router.steps)
     draw = torch.Generator().manual_seed(0)

@@ -182,6 +182,10 @@ def resolve(recipe: Recipe) -> Recipe:
         few_skipped = recipe.sparsity <= 0.5 if recipe.flops is None else recipe.flops >= 0.6
         recipe.router.teach_steps = policy.teach_steps if few_skipped else 0
     recipe.router = recipe.router.settled()
+    if recipe.router.hidden == 1 and recipe.router.teach_steps:
+        raise InputError(
+            "router.hidden is 1, but a router that is taught needs 2; give 0, or at least 2", options=("router.hidden",)
+        )
     recipe.device = find_device(recipe.device)
     own_device(recipe.device)
     if recipe.precision == "auto":

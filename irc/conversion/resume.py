@@ -94,6 +94,8 @@ def check_same_recipe(recipe: Recipe, saved: Path) -> None:
 def _check_same_settings(recipe: Recipe, text: str, saved: Path) -> None:
     try:
         begun = with_absolute_paths(recipe_from(parse_yaml(text)))
+        if begun.router.hidden is None:  # in work of earlier versions
+            begun.router.hidden = 0
         begun.router = begun.router.settled()
         begun.train_seq_len = begun.train_seq_len or begun.seq_len  # one length, in work of earlier versions
         begun.ffn_rank = begun.ffn_rank or begun.rank  # and one rank

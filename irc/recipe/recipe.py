@@ -194,12 +194,6 @@ class Recipe(Checked):
                 "router.reads",
                 "policy",
             )
-        if self.router.hidden == 1 and self.router.teach_steps and policy.learns:
-            raise Conflict(
-                "router.hidden is 1, but a router that is taught needs 2; give 0, or at least 2",
-                "router.hidden",
-                "router.teach_steps",
-            )
         return self
 
     @model_validator(mode="after")

@@ -45,7 +45,7 @@ TAUGHT_HIDDEN = 2
 
 
 class RouterRecipe(Checked):
-    """Settings of stage `router`, which trains the routers, then sets their decision threshold."""
+    """Settings of stage `router`: teaches routers, trains forecasters under them, sets the decision threshold."""
 
     reads: Literal["", "unit", "stream", "layer", "bottleneck"] = Field(
         default="",
@@ -53,7 +53,7 @@ class RouterRecipe(Checked):
     )
     hidden: Natural | None = Field(
         default=None,
-        description="hidden units of a router; 0: d/4 - 2 rank, as in the paper; null: 2 if it stays as taught",
+        description="hidden units of a router; 0: as many as its policy's authors have; null: 2 if it stays as taught",
     )
     start: Real = Field(
         default=0.0, description="initial logit for executing; at 3, training begins with nearly all executed"
@@ -69,7 +69,7 @@ class RouterRecipe(Checked):
     )
     noise: Weight | None = Field(
         default=None,
-        description="scale of the sampling noise; null: 0 after teaching, otherwise 1",
+        description="scale of the sampling noise, where routers learn; null: 0 after teaching, otherwise 1",
     )
     temperature_start: Annotated[Real, Field(ge=0.001)] | None = Field(
         default=None, description="temperature of the gate at the first step; null: 1 after teaching, otherwise 5"
@@ -210,7 +210,7 @@ STAGES = (
     Stage(
         "router",
         RouterRecipe,
-        "train the routers, then set their decision threshold",
+        "teach the routers, train the forecasters under them, then set the decision threshold",
         follows="lff",
         depends_on=(*_COMMON, "seq_len", "sparsity", "flops", "router"),
     ),

@@ -1,4 +1,4 @@
-"""Runs the stages: `lff` fits forecasters, `router` trains routers and sets their threshold, `lora` adapts the base."""
+"""Runs the stages: `lff` fits forecasters, `router` teaches routers and trains forecasters, `lora` adapts."""
 
 from __future__ import annotations
 
