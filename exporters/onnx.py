@@ -34,12 +34,14 @@ from exporters.onnx_format import (
     VERSION,
     CacheShape,
     Decision,
+    Quantization,
 )
 from exporters.onnx_interface import complete_interface
 from exporters.onnx_names import name_all, note_modules
 from exporters.onnx_ops import function_protos
+from exporters.onnx_quantize import quantize_weights
 from exporters.onnx_table import UNIT, translations
-from exporters.onnx_weights import store_transposed
+from exporters.onnx_weights import numbers, store_transposed
 from passes.base import Pass, PassManager
 from passes.clean_up import CleanUp
 from passes.fuse_gates import FuseGates
@@ -102,6 +104,7 @@ def export_onnx(
     dump_dir: Path | None = None,
     provider: str = "cpu",
     between: Callable[[], None] | None = None,
+    quantization: Quantization | None = None,
 ) -> list[Decision]:
     """Lower a captured model in place and write `model.onnx` and `model.onnx.data` into a folder.
 
@@ -114,6 +117,7 @@ def export_onnx(
         dump_dir: Where every pass writes its before, after and diff.
         provider: One of `PROVIDERS`, for which the model is optimized; every provider runs it.
         between: Called before each weight is written, so that pages read for earlier weights can leave memory.
+        quantization: How the base's linears and embedding are stored in blocks; None as they are.
 
     Returns:
         One decision for each routed unit, in the order in which a token meets them.
@@ -121,8 +125,8 @@ def export_onnx(
     Raises:
         PassError: A unit cannot be lowered.
     """
-    PassManager(lowering(provider), dump_dir).run(graph)
-    model = _translate(_Deployed(graph), cache, dtype)
+    PassManager(lowering("cpu" if quantization else provider), dump_dir).run(graph)
+    model = _translate(_Deployed(graph), cache, dtype, quantization, between)
     for cleaning in (RemoveUnusedNodesPass(), RemoveUnusedOpsetsPass()):
         cleaning(model)
     name_all(model)
@@ -144,8 +148,14 @@ def export_onnx(
     return decisions
 
 
-def _translate(module: nn.Module, cache: CacheShape, dtype: torch.dtype) -> ir.Model:
-    """Run torch.export and torch.onnx.export, then fold constants and merge equal nodes."""
+def _translate(
+    module: nn.Module,
+    cache: CacheShape,
+    dtype: torch.dtype,
+    quantization: Quantization | None,
+    between: Callable[[], None] | None,
+) -> ir.Model:
+    """Run torch.export and torch.onnx.export, quantize weights, then fold constants and merge equal nodes."""
     device = next(module.parameters()).device
     batch, tokens, past = 2, 3, 5
     # Separate tensors: torch.export would take one tensor given twice for one input.
@@ -175,6 +185,8 @@ def _translate(module: nn.Module, cache: CacheShape, dtype: torch.dtype) -> ir.M
     model = converted.model
     note_modules(model)
     CommonSubexpressionEliminationPass()(model)  # a weight that two nodes read is then transposed once
+    if quantization:
+        quantize_weights(model, quantization, numbers, between)
     store_transposed(model)  # before constants are folded: a folded weight would lose its name
     onnxscript.optimizer.optimize(model, input_size_limit=1024, output_size_limit=1024)
     CommonSubexpressionEliminationPass()(model)

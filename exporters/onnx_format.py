@@ -86,3 +86,30 @@ class Decision:
     def of(cls, unit: str) -> Decision:
         """Return the decision of a unit; the name of its value follows from the unit's name."""
         return cls(unit, f"{unit}.logit_difference")
+
+
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+QUANTIZED = {"int4": 4, "int8": 8}
+"""Types of quantized weights as `--dtype` takes them, with their bits."""
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How weights are quantized.
+
+    Attributes:
+        bits: 4 or 8.
+        block_size: Inputs that share a scale, one of `BLOCK_SIZES`.
+        symmetric: Whether blocks have a scale alone, and no zero point.
+        accuracy_level: How ONNX Runtime computes: 4 with activations rounded to int8, 0 with activations as they are.
+    """
+
+    bits: int = 4
+    block_size: int = 32
+    symmetric: bool = False
+    accuracy_level: int = 4
+
+    @property
+    def name(self) -> str:
+        """`int4` or `int8`."""
+        return f"int{self.bits}"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import onnx_ir as ir
 import torch
+from numpy.typing import NDArray
 from onnx_ir.tensor_adapters import TorchTensor
 
 
@@ -70,6 +71,14 @@ def _use_gemm(model: ir.Model, node: ir.Node, weight: ir.Value) -> None:
 def _constant(name: str, values: list[int]) -> ir.Value:
     tensor = ir.tensor(values, dtype=ir.DataType.INT64, name=name)
     return ir.Value(name=name, shape=ir.Shape([len(values)]), type=ir.TensorType(tensor.dtype), const_value=tensor)
+
+
+def numbers(weight: ir.Value) -> NDArray[Any]:
+    """Return the numbers of a weight, as float32 if NumPy does not know their type."""
+    assert weight.const_value is not None
+    tensor = _torch(weight.const_value)
+    found: NDArray[Any] = (tensor if tensor.dtype == torch.float16 else tensor.float()).numpy()
+    return found
 
 
 def _torch(tensor: ir.TensorProtocol) -> torch.Tensor:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 from click.core import ParameterSource
 
+from exporters.onnx_format import BLOCK_SIZES, QUANTIZED, Quantization
 from irc.cli.options import (
     common_options,
     dtype_option,
@@ -23,7 +25,27 @@ _WITH_UPGRADE = frozenset({"upgrade", "as_json", "debug", "help"})
 @click.command()
 @click.argument("model", required=False, shell_complete=files)
 @output_option("Folder to write.")
-@dtype_option()
+@dtype_option(
+    more=list(QUANTIZED),
+    also=" Also int4 and int8: the base's weights in blocks of 4 or 8 bits; it computes in fp32, for cuda in fp16.",
+)
+@click.option(
+    "--block-size",
+    type=click.Choice([str(size) for size in BLOCK_SIZES]),
+    help=f"int4, int8: weights that share a scale. [default: {Quantization.block_size}]",
+)
+@click.option(
+    "--symmetric/--asymmetric",
+    default=None,
+    help="int4, int8: blocks with a scale alone, or with a zero point too. [default: "
+    f"{'symmetric' if Quantization.symmetric else 'asymmetric'}]",
+)
+@click.option(
+    "--accuracy-level",
+    type=click.Choice(["0", "4"]),
+    help="int4, int8: 4 rounds the inputs of products to 8 bits, which is faster on CPUs; 0 does not. "
+    f"[default: {Quantization.accuracy_level}]",
+)
 @click.option(
     "--layout",
     type=click.Choice(["onnx", "triton"]),
@@ -63,6 +85,9 @@ def command(
     model: str | None,
     output: Path | None,
     dtype: str,
+    block_size: str | None,
+    symmetric: bool | None,
+    accuracy_level: str | None,
     layout: str,
     ops_library: str | None,
     provider: str,
@@ -93,10 +118,12 @@ def command(
     from irc.deployment.onnx_folder import ExportOptions, export
     from irc.recipe.key_policy import KeyPolicy
 
+    quantization = _quantization(dtype, block_size, symmetric, accuracy_level)
     console.note(f"exporting {model}: dtype {dtype}, layout {layout}, provider {provider}")
     policy = KeyPolicy.chosen(kv_policy, kv_threshold)
-    source = ModelSource(model, base, dtype, key_policy=policy, sparsity=sparsity, flops=flops)
-    result = export(source, output, ExportOptions(layout, provider, ops_library, dump_dir, force))
+    computed = dtype if quantization is None else "float16" if provider == "cuda" else "float32"
+    source = ModelSource(model, base, computed, key_policy=policy, sparsity=sparsity, flops=flops)
+    result = export(source, output, ExportOptions(layout, provider, ops_library, dump_dir, force, quantization))
     if as_json:
         console.emit_json(result)
         return
@@ -106,7 +133,7 @@ def command(
         ["", ""],
         [
             ["folder", result["model"]],
-            ["data type", result["dtype"]],
+            ["data type", _shown_type(result)],
             ["meant for", result["provider"]],
             ["opset", f"{result['opset']}, irc {result['op_version']}" if units else str(result["opset"])],
             ["routed units", str(units) if units else "none (dense)"],
@@ -115,6 +142,35 @@ def command(
             ["seconds", f"{result['seconds']['export']:.1f}"],
         ],
     )
+
+
+def _quantization(
+    dtype: str, block_size: str | None, symmetric: bool | None, accuracy_level: str | None
+) -> Quantization | None:
+    """Return how weights are quantized, None where they are not."""
+    given = {
+        "block_size": None if block_size is None else int(block_size),
+        "symmetric": symmetric,
+        "accuracy_level": None if accuracy_level is None else int(accuracy_level),
+    }
+    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if dtype in QUANTIZED:
+        return Quantization(QUANTIZED[dtype], **settings)
+    if settings:
+        flag = {"symmetric": "--symmetric or --asymmetric"}.get(
+            name := next(iter(settings)), f"--{name}".replace("_", "-")
+        )
+        raise click.UsageError(f"{flag} is for --dtype int4 and int8")
+    return None
+
+
+def _shown_type(result: dict[str, Any]) -> str:
+    found = result["quantization"]
+    if found is None:
+        return str(result["dtype"])
+    kind = "symmetric" if found["symmetric"] else "asymmetric"
+    blocks = f"int{found['bits']} in {kind} blocks of {found['block_size']}"
+    return f"{blocks}, accuracy level {found['accuracy_level']}, computes in {result['dtype']}"
 
 
 def _refuse_beside_upgrade(context: click.Context) -> None:

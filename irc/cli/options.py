@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -174,9 +174,15 @@ def ops_option() -> Decorator:
     return click.option("--ops", default="auto", show_default=True, metavar="NAME", help=text)
 
 
-def dtype_option(default: str = "auto") -> Decorator:
-    """Add --dtype. Argument `dtype: str`: auto or the name of a torch dtype; fp32, fp16 and bf16 are accepted."""
-    kind = click.Choice(["auto", *LONG_NAMES.values(), *LONG_NAMES])
+def dtype_option(default: str = "auto", more: Sequence[str] = (), also: str = "") -> Decorator:
+    """Add --dtype. Argument `dtype: str`: auto or the name of a torch dtype; fp32, fp16 and bf16 are accepted.
+
+    Args:
+        default: The default.
+        more: Further types that the command takes.
+        also: What the help says of them.
+    """
+    kind = click.Choice(["auto", *LONG_NAMES.values(), *LONG_NAMES, *more])
     return click.option(
         "--dtype",
         type=kind,
@@ -185,7 +191,7 @@ def dtype_option(default: str = "auto") -> Decorator:
         callback=lambda ctx, parameter, value: LONG_NAMES.get(value, value),
         metavar="NAME",
         help="Data type: auto (that of the bundle's conversion; otherwise fp32, or bf16 for checkpoints over 2 GB), "
-        "float32 (fp32), float16 (fp16) or bfloat16 (bf16).",
+        f"float32 (fp32), float16 (fp16) or bfloat16 (bf16).{also}",
     )
 
 

@@ -23,6 +23,7 @@ from exporters.onnx_format import (
     PROVIDERS,
     VERSION,
     CacheShape,
+    Quantization,
 )
 from exporters.triton import write_repository
 from irc import __version__
@@ -61,6 +62,7 @@ class ExportOptions:
         ops_library: With layout `triton`: path, on the server, of the native operator library to register.
         dump_dir: Where every pass writes the graph before and after it, and the difference.
         force: Replace an ONNX folder at the output.
+        quantization: How the base's weights are stored in blocks of 4 or 8 bits; None as they are.
     """
 
     layout: str = "onnx"
@@ -68,6 +70,7 @@ class ExportOptions:
     ops_library: str | None = None
     dump_dir: Path | None = None
     force: bool = False
+    quantization: Quantization | None = None
 
     def check(self, output: Path) -> None:
         """Refuse options that do not go together.
@@ -139,6 +142,7 @@ def export(
         "source": source.name,
         "layout": options.layout,
         "dtype": manifest["dtype"],
+        "quantization": manifest["quantization"],
         "provider": options.provider,
         "opset": OPSET,
         "op_version": VERSION,
@@ -179,7 +183,15 @@ def _write(model: RoutedForCausalLM, source: str, folder: Path, options: ExportO
     warn_of_overflow(model)
     with interrupts_kept():
         decisions = export_onnx(
-            model.graph, cache, dtype, folder, description, options.dump_dir, options.provider, release
+            model.graph,
+            cache,
+            dtype,
+            folder,
+            description,
+            options.dump_dir,
+            options.provider,
+            release,
+            options.quantization,
         )
     for name in _KEPT:
         if (base.folder / name).is_file():
@@ -198,6 +210,7 @@ def _write(model: RoutedForCausalLM, source: str, folder: Path, options: ExportO
         "opset": OPSET,
         "least_onnxruntime": LEAST_ORT,
         "dtype": short_name(dtype),
+        "quantization": asdict(options.quantization) if options.quantization else None,
         "provider": options.provider,
         "source": source,
         "sparsity": _sparsity(model, found.sparsity),

@@ -9,14 +9,17 @@ from typing import Any
 
 from exporters.onnx_dtypes import FLOATS
 from exporters.onnx_format import (
+    BLOCK_SIZES,
     DATA,
     FORMAT_VERSION,
     MANIFEST,
     MODEL,
     PAST_FROM,
+    QUANTIZED,
     VERSION,
     CacheShape,
     Decision,
+    Quantization,
 )
 from irc.errors import InputError
 from irc.files.atomic import file_sha256
@@ -78,8 +81,14 @@ class OnnxFolder:
 
     @property
     def dtype(self) -> str:
-        """`fp32`, `fp16` or `bf16`."""
+        """The type that the model computes in: `fp32`, `fp16` or `bf16`."""
         return str(self.manifest["dtype"])
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How the base's weights are stored in blocks of 4 or 8 bits; None if they are not."""
+        found = self.manifest.get("quantization")
+        return None if found is None else Quantization(**found)
 
 
 def open_folder(path: Path, oldest: int = FORMAT_VERSION) -> OnnxFolder:
@@ -163,6 +172,10 @@ def _check_types(manifest: dict[str, Any], hashes: Iterable[Any]) -> None:
         raise TypeError("the cache's shape is not made of whole numbers")
     if manifest["dtype"] not in [kind.short for kind in FLOATS]:
         raise ValueError(f"dtype is {manifest['dtype']!r}")
+    if (found := manifest.get("quantization")) is not None:
+        how = Quantization(**found)
+        if how.bits not in QUANTIZED.values() or how.block_size not in BLOCK_SIZES or how.accuracy_level not in (0, 4):
+            raise ValueError(f"quantization is {found!r}")
     context = manifest.get("context_length")
     if context is not None and (type(context) is not int or context < 1):
         raise TypeError(f"context_length is {context!r}, not a whole number of tokens")
