@@ -23,6 +23,7 @@ from irc.cli.options import (
 
 if TYPE_CHECKING:
     from irc.bundle.source import ModelSource
+    from irc.evaluation.run import TextChoice
 
 
 @click.command()
@@ -111,7 +112,7 @@ def command(
     flops_ratios: list[float],
     **opening: Any,
 ) -> None:
-    """Evaluate MODEL: a bundle or a plain model (folder, Hub id, or demo)."""
+    """Evaluate MODEL: a bundle, a plain model (folder, Hub id, or demo), or an ONNX folder."""
     from exporters.onnx_format import MANIFEST
     from irc import console
     from irc.bundle.source import ModelSource
@@ -133,12 +134,10 @@ def command(
                 raise InputError(f"{flag} applies to perplexity only; leave it or --tasks out")
         _evaluate_tasks(source, tasks, data or "stdlib", limit, task_path, as_json)
         return
-    if (Path(model) / MANIFEST).is_file():
-        raise InputError(
-            f"{model}: is an ONNX folder; irc verify measures its perplexity beside that of PyTorch, and --tasks runs "
-            "tasks on it"
-        )
     choice = TextChoice(data, split, tokens, seq_len, yardstick_tokens, also)
+    if (Path(model) / MANIFEST).is_file():
+        _evaluate_folder(Path(model), choice, source, [*kv_sweep, *sparsities, *flops_ratios], as_json)
+        return
     metrics = run_evaluation(
         source,
         console.progress,
@@ -164,6 +163,27 @@ def command(
             dial_report(metrics, sweep)
     if "kv_sweep" in metrics:
         kv_report(metrics)
+
+
+def _evaluate_folder(folder: Path, choice: TextChoice, source: ModelSource, sweeps: list[float], as_json: bool) -> None:
+    """Evaluate an ONNX folder, whose targets, types and policies are those that it was exported with."""
+    from irc import console
+    from irc.bundle.source import ModelSource
+    from irc.cli.report import folder_report
+    from irc.deployment.comparison import evaluate_folder
+    from irc.errors import InputError
+
+    base = None if source.base is None else str(source.base)
+    if sweeps or source != ModelSource(source.name, source.base):
+        raise InputError(
+            f"{folder}: is an ONNX folder, which runs as it was exported; leave out the options that open a bundle "
+            "otherwise (--sparsity, --flops, --kv-policy, --dtype, --device, and sweeps)"
+        )
+    metrics = evaluate_folder(folder, console.progress, choice, base=base)
+    if as_json:
+        console.emit_json(metrics)
+    else:
+        folder_report(metrics)
 
 
 def _evaluate_tasks(

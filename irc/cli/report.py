@@ -77,6 +77,34 @@ def _fidelity_row(text: dict[str, Any], is_worst: bool) -> list[object]:
     ]
 
 
+def folder_report(metrics: dict[str, Any]) -> None:
+    """Show how close an ONNX folder stays to the dense model in fp32, beside what lies between them."""
+    read = metrics["data"]
+    rows = []
+    for text in ({**metrics, "name": read["name"]}, *metrics["texts"]):
+        own = {"name": metrics["side"], "fidelity": text["fidelity"], "perplexity": text["perplexity"]}
+        for side in (*text["between"], own):
+            is_own = side is own
+            rows.append(
+                [
+                    text["name"] if side is (text["between"] or [own])[0] else "",
+                    console.Styled(side["name"], "bold") if is_own else side["name"],
+                    f"{side['fidelity']['kl']:.3f}",
+                    f"{side['fidelity']['kl_p99']:.2f}",
+                    f"{side['fidelity']['top1']:.3f}",
+                    f"{side['perplexity']['dense']:.2f}",
+                    f"{side['perplexity']['routed']:.2f}",
+                    f"{side['perplexity']['ratio']:.3f}",
+                    f"{text['flops_ratio']:.3f}" if is_own else "",
+                ]
+            )
+    console.table(
+        "distance from the dense model in fp32: KL in nats a token, share of tokens with the same likeliest successor",
+        ["text", "model", "KL", "99th percentile", "same top-1", "perplexity, dense", "its own", "ratio", "FLOPs"],
+        rows,
+    )
+
+
 def shown_target(figures: dict[str, Any], kind: str) -> str:
     """Return the target as it follows a realized value; empty if the target is of the other kind or unknown."""
     value = (figures.get("target") or {"sparsity": figures["sparsity"]["target"]}).get(kind)

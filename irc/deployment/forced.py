@@ -45,4 +45,4 @@ def open_forced(folder: Path, provider: str = "auto", **options: Any) -> Runtime
     with tempfile.TemporaryDirectory(prefix="irc-forced-") as place:
         path = Path(place) / MODEL
         write_forced(exported, path)
-        return Runtime(folder, provider, **options, forced_model=path)
+        return Runtime(folder, provider, **options, model_file=path, forced=True)

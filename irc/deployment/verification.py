@@ -13,14 +13,15 @@ import torch.nn.functional as F
 from transformers import GenerationConfig
 
 from exporters.onnx_dtypes import of_weights
-from irc.bundle.loading import open_model
-from irc.bundle.source import ModelSource
+from irc.deployment.comparison import quantized_source
+from irc.deployment.exact import open_exact
+from irc.deployment.exported_source import open_source
 from irc.errors import InputError
+from irc.evaluation.exported import FolderFigures
+from irc.evaluation.texts import NamedText
 from irc.model.modules import Record
 from irc.model.routed import RoutedForCausalLM
 from irc.progress import Progress, ProgressFactory
-from irc.recipe.key_policy import KeyPolicy
-from irc.runtime.folder import OnnxFolder
 from irc.runtime.generation import Generator
 from irc.runtime.session import Runtime
 from irc.text.source import load_text, pick, token_stream, windows
@@ -83,11 +84,13 @@ def verify(
     """
     if tolerance is not None and not 0 <= tolerance < math.inf:
         raise InputError(f"tolerance is {tolerance}; give 0 or more", options=("tolerance",))
-    runtime = Runtime(folder, provider, ops=ops)
+    runtime = open_exact(folder, provider, ops=ops)
     data, seq_len, new_tokens = sample.data, sample.seq_len, sample.new_tokens
     _check_lengths(runtime.exported.manifest.get("context_length"), seq_len, new_tokens if sample.prompts else 0)
     dtype = runtime.exported.dtype
-    source, model = _source(folder, runtime.exported, bundle, base)
+    source, opened = open_source(folder, runtime.exported, bundle, base)
+    quantized = quantized_source(folder, runtime, bundle, base)
+    model = opened if quantized is None else quantized
     text = windows(token_stream(load_text(data).split("heldout"), model.base.tokenizer), seq_len, data)
     chosen = pick(text, sample.tokens)
     totals = _Totals(runtime, _NEAR[dtype])
@@ -98,6 +101,11 @@ def verify(
     continued = pick(text, sample.prompts * seq_len)[: sample.prompts if totals.finite else 0]
     with progress("continuations", len(continued)) as bar:
         same, generated = _generated(model, runtime, continued, new_tokens, bar)
+    beside = None
+    if quantized is not None and totals.finite:
+        figures = FolderFigures(Runtime(folder, provider, ops=ops), opened, quantized)
+        with progress("fidelity", len(chosen)) as bar:
+            beside = {"side": figures.name, **figures.measure(NamedText(data, chosen), bar)}
     limit = tolerance_of(dtype, totals.largest if totals.finite else 0) if tolerance is None else tolerance
     return {
         "model": str(folder),
@@ -111,6 +119,7 @@ def verify(
         "tolerance": limit,
         "perplexity": {"pytorch": totals.perplexity("pytorch"), "onnxruntime": totals.perplexity("onnxruntime")},
         **totals.routing(),
+        **({} if beside is None else {"quantized": beside}),
         "generated": {"prompts": generated, "identical": same, "new_tokens": new_tokens},
         "ok": totals.finite and totals.worst <= limit and totals.flips == 0 and (dtype != "fp32" or same == generated),
     }
@@ -137,33 +146,6 @@ def _check_lengths(context: int | None, seq_len: int, new_tokens: int) -> None:
         )
 
 
-def _source(folder: Path, exported: OnnxFolder, bundle: str | None, base: str | None) -> tuple[str, RoutedForCausalLM]:
-    """Open the source of a folder; return its name too."""
-    source = bundle or exported.source
-    if bundle is None and Path(source).is_absolute() and not Path(source).exists():
-        raise InputError(
-            f"{folder}: what it was exported from ({exported.manifest['source']}) is not there; say where it is now",
-            options=("bundle",),
-        )
-    model = open_model(
-        ModelSource(
-            source,
-            base=base,
-            dtype=exported.dtype,
-            device="cpu",
-            key_policy=_key_policy(exported),
-            sparsity=exported.dial,
-            flops=exported.dial_flops,
-            ask_hub=bundle is not None,
-        )
-    )
-    if bool(model.spec) != bool(exported.decisions):
-        raise InputError(
-            f"{folder}: was not exported from {source}: only one of the two routes tokens", options=("bundle",)
-        )
-    return source, model
-
-
 def tolerance_of(dtype: str, largest: float) -> float:
     """Return the largest difference of logits that rounding explains.
 
@@ -177,13 +159,6 @@ def tolerance_of(dtype: str, largest: float) -> float:
     rounding = of_weights(dtype).rounding
     assert rounding is not None
     return _ROUNDINGS * rounding * 2.0 ** math.floor(math.log2(max(1.0, largest)))
-
-
-def _key_policy(exported: OnnxFolder) -> KeyPolicy | None:
-    """Return the policy that a folder was exported under; None where every token's keys are stored."""
-    if not exported.cache.reduced:
-        return None
-    return KeyPolicy("reduced", float(exported.manifest["kv_threshold"]))
 
 
 class _Totals:

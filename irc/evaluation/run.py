@@ -85,8 +85,8 @@ def run_evaluation(
         "flops_sweep": [Target("flops", value) for value in flops_ratios],
     }
     _refuse_sweeps(opened, source.name, kv_thresholds, [target for sweep in sweeps.values() for target in sweep])
-    text, split, seq_len, chosen = _chosen_text(opened, source.name, choice, progress)
-    further = _further_texts(opened, seq_len, choice)
+    text, split, seq_len, chosen = chosen_text(opened, source.name, choice, progress)
+    further = texts_beside(opened, seq_len, choice)
     with progress("evaluate", len(chosen)) as bar:
         result = evaluate(opened, chosen, bar)
     bundle = bundle_of(opened)
@@ -123,10 +123,23 @@ def _refuse_sweeps(
         check_dial(model, target)
 
 
-def _chosen_text(
+def chosen_text(
     model: RoutedForCausalLM, name: str, choice: TextChoice, progress: ProgressFactory
 ) -> tuple[Mixture, str, int, torch.Tensor]:
-    """Return the text, the name of its split, tokens per window, and the windows, int64 [windows, tokens]."""
+    """Choose what a model is evaluated on.
+
+    Args:
+        model: A bundle or a plain model.
+        name: Its name, for errors.
+        choice: What the user chose.
+        progress: Makes progress bars.
+
+    Returns:
+        The text, the name of its split, tokens per window, and the windows, int64 [windows, tokens].
+
+    Raises:
+        InputError: The text cannot be read, or is not known any more.
+    """
     bundle = bundle_of(model)
     recipe = Recipe() if bundle is None else bundle.recipe
     if choice.data is None and _text_is_lost(bundle, recipe):
@@ -146,7 +159,8 @@ def _chosen_text(
     return text, split, seq_len, pick(windows(stream, seq_len, text.name), tokens)
 
 
-def _further_texts(model: RoutedForCausalLM, seq_len: int, choice: TextChoice) -> list[NamedText]:
+def texts_beside(model: RoutedForCausalLM, seq_len: int, choice: TextChoice) -> list[NamedText]:
+    """Return the yardstick and the user's further texts, as many tokens as the user chose or the conversion read."""
     bundle, tokens = bundle_of(model), choice.yardstick_tokens
     if tokens is None:
         tokens = (Recipe() if bundle is None else bundle.recipe).yardstick_tokens

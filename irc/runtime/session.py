@@ -89,8 +89,10 @@ class Runtime:
         profile: Where ONNX Runtime writes how long each kernel took (see `end_profile`); None for no profile.
         tf32: Whether ONNX Runtime may round the inputs of fp32 products to ten bits on CUDA, as it does by default;
             native operators never do.
-        forced_model: A file that `irc.deployment.forced` wrote for this folder; `step` is then given the decisions
-            instead of following the routers, which run all the same. It is read once, here.
+        model_file: A model to run in place of the folder's, with the folder's weights: what `irc.deployment.forced`
+            or `irc.deployment.exact` wrote for it. It is read once, here.
+        forced: Whether that model is a forced one; `step` is then given the decisions instead of following the
+            routers, which run all the same.
 
     Raises:
         InputError: The folder is damaged or of an older format, or the provider or the library does not load or lacks
@@ -105,7 +107,8 @@ class Runtime:
         ops: str = "auto",
         profile: Path | None = None,
         tf32: bool = True,
-        forced_model: Path | None = None,
+        model_file: Path | None = None,
+        forced: bool = False,
     ) -> None:
         self.exported: OnnxFolder = open_folder(folder)
         self.provider = choose_provider(provider)
@@ -120,8 +123,8 @@ class Runtime:
         exact = self.provider == "cuda" and not tf32
         how: Any = (PROVIDERS["cuda"], {"use_tf32": "0"}) if exact else PROVIDERS[self.provider]
         model: str | bytes = str(self.exported.model)
-        if forced_model is not None:
-            model = forced_model.read_bytes()  # its weights are the folder's, beside which it does not lie
+        if model_file is not None:
+            model = model_file.read_bytes()  # its weights are the folder's, beside which it does not lie
             weights = str(self.exported.model.parent.resolve())
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", weights)
         try:
@@ -132,7 +135,7 @@ class Runtime:
                 f"{folder}: ONNX Runtime cannot load it ({first_line(error, 300)}); export again"
             ) from error
         _check_units(self.exported, signature)
-        self._forced = forced_model is not None and bool(self.exported.decisions)
+        self._forced = forced and bool(self.exported.decisions)
         self._layout = _cache_layout(self.exported, signature, self.provider)
         self.vocabulary = _vocabulary(folder, signature)
         self._outputs = ["logits", *([DIFFERENCES] if self.exported.decisions else [])]
