@@ -28,7 +28,7 @@ class Blocks:
     """A quantized weight.
 
     Attributes:
-        packed: uint8 [out, blocks, bytes of a block].
+        packed: uint8 [out, blocks, bytes of a block]; of an embedding without a product [out, bytes].
         scales: [out, blocks], of the activations' type.
         zeros: uint8 [out, bytes], 4 or 8 bits for each block; None if symmetric.
     """
@@ -62,7 +62,9 @@ def quantize(weight: NDArray[Any], how: Quantization) -> Blocks:
 def dequantize(blocks: Blocks, inputs: int, how: Quantization) -> NDArray[np.float32]:
     """Return the weight that the operators compute with, float32 [out, inputs]."""
     out, count = blocks.scales.shape
-    values = _unpacked(blocks.packed.reshape(out, -1), how.bits).reshape(out, count, how.block_size)
+    values = _unpacked(blocks.packed.reshape(out, -1), how.bits)
+    padding = count * how.block_size - values.shape[1]  # an embedding alone has none
+    values = np.pad(values, ((0, 0), (0, padding))).reshape(out, count, how.block_size)
     middle = 1 << (how.bits - 1)
     zeros = np.full((out, count), middle) if blocks.zeros is None else _unpacked(blocks.zeros, how.bits)[:, :count]
     scales = blocks.scales.astype(np.float32)
@@ -95,11 +97,13 @@ def quantize_weights(
     done: list[str] = []
     for weight in list(model.graph.initializers.values()):
         products, turned, lookups = _users(weight)
-        if not products or any(part in str(weight.name) for part in _KEPT):
+        if not (products or lookups) or any(part in str(weight.name) for part in _KEPT):
             continue
         blocks = quantize(read(weight), how)
         out, inputs = (int(cast(int, size)) for size in cast(ir.Shape, weight.shape))
-        parts = [_initializer(model, weight, PACKED, blocks.packed), _initializer(model, weight, SCALES, blocks.scales)]
+        width = inputs * how.bits // 8
+        packed = blocks.packed if products else blocks.packed.reshape(out, -1)[:, :width]
+        parts = [_initializer(model, weight, PACKED, packed), _initializer(model, weight, SCALES, blocks.scales)]
         if blocks.zeros is not None:
             parts.append(_initializer(model, weight, ZEROS, blocks.zeros))
         attributes: dict[str, Any] = {"K": inputs, "N": out, "bits": how.bits, "block_size": how.block_size}
@@ -109,10 +113,10 @@ def quantize_weights(
             _replace(model, product, ir.node("MatMulNBits", [product.inputs[0], *parts], attributes, domain=DOMAIN))
         for node in turned:
             model.graph.remove(node, safe=True)
-        if lookups and inputs % how.block_size == 0:
-            _look_up(model, lookups, parts, inputs, how)
-        if not weight.uses():
-            del model.graph.initializers[cast(str, weight.name)]
+        if lookups:
+            _look_up(model, lookups, parts, width, how)
+        assert not weight.uses(), weight.name
+        del model.graph.initializers[cast(str, weight.name)]
         done.append(str(weight.name))
         if between:
             between()
@@ -132,33 +136,38 @@ def _users(weight: ir.Value) -> tuple[list[ir.Node], list[ir.Node], list[ir.Node
     ]
     if weight.shape is None or len(weight.shape) != 2 or any(len(node.outputs[0].uses()) != 1 for node in turned):
         return [], [], []
-    if len(products) != len(turned):
+    lookups = [node for node, place in weight.uses() if node.op_type == "Gather" and place == 0 and not _axis(node)]
+    if len(products) != len(turned) or len(weight.uses()) != len(turned) + len(lookups):
         return [], [], []
-    lookups = [node for node, place in weight.uses() if node.op_type == "Gather" and place == 0]
     return products, turned, lookups
 
 
-def _look_up(model: ir.Model, lookups: list[ir.Node], parts: list[ir.Value], inputs: int, how: Quantization) -> None:
-    """Look rows up in the blocks of a product, which a reshape shows as rows."""
+def _axis(node: ir.Node) -> int:
+    axis = node.attributes.get("axis")
+    return 0 if axis is None else axis.as_int()
+
+
+def _look_up(model: ir.Model, lookups: list[ir.Node], parts: list[ir.Value], width: int, how: Quantization) -> None:
+    """Look rows of `width` bytes up; nodes that ONNX Runtime folds show the blocks of a product as such rows."""
     packed, *others = parts
-    assert packed.shape is not None
-    width = inputs * how.bits // 8
-    shape = ir.Value(
-        name=f"{packed.name}.rows",
-        shape=ir.Shape([2]),
-        type=ir.TensorType(ir.DataType.INT64),
-        const_value=ir.tensor(
-            [int(cast(int, packed.shape[0])), width], dtype=ir.DataType.INT64, name=f"{packed.name}.rows"
-        ),
-    )
-    model.graph.register_initializer(shape)
+    shape = [int(cast(int, number)) for number in cast(ir.Shape, packed.shape)]
+    found, nodes = packed, []
+    if len(shape) > 2:
+        rows = np.array([shape[0], shape[1] * shape[2]])
+        nodes.append(ir.node("Reshape", [packed, _initializer(model, packed, "rows", rows)]))
+        found = nodes[-1].outputs[0]
+        if width < rows[1]:
+            places = (("first", 0), ("end", width), ("axis", 1))
+            ends = [_initializer(model, packed, name, np.array([place])) for name, place in places]
+            nodes.append(ir.node("Slice", [found, *ends]))
+            found = nodes[-1].outputs[0]
+    attributes = {"bits": how.bits, "block_size": how.block_size, "gather_axis": 0, "quantize_axis": 1}
+    for node in nodes:
+        node.metadata_props.update(lookups[0].metadata_props)
+        model.graph.insert_before(lookups[0], node)
     for lookup in lookups:
-        rows = ir.node("Reshape", [packed, shape])
-        attributes = {"bits": how.bits, "block_size": how.block_size, "gather_axis": 0, "quantize_axis": 1}
-        found = ir.node("GatherBlockQuantized", [rows.outputs[0], lookup.inputs[1], *others], attributes, domain=DOMAIN)
-        rows.metadata_props.update(lookup.metadata_props)
-        model.graph.insert_before(lookup, rows)
-        _replace(model, lookup, found)
+        read = [found, lookup.inputs[1], *others]
+        _replace(model, lookup, ir.node("GatherBlockQuantized", read, attributes, domain=DOMAIN))
 
 
 def _initializer(model: ir.Model, weight: ir.Value, end: str, data: NDArray[Any]) -> ir.Value:

@@ -51,9 +51,8 @@ def use_quantized_weights(model: RoutedForCausalLM, exported: OnnxFolder) -> Non
         blocks = Blocks(parts[0], parts[1], parts[2] if len(parts) > 2 else None)
         found = torch.from_numpy(dequantize(blocks, weight.shape[1], how)).to(weight)
         for place in places[id(weight)]:
-            if place not in stored:  # an embedding may have kept its own numbers where its head has blocks
-                path, _, leaf = place.rpartition(".")
-                setattr(model.graph.get_submodule(path), leaf, nn.Parameter(found, requires_grad=False))
+            path, _, leaf = place.rpartition(".")
+            setattr(model.graph.get_submodule(path), leaf, nn.Parameter(found, requires_grad=False))
     model.rewritten()
 
 

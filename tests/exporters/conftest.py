@@ -21,6 +21,8 @@ from torch import fx
 
 from exporters.onnx import MODEL, CacheShape, Decision, Description, export_onnx
 from exporters.onnx_dtypes import ALL
+from exporters.onnx_format import Quantization
+from exporters.onnx_quantize import PACKED, SCALES, ZEROS, Blocks, dequantize
 from irc.bench.kernels.attention import AttentionCase, AttentionSizes, HiddenKeys, attention_case
 from irc.bench.kernels.check import NodeRunner
 from irc.model.cache import cache_shape
@@ -36,6 +38,8 @@ LIBRARY = installed_library()
 OPS = ("portable", "native") if LIBRARY else ("portable",)
 SOURCES = Path(__file__).parents[2] / "exporters" / "native" / "src"
 _CODES = {getattr(torch, kind.long): kind.code for kind in ALL}
+TOLERANCE = 1e-4  # fp32, absolute, on logits
+NEAR = 1e-4  # if two router logits are closer than this, rounding may decide a route
 GATES = {"mixed": 0.0, "all executed": 1e3, "all skipped": -1e3}
 
 
@@ -115,11 +119,17 @@ def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
     """Give `make_pair(tiny)`: insert untrained routers and forecasters, and export.
 
     `routed=False` exports densely; attention units of the layers `reduced` store executed tokens only; the model is
-    optimized for `provider`; with `bottleneck`, routers read the bottleneck of their forecaster.
+    optimized for `provider`; with `bottleneck`, routers read the bottleneck of their forecaster. With `quantization`,
+    the reference has the weights that the blocks stand for.
     """
 
     def make(
-        tiny: Any, routed: bool = True, reduced: tuple[int, ...] = (), provider: str = "cpu", bottleneck: bool = False
+        tiny: Any,
+        routed: bool = True,
+        reduced: tuple[int, ...] = (),
+        provider: str = "cpu",
+        bottleneck: bool = False,
+        quantization: Quantization | None = None,
     ) -> Pair:
         control, dtype = RoutingControl(), tiny.captured.dtype
         torch.manual_seed(0)
@@ -150,10 +160,81 @@ def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
         folder = tmp_path_factory.mktemp("onnx")
         cache = CacheShape(*cache_shape(tiny.config), reduced=reduced)
         about = Description("1.2.3", "A tiny model.", {"made.by": "tests"})
-        decisions = export_onnx(tiny.graph, cache, tiny.captured.dtype, folder, about, provider=provider)
+        options: dict[str, Any] = {"provider": provider, "quantization": quantization}
+        decisions = export_onnx(tiny.graph, cache, tiny.captured.dtype, folder, about, **options)
+        if quantization is not None:
+            _use_blocks(reference.graph, folder / MODEL, quantization)
         return Pair(reference.graph, control, folder / MODEL, decisions, cache)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def feeds() -> Callable[..., tuple[Any, Any, list[Any]]]:
+    """Give `feeds(pair, case, dtype)`: ids, mask and cache of a case."""
+    return _feeds
+
+
+@pytest.fixture(scope="session")
+def compare() -> Callable[[Pair, dict[str, Any]], bool]:
+    """Give `compare(pair, case)`, which is False where rounding may decide a route."""
+    return _compared
+
+
+def _feeds(pair: Any, case: dict[str, Any], dtype: torch.dtype = torch.float32) -> tuple[Any, Any, list[Any]]:
+    batch, length, past = case["batch"], case["length"], case["past"]
+    generator = torch.Generator().manual_seed(case["seed"])
+    ids = torch.randint(0, 61, (batch, length), generator=generator)
+    mask = torch.ones(batch, past + length, dtype=torch.int64)
+    for row in range(batch):
+        cut = int(torch.randint(0, past + length if case["padding"] == "left" else length, (), generator=generator))
+        if case["padding"] == "left":
+            mask[row, :cut] = 0
+        elif case["padding"] == "right" and cut:
+            mask[row, -cut:] = 0
+    shape = (batch, pair.cache.heads, past, pair.cache.size)
+    return ids, mask, [torch.randn(shape, generator=generator).to(dtype) for _ in range(2 * pair.cache.layers)]
+
+
+def _compared(pair: Any, case: dict[str, Any]) -> bool:
+    """Compare all outputs, with all kinds of kernels; returns False where rounding may decide a route."""
+    ids, mask, past = _feeds(pair, case)
+    real = mask[:, -ids.shape[1] :].bool()
+    expected, tape = pair.torch(case["gates"], ids, mask, past)
+    near = [record.difference.abs()[real].min().item() for record in tape.values() if record.difference is not None]
+    if near and min(near) <= NEAR:
+        return False
+    for ops in pair.all_ops:
+        found = pair.onnx(case["gates"], ids, mask, past, ops=ops)
+        _check_outputs(pair, case, found, expected, tape, mask, real)
+    return True
+
+
+def _check_outputs(pair: Any, case: dict[str, Any], found: Any, expected: Any, tape: Any, mask: Any, real: Any) -> None:
+    assert (found["logits"] - expected[0])[real].abs().max() <= TOLERANCE
+    for index, tensor in enumerate(expected[1:]):
+        name = f"present.{index // 2}.{('key', 'value')[index % 2]}"
+        assert found[name].shape == tensor.shape
+        assert (found[name] - tensor).transpose(1, 2)[mask.bool()].abs().max() <= TOLERANCE
+    for decision in pair.decisions:
+        execute = tape[decision.unit].execute
+        assert torch.equal(~(found[decision.difference] < 0)[real], execute[real]), decision.unit
+        if case["gates"] != "mixed":
+            assert bool(execute.all()) == (case["gates"] == "all executed")
+
+
+def _use_blocks(graph: fx.GraphModule, path: Path, how: Quantization) -> None:
+    """Give a module the weights of an exported model's blocks."""
+    stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(str(path)).graph.initializer}
+    for name in [name.removesuffix(f".{PACKED}") for name in stored if name.endswith(f".{PACKED}")]:
+        parent, _, leaf = name.rpartition(".")
+        module = graph.get_submodule(parent)
+        weight = getattr(module, leaf)
+        blocks = Blocks(stored[f"{name}.{PACKED}"], stored[f"{name}.{SCALES}"], stored.get(f"{name}.{ZEROS}"))
+        found = torch.nn.Parameter(torch.from_numpy(dequantize(blocks, weight.shape[1], how)), requires_grad=False)
+        for holder in graph.modules():  # all that are tied
+            if getattr(holder, "weight", None) is weight:
+                holder.weight = found
 
 
 @pytest.fixture(scope="session")

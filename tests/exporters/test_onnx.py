@@ -13,9 +13,6 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
-TOLERANCE = 1e-4  # fp32, absolute, on logits
-NEAR = 1e-4  # if two router logits are closer than this, rounding may decide a route
-
 _pairs: dict[Any, Any] = {}
 
 configurations = st.builds(
@@ -50,61 +47,21 @@ inputs = st.fixed_dictionaries(
 )
 
 
-def _feeds(pair: Any, case: dict[str, Any], dtype: torch.dtype = torch.float32) -> tuple[Any, Any, list[Any]]:
-    batch, length, past = case["batch"], case["length"], case["past"]
-    generator = torch.Generator().manual_seed(case["seed"])
-    ids = torch.randint(0, 61, (batch, length), generator=generator)
-    mask = torch.ones(batch, past + length, dtype=torch.int64)
-    for row in range(batch):
-        cut = int(torch.randint(0, past + length if case["padding"] == "left" else length, (), generator=generator))
-        if case["padding"] == "left":
-            mask[row, :cut] = 0
-        elif case["padding"] == "right" and cut:
-            mask[row, -cut:] = 0
-    shape = (batch, pair.cache.heads, past, pair.cache.size)
-    return ids, mask, [torch.randn(shape, generator=generator).to(dtype) for _ in range(2 * pair.cache.layers)]
-
-
-def _compare(pair: Any, case: dict[str, Any]) -> bool:
-    """Compare all outputs, with all kinds of kernels; returns False where rounding may decide a route."""
-    ids, mask, past = _feeds(pair, case)
-    real = mask[:, -ids.shape[1] :].bool()
-    expected, tape = pair.torch(case["gates"], ids, mask, past)
-    near = [record.difference.abs()[real].min().item() for record in tape.values() if record.difference is not None]
-    if near and min(near) <= NEAR:
-        return False
-    for ops in pair.all_ops:
-        found = pair.onnx(case["gates"], ids, mask, past, ops=ops)
-        _check(pair, case, found, expected, tape, mask, real)
-    return True
-
-
-def _check(pair: Any, case: dict[str, Any], found: Any, expected: Any, tape: Any, mask: Any, real: Any) -> None:
-    assert (found["logits"] - expected[0])[real].abs().max() <= TOLERANCE
-    for index, tensor in enumerate(expected[1:]):
-        name = f"present.{index // 2}.{('key', 'value')[index % 2]}"
-        assert found[name].shape == tensor.shape
-        assert (found[name] - tensor).transpose(1, 2)[mask.bool()].abs().max() <= TOLERANCE
-    for decision in pair.decisions:
-        execute = tape[decision.unit].execute
-        assert torch.equal(~(found[decision.difference] < 0)[real], execute[real]), decision.unit
-        if case["gates"] != "mixed":
-            assert bool(execute.all()) == (case["gates"] == "all executed")
-
-
 @pytest.mark.slow
 @settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(shape=configurations, data=st.data())
-def test_random_llamas(tiny_of: Callable, make_pair: Callable, shape: dict[str, Any], data: st.DataObject) -> None:
+def test_random_llamas(
+    tiny_of: Callable, make_pair: Callable, compare: Callable, shape: dict[str, Any], data: st.DataObject
+) -> None:
     key = tuple(sorted(shape.items()))
     if key not in _pairs:
         _pairs[key] = make_pair(tiny_of(LlamaConfig(**shape)))
     for _ in range(12):
-        assume(_compare(_pairs[key], data.draw(inputs)))
+        assume(compare(_pairs[key], data.draw(inputs)))
 
 
 @pytest.mark.parametrize("family", ["llama-mha-biased-rope3", "mistral-sliding", "qwen2", "qwen3"])
-def test_other_architectures(tiny: Callable, make_pair: Callable, family: str) -> None:
+def test_other_architectures(tiny: Callable, make_pair: Callable, compare: Callable, family: str) -> None:
     pair = make_pair(tiny(family))
     compared = 0
     for seed in range(8):
@@ -115,7 +72,7 @@ def test_other_architectures(tiny: Callable, make_pair: Callable, family: str) -
             ("all executed", 2, 5, 3, "right"),
         ):
             case = {"batch": batch, "length": length, "past": past, "padding": padding, "gates": gates, "seed": seed}
-            compared += _compare(pair, case)
+            compared += compare(pair, case)
     assert compared >= 24
 
 
@@ -126,16 +83,18 @@ def routed(tiny_of: Callable, make_pair: Callable) -> Any:
     return make_pair(tiny_of(LlamaConfig(**shape, **heads, max_position_embeddings=256)))
 
 
-def test_routers_of_the_bottleneck_share_its_weight(tiny: Callable, make_pair: Callable) -> None:
+def test_routers_of_the_bottleneck_share_its_weight(tiny: Callable, make_pair: Callable, compare: Callable) -> None:
     """Router and forecast read one weight, which is stored once."""
     pair = make_pair(tiny(), bottleneck=True)
     names = [tensor.name for tensor in onnx.load(str(pair.path), load_external_data=False).graph.initializer]
     assert sum(name.endswith("_forecaster.down.weight") for name in names) == len(pair.decisions) == 4
     case = {"batch": 2, "length": 6, "past": 3, "padding": "left", "gates": "mixed"}
-    assert sum(_compare(pair, {**case, "seed": seed}) for seed in range(6)) >= 3
+    assert sum(compare(pair, {**case, "seed": seed}) for seed in range(6)) >= 3
 
 
-def test_of_our_operators_a_dense_model_has_attention_alone(tiny: Callable, make_pair: Callable) -> None:
+def test_of_our_operators_a_dense_model_has_attention_alone(
+    tiny: Callable, make_pair: Callable, compare: Callable
+) -> None:
     pair = make_pair(tiny(), routed=False)
     assert pair.decisions == []
     model = onnx.load(str(pair.path))
@@ -143,7 +102,7 @@ def test_of_our_operators_a_dense_model_has_attention_alone(tiny: Callable, make
     assert "Attention" not in {node.op_type for node in model.graph.node}
     assert {entry.key: entry.value for entry in model.metadata_props}["irc.cache_in_place"] == "true"
     case = {"batch": 2, "length": 6, "past": 3, "padding": "left", "gates": "mixed", "seed": 0}
-    assert _compare(pair, case)
+    assert compare(pair, case)
 
 
 def test_operators_and_weights_of_the_file(routed: Any) -> None:
@@ -184,12 +143,12 @@ def test_the_checker_and_strict_shape_inference_pass(routed: Any) -> None:
 
 
 @pytest.mark.slow
-def test_half_precision(tiny: Callable, make_pair: Callable) -> None:
+def test_half_precision(tiny: Callable, make_pair: Callable, feeds: Callable) -> None:
     """fp16 on the CPU provider against PyTorch in fp16: 2e-2 absolute on logits of about 3."""
     pair = make_pair(tiny("llama", torch.float16))
     case = {"batch": 2, "length": 6, "past": 3, "padding": "left", "gates": "all executed", "seed": 0}
     for gates in ("all executed", "all skipped"):
-        ids, mask, past = _feeds(pair, case, torch.float16)
+        ids, mask, past = feeds(pair, case, torch.float16)
         expected, _ = pair.torch(gates, ids, mask, past)
         for ops in pair.all_ops:
             found = pair.onnx(gates, ids, mask, past, ops=ops)["logits"]
