@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from irc import console
@@ -78,29 +79,38 @@ def _fidelity_row(text: dict[str, Any], is_worst: bool) -> list[object]:
 
 
 def folder_report(metrics: dict[str, Any]) -> None:
-    """Show how close an ONNX folder stays to the dense model in fp32, beside what lies between them."""
-    read = metrics["data"]
-    rows = []
-    for text in ({**metrics, "name": read["name"]}, *metrics["texts"]):
-        own = {"name": metrics["side"], "fidelity": text["fidelity"], "perplexity": text["perplexity"]}
-        for side in (*text["between"], own):
-            is_own = side is own
+    """Show how close an ONNX folder stays to the dense model in fp32, on every text."""
+    sides_table(metrics["side"], [{**metrics, "name": metrics["data"]["name"]}, *metrics["texts"]])
+
+
+def sides_table(own: str, texts: Sequence[dict[str, Any]]) -> None:
+    """Show how far a folder, and what lies between it and the dense model, are from the dense model in fp32.
+
+    Args:
+        own: What the folder is, such as `routed int4`.
+        texts: Objects of the JSON key `texts` of `irc eval` for a folder.
+    """
+    rows: list[list[object]] = []
+    for text in texts:
+        sides = [*text["between"], {"name": own, **{key: text[key] for key in ("fidelity", "perplexity")}}]
+        for place, side in enumerate(sides):
+            last = place + 1 == len(sides)
+            fidelity, perplexity = side["fidelity"], side["perplexity"]
             rows.append(
                 [
-                    text["name"] if side is (text["between"] or [own])[0] else "",
-                    console.Styled(side["name"], "bold") if is_own else side["name"],
-                    f"{side['fidelity']['kl']:.3f}",
-                    f"{side['fidelity']['kl_p99']:.2f}",
-                    f"{side['fidelity']['top1']:.3f}",
-                    f"{side['perplexity']['dense']:.2f}",
-                    f"{side['perplexity']['routed']:.2f}",
-                    f"{side['perplexity']['ratio']:.3f}",
-                    f"{text['flops_ratio']:.3f}" if is_own else "",
+                    "" if place else text["name"],
+                    console.Styled(side["name"], "bold") if last else side["name"],
+                    f"{fidelity['kl']:.3f}",
+                    f"{fidelity['kl_p99']:.2f}",
+                    f"{fidelity['top1']:.3f}",
+                    f"{perplexity['routed']:.2f}",
+                    f"{perplexity['ratio']:.3f}",
+                    f"{text['flops_ratio']:.3f}" if last else "",
                 ]
             )
     console.table(
         "distance from the dense model in fp32: KL in nats a token, share of tokens with the same likeliest successor",
-        ["text", "model", "KL", "99th percentile", "same top-1", "perplexity, dense", "its own", "ratio", "FLOPs"],
+        ["text", "model", "KL", "99th percentile", "same top-1", "perplexity", "x dense", "FLOPs"],
         rows,
     )
 

@@ -76,6 +76,7 @@ def _what_differs(result: dict[str, Any]) -> str:
 
 def _show(result: dict[str, Any]) -> None:
     from irc import console
+    from irc.cli.report import sides_table
 
     perplexity, generated = result["perplexity"], result["generated"]
     rows = [
@@ -89,6 +90,9 @@ def _show(result: dict[str, Any]) -> None:
         rows.insert(2, ["routing agreement", f"{result['routing_agreement']:.6f}"])
     data = result["data"]
     console.table(f"{data['name']}, {data['tokens']:,} tokens in windows of {data['seq_len']}", ["", ""], rows)
+    if "quantized" in result:
+        found = result["quantized"]
+        sides_table(found["side"], [{**found, "name": data["name"]}])
     shares = {name: unit["routing_agreement"] for name, unit in result.get("units", {}).items()}
     if shares and min(shares.values()) < 1:
         cells = [[name, f"{share:.6f}"] for name, share in shares.items() if share < 1]
