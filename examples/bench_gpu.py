@@ -95,6 +95,7 @@ def correctness(work: Path, native: bool) -> dict[str, Any]:
     import numpy as np
 
     from irc.bench.models import bundle_pair
+    from irc.bench.precision import precision_named
     from irc.bundle.saving import save_bundle
     from irc.deployment.forced import open_forced
     from irc.model.build import build_routed, default_spec
@@ -111,7 +112,9 @@ def correctness(work: Path, native: bool) -> dict[str, Any]:
     runs = [("cpu", "fp32", "portable"), ("cuda", "fp32", "portable"), ("cuda", "fp16", "portable")]
     runs += [("cuda", "fp32", "native"), ("cuda", "fp16", "native")] if native else []
     for provider, dtype, ops in runs:
-        pair = bundle_pair(str(work / "demo"), work / f"{provider}-{dtype}-{ops}", dtype, None, provider)
+        pair = bundle_pair(
+            str(work / "demo"), work / f"{provider}-{dtype}-{ops}", precision_named(dtype, provider), None, provider
+        )
         runtime = open_forced(pair.routed, provider, ops=ops, tf32=False)
         cache, parts = runtime.empty_cache(3), []
         for first, last in ((0, 80), (80, 81), (81, 96)):  # a prompt, one token, several tokens

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from irc.dtypes import BYTES
+from irc.bench.precision import Precision
 from irc.model.flops import flops_ratio, head_flops, unit_flops
 from irc.model.routed import RoutedForCausalLM
 
@@ -16,23 +16,18 @@ def dense_flops(model: RoutedForCausalLM, batch: int, tokens: int) -> float:
     return batch * tokens * (head_flops(model) + units)
 
 
-def dense_bytes(model: RoutedForCausalLM, batch: int, past: float, dtype: str) -> float:
+def dense_bytes(model: RoutedForCausalLM, batch: int, past: float, precision: Precision) -> float:
     """Return the bytes of weights and cache that the dense model reads in one step of decoding.
 
     Args:
         model: Plain or rewritten.
         batch: Sequences.
         past: Mean number of tokens in the cache.
-        dtype: fp32, fp16 or bf16.
+        precision: Of weights and cache.
     """
-    return BYTES[dtype] * _dense_numbers_read(model, batch, past)
-
-
-def _dense_numbers_read(model: RoutedForCausalLM, batch: int, past: float) -> float:
-    """Return how many numbers of weights and cache the dense model reads in one step of decoding."""
     weights = head_flops(model) / 2 + sum((c.always + c.gated) / 2 for c in unit_flops(model, 0).values())
     layers = sum(unit.kind == "attention" for unit in model.units)
-    return weights + layers * _cache_numbers(model, past) * batch
+    return precision.weight_bytes * weights + precision.bytes * layers * _cache_numbers(model, past) * batch
 
 
 def _cache_numbers(model: RoutedForCausalLM, past: float) -> float:
@@ -54,7 +49,9 @@ def ideal_prefill_speedup(model: RoutedForCausalLM, execute: NDArray[np.bool_]) 
     return 1 / flops_ratio(model, keep, execute.shape[2])
 
 
-def ideal_decode_speedup(model: RoutedForCausalLM, execute: NDArray[np.bool_], past: float) -> float:
+def ideal_decode_speedup(
+    model: RoutedForCausalLM, execute: NDArray[np.bool_], past: float, precision: Precision
+) -> float:
     """Return the bytes that the dense model reads over those that the routed model reads, for steps of decoding.
 
     Each step reads one token per sequence. Weights are read once for all sequences if any of them executes the unit; a
@@ -65,16 +62,18 @@ def ideal_decode_speedup(model: RoutedForCausalLM, execute: NDArray[np.bool_], p
         model: Rewritten model.
         execute: What is executed, bool [steps, units, batch].
         past: Mean number of tokens in the cache.
+        precision: Of weights, cache, routers and forecasters.
     """
     batch = execute.shape[2]
     cache = _cache_numbers(model, past) * batch
-    routed = head_flops(model) / 2
+    weights, others = head_flops(model) / 2, 0.0
     counts = unit_flops(model, 0)
     for index, unit in enumerate(model.units):
         count, executed = counts[unit.name], execute[:, index]
         any_executes = float(executed.any(-1).mean())
         any_skips = float((~executed).any(-1).mean())
-        routed += (count.always + count.router + count.forecaster * any_skips + count.gated * any_executes) / 2
+        weights += (count.always + count.gated * any_executes) / 2
+        others += (count.router + count.forecaster * any_skips) / 2
         if unit.kind == "attention":
-            routed += cache * float(executed.mean())
-    return _dense_numbers_read(model, batch, past) / routed
+            others += cache * float(executed.mean())
+    return dense_bytes(model, batch, past, precision) / (precision.weight_bytes * weights + precision.bytes * others)

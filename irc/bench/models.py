@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from irc.bench.precision import Precision
 from irc.bench.shapes import Shape
 from irc.bundle.loading import load
 from irc.bundle.saving import save_bundle
@@ -40,32 +41,36 @@ class ModelPair:
     routed: Path
 
 
-def random_pair(shape: Shape, work: Path, dtype: str, context: int, seed: int, provider: str = "cpu") -> ModelPair:
+def random_pair(
+    shape: Shape, work: Path, precision: Precision, context: int, seed: int, provider: str = "cpu"
+) -> ModelPair:
     """Write a random Llama and its untrained bundle, and export both with the same settings.
 
     Args:
         shape: Sizes of the model.
         work: Folder to write to.
-        dtype: fp32, fp16 or bf16.
+        precision: Of weights, and of everything else.
         context: Longest text, in tokens.
         seed: Seed of the weights.
         provider: Execution provider to export for: cpu or cuda.
     """
-    base = random_llama(shape, work / "base", dtype, context, seed)
+    base = random_llama(shape, work / "base", precision.computed, context, seed)
     model = build_routed(BaseModel(str(base), base), default_spec(shape.hidden), seed=seed)
     save_bundle(model, work / "bundle")
     model.graph.to("meta")  # from here on only shapes are needed
     sources = {"dense": str(base), "routed": str(work / "bundle")}
-    return ModelPair(model, base, *_exported(sources, work, dtype, provider))
+    return ModelPair(model, base, *_exported(sources, work, precision, provider))
 
 
-def bundle_pair(bundle: str, work: Path, dtype: str, target: Target | None, provider: str = "cpu") -> ModelPair:
+def bundle_pair(
+    bundle: str, work: Path, precision: Precision, target: Target | None, provider: str = "cpu"
+) -> ModelPair:
     """Export a bundle and its dense base model.
 
     Args:
         bundle: Folder of the bundle.
         work: Folder to write to.
-        dtype: fp32, fp16 or bf16.
+        precision: Of weights, and of everything else.
         target: Point of the bundle's dial, or None for its own target.
         provider: Execution provider to export for: cpu or cuda.
 
@@ -78,10 +83,10 @@ def bundle_pair(bundle: str, work: Path, dtype: str, target: Target | None, prov
     refuse_whole_sequences(policy_named(model.spec.policy), "be timed")
     base = model.base
     dense, routed = work / "dense", work / f"routed-{target}"
+    options = ExportOptions(provider=provider, quantization=precision.quantization)
     if not dense.exists():
-        export(ModelSource(base.name, dtype=dtype), dense, ExportOptions(provider=provider))
-    source = ModelSource(bundle, base, dtype, sparsity=sparsity, flops=flops)
-    export(source, routed, ExportOptions(provider=provider))
+        export(ModelSource(base.name, dtype=precision.computed), dense, options)
+    export(ModelSource(bundle, base, precision.computed, sparsity=sparsity, flops=flops), routed, options)
     return ModelPair(model, base.folder, dense, routed)
 
 
@@ -107,16 +112,16 @@ def shallower(shape: Shape, sparsity: float) -> Shape:
     return replace(shape, layers=max(1, round(shape.layers * (1 - sparsity))))
 
 
-def dense_export(shape: Shape, work: Path, dtype: str, context: int, seed: int) -> Path:
+def dense_export(shape: Shape, work: Path, precision: Precision, context: int, seed: int) -> Path:
     """Write a random Llama to `work` and export it; return the ONNX folder."""
     name = f"dense-{shape.layers}"
     if not (work / name).exists():
-        base = random_llama(shape, work / f"base-{shape.layers}", dtype, context, seed)
-        _exported({name: str(base)}, work, dtype)
+        base = random_llama(shape, work / f"base-{shape.layers}", precision.computed, context, seed)
+        _exported({name: str(base)}, work, precision)
     return work / name
 
 
-def genai_export(base: Path, work: Path, provider: str, dtype: str) -> Path:
+def genai_export(base: Path, work: Path, provider: str, precision: Precision) -> Path:
     """Export a dense model with the model builder of onnxruntime-genai.
 
     Raises:
@@ -128,7 +133,8 @@ def genai_export(base: Path, work: Path, provider: str, dtype: str) -> Path:
         )
     output = work / "genai"
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", str(base), "-o", str(output)]
-    command += ["-p", dtype, "-e", provider, "-c", str(work / "genai-cache")]
+    command += ["-p", precision.name, "-e", provider, "-c", str(work / "genai-cache")]
+    command += _genai_options(precision)
     finished = subprocess.run(command, capture_output=True, text=True)
     if finished.returncode:
         last_line = (finished.stderr.strip() or "no error message").splitlines()[-1]
@@ -136,8 +142,22 @@ def genai_export(base: Path, work: Path, provider: str, dtype: str) -> Path:
     return output
 
 
-def _exported(sources: dict[str, str], work: Path, dtype: str, provider: str = "cpu") -> list[Path]:
+def _genai_options(precision: Precision) -> list[str]:
+    """Return the options with which genai's builder quantizes as the export does."""
+    how = precision.quantization
+    if how is None:
+        return []
+    given = {
+        f"{how.name}_block_size": how.block_size,
+        f"{how.name}_accuracy_level": how.accuracy_level,
+        f"{how.name}_is_symmetric": str(how.symmetric).lower(),
+    }
+    return ["--extra_options", *(f"{name}={value}" for name, value in given.items())]
+
+
+def _exported(sources: dict[str, str], work: Path, precision: Precision, provider: str = "cpu") -> list[Path]:
     """Export models by the name of their folder; return the folders."""
     for name, source in sources.items():
-        export(ModelSource(source, dtype=dtype), work / name, ExportOptions(provider=provider))
+        options = ExportOptions(provider=provider, quantization=precision.quantization)
+        export(ModelSource(source, dtype=precision.computed), work / name, options)
     return [work / name for name in sources]

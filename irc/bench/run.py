@@ -13,11 +13,11 @@ from typing import Any
 
 from exporters.onnx_dtypes import of_weights
 from irc.bench.models import ModelPair, bundle_pair, random_pair
+from irc.bench.precision import Precision, precision_named
 from irc.bench.profile import profile_operators
 from irc.bench.scenario import PEERS, Load, Scenario, Share, TextTokens
 from irc.bench.shapes import Shape
 from irc.bench.timed_models import TimedModel
-from irc.dtypes import BYTES
 from irc.errors import InputError
 from irc.progress import ProgressFactory
 from irc.recipe.target import Target
@@ -48,7 +48,7 @@ class BenchOptions:
 
     Attributes:
         provider: Execution provider of ONNX Runtime: auto, cpu or cuda.
-        dtype: fp32, fp16 or bf16.
+        dtype: fp32, fp16, bf16, int4 or int8.
         ops: Kernels of our operators, each timed separately (see `irc.runtime.native.choose_library`).
         peers: Other ways to run a model, of `PEERS`.
         profile: Whether to sum the time by operator.
@@ -87,8 +87,9 @@ def bench(
         InputError: A setting cannot be used.
     """
     options = replace(options, provider=choose_provider(options.provider))
-    provider, dtype, seed = options.provider, options.dtype, options.seed
-    _check(subject, shares, load, options)
+    provider, seed = options.provider, options.seed
+    precision = precision_named(options.dtype, provider)
+    _check(subject, shares, load, options, precision)
     rows: list[dict[str, Any]] = []
     profiles: list[dict[str, Any]] = []
     missing: dict[str, str] = {}
@@ -97,9 +98,9 @@ def bench(
         work, context = Path(folder), max(*load.prefill, load.past + load.decode) + 1
         with progress("bench", max(1, len(shares) + len(subject.flops))) as bar:
             for done, (share, flops, pair) in enumerate(
-                _pairs(subject, shares, work, dtype, context, seed, provider), start=1
+                _pairs(subject, shares, work, precision, context, seed, provider), start=1
             ):
-                scenario = Scenario(pair, share, subject.shape, subject.text, work, provider, dtype, seed, flops)
+                scenario = Scenario(pair, share, subject.shape, subject.text, work, provider, precision, seed, flops)
                 opened = {pair.routed: opened.get(pair.routed, {})}  # closes the models of an earlier pair
                 models = scenario.open_models(options.ops, options.peers, context, missing, opened[pair.routed])
                 rows += scenario.rows(load, models)
@@ -110,7 +111,7 @@ def bench(
         "subject": subject.bundle or asdict(subject.shape),
         "load": asdict(load),
         "provider": provider,
-        "dtype": dtype,
+        "dtype": precision.name,
         "cores": len(os.sched_getaffinity(0)),
         "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "results": rows,
@@ -120,32 +121,30 @@ def bench(
 
 
 def _pairs(
-    subject: Subject, shares: Sequence[Share], work: Path, dtype: str, context: int, seed: int, provider: str
+    subject: Subject, shares: Sequence[Share], work: Path, precision: Precision, context: int, seed: int, provider: str
 ) -> Iterator[tuple[Share | None, float | None, ModelPair]]:
     """Yield the models to time for each share and each FLOPs ratio. A random model is the same for all shares."""
     if not subject.bundle:
-        pair = random_pair(subject.shape, work, dtype, context, seed, provider)
+        pair = random_pair(subject.shape, work, precision, context, seed, provider)
         for share in shares:
             yield share, None, pair
         return
     if not shares and not subject.flops:
-        yield None, None, bundle_pair(subject.bundle, work, dtype, None, provider)
+        yield None, None, bundle_pair(subject.bundle, work, precision, None, provider)
     for share in shares:
-        yield share, None, bundle_pair(subject.bundle, work, dtype, Target("sparsity", share.mean), provider)
+        yield share, None, bundle_pair(subject.bundle, work, precision, Target("sparsity", share.mean), provider)
     for ratio in subject.flops:
-        yield None, ratio, bundle_pair(subject.bundle, work, dtype, Target("flops", ratio), provider)
+        yield None, ratio, bundle_pair(subject.bundle, work, precision, Target("flops", ratio), provider)
 
 
-def _check(subject: Subject, shares: Sequence[Share], load: Load, options: BenchOptions) -> None:
-    provider, dtype = options.provider, options.dtype
+def _check(subject: Subject, shares: Sequence[Share], load: Load, options: BenchOptions, precision: Precision) -> None:
+    provider, dtype = options.provider, precision.computed
     if not shares and not subject.bundle:
         raise InputError("sparsities is empty; give at least one, such as 0.25", options=("sparsities",))
     subject.shape.check()
     for name, values in (("batches", load.batches), ("prefill", load.prefill), ("ops", options.ops)):
         if not values:
             raise InputError(f"{name} is empty; give at least one value", options=(name,))
-    if dtype not in BYTES:
-        raise InputError(f"unknown dtype '{dtype}'; choose from {', '.join(BYTES)}", options=("dtype",))
     if provider == "cpu" and not of_weights(dtype).on_cpu:
         raise InputError(
             f"dtype {dtype} does not run on ONNX Runtime's CPU provider; use fp32 or fp16", options=("dtype",)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from irc.bench.ideal_speedup import dense_bytes, dense_flops, ideal_decode_speedup, ideal_prefill_speedup
 from irc.bench.measure import Timing, Workload, decode_in_turns, prefill_in_turns
 from irc.bench.models import ModelPair, dense_export, genai_export, shallower
+from irc.bench.precision import Precision
 from irc.bench.shapes import Shape
 from irc.bench.timed_models import ExportedModel, GenaiModel, TimedModel, TransformersModel
 from irc.deployment.forced import open_forced
@@ -84,7 +85,7 @@ class Scenario:
         text: Tokens that a bundle reads; None for a random model.
         work: Folder for the models of peers.
         provider: cpu or cuda.
-        dtype: fp32, fp16 or bf16.
+        precision: Of weights, and of everything else.
         seed: Seed of tokens and gates.
         flops: The point of a bundle's dial, if that was made for FLOPs.
     """
@@ -95,7 +96,7 @@ class Scenario:
     text: TextTokens | None
     work: Path
     provider: str
-    dtype: str
+    precision: Precision
     seed: int
     flops: float | None = None
 
@@ -138,8 +139,12 @@ class Scenario:
         opened.pop("static", None)  # its number of layers depends on this scenario's share
         makers: dict[str, Callable[[], TimedModel]] = {
             "static": lambda: self._static(context),
-            "hf-eager": lambda: TransformersModel(self.pair.base, self.dtype, self.provider, compiled=False),
-            "hf-compiled": lambda: TransformersModel(self.pair.base, self.dtype, self.provider, compiled=True),
+            "hf-eager": lambda: TransformersModel(
+                self.pair.base, self.precision.computed, self.provider, compiled=False
+            ),
+            "hf-compiled": lambda: TransformersModel(
+                self.pair.base, self.precision.computed, self.provider, compiled=True
+            ),
             "genai": self._genai,
         }
         for peer in peers:
@@ -183,8 +188,8 @@ class Scenario:
             workload = self.workload(batch, 1, load)
             execute = self._executed_in_steps(workload, models)
             timings = decode_in_turns(models, workload, load.rounds)
-            ideal = ideal_decode_speedup(model, execute, mean_past)
-            bytes_read = load.decode * dense_bytes(model, batch, mean_past, self.dtype)
+            ideal = ideal_decode_speedup(model, execute, mean_past, self.precision)
+            bytes_read = load.decode * dense_bytes(model, batch, mean_past, self.precision)
             yield {
                 "phase": "decode",
                 **self._sparsities(execute),
@@ -262,7 +267,7 @@ class Scenario:
     def _static(self, context: int) -> TimedModel:
         assert self.share is not None
         shape = shallower(self.shape, self.share.mean)
-        folder = dense_export(shape, self.work, self.dtype, context, self.seed)
+        folder = dense_export(shape, self.work, self.precision, context, self.seed)
         return ExportedModel(Runtime(folder, self.provider), False)
 
     def _ideal_static_speedup(self, context: int) -> float:
@@ -276,8 +281,8 @@ class Scenario:
     def _genai(self) -> TimedModel:
         folder = self.work / "genai"
         if not folder.exists():
-            genai_export(self.pair.base, self.work, self.provider, self.dtype)
-        return GenaiModel(folder, self.provider, self.dtype)
+            genai_export(self.pair.base, self.work, self.provider, self.precision)
+        return GenaiModel(folder, self.provider, self.precision.computed)
 
 
 def _read_workload(text: TextTokens, batch: int, length: int, load: Load) -> Workload:

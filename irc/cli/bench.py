@@ -95,7 +95,9 @@ def _shares(ctx: click.Context, parameter: click.Parameter, value: str | None) -
 @_count("decode", 64, "Decoding steps to time.")
 @_count("rounds", 7, "Timed rounds; the median is reported.")
 @provider_option()
-@click.option("--dtype", default="fp32", show_default=True, metavar="NAME", help="Data type: fp32, fp16 or bf16.")
+@click.option(
+    "--dtype", default="fp32", show_default=True, metavar="NAME", help="Data type: fp32, fp16, bf16, int4 or int8."
+)
 @click.option(
     "--ops",
     default="auto",

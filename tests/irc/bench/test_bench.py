@@ -13,6 +13,7 @@ import torch
 
 import irc
 from irc.bench.ideal_speedup import ideal_decode_speedup
+from irc.bench.precision import Precision, precision_named
 from irc.bench.profile import time_by_operator
 from irc.bench.shapes import Shape, shape_named
 from irc.bench.text import heldout_tokens
@@ -22,6 +23,7 @@ from irc.model.flops import head_flops, unit_flops
 from irc.runtime.native import installed_library
 from irc.runtime.session import Runtime
 
+FP32 = Precision("fp32", "fp32")
 SIZES = "--hidden 64 --layers 1 --ffn 96 --heads 4 --kv-heads 2 --past 8 --decode 2 --rounds 2".split()
 
 
@@ -126,12 +128,25 @@ def test_the_ideal_of_a_step_counts_weights_once_and_caches_by_sequence(bundle: 
     cache = 2 * 2 * (10 + 1) * 2 * 8  # keys and values, two sequences, 11 tokens, 2 heads of 8
     dense = head_flops(model) / 2 + sum((c.always + c.gated) / 2 for c in counts) + 2 * cache
     routers, forecasters = (sum(getattr(c, part) for c in counts) / 2 for part in ("router", "forecaster"))
-    assert ideal_decode_speedup(model, every, 10) == pytest.approx(dense / (dense + routers))
-    assert ideal_decode_speedup(model, one, 10) == pytest.approx(dense / (dense + routers + forecasters - cache))
+    assert ideal_decode_speedup(model, every, 10, FP32) == pytest.approx(dense / (dense + routers))
+    assert ideal_decode_speedup(model, one, 10, FP32) == pytest.approx(dense / (dense + routers + forecasters - cache))
     gated = sum(c.gated for c in counts) / 2
-    assert ideal_decode_speedup(model, none, 10) == pytest.approx(
+    assert ideal_decode_speedup(model, none, 10, FP32) == pytest.approx(
         dense / (dense + routers + forecasters - gated - 2 * cache)
     )
+    int4 = precision_named("int4", "cpu")  # half a byte, and a scale and half a byte of zero point for 32 numbers
+    assert int4.weight_bytes == 0.5 + 4.5 / 32
+    weights = (dense - 2 * cache) * int4.weight_bytes
+    expected = (weights + 4 * 2 * cache) / (weights + 4 * (2 * cache + routers))
+    assert ideal_decode_speedup(model, every, 10, int4) == pytest.approx(expected)
+
+
+def test_int4_is_timed(irc_main: Callable[..., Any], bundle: Path, text_file: Path) -> None:
+    load = "--prefill 24 --past 12 --decode 6 --rounds 1 --ops portable --dtype int4".split()
+    shown = irc_main("bench", str(bundle), "--data", str(text_file), "--provider", "cpu", "--json", *load)
+    assert shown.code == 0, shown.err
+    assert shown.json["dtype"] == "int4"
+    assert all(row["contenders"]["portable"]["ideal"] > 0 for row in shown.json["results"])
 
 
 def test_a_trace_is_summed_by_operator(tmp_path: Path) -> None:
