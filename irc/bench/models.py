@@ -148,9 +148,9 @@ def _genai_options(precision: Precision) -> list[str]:
     if how is None:
         return []
     given = {
-        f"{how.name}_block_size": how.block_size,
-        f"{how.name}_accuracy_level": how.accuracy_level,
-        f"{how.name}_is_symmetric": str(how.symmetric).lower(),
+        "block_size": how.block_size,
+        "accuracy_level": how.accuracy_level,
+        "is_symmetric": str(how.symmetric).lower(),
     }
     return ["--extra_options", *(f"{name}={value}" for name, value in given.items())]
 
