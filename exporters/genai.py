@@ -6,14 +6,19 @@ from typing import Any
 
 from exporters.onnx_format import MODEL, CacheShape
 
+_LONGEST = 2048  # tokens, prompt included, of a text for which a program sets no length of its own
 
-def genai_config(config: dict[str, Any], generation: dict[str, Any], cache: CacheShape) -> dict[str, Any]:
+
+def genai_config(
+    config: dict[str, Any], generation: dict[str, Any], cache: CacheShape, library: str | None = None
+) -> dict[str, Any]:
     """Return the configuration of onnxruntime-genai.
 
     Args:
         config: The model's config.json.
         generation: Its generation_config.json.
         cache: Shape of the key/value cache.
+        library: Name of the operator library beside the model; None for portable operators.
     """
 
     def token(name: str) -> Any:
@@ -49,12 +54,12 @@ def genai_config(config: dict[str, Any], generation: dict[str, Any], cache: Cach
                     "present_key_names": "present.%d.key",
                     "present_value_names": "present.%d.value",
                 },
-                "session_options": {"provider_options": []},
+                "session_options": {"provider_options": [], **({"custom_ops_library": library} if library else {})},
             },
         },
         "search": {
             "do_sample": False,
-            "max_length": context,
+            "max_length": min(context, _LONGEST),
             "min_length": 0,
             "num_beams": 1,
             "num_return_sequences": 1,

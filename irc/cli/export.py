@@ -54,7 +54,10 @@ _WITH_UPGRADE = frozenset({"upgrade", "as_json", "debug", "help"})
     help="onnx, or triton for a model repository of Triton Inference Server.",
 )
 @click.option(
-    "--ops-library", metavar="PATH", help="triton: where the server finds the native operator library to register."
+    "--ops-library",
+    metavar="PATH",
+    help="Native operators for other runtimes: a library to copy into the folder for onnxruntime-genai, or auto for "
+    "the installed one. triton: where the server finds it.",
 )
 @click.option(
     "--provider",

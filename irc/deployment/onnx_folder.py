@@ -43,6 +43,7 @@ from irc.model.paging import MappedPages
 from irc.model.routed import RoutedForCausalLM
 from irc.recipe.policies import policy_named, refuse_whole_sequences
 from irc.recipe.target import Target, value_of
+from irc.runtime.native import PACKAGE, installed_library, load_library
 from irc.training.lora import merge_lora
 from passes.base import PassError
 
@@ -59,7 +60,9 @@ class ExportOptions:
         layout: `onnx`, or `triton` for a Triton model repository.
         provider: `cpu`, or `cuda` for a model whose native CUDA kernels need no count of rows when it decodes. Every
             provider runs either.
-        ops_library: With layout `triton`: path, on the server, of the native operator library to register.
+        ops_library: The native operator library that other runtimes register. With layout `triton` its path on the
+            server; otherwise a file that is copied into the folder and named for onnxruntime-genai, `auto` for the
+            installed one. irc itself loads no library from a folder.
         dump_dir: Where every pass writes the graph before and after it, and the difference.
         force: Replace an ONNX folder at the output.
         quantization: How the base's weights are stored in blocks of 4 or 8 bits; None as they are.
@@ -88,13 +91,28 @@ class ExportOptions:
             )
         if self.layout not in LAYOUTS:
             raise InputError(f"layout is '{self.layout}'; choose from {', '.join(LAYOUTS)}")
-        if self.ops_library is not None and self.layout != "triton":
-            raise InputError(
-                f"ops_library is '{self.ops_library}', but only layout triton names a library; set layout to triton",
-                options=("layout",),
-            )
         if self.provider not in PROVIDERS:
             raise InputError(f"provider is '{self.provider}'; choose from {', '.join(PROVIDERS)}")
+        self.library_to_copy()
+
+    def library_to_copy(self) -> Path | None:
+        """Return the operator library that is copied into the folder, None for none.
+
+        Raises:
+            InputError: It is not installed, not there, or not an operator library of irc.
+        """
+        if self.ops_library is None or self.layout == "triton":
+            return None
+        if self.ops_library != "auto":
+            return load_library(Path(self.ops_library)).path
+        library = installed_library(self.provider)
+        if library is None:
+            raise InputError(
+                f"ops_library is auto, but package {PACKAGE} is not installed for {self.provider}; install it, or give "
+                "the path of a library",
+                options=("ops_library",),
+            )
+        return library.path
 
 
 def export(
@@ -200,8 +218,12 @@ def _write(model: RoutedForCausalLM, source: str, folder: Path, options: ExportO
     if bundle is not None and RECIPE in bundle.texts:  # how it was made
         (folder / RECIPE).write_text(bundle.texts[RECIPE], encoding="utf-8")
     config = base.config.to_dict() | json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
+    library = options.library_to_copy()
+    if library is not None:
+        shutil.copyfile(library, folder / library.name)
     if not cache.reduced:  # onnxruntime-genai knows no cache whose layers differ in length
-        _dump(folder / "genai_config.json", genai_config(config, generation, cache))
+        named = None if library is None else library.name
+        _dump(folder / "genai_config.json", genai_config(config, generation, cache, named))
     policy = model.key_policy
     manifest = {
         "format_version": FORMAT_VERSION,
@@ -212,6 +234,7 @@ def _write(model: RoutedForCausalLM, source: str, folder: Path, options: ExportO
         "dtype": short_name(dtype),
         "quantization": asdict(options.quantization) if options.quantization else None,
         "provider": options.provider,
+        "routed_products": options.provider == "cuda" and options.quantization is None,
         "source": source,
         "sparsity": _sparsity(model, found.sparsity),
         "dial": value_of(turned_to, "sparsity"),
