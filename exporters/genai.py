@@ -18,7 +18,8 @@ def genai_config(
         config: The model's config.json.
         generation: Its generation_config.json.
         cache: Shape of the key/value cache.
-        library: Name of the operator library beside the model; None for portable operators.
+        library: Name of the operator library beside the model, whose attention finds its tokens in a cache with room for
+            more, so that past and present can share memory; None for portable operators.
     """
 
     def token(name: str) -> Any:
@@ -63,7 +64,7 @@ def genai_config(
             "min_length": 0,
             "num_beams": 1,
             "num_return_sequences": 1,
-            "past_present_share_buffer": False,
+            "past_present_share_buffer": library is not None,
             "repetition_penalty": 1.0,
             "temperature": 1.0,
             "top_k": 1,

@@ -103,15 +103,17 @@ class ExportOptions:
         """
         if self.ops_library is None or self.layout == "triton":
             return None
-        if self.ops_library != "auto":
-            return load_library(Path(self.ops_library)).path
-        library = installed_library(self.provider)
+        library = (
+            installed_library(self.provider) if self.ops_library == "auto" else load_library(Path(self.ops_library))
+        )
         if library is None:
             raise InputError(
                 f"ops_library is auto, but package {PACKAGE} is not installed for {self.provider}; install it, or give "
                 "the path of a library",
                 options=("ops_library",),
             )
+        if not library.cache_with_room:
+            raise InputError(f"{library.path}: is of an earlier version; build it again", options=("ops_library",))
         return library.path
 
 

@@ -106,6 +106,7 @@ def test_onnxruntime_genai_runs_the_native_operators_of_a_folder(
         config = json.loads(path.read_text())
         options = config["model"]["decoder"]["session_options"]
         assert options.get("custom_ops_library") == {"portable": None, "native": "libirc_native.so"}[kind]
+        assert config["search"]["past_present_share_buffer"] == (kind == "native")
         options["enable_profiling"] = str(tmp_path / f"profile-{kind}")
         path.write_text(json.dumps(config))
         ids, _, _ = continuation(folder)
