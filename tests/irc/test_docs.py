@@ -97,10 +97,13 @@ def test_the_commands_that_need_nothing_but_a_bundle_run(
 ) -> None:
     """Others train for minutes (`make demo` runs those of README.md), or need a server or GPUs."""
     runnable = [line for line in shell_lines() if line.startswith("irc export build/demo-bundle")]
-    assert runnable == ["irc export build/demo-bundle -o build/triton --layout triton"]
+    assert runnable == [
+        "irc export build/demo-bundle -o build/demo-int4 --dtype int4",
+        "irc export build/demo-bundle -o build/triton --layout triton",
+    ]
     save_bundle(make_routed(), tmp_path / "build" / "demo-bundle")
     monkeypatch.chdir(tmp_path)
-    assert main(shlex.split(runnable[0])[1:]) == 0
+    assert [main(shlex.split(line)[1:]) for line in runnable] == [0, 0]
     assert (tmp_path / "build" / "triton" / "irc_text" / "config.pbtxt").is_file()
 
 

@@ -185,7 +185,7 @@ def test_shapes_have_names_and_files(model_folder: Path, tmp_path: Path) -> None
         (("--shape", "llama-3.2-1b", "--kv-heads", "2"), "--kv-heads"),
         (("--data", "stdlib"), "--data"),
         (("--batch", ""), "batch"),
-        (("--dtype", "int8"), "int8"),
+        (("--dtype", "int2"), "int8"),  # the choices
         (("--peers", "vllm"), "vllm"),
         (("--ops", "nowhere.so"), "nowhere.so"),
         (("--dtype", "bf16"), "bf16"),
