@@ -18,8 +18,8 @@ def genai_config(
         config: The model's config.json.
         generation: Its generation_config.json.
         cache: Shape of the key/value cache.
-        library: Name of the operator library beside the model, whose attention finds its tokens in a cache with room for
-            more, so that past and present can share memory; None for portable operators.
+        library: Name of the operator library beside the model, whose attention finds its tokens in a cache with room
+            for more, so that past and present can share memory; None for portable operators.
     """
 
     def token(name: str) -> Any:
