@@ -6,7 +6,7 @@ from typing import Any
 
 from exporters.onnx_format import MODEL, CacheShape
 
-_LONGEST = 2048  # tokens, prompt included, of a text for which a program sets no length of its own
+_LONGEST = 2048  # tokens, prompt included, that a shared buffer has room for where a program says nothing
 
 
 def genai_config(
@@ -60,7 +60,7 @@ def genai_config(
         },
         "search": {
             "do_sample": False,
-            "max_length": min(context, _LONGEST),
+            "max_length": min(context, _LONGEST) if library else context,
             "min_length": 0,
             "num_beams": 1,
             "num_return_sequences": 1,

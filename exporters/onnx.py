@@ -42,7 +42,7 @@ from exporters.onnx_ops import function_protos
 from exporters.onnx_quantize import quantize_weights
 from exporters.onnx_table import UNIT, translations
 from exporters.onnx_weights import numbers, store_transposed
-from passes.base import Pass, PassManager
+from passes.base import Pass, PassError, PassManager
 from passes.clean_up import CleanUp
 from passes.fuse_gates import FuseGates
 from passes.lower_units import LowerUnits
@@ -185,8 +185,8 @@ def _translate(
     model = converted.model
     note_modules(model)
     CommonSubexpressionEliminationPass()(model)  # a weight that two nodes read is then transposed once
-    if quantization:
-        quantize_weights(model, quantization, numbers, between)
+    if quantization and not quantize_weights(model, quantization, numbers, between):
+        raise PassError(f"no weight of the model can be stored in {quantization.name}")
     store_transposed(model)  # before constants are folded: a folded weight would lose its name
     onnxscript.optimizer.optimize(model, input_size_limit=1024, output_size_limit=1024)
     CommonSubexpressionEliminationPass()(model)

@@ -20,7 +20,7 @@ DOMAIN = "com.microsoft"
 PACKED, SCALES, ZEROS = "packed", "scales", "zero_points"
 """Ends of the names of what replaces a weight: `model.layers.0.mlp.up_proj.weight.packed`."""
 
-_KEPT = ("_router.", "_forecaster.")  # parts of the names of what passes inserted
+_KEPT = ("_router.", "_forecaster.", ".gate.")  # parts of names: what passes inserted, and what chooses experts
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,13 @@ def quantize(weight: NDArray[Any], how: Quantization) -> Blocks:
     pack = ort.quantize_matmul_4bits if how.bits == 4 else ort.quantize_matmul_8bits
     pack(packed, turned, scales, zeros, how.block_size, out, inputs, how.symmetric)
     return Blocks(packed, scales, None if how.symmetric else zeros)
+
+
+def shapes_of(out: int, inputs: int, how: Quantization) -> list[list[tuple[int, ...]]]:
+    """Return the shapes that the blocks of a weight [out, inputs] have: those of a product, those of an embedding alone."""
+    count = -(-inputs // how.block_size)
+    rest: list[tuple[int, ...]] = [(out, count), *([] if how.symmetric else [(out, -(-count * how.bits // 8))])]
+    return [[(out, count, how.block_size * how.bits // 8), *rest], [(out, inputs * how.bits // 8), *rest]]
 
 
 def dequantize(blocks: Blocks, inputs: int, how: Quantization) -> NDArray[np.float32]:

@@ -154,6 +154,8 @@ def _check(subject: Subject, shares: Sequence[Share], load: Load, options: Bench
     for peer in options.peers:
         if peer not in PEERS:
             raise InputError(f"unknown peer '{peer}'; choose from {', '.join(PEERS)}", options=("peers",))
+    if precision.quantization is not None and (peers := [peer for peer in options.peers if peer.startswith("hf-")]):
+        raise InputError(f"peer {peers[0]} runs no {precision.name}; leave it out", options=("peers",))
     if subject.bundle and "static" in options.peers:
         raise InputError(
             "peer static is a shallower random model and needs a shape; leave it out for a bundle", options=("peers",)

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     "[default: as in the conversion, 4096]",
 )
 @click.option("--base", metavar="MODEL", help="The bundle's base model, if it has moved.")
+@click.option("--bundle", metavar="PATH", help="What an ONNX folder was exported from, if it has moved.")
 @device_option()
 @dtype_option()
 @seq_len_option(None)
@@ -110,6 +111,7 @@ def command(
     also: tuple[str, ...],
     yardstick_tokens: int | None,
     flops_ratios: list[float],
+    bundle: str | None,
     **opening: Any,
 ) -> None:
     """Evaluate MODEL: a bundle, a plain model (folder, Hub id, or demo), or an ONNX folder."""
@@ -136,8 +138,10 @@ def command(
         return
     choice = TextChoice(data, split, tokens, seq_len, yardstick_tokens, also)
     if (Path(model) / MANIFEST).is_file():
-        _evaluate_folder(Path(model), choice, source, [*kv_sweep, *sparsities, *flops_ratios], as_json)
+        _evaluate_folder(Path(model), choice, source, bundle, [*kv_sweep, *sparsities, *flops_ratios], as_json)
         return
+    if bundle is not None:
+        raise InputError("--bundle says what an ONNX folder was exported from, and MODEL is none; leave it out")
     metrics = run_evaluation(
         source,
         console.progress,
@@ -165,7 +169,9 @@ def command(
         kv_report(metrics)
 
 
-def _evaluate_folder(folder: Path, choice: TextChoice, source: ModelSource, sweeps: list[float], as_json: bool) -> None:
+def _evaluate_folder(
+    folder: Path, choice: TextChoice, source: ModelSource, bundle: str | None, sweeps: list[float], as_json: bool
+) -> None:
     """Evaluate an ONNX folder, whose targets, types and policies are those that it was exported with."""
     from irc import console
     from irc.bundle.source import ModelSource
@@ -179,7 +185,7 @@ def _evaluate_folder(folder: Path, choice: TextChoice, source: ModelSource, swee
             f"{folder}: is an ONNX folder, which runs as it was exported; leave out the options that open a bundle "
             "otherwise (--sparsity, --flops, --kv-policy, --dtype, --device, and sweeps)"
         )
-    metrics = evaluate_folder(folder, console.progress, choice, base=base)
+    metrics = evaluate_folder(folder, console.progress, choice, bundle=bundle, base=base)
     if as_json:
         console.emit_json(metrics)
     else:

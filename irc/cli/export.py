@@ -65,7 +65,7 @@ _WITH_UPGRADE = frozenset({"upgrade", "as_json", "debug", "help"})
     default="cpu",
     show_default=True,
     help="Provider to write the model for; each runs on the other too. For cuda, products become RoutedMatMul and "
-    "RoutedGate, with which native CUDA kernels decode without waiting for the GPU.",
+    "RoutedGate (not with int4 and int8), with which native CUDA kernels decode without waiting for the GPU.",
 )
 @click.option(
     "--upgrade",

@@ -74,13 +74,18 @@ def _what_differs(result: dict[str, Any]) -> str:
     return f"ONNX Runtime and PyTorch differ: {'; '.join(found)}"
 
 
+def _shown_type(result: dict[str, Any]) -> str:
+    how = result["quantization"]
+    return str(result["dtype"]) if how is None else f"int{how['bits']} and {result['dtype']}, at accuracy level 0"
+
+
 def _show(result: dict[str, Any]) -> None:
     from irc import console
     from irc.cli.report import sides_table
 
     perplexity, generated = result["perplexity"], result["generated"]
     rows = [
-        ["provider, operators, data type", f"{result['provider']}, {result['ops']}, {result['dtype']}"],
+        ["provider, operators, data type", f"{result['provider']}, {result['ops']}, {_shown_type(result)}"],
         ["largest difference of logits", f"{result['max_abs_diff']:.2e}  (tolerance {result['tolerance']:g})"],
         ["perplexity, PyTorch", f"{perplexity['pytorch']:.4f}"],
         ["perplexity, ONNX Runtime", f"{perplexity['onnxruntime']:.4f}"],

@@ -16,7 +16,7 @@ from irc.runtime.session import Runtime
 
 
 def evaluate_folder(
-    folder: Path, progress: ProgressFactory, choice: TextChoice, *, base: str | None = None
+    folder: Path, progress: ProgressFactory, choice: TextChoice, *, bundle: str | None = None, base: str | None = None
 ) -> dict[str, Any]:
     """Measure how close an ONNX folder stays to the dense model in fp32.
 
@@ -24,6 +24,7 @@ def evaluate_folder(
         folder: The output of `irc export`.
         progress: Makes progress bars.
         choice: The text to read.
+        bundle: What it was exported from, if that has moved.
         base: Where the bundle's base model is, if it has moved.
 
     Returns:
@@ -33,10 +34,10 @@ def evaluate_folder(
         InputError: The folder or its source cannot be opened, or the text cannot be read.
     """
     runtime = Runtime(folder)
-    name, source = open_source(folder, runtime.exported, base=base, dtype="fp32")
+    name, source = open_source(folder, runtime.exported, bundle, base, "fp32")
     text, split, seq_len, windows = chosen_text(source, name, choice, progress)
     further = texts_beside(source, seq_len, choice)
-    quantized = quantized_source(folder, runtime, base=base)
+    quantized = None if source.spec is None else quantized_source(folder, runtime, bundle, base)
     figures = FolderFigures(runtime, source, quantized)
     read = {"name": text.name, "fingerprint": text.fingerprint(), "split": split, "seq_len": seq_len}
     measured = measure_folder(figures, NamedText(text.name, windows), further, progress)

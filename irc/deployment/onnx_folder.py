@@ -43,7 +43,7 @@ from irc.model.paging import MappedPages
 from irc.model.routed import RoutedForCausalLM
 from irc.recipe.policies import policy_named, refuse_whole_sequences
 from irc.recipe.target import Target, value_of
-from irc.runtime.native import PACKAGE, installed_library, load_library
+from irc.runtime.native import PACKAGE, NativeLibrary, installed_library, load_library
 from irc.training.lora import merge_lora
 from passes.base import PassError
 
@@ -95,26 +95,32 @@ class ExportOptions:
             raise InputError(f"provider is '{self.provider}'; choose from {', '.join(PROVIDERS)}")
         self.library_to_copy()
 
-    def library_to_copy(self) -> Path | None:
+    def library_to_copy(self) -> NativeLibrary | None:
         """Return the operator library that is copied into the folder, None for none.
 
         Raises:
-            InputError: It is not installed, not there, or not an operator library of irc.
+            InputError: It is not installed, not there, or not an operator library of irc, or does not go with the
+                layout or the provider.
         """
-        if self.ops_library is None or self.layout == "triton":
+        if self.ops_library is None:
             return None
-        library = (
-            installed_library(self.provider) if self.ops_library == "auto" else load_library(Path(self.ops_library))
-        )
-        if library is None:
+        given, options = f"ops_library is {self.ops_library}", ("ops_library",)
+        if self.layout == "triton":
+            if self.ops_library == "auto":
+                raise InputError(f"{given}, but a server needs the path that it has there; give it", options=options)
+            return None
+        if self.provider != "cpu":
+            raise InputError(f"{given}, but onnxruntime-genai gets operators for the CPU alone", options=("provider",))
+        if self.ops_library != "auto" and not Path(self.ops_library).is_file():
             raise InputError(
-                f"ops_library is auto, but package {PACKAGE} is not installed for {self.provider}; install it, or give "
-                "the path of a library",
-                options=("ops_library",),
+                f"{given}, but there is no such file; give the path of a library, or auto", options=options
             )
+        library = installed_library() if self.ops_library == "auto" else load_library(Path(self.ops_library))
+        if library is None:
+            raise InputError(f"{given}, but package {PACKAGE} is not installed; give a path", options=options)
         if not library.cache_with_room:
-            raise InputError(f"{library.path}: is of an earlier version; build it again", options=("ops_library",))
-        return library.path
+            raise InputError(f"{library.path}: is of an earlier version; build it again", options=options)
+        return library
 
 
 def export(
@@ -141,6 +147,8 @@ def export(
         raise cannot_write(output, error) from error
     options.check(output)
     source = replace(as_source(model), device="cpu")
+    if options.quantization is not None and source.dtype == "auto":
+        source = replace(source, dtype="fp16" if options.provider == "cuda" else "fp32")
     started = time.monotonic()
     with staged(output) as staging:  # a place that cannot be written is found before any work is done
         opened = open_model(source)
@@ -149,6 +157,7 @@ def export(
         else:
             refuse_whole_sequences(policy_named(opened.spec.policy), "be exported")
         merge_lora(opened)
+        _check_type(opened, options)
         try:
             manifest = _write(opened, relative_source(source.name, output), staging, options)
         except PassError as error:
@@ -172,6 +181,23 @@ def export(
         "bytes": size,
         "seconds": {"export": round(time.monotonic() - started, 2)},
     }
+
+
+def _check_type(model: RoutedForCausalLM, options: ExportOptions) -> None:
+    """Refuse what the type or the key/value policy of an opened model does not allow."""
+    dtype = short_name(model.dtype)
+    if options.quantization is not None and dtype == "bf16":
+        raise InputError(f"{options.quantization.name} computes in fp32 or fp16, not in bf16", options=("dtype",))
+    library = options.library_to_copy()
+    if library is None:
+        return
+    if model.control.reduced:
+        raise InputError(
+            "onnxruntime-genai runs no model under key/value policy reduced; leave ops_library out",
+            options=("ops_library", "kv_policy"),
+        )
+    if reason := library.misfit("cpu", dtype):
+        raise InputError(f"{library.path}: does not fit the model: {reason}", options=("ops_library",))
 
 
 def _check_output(output: Path, force: bool) -> None:
@@ -222,9 +248,9 @@ def _write(model: RoutedForCausalLM, source: str, folder: Path, options: ExportO
     config = base.config.to_dict() | json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
     library = options.library_to_copy()
     if library is not None:
-        shutil.copyfile(library, folder / library.name)
+        shutil.copyfile(library.path, folder / library.path.name)
     if not cache.reduced:  # onnxruntime-genai knows no cache whose layers differ in length
-        named = None if library is None else library.name
+        named = None if library is None else library.path.name
         _dump(folder / "genai_config.json", genai_config(config, generation, cache, named))
     policy = model.key_policy
     manifest = {
@@ -236,7 +262,7 @@ def _write(model: RoutedForCausalLM, source: str, folder: Path, options: ExportO
         "dtype": short_name(dtype),
         "quantization": asdict(options.quantization) if options.quantization else None,
         "provider": options.provider,
-        "routed_products": options.provider == "cuda" and options.quantization is None,
+        "routed_products": options.provider == "cuda" and options.quantization is None and bool(decisions),
         "source": source,
         "sparsity": _sparsity(model, found.sparsity),
         "dial": value_of(turned_to, "sparsity"),

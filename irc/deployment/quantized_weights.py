@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from exporters.onnx_quantize import PACKED, SCALES, ZEROS, Blocks, dequantize
+from exporters.onnx_quantize import PACKED, SCALES, ZEROS, Blocks, dequantize, shapes_of
 from irc.deployment.model_file import read_model
 from irc.errors import InputError
 from irc.model.routed import RoutedForCausalLM
@@ -44,7 +44,7 @@ def use_quantized_weights(model: RoutedForCausalLM, exported: OnnxFolder) -> Non
             _read(stored[f"{name}.{end}"], exported) for end in (PACKED, SCALES, ZEROS) if f"{name}.{end}" in stored
         ]
         weight = parameters.get(name)
-        if weight is None or weight.dim() != 2 or len(parts) < 2 or parts[0].shape[0] != weight.shape[0]:
+        if weight is None or weight.dim() != 2 or [part.shape for part in parts] not in shapes_of(*weight.shape, how):
             raise InputError(
                 f"{exported.model}: its blocks {name[:80]} fit no weight of {model.base.name}; export again"
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,8 @@ def verify(
     data, seq_len, new_tokens = sample.data, sample.seq_len, sample.new_tokens
     _check_lengths(runtime.exported.manifest.get("context_length"), seq_len, new_tokens if sample.prompts else 0)
     dtype = runtime.exported.dtype
-    source, opened = open_source(folder, runtime.exported, bundle, base)
+    how = runtime.exported.quantization
+    source, opened = open_source(folder, runtime.exported, bundle, base, None if how is None else "fp32")
     quantized = quantized_source(folder, runtime, bundle, base)
     model = opened if quantized is None else quantized
     text = windows(token_stream(load_text(data).split("heldout"), model.base.tokenizer), seq_len, data)
@@ -113,6 +114,7 @@ def verify(
         "provider": runtime.provider,
         "ops": runtime.ops,
         "dtype": dtype,
+        "quantization": None if how is None else asdict(how),
         "data": {"name": data, "split": "heldout", "tokens": int(chosen.numel()), "seq_len": seq_len},
         "finite": totals.finite,
         "max_abs_diff": totals.worst,

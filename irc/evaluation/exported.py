@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
+from irc.errors import IrcError
 from irc.evaluation.fidelity import fidelity_of
 from irc.evaluation.texts import NamedText
 from irc.model.flops import flops_ratio
@@ -19,6 +21,7 @@ from irc.model.modules import Mode
 from irc.model.routed import RoutedForCausalLM
 from irc.progress import Progress, ProgressFactory
 from irc.runtime.session import Runtime
+from irc.training.lora import adapters_off
 
 Predict = Callable[[torch.Tensor], torch.Tensor]
 """From the ids of a window, int64 [1, tokens], to logits, [tokens, vocabulary]."""
@@ -60,7 +63,7 @@ class FolderFigures:
         self._between: list[tuple[str, Predict]] = []
         if routed and kind != "fp32":
             self._between.append(("routed fp32", _predict(source, "route")))
-        if routed and quantized is not None:
+        if routed and quantized is not None and source.lora is None:  # adapters would be merged into the blocks
             self._between.append((f"dense {kind}", _predict(quantized, "execute")))
         self.name = f"{'routed' if routed else 'dense'} {kind}"
 
@@ -90,6 +93,11 @@ class FolderFigures:
                     side.divergence.append(divergence(expected.clone(), predictions))
             predicted += len(window) - 1
             progress.update(index + 1, kl=torch.cat(sides[-1].divergence).mean().item())
+        for side in sides:
+            if not math.isfinite(side.loss):
+                raise IrcError(
+                    f"{self._runtime.exported.folder}: {side.name} has a loss of {side.loss}; export in fp32"
+                )
         perplexity = _perplexity(dense_loss, predicted)
         *between, own = [_figures(side, perplexity, predicted) for side in sides]
         tokens = text.windows.numel()
@@ -131,7 +139,8 @@ def _predict(model: RoutedForCausalLM, mode: Mode) -> Predict:
     model.train(False)
 
     def predict(ids: torch.Tensor) -> torch.Tensor:
-        with model.control.using(mode=mode, tape=None):
+        plain = adapters_off(model) if mode == "execute" else nullcontext()
+        with plain, model.control.using(mode=mode, tape=None):
             return model.logits(model.states(ids))[0].float()
 
     return predict

@@ -145,7 +145,11 @@ def test_triton_reads_the_configuration(
     assert of_text.dynamic_batching.default_queue_policy.max_queue_size == 64
     refused = irc_main("export", bundle, "-o", tmp_path / "other", "--ops-library", library)
     assert refused.code == 2
-    assert f"no operator library '{library}'" in refused.sentence()
+    assert f"ops_library is {library}, but there is no such file" in refused.sentence()
+    auto = irc_main("export", bundle, "-o", tmp_path / "other", "--layout", "triton", "--ops-library", "auto")
+    assert (auto.code, "path that it has there" in auto.err) == (2, True)
+    cuda = irc_main("export", bundle, "-o", tmp_path / "other", "--provider", "cuda", "--ops-library", "auto")
+    assert (cuda.code, "for the CPU alone" in cuda.err) == (2, True)
     assert not (tmp_path / "other").exists()
     session = Runtime(tmp_path / "triton")._session
     kinds = {"tensor(float)": types.TYPE_FP32, "tensor(int64)": types.TYPE_INT64}

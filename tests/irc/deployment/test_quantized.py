@@ -13,7 +13,11 @@ import onnx
 import pytest
 
 from exporters.onnx_format import Quantization
+from irc.bundle.saving import save_bundle
 from irc.deployment.onnx_folder import ExportOptions, export
+from irc.model.build import build_routed
+from irc.model.checkpoint import BaseModel
+from irc.model.routed import RoutingSpec
 
 Main = Callable[..., Any]
 SIZES = ("--tokens", "256", "--seq-len", "16")
@@ -114,7 +118,44 @@ def test_bad_options(
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("found", [{"bits": 3}, {"bits": 4, "block_size": 7}, {"wrong": 1}, [4], "int4"])
+@pytest.mark.parametrize("found", [{"bits": 8}, {"block_size": 32}, {"symmetric": True}])
+def test_blocks_that_are_not_as_the_manifest_says(
+    found: dict[str, Any], folders: dict[str, Path], tmp_path: Path, text_file: Path, irc_main: Main
+) -> None:
+    changed = Path(shutil.copytree(folders["dense"], tmp_path / "changed"))
+    manifest = json.loads((changed / "irc.json").read_text())
+    manifest["quantization"] |= found
+    (changed / "irc.json").write_text(json.dumps(manifest))
+    shown = irc_main("verify", changed, "--data", text_file, *SIZES)
+    assert shown.code == 2, shown.err
+    assert "fit no weight of" in shown.err
+
+
+def test_fp16_around_the_blocks(bundle: Path, tmp_path: Path, text_file: Path, irc_main: Main) -> None:
+    """As exported for CUDA; products stay MatMulNBits on compacted rows."""
+    shown = irc_main("export", bundle, "-o", tmp_path / "half", "--dtype", "int4", "--provider", "cuda", "--json")
+    assert shown.code == 0, shown.err
+    assert shown.json["dtype"] == "fp16"
+    assert json.loads((tmp_path / "half" / "irc.json").read_text())["routed_products"] is False
+    checked = irc_main("verify", tmp_path / "half", "--data", text_file, *SIZES, "--json")
+    assert checked.code == 0, checked.err
+    assert [side["name"] for side in checked.json["quantized"]["between"]] == ["routed fp32", "dense int4"]
+
+
+def test_adapters_are_no_part_of_the_dense_model(
+    base: BaseModel, lora_on: Callable[..., Any], text_file: Path, tmp_path: Path, irc_main: Main
+) -> None:
+    save_bundle(lora_on(build_routed(base, RoutingSpec(4), "fp32")), tmp_path / "bundle")
+    assert irc_main("export", tmp_path / "bundle", "-o", tmp_path / "onnx").code == 0
+    arguments = ["--data", text_file, *SIZES, "--split", "heldout", "--yardstick-tokens", "0", "--json"]
+    folder, plain = (irc_main("eval", tmp_path / name, *arguments) for name in ("onnx", "bundle"))
+    assert folder.code == plain.code == 0, folder.err + plain.err
+    assert folder.json["fidelity"]["kl"] == pytest.approx(plain.json["fidelity"]["kl"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "found", [{"bits": 3}, {"bits": 4.0}, {"bits": 4, "block_size": 7}, {"symmetric": "x"}, {"wrong": 1}, [4], "int4"]
+)
 def test_a_damaged_manifest(found: Any, folders: dict[str, Path], tmp_path: Path, irc_main: Main) -> None:
     changed = Path(shutil.copytree(folders["dense"], tmp_path / "changed"))
     manifest = json.loads((changed / "irc.json").read_text())
