@@ -60,7 +60,7 @@ def quantize(weight: NDArray[Any], how: Quantization) -> Blocks:
 
 
 def shapes_of(out: int, inputs: int, how: Quantization) -> list[list[tuple[int, ...]]]:
-    """Return the shapes that the blocks of a weight [out, inputs] have, as part of a product, and as embedding alone."""
+    """Return the shapes that the blocks of a weight [out, inputs] have, as part of a product and as embedding alone."""
     count = -(-inputs // how.block_size)
     rest: list[tuple[int, ...]] = [(out, count), *([] if how.symmetric else [(out, -(-count * how.bits // 8))])]
     return [[(out, count, how.block_size * how.bits // 8), *rest], [(out, inputs * how.bits // 8), *rest]]
