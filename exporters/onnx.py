@@ -186,7 +186,7 @@ def _translate(
     note_modules(model)
     CommonSubexpressionEliminationPass()(model)  # a weight that two nodes read is then transposed once
     if quantization and not quantize_weights(model, quantization, numbers, between):
-        raise PassError(f"no weight of the model can be stored in {quantization.name}")
+        raise PassError("model", f"a weight that {quantization.name} can hold", "export it in another type")
     store_transposed(model)  # before constants are folded: a folded weight would lose its name
     onnxscript.optimizer.optimize(model, input_size_limit=1024, output_size_limit=1024)
     CommonSubexpressionEliminationPass()(model)

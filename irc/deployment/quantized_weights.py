@@ -44,15 +44,16 @@ def use_quantized_weights(model: RoutedForCausalLM, exported: OnnxFolder) -> Non
             _read(stored[f"{name}.{end}"], exported) for end in (PACKED, SCALES, ZEROS) if f"{name}.{end}" in stored
         ]
         weight = parameters.get(name)
-        if weight is None or weight.dim() != 2 or [part.shape for part in parts] not in shapes_of(*weight.shape, how):
+        found = [part.shape for part in parts]
+        if weight is None or weight.dim() != 2 or found not in shapes_of(weight.shape[0], weight.shape[1], how):
             raise InputError(
                 f"{exported.model}: its blocks {name[:80]} fit no weight of {model.base.name}; export again"
             )
         blocks = Blocks(parts[0], parts[1], parts[2] if len(parts) > 2 else None)
-        found = torch.from_numpy(dequantize(blocks, weight.shape[1], how)).to(weight)
+        numbers = torch.from_numpy(dequantize(blocks, weight.shape[1], how)).to(weight)
         for place in places[id(weight)]:
             path, _, leaf = place.rpartition(".")
-            setattr(model.graph.get_submodule(path), leaf, nn.Parameter(found, requires_grad=False))
+            setattr(model.graph.get_submodule(path), leaf, nn.Parameter(numbers, requires_grad=False))
     model.rewritten()
 
 

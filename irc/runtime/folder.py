@@ -174,9 +174,9 @@ def _check_types(manifest: dict[str, Any], hashes: Iterable[Any]) -> None:
         raise ValueError(f"dtype is {manifest['dtype']!r}")
     if (found := manifest.get("quantization")) is not None:
         how = Quantization(**found)
-        numbers = how.bits, how.block_size, how.accuracy_level
+        sizes = how.bits, how.block_size, how.accuracy_level
         known = how.bits in QUANTIZED.values() and how.block_size in BLOCK_SIZES and how.accuracy_level in (0, 4)
-        if not known or type(how.symmetric) is not bool or any(type(number) is not int for number in numbers):
+        if not known or type(how.symmetric) is not bool or any(type(size) is not int for size in sizes):
             raise ValueError(f"quantization is {found!r}")
     context = manifest.get("context_length")
     if context is not None and (type(context) is not int or context < 1):
