@@ -70,11 +70,13 @@ class Description:
         version: Version of irc, the producer.
         text: The doc string, for people.
         metadata: Properties beside operator version and least ONNX Runtime.
+        quantization: How the base's linears and embedding are stored in blocks; None as they are.
     """
 
     version: str
     text: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict)
+    quantization: Quantization | None = None
 
 
 class _Deployed(nn.Module):
@@ -104,7 +106,6 @@ def export_onnx(
     dump_dir: Path | None = None,
     provider: str = "cpu",
     between: Callable[[], None] | None = None,
-    quantization: Quantization | None = None,
 ) -> list[Decision]:
     """Lower a captured model in place and write `model.onnx` and `model.onnx.data` into a folder.
 
@@ -113,11 +114,10 @@ def export_onnx(
         cache: Shape of its key/value cache.
         dtype: Of its weights.
         folder: An existing folder.
-        description: What the file says about itself.
+        description: What the file says about itself, and how its weights are stored.
         dump_dir: Where every pass writes its before, after and diff.
         provider: One of `PROVIDERS`, for which the model is optimized; every provider runs it.
         between: Called before each weight is written, so that pages read for earlier weights can leave memory.
-        quantization: How the base's linears and embedding are stored in blocks; None as they are.
 
     Returns:
         One decision for each routed unit, in the order in which a token meets them.
@@ -125,6 +125,7 @@ def export_onnx(
     Raises:
         PassError: A unit cannot be lowered.
     """
+    quantization = description.quantization
     PassManager(lowering("cpu" if quantization else provider), dump_dir).run(graph)
     model = _translate(_Deployed(graph), cache, dtype, quantization, between)
     for cleaning in (RemoveUnusedNodesPass(), RemoveUnusedOpsetsPass()):

@@ -221,9 +221,8 @@ def _write(model: RoutedForCausalLM, source: str, folder: Path, options: ExportO
     made_of["name"] = without_folder(made_of["name"])
     found = Measured() if bundle is None else bundle.config.measured
     turned_to = None if bundle is None else bundle.turned_to
-    description = Description(
-        __version__, _doc_string(model, made_of["name"], found.target), {"irc.version": __version__}
-    )
+    text = _doc_string(model, made_of["name"], found.target)
+    description = Description(__version__, text, {"irc.version": __version__}, options.quantization)
     release = partial(pages.release, weights)
     generation = base.generation.to_dict()  # refused before the work, if it cannot be read
     warn_of_overflow(model)
@@ -237,7 +236,6 @@ def _write(model: RoutedForCausalLM, source: str, folder: Path, options: ExportO
             options.dump_dir,
             options.provider,
             release,
-            options.quantization,
         )
     for name in _KEPT:
         if (base.folder / name).is_file():

@@ -159,9 +159,8 @@ def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
                 module.control = control
         folder = tmp_path_factory.mktemp("onnx")
         cache = CacheShape(*cache_shape(tiny.config), reduced=reduced)
-        about = Description("1.2.3", "A tiny model.", {"made.by": "tests"})
-        options: dict[str, Any] = {"provider": provider, "quantization": quantization}
-        decisions = export_onnx(tiny.graph, cache, tiny.captured.dtype, folder, about, **options)
+        about = Description("1.2.3", "A tiny model.", {"made.by": "tests"}, quantization)
+        decisions = export_onnx(tiny.graph, cache, tiny.captured.dtype, folder, about, provider=provider)
         if quantization is not None:
             _use_blocks(reference.graph, folder / MODEL, quantization)
         return Pair(reference.graph, control, folder / MODEL, decisions, cache)

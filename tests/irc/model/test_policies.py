@@ -73,7 +73,7 @@ def test_router_and_forecaster_together_weigh_no_more_than_skipgpt_s_router(widt
 
     def weights(name: str) -> int:
         policy = policy_named(name)
-        parts = (make_forecaster(policy, width, rank, "linear"), make_router(policy, width, rank, 0.0, 0))
+        parts = (make_forecaster(policy, width, rank, "linear"), make_router(policy, width, rank, 0, 0.0, 0))
         return sum(p.numel() for part in parts for p in part.parameters() if p.ndim == 2)
 
     assert 0.99 * weights("skipgpt") <= weights("informed") <= weights("skipgpt")
