@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from exporters.onnx_format import MODEL
-from irc.deployment.model_file import load_model, save_model
-from irc.runtime.folder import OnnxFolder, open_folder
+import onnx_ir as ir
+
+from irc.deployment.changed import open_changed
+from irc.runtime.folder import open_folder
 from irc.runtime.session import Runtime
-
-_LEVEL = "accuracy_level"
-
-
-def write_exact(exported: OnnxFolder, path: Path) -> None:
-    """Write the model of a folder at accuracy level 0.
-
-    Args:
-        exported: A folder with quantized weights.
-        path: File to write; it holds no weights, those of the folder are used.
-
-    Raises:
-        InputError: The model is damaged.
-    """
-    model = load_model(exported)
-    for node in model.graph.all_nodes():
-        node.attributes.pop(_LEVEL, None)
-    save_model(model, path)
 
 
 def open_exact(folder: Path, provider: str = "auto", **options: Any) -> Runtime:
@@ -44,7 +26,9 @@ def open_exact(folder: Path, provider: str = "auto", **options: Any) -> Runtime:
     exported = open_folder(folder)
     if exported.quantization is None or not exported.quantization.accuracy_level:
         return Runtime(folder, provider, **options)
-    with tempfile.TemporaryDirectory(prefix="irc-exact-") as place:
-        path = Path(place) / MODEL
-        write_exact(exported, path)
-        return Runtime(folder, provider, **options, model_file=path)
+    return open_changed(exported, _at_level_0, provider, **options)
+
+
+def _at_level_0(model: ir.Model) -> None:
+    for node in model.graph.all_nodes():
+        node.attributes.pop("accuracy_level", None)

@@ -93,7 +93,6 @@ class ExportOptions:
             raise InputError(f"layout is '{self.layout}'; choose from {', '.join(LAYOUTS)}")
         if self.provider not in PROVIDERS:
             raise InputError(f"provider is '{self.provider}'; choose from {', '.join(PROVIDERS)}")
-        self.library_to_copy()
 
     def library_to_copy(self) -> NativeLibrary | None:
         """Return the operator library that is copied into the folder, None for none.
@@ -146,6 +145,7 @@ def export(
     except OSError as error:
         raise cannot_write(output, error) from error
     options.check(output)
+    library = options.library_to_copy()
     source = replace(as_source(model), device="cpu")
     if options.quantization is not None and source.dtype == "auto":
         source = replace(source, dtype="fp16" if options.provider == "cuda" else "fp32")
@@ -157,9 +157,9 @@ def export(
         else:
             refuse_whole_sequences(policy_named(opened.spec.policy), "be exported")
         merge_lora(opened)
-        _check_type(opened, options)
+        _check_type(opened, options, library)
         try:
-            manifest = _write(opened, relative_source(source.name, output), staging, options)
+            manifest = _write(opened, relative_source(source.name, output), staging, options, library)
         except PassError as error:
             raise InputError(f"{source.name}: {error}") from error
         if options.layout == "triton":
@@ -183,12 +183,11 @@ def export(
     }
 
 
-def _check_type(model: RoutedForCausalLM, options: ExportOptions) -> None:
+def _check_type(model: RoutedForCausalLM, options: ExportOptions, library: NativeLibrary | None) -> None:
     """Refuse what the type or the key/value policy of an opened model does not allow."""
     dtype = short_name(model.dtype)
     if options.quantization is not None and dtype == "bf16":
         raise InputError(f"{options.quantization.name} computes in fp32 or fp16, not in bf16", options=("dtype",))
-    library = options.library_to_copy()
     if library is None:
         return
     if model.control.reduced:
@@ -211,7 +210,9 @@ def _check_output(output: Path, force: bool) -> None:
         raise InputError(f"{output}: exists already; replace it or choose another folder", options=("force", "output"))
 
 
-def _write(model: RoutedForCausalLM, source: str, folder: Path, options: ExportOptions) -> dict[str, Any]:
+def _write(
+    model: RoutedForCausalLM, source: str, folder: Path, options: ExportOptions, library: NativeLibrary | None
+) -> dict[str, Any]:
     base, bundle = model.base, bundle_of(model)
     cache = CacheShape(*cache_shape(model.config), reduced=_reduced_layers(model))
     dtype = model.dtype
@@ -244,7 +245,6 @@ def _write(model: RoutedForCausalLM, source: str, folder: Path, options: ExportO
     if bundle is not None and RECIPE in bundle.texts:  # how it was made
         (folder / RECIPE).write_text(bundle.texts[RECIPE], encoding="utf-8")
     config = base.config.to_dict() | json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
-    library = options.library_to_copy()
     if library is not None:
         shutil.copyfile(library.path, folder / library.path.name)
     if not cache.reduced:  # onnxruntime-genai knows no cache whose layers differ in length

@@ -89,8 +89,8 @@ class Runtime:
         profile: Where ONNX Runtime writes how long each kernel took (see `end_profile`); None for no profile.
         tf32: Whether ONNX Runtime may round the inputs of fp32 products to ten bits on CUDA, as it does by default;
             native operators never do.
-        model_file: A model to run in place of the folder's, with the folder's weights: what `irc.deployment.forced`
-            or `irc.deployment.exact` wrote for it. It is read once, here.
+        model_file: A model to run in place of the folder's, with the folder's weights: what
+            `irc.deployment.changed` wrote for it. It is read once, here.
         forced: Whether that model is a forced one; `step` is then given the decisions instead of following the
             routers, which run all the same.
 

@@ -17,8 +17,6 @@ from transformers import LlamaConfig
 from exporters.onnx_format import Quantization
 from exporters.onnx_quantize import PACKED, dequantize, quantize
 
-TOLERANCE = 1e-4
-NEAR = 1e-4
 SHAPE: dict[str, Any] = {
     **{"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2, "max_position_embeddings": 256},
