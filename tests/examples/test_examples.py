@@ -19,6 +19,7 @@ SHORT = {
     "convert_your_own.py": (r"perplexity [\d.]+ dense, [\d.]+ routed", r"bundle: build/your-own/bundle"),
     "write_a_pass.py": (r"2 SiLU before, 0 after, 2 hard swish", r"changed: True; .*: False"),
     "export_and_run.py": (r"exported 4 routed units", r"ONNX Runtime and PyTorch give the same tokens"),
+    "side_by_side.py": (r"> What is the capital of France", r"\[dense\]\n", r"\[routed\]\n"),
     "inspect_in_a_browser.py": (r"120 tokens, 0\.\d+ of the", r"page: build/your-own/routes.html"),
     "compare_policies.py": (r"informed +perplexity [\d.]+ x dense", r"skipgpt +perplexity [\d.]+ x dense"),
     "train_on_two_processes.py": (
@@ -48,6 +49,7 @@ SHORT = {
     ),
 }
 ARGUMENTS = {
+    "side_by_side.py": "build/your-own/bundle --tokens 4",
     "real_model.py": "--gguf tiny.gguf --flops 0.9 --steps 2 --tokens 256 --seq-len 16 --data words.txt --device cpu",
     "convert_at_scale.py": "--shape tiny.json --folder build/tiny-scale --steps 2 --batch 2 --seq-len 32 --tokens 256",
 }
