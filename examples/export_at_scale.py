@@ -1,6 +1,6 @@
 """Export a Llama of 1B shape with random weights, dense and routed, and print size, time and peak memory.
 
-    python examples/export_at_scale.py             # 5 GB of disk for bf16, 7.5 GB for fp32; --dtypes bf16 for less
+    python examples/export_at_scale.py             # 5 GB of disk for bf16, 7.5 GB for fp32; --dtypes int4 for less
 
 Each `irc export` runs in its own process. The peak is Linux's VmHWM, which includes mapped files.
 """
@@ -52,7 +52,7 @@ def measure(source: Path, output: Path, dtype: str) -> tuple[float, float, float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"], help="Data types to export in.")
+    parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32", "int4"], help="Data types to export in.")
     dtypes = parser.parse_args().dtypes
     from irc import console
 
@@ -61,12 +61,16 @@ def main() -> None:
         base, bundle, output = (Path(work) / name for name in ("base", "bundle", "onnx"))
         write_random_model(base, "llama-3.2-1b")
         write_random_bundle(base, bundle)
+        stored = sum(path.stat().st_size for path in base.glob("*.safetensors")) / 1e9
         for name, source in (("dense", base), ("routed", bundle)):
             for dtype in dtypes:
                 weights, seconds, peak = measure(source, output, dtype)
                 subprocess.run(["rm", "-r", str(output)], check=True)
-                rows.append([f"{name}, {dtype}", *(f"{x:.2f}" for x in (weights, seconds, peak, peak / weights))])
-    console.table("export, 1B shape", ["model", "weights GB", "seconds", "peak GB", "peak / weights"], rows)
+                rows.append(
+                    [f"{name}, {dtype}", *(f"{x:.2f}" for x in (weights, seconds, peak, peak / weights, peak / stored))]
+                )
+    headings = ["model", "weights GB", "seconds", "peak GB", "peak / weights", "peak / bf16 base"]
+    console.table("export, 1B shape", headings, rows)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -41,7 +41,7 @@ from exporters.onnx_names import name_all, note_modules
 from exporters.onnx_ops import function_protos
 from exporters.onnx_quantize import quantize_weights
 from exporters.onnx_table import UNIT, translations
-from exporters.onnx_weights import numbers, store_transposed
+from exporters.onnx_weights import WeightSource, numbers, read_placeholders, store_transposed
 from passes.base import Pass, PassError, PassManager
 from passes.clean_up import CleanUp
 from passes.fuse_gates import FuseGates
@@ -54,6 +54,8 @@ from passes.route_products import RouteProducts
 from passes.tracing import tracing
 
 log = logging.getLogger(__name__)
+
+_IN_THE_GRAPH = WeightSource()
 
 
 def lowering(provider: str = "cpu") -> list[Pass]:
@@ -105,7 +107,7 @@ def export_onnx(
     description: Description,
     dump_dir: Path | None = None,
     provider: str = "cpu",
-    between: Callable[[], None] | None = None,
+    weights: WeightSource = _IN_THE_GRAPH,
 ) -> list[Decision]:
     """Lower a captured model in place and write `model.onnx` and `model.onnx.data` into a folder.
 
@@ -117,7 +119,7 @@ def export_onnx(
         description: What the file says about itself, and how its weights are stored.
         dump_dir: Where every pass writes its before, after and diff.
         provider: One of `PROVIDERS`, for which the model is optimized; every provider runs it.
-        between: Called before each weight is written, so that pages read for earlier weights can leave memory.
+        weights: Where the numbers of its weights come from.
 
     Returns:
         One decision for each routed unit, in the order in which a token meets them.
@@ -127,7 +129,7 @@ def export_onnx(
     """
     quantization = description.quantization
     PassManager(lowering("cpu" if quantization else provider), dump_dir).run(graph)
-    model = _translate(_Deployed(graph), cache, dtype, quantization, between)
+    model = _translate(_Deployed(graph), cache, dtype, quantization, weights)
     for cleaning in (RemoveUnusedNodesPass(), RemoveUnusedOpsetsPass()):
         cleaning(model)
     name_all(model)
@@ -145,7 +147,8 @@ def export_onnx(
     model.metadata_props.update({**description.metadata, **versions})
     model.producer_name, model.producer_version = "irc", description.version
     model.doc_string, model.model_version = description.text, MODEL_VERSION
-    ir.save(model, folder / MODEL, external_data=DATA, callback=(lambda *_: between()) if between else None)
+    release = weights.release
+    ir.save(model, folder / MODEL, external_data=DATA, callback=(lambda *_: release()) if release else None)
     return decisions
 
 
@@ -154,7 +157,7 @@ def _translate(
     cache: CacheShape,
     dtype: torch.dtype,
     quantization: Quantization | None,
-    between: Callable[[], None] | None,
+    weights: WeightSource,
 ) -> ir.Model:
     """Run torch.export and torch.onnx.export, quantize weights, then fold constants and merge equal nodes."""
     device = next(module.parameters()).device
@@ -186,7 +189,9 @@ def _translate(
     model = converted.model
     note_modules(model)
     CommonSubexpressionEliminationPass()(model)  # a weight that two nodes read is then transposed once
-    if quantization and not quantize_weights(model, quantization, numbers, between):
+    if weights.find:
+        read_placeholders(model, weights.find)
+    if quantization and not quantize_weights(model, quantization, numbers, weights.release):
         raise PassError("model", f"a weight that {quantization.name} can hold", "export it in another type")
     store_transposed(model)  # before constants are folded: a folded weight would lose its name
     onnxscript.optimizer.optimize(model, input_size_limit=1024, output_size_limit=1024)

@@ -20,6 +20,7 @@ DOMAIN = "com.microsoft"
 PACKED, SCALES, ZEROS = "packed", "scales", "zero_points"
 """Ends of the names of what replaces a weight: `model.layers.0.mlp.up_proj.weight.packed`."""
 
+_ROWS = 4096  # of a weight, packed at a time
 _KEPT = ("_router.", "_forecaster.", ".gate.")  # parts of names: what passes inserted, and what chooses experts
 
 
@@ -49,13 +50,16 @@ def quantize(weight: NDArray[Any], how: Quantization) -> Blocks:
 
     out, inputs = weight.shape
     count = -(-inputs // how.block_size)
-    turned = np.zeros((count * how.block_size, out), weight.dtype)
-    turned[:inputs] = weight.T
     packed = np.zeros((out, count, how.block_size * how.bits // 8), np.uint8)
     scales = np.zeros((out, count), weight.dtype)
     zeros = np.zeros((out, -(-count * how.bits // 8)), np.uint8)
     pack = ort.quantize_matmul_4bits if how.bits == 4 else ort.quantize_matmul_8bits
-    pack(packed, turned, scales, zeros, how.block_size, out, inputs, how.symmetric)
+    for first in range(0, out, _ROWS):  # a transposed copy of an embedding would set the export's memory peak
+        rows = slice(first, first + _ROWS)
+        some = weight[rows]
+        turned = np.zeros((count * how.block_size, len(some)), weight.dtype)
+        turned[:inputs] = some.T
+        pack(packed[rows], turned, scales[rows], zeros[rows], how.block_size, len(some), inputs, how.symmetric)
     return Blocks(packed, scales, None if how.symmetric else zeros)
 
 

@@ -2,12 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 from onnx_ir.tensor_adapters import TorchTensor
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """Where the numbers of a model's weights come from.
+
+    Attributes:
+        find: Returns what reads the weight that a placeholder in the model stands for, None for a weight.
+        release: Called before each weight is written, so that pages read for earlier weights can leave memory.
+    """
+
+    find: Callable[[torch.Tensor], Callable[[], torch.Tensor] | None] | None = None
+    release: Callable[[], None] | None = None
+
+
+def read_placeholders(model: ir.Model, find: Callable[[torch.Tensor], Callable[[], torch.Tensor] | None]) -> None:
+    """Let the weight that a placeholder stands for be read when its numbers are wanted, and not be kept."""
+    for weight in model.graph.initializers.values():
+        assert weight.const_value is not None
+        held = getattr(weight.const_value, "raw", None)
+        if isinstance(held, torch.Tensor) and (read := find(held)):
+            weight.const_value = _read_later(weight.const_value, read)
+
+
+def _read_later(tensor: ir.TensorProtocol, read: Callable[[], torch.Tensor]) -> ir.LazyTensor:
+    shape = ir.Shape(tensor.shape.numpy())
+    return ir.LazyTensor(lambda: TorchTensor(read()), dtype=tensor.dtype, shape=shape, name=tensor.name)
 
 
 def store_transposed(model: ir.Model) -> None:
@@ -82,5 +111,5 @@ def numbers(weight: ir.Value) -> NDArray[Any]:
 
 
 def _torch(tensor: ir.TensorProtocol) -> torch.Tensor:
-    raw = getattr(tensor, "raw", None)
+    raw = getattr(tensor.raw if isinstance(tensor, ir.LazyTensor) else tensor, "raw", None)
     return raw.detach() if isinstance(raw, torch.Tensor) else torch.from_numpy(tensor.numpy().copy())

@@ -75,7 +75,8 @@ def open_model(model: ModelSource | str) -> RoutedForCausalLM:
     for setting, value in (("target", source.target), ("key/value policy", source.key_policy)):
         if value is not None:
             raise InputError(f"{source.name}: a plain model skips no token, so it has no {setting}; convert it first")
-    return build_plain(find_base(source.name, ask_hub=source.ask_hub), source.dtype, source.device)
+    base = find_base(source.name, ask_hub=source.ask_hub)
+    return build_plain(base, source.dtype, source.device, as_stored=source.as_stored)
 
 
 def _load_routed(bundle: Bundle, source: ModelSource) -> RoutedForCausalLM:
@@ -85,7 +86,8 @@ def _load_routed(bundle: Bundle, source: ModelSource) -> RoutedForCausalLM:
     adapter = read_adapter(folder, config.adapter_sha256)
     if config.lora is not None:
         _check_hash(folder / LORA / WEIGHTS, config.lora_sha256)
-    model = build_routed(base, config.spec, source.dtype, source.device)
+    as_stored = source.as_stored and config.lora is None
+    model = build_routed(base, config.spec, source.dtype, source.device, as_stored=as_stored)
     set_adapter(model, adapter, str(folder))
     if config.lora is not None:
         load_lora(model, folder / LORA, config.lora)

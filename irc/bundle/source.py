@@ -24,6 +24,8 @@ class ModelSource:
         sparsity: Share to skip that replaces a bundle's own, within its dial.
         flops: FLOPs ratio that replaces a bundle's own, within a dial that was made for FLOPs.
         ask_hub: Whether a hub id may be downloaded. False for a name that a file gave and not the user.
+        as_stored: Whether large weights stay in their file's type, unless LoRA adapters change them. The model can then
+            be exported, but not run.
     """
 
     name: str
@@ -34,6 +36,7 @@ class ModelSource:
     sparsity: float | None = None
     ask_hub: bool = True
     flops: float | None = None
+    as_stored: bool = False
 
     @property
     def target(self) -> Target | None:

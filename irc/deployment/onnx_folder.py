@@ -25,6 +25,7 @@ from exporters.onnx_format import (
     CacheShape,
     Quantization,
 )
+from exporters.onnx_weights import WeightSource
 from exporters.triton import write_repository
 from irc import __version__
 from irc.bundle.config import Measured, SparsityFigures, UnitFigures
@@ -34,7 +35,7 @@ from irc.bundle.loading import open_model
 from irc.bundle.source import ModelSource, as_source
 from irc.deployment.overflow import warn_of_overflow
 from irc.deployment.tokenizer_files import write_tokenizer
-from irc.dtypes import short_name
+from irc.dtypes import LONG_NAMES, short_name
 from irc.errors import InputError
 from irc.files.atomic import cannot_write, file_sha256, staged
 from irc.model.cache import cache_shape
@@ -151,7 +152,8 @@ def export(
         source = replace(source, dtype="fp16" if options.provider == "cuda" else "fp32")
     started = time.monotonic()
     with staged(output) as staging:  # a place that cannot be written is found before any work is done
-        opened = open_model(source)
+        in_fp32 = source.dtype in ("fp32", LONG_NAMES["fp32"])  # of fp16 models activations are measured: they run
+        opened = open_model(replace(source, as_stored=in_fp32))
         if opened.spec is None:
             opened.base.check_finite()  # the base of a bundle was checked when it was converted
         else:
@@ -216,7 +218,8 @@ def _write(
     base, bundle = model.base, bundle_of(model)
     cache = CacheShape(*cache_shape(model.config), reduced=_reduced_layers(model))
     dtype = model.dtype
-    weights = list(model.graph.parameters())
+    stored = model.stored
+    weights = [*model.graph.parameters(), *(stored.tensors if stored else ())]
     pages = MappedPages(weights)
     made_of = {"name": base.name} if bundle is None else bundle.config.base.model_dump()
     made_of["name"] = without_folder(made_of["name"])
@@ -224,7 +227,7 @@ def _write(
     turned_to = None if bundle is None else bundle.turned_to
     text = _doc_string(model, made_of["name"], found.target)
     description = Description(__version__, text, {"irc.version": __version__}, options.quantization)
-    release = partial(pages.release, weights)
+    numbers = WeightSource(stored.find if stored else None, partial(pages.release, weights))
     generation = base.generation.to_dict()  # refused before the work, if it cannot be read
     warn_of_overflow(model)
     with interrupts_kept():
@@ -236,7 +239,7 @@ def _write(
             description,
             options.dump_dir,
             options.provider,
-            release,
+            numbers,
         )
     for name in _KEPT:
         if (base.folder / name).is_file():

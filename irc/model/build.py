@@ -16,6 +16,7 @@ from irc.model.checkpoint import BaseModel
 from irc.model.modules import BottleneckRouter, Forecaster, Mux, RoutingControl
 from irc.model.policies import RandomRouter, make_forecaster, make_router
 from irc.model.routed import RoutedForCausalLM, RoutingSpec
+from irc.model.stored import StoredWeights
 from irc.recipe.policies import Policy, policy_named
 from irc.recipe.recipe import default_ffn_rank, default_rank
 from irc.recipe.stages import TAUGHT_HIDDEN
@@ -28,23 +29,32 @@ from passes.split_fused_linears import SplitFusedLinears
 log = logging.getLogger(__name__)
 
 
-def build_plain(base: BaseModel, dtype: str = "auto", device: str = "cpu") -> RoutedForCausalLM:
+def build_plain(
+    base: BaseModel, dtype: str = "auto", device: str = "cpu", *, as_stored: bool = False
+) -> RoutedForCausalLM:
     """Capture a base model without inserting anything.
 
     Args:
         base: Model on disk.
         dtype: `auto` (fp32, or bf16 for checkpoints over 2 GB), `fp32`, `fp16` or `bf16`.
         device: Where it will run.
+        as_stored: Whether large weights stay in their file's type. The model can then be exported, but not run.
 
     Raises:
         InputError: The model cannot be captured.
     """
-    captured = _captured(base, dtype, device)
+    captured = _captured(base, dtype, device, as_stored)
     return _ready(RoutedForCausalLM(captured, match_units(captured.graph), RoutingControl(), None, base))
 
 
 def build_routed(
-    base: BaseModel, spec: RoutingSpec, dtype: str = "auto", device: str = "cpu", seed: int = 0
+    base: BaseModel,
+    spec: RoutingSpec,
+    dtype: str = "auto",
+    device: str = "cpu",
+    seed: int = 0,
+    *,
+    as_stored: bool = False,
 ) -> RoutedForCausalLM:
     """Capture a base model and insert untrained forecasters, routers and muxes around every unit.
 
@@ -54,11 +64,12 @@ def build_routed(
         dtype: `auto` (fp32, or bf16 for checkpoints over 2 GB), `fp32`, `fp16` or `bf16`.
         device: Where it will run.
         seed: Seed of the inserted modules' initial weights.
+        as_stored: Whether large weights stay in their file's type. The model can then be exported, but not run.
 
     Raises:
         InputError: The model cannot be captured, it has no unit that can be routed, or the rank is too large.
     """
-    captured = _captured(base, dtype, device)
+    captured = _captured(base, dtype, device, as_stored)
     match = match_units(captured.graph)
     _refuse_without_units(match, base)
     if match.refusals:
@@ -139,10 +150,12 @@ def _ready(model: RoutedForCausalLM) -> RoutedForCausalLM:
     return model
 
 
-def _captured(base: BaseModel, dtype: str, device: str) -> Captured:
+def _captured(base: BaseModel, dtype: str, device: str, as_stored: bool) -> Captured:
     weights = base.weights()
     base.check_sizes(weights)
     captured = capture(base.config, base.dtype(dtype))
+    if as_stored:
+        captured = replace(captured, stored=StoredWeights())
     assign_weights(captured, weights, device)
     PassManager([SplitFusedLinears()]).run(captured.graph)
     return captured

@@ -28,6 +28,7 @@ from irc.model.cache import CACHE_NAME, cache_shape
 from irc.model.experts import separate_experts, stored_name
 from irc.model.interrupts import interrupts_kept
 from irc.model.repeated_layers import add_copies, layers_to_copy, with_first_layers
+from irc.model.stored import StoredWeights
 from passes.base import PassManager
 from passes.clean_up import CleanUp
 from passes.set_device import SetDevice
@@ -56,11 +57,13 @@ class Captured:
             [batch, key/value heads, length, head size]. Weights are on the meta device until `assign_weights`.
         config: The Hugging Face configuration.
         dtype: Data type of the capture. Another data type needs another capture.
+        stored: Takes the large weights whose type is another one; None: they are converted.
     """
 
     graph: fx.GraphModule
     config: PretrainedConfig
     dtype: torch.dtype
+    stored: StoredWeights | None = None
 
 
 def capture(config: PretrainedConfig, dtype: torch.dtype) -> Captured:
@@ -105,7 +108,11 @@ def _traced(config: PretrainedConfig, dtype: torch.dtype) -> fx.GraphModule:
     return _root(module)
 
 
-def assign_weights(captured: Captured, weights: Mapping[str, torch.Tensor], device: torch.device | str = "cpu") -> None:
+def assign_weights(
+    captured: Captured,
+    weights: Mapping[str, torch.Tensor],
+    device: torch.device | str = "cpu",
+) -> None:
     """Give a captured model its weights without copying them, and move its graphs to their device.
 
     Args:
@@ -139,8 +146,10 @@ def assign_weights(captured: Captured, weights: Mapping[str, torch.Tensor], devi
             kind = str(source.dtype).removeprefix("torch.")
             raise InputError(f"weight {name} is stored as {kind}, which needs a scale; {_WANTED}")
         if stored not in shared:
-            # Mixed-dtype checkpoints are converted here; if dtype and device agree, nothing is copied.
-            shared[stored] = nn.Parameter(source.detach().to(device, captured.dtype), requires_grad=False)
+            held = captured.stored.placeholder(source, captured.dtype) if captured.stored else None
+            if held is None:  # mixed-dtype checkpoints are converted; if dtype and device agree, nothing is copied
+                held = source.detach().to(device, captured.dtype)
+            shared[stored] = nn.Parameter(held, requires_grad=False)
         _set(model, name, shared[stored])
     _warn_about_unused(
         captured.config.model_type, weights.keys() - shared.keys() - {_found(name, weights) for name in tied}

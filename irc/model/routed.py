@@ -75,6 +75,7 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         control: How all muxes decide: mode `route` (deterministic argmax), unless training sets another.
         spec: What was inserted; None for a plain model.
         base: The model on disk that was captured.
+        stored: What its placeholders stand for, if it has any; it can then be exported, but not run.
         lora: Settings of its LoRA adapters; None without adapters.
         key_policy: Which keys and values are stored.
         sharded: Whether the weights of its layers are gathered by hooks on them (FSDP).
@@ -100,6 +101,7 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         self.match = match
         self.control = control
         self.spec = spec
+        self.stored = captured.stored
         self.lora: LoraRecipe | None = None
         self.key_policy = KeyPolicy()
         self.sharded = False
