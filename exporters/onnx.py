@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +12,7 @@ from typing import Any, cast
 import onnx_ir as ir
 import onnxscript.optimizer
 import torch
+from numpy.typing import NDArray
 from onnx_ir.passes.common import (
     ClearMetadataAndDocStringPass,
     CommonSubexpressionEliminationPass,
@@ -39,9 +40,10 @@ from exporters.onnx_format import (
 from exporters.onnx_interface import complete_interface
 from exporters.onnx_names import name_all, note_modules
 from exporters.onnx_ops import function_protos
-from exporters.onnx_quantize import quantize_weights
+from exporters.onnx_quantize import Blocks, quantize_weights
+from exporters.onnx_rounding import compensate
 from exporters.onnx_table import UNIT, translations
-from exporters.onnx_weights import WeightSource, numbers, read_placeholders, store_transposed
+from exporters.onnx_weights import WeightSource, held, numbers, read_placeholders, store_transposed
 from passes.base import Pass, PassError, PassManager
 from passes.clean_up import CleanUp
 from passes.fuse_gates import FuseGates
@@ -191,12 +193,26 @@ def _translate(
     CommonSubexpressionEliminationPass()(model)  # a weight that two nodes read is then transposed once
     if weights.find:
         read_placeholders(model, weights.find)
-    if quantization and not quantize_weights(model, quantization, numbers, weights.release):
+    again = _round_again(weights.moments, quantization) if quantization and weights.moments else None
+    if quantization and not quantize_weights(model, quantization, numbers, weights.release, again):
         raise PassError("model", f"a weight that {quantization.name} can hold", "export it in another type")
     store_transposed(model)  # before constants are folded: a folded weight would lose its name
     onnxscript.optimizer.optimize(model, input_size_limit=1024, output_size_limit=1024)
     CommonSubexpressionEliminationPass()(model)
     return model
+
+
+def _round_again(
+    moments: Callable[[torch.Tensor], torch.Tensor | None], how: Quantization
+) -> Callable[[ir.Value, NDArray[Any], Blocks], Blocks]:
+    """Return what rounds a weight by GPTQ, where the moments of its inputs are known."""
+
+    def again(weight: ir.Value, values: NDArray[Any], blocks: Blocks) -> Blocks:
+        tensor = held(weight)
+        found = None if tensor is None else moments(tensor)
+        return blocks if found is None else compensate(values, found, blocks, how)
+
+    return again
 
 
 def _name_interface(model: ir.Model, cache: CacheShape) -> None:

@@ -91,6 +91,7 @@ class Decision:
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 QUANTIZED = {"int4": 4, "int8": 8}
 """Types of quantized weights as `--dtype` takes them, with their bits."""
+ROUNDINGS = ("nearest", "gptq")
 
 
 @dataclass(frozen=True)
@@ -102,12 +103,14 @@ class Quantization:
         block_size: Inputs that share a scale, one of `BLOCK_SIZES`.
         symmetric: Whether blocks have a scale alone, and no zero point.
         accuracy_level: How ONNX Runtime computes: 4 with activations rounded to int8, 0 with activations as they are.
+        rounding: `nearest`, or `gptq`, which makes up for its errors on calibration text.
     """
 
     bits: int = 4
     block_size: int = 32
     symmetric: bool = False
     accuracy_level: int = 4
+    rounding: str = "nearest"
 
     @property
     def name(self) -> str:

@@ -7,7 +7,7 @@ they are operators of their own, and a route must not move.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -76,11 +76,34 @@ def dequantize(blocks: Blocks, inputs: int, how: Quantization) -> NDArray[np.flo
     values = _unpacked(blocks.packed.reshape(out, -1), how.bits)
     padding = count * how.block_size - values.shape[1]  # an embedding alone has none
     values = np.pad(values, ((0, 0), (0, padding))).reshape(out, count, how.block_size)
-    middle = 1 << (how.bits - 1)
-    zeros = np.full((out, count), middle) if blocks.zeros is None else _unpacked(blocks.zeros, how.bits)[:, :count]
+    zeros = unpacked_zeros(blocks, how)
     scales = blocks.scales.astype(np.float32)
     weight: NDArray[np.float32] = (values.astype(np.float32) - zeros.astype(np.float32)[..., None]) * scales[..., None]
     return weight.reshape(out, -1)[:, :inputs]
+
+
+def unpacked_zeros(blocks: Blocks, how: Quantization) -> NDArray[np.uint8]:
+    """Return the number that means zero in each block, [out, blocks]."""
+    out, count = blocks.scales.shape
+    if blocks.zeros is None:
+        return np.full((out, count), 1 << (how.bits - 1), np.uint8)
+    return _unpacked(blocks.zeros, how.bits)[:, :count]
+
+
+def packed_numbers(numbers: NDArray[np.uint8], blocks: Blocks, how: Quantization) -> Blocks:
+    """Return blocks of a product that hold other numbers.
+
+    Args:
+        numbers: uint8 [out, in], below 2 ** bits.
+        blocks: Give scales and zero points.
+        how: How they were made.
+    """
+    out, count = blocks.scales.shape
+    padded = np.zeros((out, count * how.block_size), np.uint8)
+    padded[:, : numbers.shape[1]] = numbers
+    if how.bits == 4:
+        padded = padded[:, ::2] | padded[:, 1::2] << 4
+    return replace(blocks, packed=padded.reshape(out, count, -1))
 
 
 def _unpacked(data: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
@@ -93,6 +116,7 @@ def quantize_weights(
     how: Quantization,
     read: Callable[[ir.Value], NDArray[Any]],
     between: Callable[[], None] | None = None,
+    again: Callable[[ir.Value, NDArray[Any], Blocks], Blocks] | None = None,
 ) -> list[str]:
     """Replace products with weights, and lookups in an embedding, by operators on blocks.
 
@@ -101,6 +125,7 @@ def quantize_weights(
         how: How weights are quantized.
         read: Returns the numbers of a weight, float32 or float16.
         between: Called after each weight, so that pages read for it can leave memory.
+        again: Rounds a weight again, whose numbers and nearest blocks it is given.
 
     Returns:
         The names of the quantized weights.
@@ -110,7 +135,10 @@ def quantize_weights(
         products, turned, lookups = _users(weight)
         if not (products or lookups) or any(part in str(weight.name) for part in _KEPT):
             continue
-        blocks = quantize(read(weight), how)
+        numbers = read(weight)
+        blocks = quantize(numbers, how)
+        if again:
+            blocks = again(weight, numbers, blocks)
         out, inputs = (int(cast(int, size)) for size in cast(ir.Shape, weight.shape))
         width = inputs * how.bits // 8
         packed = blocks.packed if products else blocks.packed.reshape(out, -1)[:, :width]

@@ -8,7 +8,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from exporters.onnx_format import BLOCK_SIZES, QUANTIZED, Quantization
+from exporters.onnx_format import BLOCK_SIZES, QUANTIZED, ROUNDINGS, Quantization
 from irc.cli.options import (
     common_options,
     dtype_option,
@@ -45,6 +45,12 @@ _WITH_UPGRADE = frozenset({"upgrade", "as_json", "debug", "help"})
     type=click.Choice(["0", "4"]),
     help="int4, int8: 4 rounds the inputs of products to 8 bits, which is faster on CPUs; 0 does not. "
     f"[default: {Quantization.accuracy_level}]",
+)
+@click.option(
+    "--rounding",
+    type=click.Choice(ROUNDINGS),
+    help="int4, int8: nearest, or gptq, whose weights take up each other's errors on the conversion's calibration "
+    f"text; it takes longer, and memory for the model in fp32. [default: {Quantization.rounding}]",
 )
 @click.option(
     "--layout",
@@ -91,6 +97,7 @@ def command(
     block_size: str | None,
     symmetric: bool | None,
     accuracy_level: str | None,
+    rounding: str | None,
     layout: str,
     ops_library: str | None,
     provider: str,
@@ -121,7 +128,7 @@ def command(
     from irc.deployment.onnx_folder import ExportOptions, export
     from irc.recipe.key_policy import KeyPolicy
 
-    quantization = _quantization(dtype, block_size, symmetric, accuracy_level)
+    quantization = _quantization(dtype, block_size, symmetric, accuracy_level, rounding)
     console.note(f"exporting {model}: dtype {dtype}, layout {layout}, provider {provider}")
     policy = KeyPolicy.chosen(kv_policy, kv_threshold)
     computed = dtype if quantization is None else "float16" if provider == "cuda" else "float32"
@@ -148,13 +155,14 @@ def command(
 
 
 def _quantization(
-    dtype: str, block_size: str | None, symmetric: bool | None, accuracy_level: str | None
+    dtype: str, block_size: str | None, symmetric: bool | None, accuracy_level: str | None, rounding: str | None
 ) -> Quantization | None:
     """Return how weights are quantized, None where they are not."""
     given = {
         "block_size": None if block_size is None else int(block_size),
         "symmetric": symmetric,
         "accuracy_level": None if accuracy_level is None else int(accuracy_level),
+        "rounding": rounding,
     }
     settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if dtype in QUANTIZED:
@@ -173,6 +181,8 @@ def _shown_type(result: dict[str, Any]) -> str:
         return str(result["dtype"])
     kind = "symmetric" if found["symmetric"] else "asymmetric"
     blocks = f"int{found['bits']} in {kind} blocks of {found['block_size']}"
+    if (text := result["rounding_text"]) is not None:
+        blocks += f", rounded by {found['rounding']} on {text['tokens']:,} tokens of {text['name']}"
     return f"{blocks}, accuracy level {found['accuracy_level']}, computes in {result['dtype']}"
 
 

@@ -33,6 +33,7 @@ from irc.bundle.contents import bundle_of
 from irc.bundle.layout import RECIPE
 from irc.bundle.loading import open_model
 from irc.bundle.source import ModelSource, as_source
+from irc.deployment.moments import Moments, gather_moments
 from irc.deployment.overflow import warn_of_overflow
 from irc.deployment.tokenizer_files import write_tokenizer
 from irc.dtypes import LONG_NAMES, short_name
@@ -153,15 +154,17 @@ def export(
     started = time.monotonic()
     with staged(output) as staging:  # a place that cannot be written is found before any work is done
         in_fp32 = source.dtype in ("fp32", LONG_NAMES["fp32"])  # of fp16 models activations are measured: they run
-        opened = open_model(replace(source, as_stored=in_fp32))
+        by_text = options.quantization is not None and options.quantization.rounding == "gptq"
+        opened = open_model(replace(source, as_stored=in_fp32 and not by_text))
         if opened.spec is None:
             opened.base.check_finite()  # the base of a bundle was checked when it was converted
         else:
             refuse_whole_sequences(policy_named(opened.spec.policy), "be exported")
         merge_lora(opened)
         _check_type(opened, options, library)
+        moments = gather_moments(opened) if by_text else None
         try:
-            manifest = _write(opened, relative_source(source.name, output), staging, options, library)
+            manifest = _write(opened, relative_source(source.name, output), staging, options, library, moments)
         except PassError as error:
             raise InputError(f"{source.name}: {error}") from error
         if options.layout == "triton":
@@ -174,6 +177,7 @@ def export(
         "layout": options.layout,
         "dtype": manifest["dtype"],
         "quantization": manifest["quantization"],
+        "rounding_text": None if moments is None else {"name": moments.text, "tokens": moments.tokens},
         "provider": options.provider,
         "opset": OPSET,
         "op_version": VERSION,
@@ -213,7 +217,12 @@ def _check_output(output: Path, force: bool) -> None:
 
 
 def _write(
-    model: RoutedForCausalLM, source: str, folder: Path, options: ExportOptions, library: NativeLibrary | None
+    model: RoutedForCausalLM,
+    source: str,
+    folder: Path,
+    options: ExportOptions,
+    library: NativeLibrary | None,
+    moments: Moments | None,
 ) -> dict[str, Any]:
     base, bundle = model.base, bundle_of(model)
     cache = CacheShape(*cache_shape(model.config), reduced=_reduced_layers(model))
@@ -227,7 +236,8 @@ def _write(
     turned_to = None if bundle is None else bundle.turned_to
     text = _doc_string(model, made_of["name"], found.target)
     description = Description(__version__, text, {"irc.version": __version__}, options.quantization)
-    numbers = WeightSource(stored.find if stored else None, partial(pages.release, weights))
+    release = partial(pages.release, weights)
+    numbers = WeightSource(stored.find if stored else None, release, moments.of if moments else None)
     generation = base.generation.to_dict()  # refused before the work, if it cannot be read
     warn_of_overflow(model)
     with interrupts_kept():

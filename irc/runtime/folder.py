@@ -16,6 +16,7 @@ from exporters.onnx_format import (
     MODEL,
     PAST_FROM,
     QUANTIZED,
+    ROUNDINGS,
     VERSION,
     CacheShape,
     Decision,
@@ -176,7 +177,12 @@ def _check_types(manifest: dict[str, Any], hashes: Iterable[Any]) -> None:
         how = Quantization(**found)
         sizes = how.bits, how.block_size, how.accuracy_level
         known = how.bits in QUANTIZED.values() and how.block_size in BLOCK_SIZES and how.accuracy_level in (0, 4)
-        if not known or type(how.symmetric) is not bool or any(type(size) is not int for size in sizes):
+        if (
+            not known
+            or how.rounding not in ROUNDINGS
+            or type(how.symmetric) is not bool
+            or any(type(size) is not int for size in sizes)
+        ):
             raise ValueError(f"quantization is {found!r}")
     context = manifest.get("context_length")
     if context is not None and (type(context) is not int or context < 1):

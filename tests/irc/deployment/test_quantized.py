@@ -56,7 +56,7 @@ def test_verify_agrees_with_pytorch_that_holds_the_same_numbers(
 
 
 def test_eval_shows_what_skipping_costs_beside_what_quantizing_costs(
-    folders: dict[str, Path], bundle: Path, text_file: Path, irc_main: Main
+    folders: dict[str, Path], bundle: Path, text_file: Path, irc_main: Main, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ["--data", text_file, *SIZES, "--split", "heldout", "--yardstick-tokens", "64", "--json"]
     shown, plain = (irc_main("eval", where, *arguments) for where in (folders["routed"], bundle))
@@ -68,9 +68,9 @@ def test_eval_shows_what_skipping_costs_beside_what_quantizing_costs(
     assert shown.json["data"]["tokens"] == plain.json["data"]["tokens"]
     assert [text["name"] for text in shown.json["texts"]] == [text["name"] for text in plain.json["texts"]]
     assert shown.json["flops_ratio"] == pytest.approx(plain.json["flops_ratio"], abs=0.05)
-    table = irc_main("eval", folders["routed"], "--data", text_file, *SIZES, "--yardstick-tokens", "0")
-    assert table.out.count("int4") == 2  # dense and routed
-    assert "dense" in table.out
+    monkeypatch.setenv("COLUMNS", "160")
+    table = irc_main("eval", folders["routed"], "--data", text_file, *SIZES, "--yardstick-tokens", "0").out
+    assert all(name in table for name in ("dense int4", "routed fp32", "routed int4")), table
 
 
 def test_int8_is_closer_than_int4(folders: dict[str, Path], text_file: Path, irc_main: Main) -> None:
@@ -183,3 +183,41 @@ def test_tied_weights_share_their_blocks(folders: dict[str, Path]) -> None:
     packed = [tensor.name for tensor in model.graph.initializer if tensor.name.endswith(".packed")]
     heads = [name for name in packed if "embed" in name or "head" in name]
     assert len(heads) == 1
+
+
+def with_text(bundle: Path, text: Path, folder: Path) -> Path:
+    """Copy a bundle, and let its recipe name a text."""
+    shutil.copytree(bundle, folder)
+    (folder / "recipe.yaml").write_text(f"data: [{text}]\n")
+    return folder
+
+
+def test_gptq_reads_the_conversions_text_and_says_so(
+    bundle: Path, text_file: Path, folders: dict[str, Path], tmp_path: Path, irc_main: Main
+) -> None:
+    source, folder = with_text(bundle, text_file, tmp_path / "source"), tmp_path / "gptq"
+    shown = irc_main("export", source, "-o", folder, "--dtype", "int4", "--rounding", "gptq", "--json")
+    assert shown.code == 0, shown.err
+    assert shown.json["quantization"]["rounding"] == "gptq"
+    assert shown.json["rounding_text"]["name"] == str(text_file)
+    assert shown.json["rounding_text"]["tokens"] > 1000
+    sizes = [(place / "model.onnx.data").stat().st_size for place in (folder, folders["routed"])]
+    assert sizes[0] == sizes[1]
+    costs = []
+    for place in (folder, folders["routed"]):
+        checked = irc_main("verify", place, "--data", text_file, *SIZES, "--json")
+        assert checked.code == 0, checked.err
+        assert checked.json["max_abs_diff"] <= 1e-4
+        sides = {side["name"]: side for side in checked.json["quantized"]["between"]}
+        costs.append(sides["dense int4"]["fidelity"]["kl"])
+    assert costs[0] < costs[1]
+
+
+def test_gptq_needs_blocks_and_text(bundle: Path, tmp_path: Path, irc_main: Main) -> None:
+    new = tmp_path / "new"
+    source = with_text(bundle, tmp_path / "gone.txt", tmp_path / "source")
+    for arguments, named in ((("--dtype", "fp32"), "--rounding"), (("--dtype", "int4"), "gone.txt")):
+        refused = irc_main("export", source, "-o", new, *arguments, "--rounding", "gptq")
+        assert refused.code == 2
+        assert named in refused.sentence()
+        assert not new.exists()
