@@ -177,12 +177,8 @@ def _check_types(manifest: dict[str, Any], hashes: Iterable[Any]) -> None:
         how = Quantization(**found)
         sizes = how.bits, how.block_size, how.accuracy_level
         known = how.bits in QUANTIZED.values() and how.block_size in BLOCK_SIZES and how.accuracy_level in (0, 4)
-        if (
-            not known
-            or how.rounding not in ROUNDINGS
-            or type(how.symmetric) is not bool
-            or any(type(size) is not int for size in sizes)
-        ):
+        known = known and how.rounding in ROUNDINGS and type(how.symmetric) is bool
+        if not known or any(type(size) is not int for size in sizes):
             raise ValueError(f"quantization is {found!r}")
     context = manifest.get("context_length")
     if context is not None and (type(context) is not int or context < 1):
