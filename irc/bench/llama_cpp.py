@@ -45,7 +45,11 @@ def check_llama_cpp(provider: str, batches: Sequence[int]) -> None:
 
 
 def threads_of_cores() -> int:
-    """Return the number of physical cores that this process may use: ONNX Runtime's default number of threads."""
+    """Return the number of physical cores that this process may use.
+
+    That is ONNX Runtime's default number of threads too, unless the process is confined to some of the machine's cores,
+    which ONNX Runtime does not heed. Threads of llama.cpp wait for each other spinning, so more than cores cost much.
+    """
     cores = set()
     for cpu in os.sched_getaffinity(0):
         siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
