@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from exporters.onnx_dtypes import of_weights
+from irc.bench.llama_cpp import check_llama_cpp
 from irc.bench.models import ModelPair, bundle_pair, random_pair
+from irc.bench.peers import PEERS
 from irc.bench.precision import Precision, precision_named
 from irc.bench.profile import profile_operators
-from irc.bench.scenario import PEERS, Load, Scenario, Share, TextTokens
+from irc.bench.scenario import Load, Scenario, Share, TextTokens
 from irc.bench.shapes import Shape
 from irc.bench.timed_models import TimedModel
 from irc.errors import InputError
@@ -154,6 +156,8 @@ def _check(subject: Subject, shares: Sequence[Share], load: Load, options: Bench
     for peer in options.peers:
         if peer not in PEERS:
             raise InputError(f"unknown peer '{peer}'; choose from {', '.join(PEERS)}", options=("peers",))
+    if "llama.cpp" in options.peers:
+        check_llama_cpp(provider, [*load.batches, *load.decode_batches])
     if precision.quantization is not None and (peers := [peer for peer in options.peers if peer.startswith("hf-")]):
         raise InputError(f"peer {peers[0]} runs no {precision.name}; leave it out", options=("peers",))
     if subject.bundle and "static" in options.peers:

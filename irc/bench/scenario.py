@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from irc.bench.ideal_speedup import dense_bytes, dense_flops, ideal_decode_speedup, ideal_prefill_speedup
 from irc.bench.measure import Timing, Workload, decode_in_turns, prefill_in_turns
-from irc.bench.models import ModelPair, dense_export, genai_export, shallower
+from irc.bench.models import ModelPair, dense_export, shallower
+from irc.bench.peers import OTHER_RUNTIMES, open_peer
 from irc.bench.precision import Precision
 from irc.bench.shapes import Shape
-from irc.bench.timed_models import ExportedModel, GenaiModel, TimedModel, TransformersModel
+from irc.bench.timed_models import ExportedModel, TimedModel
 from irc.deployment.forced import open_forced
 from irc.errors import IrcError
 from irc.files.untrusted import first_line
@@ -26,8 +27,6 @@ from irc.runtime.session import Runtime
 
 log = logging.getLogger(__name__)
 
-OTHER_RUNTIMES = ("hf-eager", "hf-compiled", "genai")  # they run the dense model
-PEERS = ("static", *OTHER_RUNTIMES)
 TextTokens = NDArray[np.int64]
 
 
@@ -137,21 +136,11 @@ class Scenario:
                 # Name a library by its path, and any other choice by the kernels that are used in the end.
                 opened[choice if choice not in CHOICES else routed.runtime.ops] = routed
         opened.pop("static", None)  # its number of layers depends on this scenario's share
-        makers: dict[str, Callable[[], TimedModel]] = {
-            "static": lambda: self._static(context),
-            "hf-eager": lambda: TransformersModel(
-                self.pair.base, self.precision.computed, self.provider, compiled=False
-            ),
-            "hf-compiled": lambda: TransformersModel(
-                self.pair.base, self.precision.computed, self.provider, compiled=True
-            ),
-            "genai": self._genai,
-        }
         for peer in peers:
             if peer in missing or peer in opened:
                 continue
             try:
-                model = makers[peer]()
+                model = self._static(context) if peer == "static" else self._other_runtime(peer, context)
                 model.step(np.zeros((1, 2), np.int64), model.empty(1), None)
                 opened[peer] = model
             except Exception as error:  # a peer that fails, for any reason, must not stop the others
@@ -278,11 +267,8 @@ class Scenario:
         kept = shallower(self.shape, self.share.mean).layers / self.shape.layers
         return (head_flops(model) + units) / (head_flops(model) + units * kept)
 
-    def _genai(self) -> TimedModel:
-        folder = self.work / "genai"
-        if not folder.exists():
-            genai_export(self.pair.base, self.work, self.provider, self.precision)
-        return GenaiModel(folder, self.provider, self.precision.computed)
+    def _other_runtime(self, peer: str, context: int) -> TimedModel:
+        return open_peer(peer, self.pair, self.work, self.provider, self.precision, context)
 
 
 def _read_workload(text: TextTokens, batch: int, length: int, load: Load) -> Workload:

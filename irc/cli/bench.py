@@ -111,8 +111,8 @@ def _shares(ctx: click.Context, parameter: click.Parameter, value: str | None) -
     default="",
     callback=name_list,
     metavar="LIST",
-    help="Also time static (the same share of layers removed), hf-eager and hf-compiled (transformers), and genai "
-    "(its own dense build).",
+    help="Also time static (the same share of layers removed), hf-eager and hf-compiled (transformers), genai "
+    "(its own dense build), and llama.cpp (the dense weights as GGUF).",
 )
 @click.option("--profile", is_flag=True, help="Also show the time per operator.")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Write a plot of the speed-ups (SVG).")
