@@ -58,7 +58,9 @@ class Moments:
 
 @torch.no_grad()
 def gather_moments(model: RoutedForCausalLM) -> Moments:
-    """Read the calibration text of the conversion, without what the model wrote itself; of a plain model, `stdlib`.
+    """Read the calibration text of the conversion, without what the model wrote itself; if nothing is left, `stdlib`.
+
+    Texts from the hub are left out too: a bundle must not decide what is downloaded.
 
     Args:
         model: Whose inputs are gathered.
@@ -67,8 +69,9 @@ def gather_moments(model: RoutedForCausalLM) -> Moments:
         InputError: The text is not there any more, or too short.
     """
     bundle = bundle_of(model)
-    named = [] if bundle is None else [text for text in bundle.recipe.data if text != OWN_TEXT]
-    texts = load_texts(named or ["stdlib"])
+    given = [] if bundle is None else bundle.recipe.data
+    local = [text for text in given if text != OWN_TEXT and not text.startswith("hf:")]
+    texts = load_texts(local or ["stdlib"])
     window = min(_WINDOW, getattr(model.config, "max_position_embeddings", None) or _WINDOW)
     stream = texts.stream("calibration", model.base.tokenizer, window, 0)
     ids = pick(windows(stream, window, "calibration"), _TOKENS)
