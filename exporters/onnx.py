@@ -193,9 +193,16 @@ def _translate(
     CommonSubexpressionEliminationPass()(model)  # a weight that two nodes read is then transposed once
     if weights.find:
         read_placeholders(model, weights.find)
-    again = _round_again(weights.moments, quantization) if quantization and weights.moments else None
+    unread: list[str] = []
+    again = _round_again(weights.moments, quantization, unread) if quantization and weights.moments else None
     if quantization and not quantize_weights(model, quantization, numbers, weights.release, again):
         raise PassError("model", f"a weight that {quantization.name} can hold", "export it in another type")
+    if unread:
+        log.warning(
+            "%d weights are rounded to the nearest numbers, because no token of the text reached them; the first is %s",
+            len(unread),
+            unread[0],
+        )
     store_transposed(model)  # before constants are folded: a folded weight would lose its name
     onnxscript.optimizer.optimize(model, input_size_limit=1024, output_size_limit=1024)
     CommonSubexpressionEliminationPass()(model)
@@ -203,14 +210,17 @@ def _translate(
 
 
 def _round_again(
-    moments: Callable[[torch.Tensor], torch.Tensor | None], how: Quantization
+    moments: Callable[[torch.Tensor], torch.Tensor | None], how: Quantization, unread: list[str]
 ) -> Callable[[ir.Value, NDArray[Any], Blocks], Blocks]:
-    """Return what rounds a weight by GPTQ, where the moments of its inputs are known."""
+    """Return what rounds a weight by GPTQ; weights whose inputs are not known keep their numbers and are noted."""
 
     def again(weight: ir.Value, values: NDArray[Any], blocks: Blocks) -> Blocks:
         tensor = held(weight)
         found = None if tensor is None else moments(tensor)
-        return blocks if found is None else compensate(values, found, blocks, how)
+        if found is None:
+            unread.append(str(weight.name))
+            return blocks
+        return compensate(values, found, blocks, how)
 
     return again
 

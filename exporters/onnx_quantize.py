@@ -125,7 +125,7 @@ def quantize_weights(
         how: How weights are quantized.
         read: Returns the numbers of a weight, float32 or float16.
         between: Called after each weight, so that pages read for it can leave memory.
-        again: Rounds a weight again, whose numbers and nearest blocks it is given.
+        again: Rounds the weight of a product again; it is given the numbers and the nearest blocks.
 
     Returns:
         The names of the quantized weights.
@@ -137,7 +137,7 @@ def quantize_weights(
             continue
         numbers = read(weight)
         blocks = quantize(numbers, how)
-        if again:
+        if again and products:
             blocks = again(weight, numbers, blocks)
         out, inputs = (int(cast(int, size)) for size in cast(ir.Shape, weight.shape))
         width = inputs * how.bits // 8

@@ -24,7 +24,7 @@ def compensate(weight: NDArray[np.float32], moments: torch.Tensor, blocks: Block
 
     Args:
         weight: float32 [out, in].
-        moments: Second moments of the inputs, float [in, in]: mean of x xT over tokens.
+        moments: Second moments of the inputs, float [in, in]: x xT over tokens, summed or averaged.
         blocks: The weight, rounded to the nearest numbers.
         how: How it was rounded.
 

@@ -11,9 +11,11 @@ from typing import Any
 
 import onnx
 import pytest
+import torch
 
 from exporters.onnx_format import Quantization
 from irc.bundle.saving import save_bundle
+from irc.deployment.moments import Moments
 from irc.deployment.onnx_folder import ExportOptions, export
 from irc.model.build import build_routed
 from irc.model.checkpoint import BaseModel
@@ -221,3 +223,21 @@ def test_gptq_needs_blocks_and_text(bundle: Path, tmp_path: Path, irc_main: Main
         assert refused.code == 2
         assert named in refused.sentence()
         assert not new.exists()
+
+
+def test_gptq_says_which_weights_no_token_reached(
+    bundle: Path, text_file: Path, tmp_path: Path, irc_main: Main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Moments.of
+    unread = 0
+
+    def forgetful(self: Moments, weight: torch.Tensor) -> torch.Tensor | None:
+        nonlocal unread
+        unread += 1
+        return found(self, weight) if unread > 2 else None
+
+    monkeypatch.setattr(Moments, "of", forgetful)
+    source = with_text(bundle, text_file, tmp_path / "source")
+    shown = irc_main("export", source, "-o", tmp_path / "new", "--dtype", "int4", "--rounding", "gptq")
+    assert shown.code == 0, shown.err
+    assert "2 weights are rounded to the nearest numbers" in " ".join(shown.err.split())

@@ -53,18 +53,23 @@ def saved(name: str, dtype: torch.dtype, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_the_folder_is_that_of_weights_in_fp32(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "routed", "how"),
+    [("tied", False, None), *((name, True, Quantization(4, 16)) for name in MODELS)],
+    ids=["tied, fp32", *MODELS],
+)
+def test_the_folder_is_that_of_weights_in_fp32(
+    name: str, routed: bool, how: Quantization | None, tmp_path: Path
+) -> None:
     written = []
     for dtype in (torch.bfloat16, torch.float32):
-        base = saved(name, dtype, tmp_path / f"model-{dtype}")
-        bundle, folder = tmp_path / f"bundle-{dtype}", tmp_path / f"onnx-{dtype}"
-        save_bundle(build_routed(find_base(str(base)), RoutingSpec(4), "fp32"), bundle)
-        for source in (base, bundle):
-            for how in (Quantization(4, 16), None):
-                export(ModelSource(str(source), dtype="fp32"), folder, ExportOptions(quantization=how, force=True))
-                written.append((folder / "model.onnx.data").read_bytes())
-    assert written[:4] == written[4:]
+        source, folder = saved(name, dtype, tmp_path / f"model-{dtype}"), tmp_path / f"onnx-{dtype}"
+        if routed:
+            model, source = build_routed(find_base(str(source)), RoutingSpec(4), "fp32"), tmp_path / f"bundle-{dtype}"
+            save_bundle(model, source)
+        export(ModelSource(str(source), dtype="fp32"), folder, ExportOptions(quantization=how))
+        written.append((folder / "model.onnx.data").read_bytes())
+    assert written[0] == written[1]
 
 
 def test_placeholders_stand_for_16_bit_weights_and_compute_nothing(tmp_path: Path) -> None:
