@@ -14,9 +14,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 import irc
-from irc.bundle.contents import read_bundle
-from irc.model.checkpoint import find_base
 from irc.model.routed import RoutedForCausalLM
+from irc.training.lora import adapters_off
 
 QUESTIONS = [
     "What is the capital of France, and what is it known for?",
@@ -52,13 +51,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="Tokens of each answer.")
     given = parser.parse_args()
 
-    tokenizer = find_base(read_bundle(given.bundle).config.base.name).tokenizer
     questions = given.question or QUESTIONS
     answers: dict[str, list[str]] = {}
     for flops in given.flops or [None]:
         model = irc.load(given.bundle, flops=flops)
+        tokenizer = model.base.tokenizer
         if not answers:
-            with model.control.using(mode="execute"):
+            with adapters_off(model), model.control.using(mode="execute"):
                 answers["dense"] = [answer(model, tokenizer, question, given.tokens) for question in questions]
         name = "routed" if flops is None else f"FLOPs {flops:g}"
         answers[name] = [answer(model, tokenizer, question, given.tokens) for question in questions]

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from irc.bundle.contents import bundle_of
+from irc.errors import InputError
 from irc.model.routed import RoutedForCausalLM
 from irc.text.mixture import load_texts
 from irc.text.source import OWN_TEXT, pick, windows
@@ -48,6 +49,7 @@ class Moments:
             return
         self._last = x, key
         rows = x.detach().flatten(0, -2).float()
+        rows = rows[rows.isfinite().all(-1)]  # fp16 may overflow, of which the export warns
         rows = rows / rows.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         product = rows.T @ rows
         if key in self._sums:
@@ -70,9 +72,16 @@ def gather_moments(model: RoutedForCausalLM) -> Moments:
     """
     bundle = bundle_of(model)
     given = [] if bundle is None else bundle.recipe.data
-    local = [text for text in given if text != OWN_TEXT and not text.startswith("hf:")]
-    texts = load_texts(local or ["stdlib"])
-    window = min(_WINDOW, getattr(model.config, "max_position_embeddings", None) or _WINDOW)
+    weights = [1.0] * len(given) if bundle is None else bundle.recipe.data_weights or [1.0] * len(given)
+    named = zip(given, weights, strict=True)
+    local = {text: weight for text, weight in named if weight and text != OWN_TEXT and not text.startswith("hf:")}
+    try:
+        texts = load_texts(list(local), list(local.values())) if local else load_texts(["stdlib"])
+    except InputError as error:
+        why = f"rounding by gptq reads the text of the conversion: {error}; or use rounding nearest"
+        raise InputError(why, options=("rounding",)) from error
+    longest = getattr(model.config, "max_position_embeddings", None) or _WINDOW
+    window = min(_WINDOW, longest, (bundle.recipe.seq_len if bundle else None) or _WINDOW)
     stream = texts.stream("calibration", model.base.tokenizer, window, 0)
     ids = pick(windows(stream, window, "calibration"), _TOKENS)
     found = Moments(texts.name)

@@ -19,12 +19,13 @@ class StoredWeights:
     """
 
     def __init__(self) -> None:
-        self._stored: dict[int, torch.Tensor] = {}
+        # The placeholders' numbers too: an address belongs to one tensor as long as that lives.
+        self._stored: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
     def tensors(self) -> list[torch.Tensor]:
         """The weights, as they are stored."""
-        return list(self._stored.values())
+        return [stored for stored, _ in self._stored.values()]
 
     def placeholder(self, stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
         """Return what stands for a weight in a model of a type; None if the weight itself should.
@@ -36,7 +37,7 @@ class StoredWeights:
         if stored.dtype == dtype or stored.dim() != 2 or stored.numel() < _LEAST:
             return None
         rows = torch.full((len(stored),), math.nan, dtype=dtype)
-        self._stored[rows.data_ptr()] = stored.detach()
+        self._stored[rows.data_ptr()] = stored.detach(), rows
         return rows[:, None].expand(stored.shape)
 
     def find(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor] | None:
@@ -44,9 +45,10 @@ class StoredWeights:
 
         The weight then has the placeholder's type.
         """
-        stored = self._stored.get(tensor.untyped_storage().data_ptr())
-        if stored is None:
+        found = self._stored.get(tensor.untyped_storage().data_ptr())
+        if found is None:
             return None
+        stored, _ = found
         assert tensor.stride() == (1, 0), "something was computed with a placeholder"
         first = tensor.storage_offset()
         rows, dtype = stored[first : first + len(tensor)], tensor.dtype
