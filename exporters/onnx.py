@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +12,6 @@ from typing import Any, cast
 import onnx_ir as ir
 import onnxscript.optimizer
 import torch
-from numpy.typing import NDArray
 from onnx_ir.passes.common import (
     ClearMetadataAndDocStringPass,
     CommonSubexpressionEliminationPass,
@@ -40,10 +39,10 @@ from exporters.onnx_format import (
 from exporters.onnx_interface import complete_interface
 from exporters.onnx_names import name_all, note_modules
 from exporters.onnx_ops import function_protos
-from exporters.onnx_quantize import Blocks, quantize_weights
-from exporters.onnx_rounding import compensate
+from exporters.onnx_quantize import quantize_weights
+from exporters.onnx_rounding import Gptq
 from exporters.onnx_table import UNIT, translations
-from exporters.onnx_weights import WeightSource, held, numbers, read_placeholders, store_transposed
+from exporters.onnx_weights import WeightSource, numbers, read_placeholders, store_transposed
 from passes.base import Pass, PassError, PassManager
 from passes.clean_up import CleanUp
 from passes.fuse_gates import FuseGates
@@ -193,36 +192,19 @@ def _translate(
     CommonSubexpressionEliminationPass()(model)  # a weight that two nodes read is then transposed once
     if weights.find:
         read_placeholders(model, weights.find)
-    unread: list[str] = []
-    again = _round_again(weights.moments, quantization, unread) if quantization and weights.moments else None
+    again = Gptq(weights.moments, quantization) if quantization and weights.moments else None
     if quantization and not quantize_weights(model, quantization, numbers, weights.release, again):
         raise PassError("model", f"a weight that {quantization.name} can hold", "export it in another type")
-    if unread:
+    if again and again.unread:
         log.warning(
             "%d weights are rounded to the nearest numbers, because no token of the text reached them; the first is %s",
-            len(unread),
-            unread[0],
+            len(again.unread),
+            again.unread[0],
         )
     store_transposed(model)  # before constants are folded: a folded weight would lose its name
     onnxscript.optimizer.optimize(model, input_size_limit=1024, output_size_limit=1024)
     CommonSubexpressionEliminationPass()(model)
     return model
-
-
-def _round_again(
-    moments: Callable[[torch.Tensor], torch.Tensor | None], how: Quantization, unread: list[str]
-) -> Callable[[ir.Value, NDArray[Any], Blocks], Blocks]:
-    """Return what rounds a weight by GPTQ; weights whose inputs are not known keep their numbers and are noted."""
-
-    def again(weight: ir.Value, values: NDArray[Any], blocks: Blocks) -> Blocks:
-        tensor = held(weight)
-        found = None if tensor is None else moments(tensor)
-        if found is None:
-            unread.append(str(weight.name))
-            return blocks
-        return compensate(values, found, blocks, how)
-
-    return again
 
 
 def _name_interface(model: ir.Model, cache: CacheShape) -> None:

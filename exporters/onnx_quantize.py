@@ -6,7 +6,7 @@ they are operators of their own, and a route must not move.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -54,13 +54,17 @@ def quantize(weight: NDArray[Any], how: Quantization) -> Blocks:
     scales = np.zeros((out, count), weight.dtype)
     zeros = np.zeros((out, -(-count * how.bits // 8)), np.uint8)
     pack = ort.quantize_matmul_4bits if how.bits == 4 else ort.quantize_matmul_8bits
-    for first in range(0, out, _ROWS):  # a transposed copy of an embedding would set the export's memory peak
-        rows = slice(first, first + _ROWS)
+    for rows in parts(out, _ROWS):  # a transposed copy of an embedding would set the export's memory peak
         some = weight[rows]
         turned = np.zeros((count * how.block_size, len(some)), weight.dtype)
         turned[:inputs] = some.T
         pack(packed[rows], turned, scales[rows], zeros[rows], how.block_size, len(some), inputs, how.symmetric)
     return Blocks(packed, scales, None if how.symmetric else zeros)
+
+
+def parts(count: int, size: int) -> Iterator[slice]:
+    """Return the ranges of `size` that `count` consists of; the last may be shorter."""
+    return (slice(first, min(first + size, count)) for first in range(0, count, size))
 
 
 def shapes_of(out: int, inputs: int, how: Quantization) -> list[list[tuple[int, ...]]]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
 from exporters.onnx_format import Quantization
-from exporters.onnx_quantize import Blocks, packed_numbers, unpacked_zeros
+from exporters.onnx_quantize import Blocks, packed_numbers, parts, unpacked_zeros
+from exporters.onnx_weights import held
 
 _DAMPING = 0.01
 """Added to the diagonal of the inputs' second moments, over its mean."""
@@ -17,6 +20,31 @@ _COLUMNS = 128
 """Columns whose errors reach the columns behind them together."""
 _ROWS = 8192
 """Rows at a time: they do not depend on each other, and an embedding has many."""
+
+
+class Gptq:
+    """Rounds weights of products again; those whose inputs are not known keep their numbers.
+
+    Attributes:
+        unread: Names of the weights that kept them.
+
+    Args:
+        moments: See `exporters.onnx_weights.WeightSource`.
+        how: How weights are quantized.
+    """
+
+    def __init__(self, moments: Callable[[torch.Tensor], torch.Tensor | None], how: Quantization) -> None:
+        self.unread: list[str] = []
+        self._moments, self._how = moments, how
+
+    def __call__(self, weight: ir.Value, values: NDArray[Any], blocks: Blocks) -> Blocks:
+        """Return a weight's new blocks, given its numbers and the blocks of the nearest."""
+        tensor = held(weight)
+        found = None if tensor is None else self._moments(tensor)
+        if found is None:
+            self.unread.append(str(weight.name))
+            return blocks
+        return compensate(values, found, blocks, self._how)
 
 
 def compensate(weight: NDArray[np.float32], moments: torch.Tensor, blocks: Blocks, how: Quantization) -> Blocks:
@@ -34,7 +62,7 @@ def compensate(weight: NDArray[np.float32], moments: torch.Tensor, blocks: Block
     factor = _factor(moments)
     scales, zeros = blocks.scales.astype(np.float32), unpacked_zeros(blocks, how).astype(np.float32)
     numbers = np.empty(weight.shape, np.uint8)
-    for rows in _parts(len(weight), _ROWS):
+    for rows in parts(len(weight), _ROWS):
         left = torch.from_numpy(weight[rows].astype(np.float32, copy=True))
         found = _rounded(left, factor, torch.from_numpy(scales[rows]), torch.from_numpy(zeros[rows]), how)
         numbers[rows] = found.numpy()
@@ -46,7 +74,7 @@ def _rounded(
 ) -> torch.Tensor:
     """Return the numbers of some rows, uint8 [rows, in]; `left` is used up."""
     numbers = torch.empty_like(left, dtype=torch.uint8)
-    for columns in _parts(left.shape[1], _COLUMNS):
+    for columns in parts(left.shape[1], _COLUMNS):
         errors = torch.empty(len(left), columns.stop - columns.start)
         for column in range(columns.start, columns.stop):
             scale, zero = scales[:, column // how.block_size], zeros[:, column // how.block_size]
@@ -59,10 +87,6 @@ def _rounded(
             errors[:, column - columns.start] = error
         left[:, columns.stop :] -= errors @ factor[columns, columns.stop :]
     return numbers
-
-
-def _parts(count: int, size: int) -> Iterator[slice]:
-    return (slice(first, min(first + size, count)) for first in range(0, count, size))
 
 
 def _factor(moments: torch.Tensor) -> torch.Tensor:

@@ -31,9 +31,8 @@ class WeightSource:
 def read_placeholders(model: ir.Model, find: Callable[[torch.Tensor], Callable[[], torch.Tensor] | None]) -> None:
     """Let the weight that a placeholder stands for be read when its numbers are wanted, and not be kept."""
     for weight in model.graph.initializers.values():
-        assert weight.const_value is not None
-        held = getattr(weight.const_value, "raw", None)
-        if isinstance(held, torch.Tensor) and (read := find(held)):
+        tensor = held(weight)
+        if tensor is not None and weight.const_value is not None and (read := find(tensor)):
             weight.const_value = _read_later(weight.const_value, read)
 
 

@@ -50,7 +50,7 @@ def threads_of_cores() -> int:
     Threads of llama.cpp wait for each other spinning, so more than cores cost much.
     """
     cores = set()
-    for cpu in os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1):
+    for cpu in os.sched_getaffinity(0):
         siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
         cores.add(siblings.read_text().strip() if siblings.exists() else str(cpu))
     return len(cores)

@@ -13,6 +13,7 @@ from irc.bench.precision import Precision
 from irc.errors import InputError
 from irc.files.untrusted import read_json
 from irc.model.gguf import gguf_in
+from irc.model.weight_files import weight_files
 
 _PLAIN = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 _BLOCK = 32  # numbers that share a scale in Q4_0, Q4_1 and Q8_0
@@ -148,7 +149,7 @@ def _weights(base: Path, config: dict[str, Any]) -> Iterator[tuple[str, NDArray[
     from safetensors import safe_open
 
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-    for file in sorted(base.glob("*.safetensors")):
+    for file in weight_files(base, str(base)):
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 (not a mapping)
                 if name == "lm_head.weight" and config.get("tie_word_embeddings"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -71,9 +72,7 @@ def gather_moments(model: RoutedForCausalLM) -> Moments:
         InputError: The text is not there any more, or too short.
     """
     bundle = bundle_of(model)
-    given = [] if bundle is None else bundle.recipe.data
-    weights = [1.0] * len(given) if bundle is None else bundle.recipe.data_weights or [1.0] * len(given)
-    named = zip(given, weights, strict=True)
+    named = zip(bundle.recipe.data, bundle.recipe.data_weights or repeat(1.0), strict=False) if bundle else ()
     local = {text: weight for text, weight in named if weight and text != OWN_TEXT and not text.startswith("hf:")}
     try:
         texts = load_texts(list(local), list(local.values())) if local else load_texts(["stdlib"])

@@ -77,6 +77,11 @@ class ExportOptions:
     force: bool = False
     quantization: Quantization | None = None
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether weights are rounded by what they read of a text."""
+        return self.quantization is not None and self.quantization.rounding == "gptq"
+
     def check(self, output: Path) -> None:
         """Refuse options that do not go together.
 
@@ -153,16 +158,9 @@ def export(
         source = replace(source, dtype="fp16" if options.provider == "cuda" else "fp32")
     started = time.monotonic()
     with staged(output) as staging:  # a place that cannot be written is found before any work is done
-        in_fp32 = source.dtype in ("fp32", LONG_NAMES["fp32"])  # of fp16 models activations are measured: they run
-        by_text = options.quantization is not None and options.quantization.rounding == "gptq"
-        opened = open_model(replace(source, as_stored=in_fp32 and not by_text))
-        if opened.spec is None:
-            opened.base.check_finite()  # the base of a bundle was checked when it was converted
-        else:
-            refuse_whole_sequences(policy_named(opened.spec.policy), "be exported")
-        merge_lora(opened)
+        opened = _opened(source, options.reads_text)
         _check_type(opened, options, library)
-        moments = gather_moments(opened) if by_text else None
+        moments = gather_moments(opened) if options.reads_text else None
         try:
             manifest = _write(opened, relative_source(source.name, output), staging, options, library, moments)
         except PassError as error:
@@ -187,6 +185,23 @@ def export(
         "bytes": size,
         "seconds": {"export": round(time.monotonic() - started, 2)},
     }
+
+
+def _opened(source: ModelSource, runs: bool) -> RoutedForCausalLM:
+    """Open a model for export; LoRA adapters are merged.
+
+    Args:
+        source: Which, and in which type.
+        runs: Whether the model has to run before it is written.
+    """
+    in_fp32 = source.dtype in ("fp32", LONG_NAMES["fp32"])  # of fp16 models activations are measured: they run
+    opened = open_model(replace(source, as_stored=in_fp32 and not runs))
+    if opened.spec is None:
+        opened.base.check_finite()  # the base of a bundle was checked when it was converted
+    else:
+        refuse_whole_sequences(policy_named(opened.spec.policy), "be exported")
+    merge_lora(opened)
+    return opened
 
 
 def _check_type(model: RoutedForCausalLM, options: ExportOptions, library: NativeLibrary | None) -> None:

@@ -108,11 +108,7 @@ def _traced(config: PretrainedConfig, dtype: torch.dtype) -> fx.GraphModule:
     return _root(module)
 
 
-def assign_weights(
-    captured: Captured,
-    weights: Mapping[str, torch.Tensor],
-    device: torch.device | str = "cpu",
-) -> None:
+def assign_weights(captured: Captured, weights: Mapping[str, torch.Tensor], device: torch.device | str = "cpu") -> None:
     """Give a captured model its weights without copying them, and move its graphs to their device.
 
     Args:
