@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 
 from exporters.onnx_format import Quantization
 from irc.bundle.saving import save_bundle
+from irc.console import output
 from irc.deployment.moments import Moments
 from irc.deployment.onnx_folder import ExportOptions, export
 from irc.model.build import build_routed
@@ -40,6 +41,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory, bundle: Path, model_folder
     return made
 
 
+@pytest.fixture
+def wide_console(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tables of 160 columns, also if an earlier test has opened the console."""
+    monkeypatch.setenv("COLUMNS", "160")
+    output._console.cache_clear()
+    yield
+    output._console.cache_clear()
+
+
 @pytest.mark.parametrize("kind", ["routed", "dense", "int8"])
 def test_verify_agrees_with_pytorch_that_holds_the_same_numbers(
     kind: str, folders: dict[str, Path], text_file: Path, irc_main: Main
@@ -58,7 +68,7 @@ def test_verify_agrees_with_pytorch_that_holds_the_same_numbers(
 
 
 def test_eval_shows_what_skipping_costs_beside_what_quantizing_costs(
-    folders: dict[str, Path], bundle: Path, text_file: Path, irc_main: Main, monkeypatch: pytest.MonkeyPatch
+    folders: dict[str, Path], bundle: Path, text_file: Path, irc_main: Main, wide_console: None
 ) -> None:
     arguments = ["--data", text_file, *SIZES, "--split", "heldout", "--yardstick-tokens", "64", "--json"]
     shown, plain = (irc_main("eval", where, *arguments) for where in (folders["routed"], bundle))
@@ -70,7 +80,6 @@ def test_eval_shows_what_skipping_costs_beside_what_quantizing_costs(
     assert shown.json["data"]["tokens"] == plain.json["data"]["tokens"]
     assert [text["name"] for text in shown.json["texts"]] == [text["name"] for text in plain.json["texts"]]
     assert shown.json["flops_ratio"] == pytest.approx(plain.json["flops_ratio"], abs=0.05)
-    monkeypatch.setenv("COLUMNS", "160")
     table = irc_main("eval", folders["routed"], "--data", text_file, *SIZES, "--yardstick-tokens", "0").out
     assert all(name in table for name in ("dense int4", "routed fp32", "routed int4")), table
 
